@@ -1,0 +1,1 @@
+"""jserve: language-model serving with JAX on TPU, GPU and CPU."""

@@ -1,0 +1,1 @@
+"""Host bookkeeping of KV memory: page pools. No JAX."""

@@ -1,0 +1,1 @@
+"""Desired state to actions: processes and their supervision. No JAX."""

@@ -1,0 +1,1 @@
+"""The vocabulary that every package shares. No JAX, no I/O; imports nothing of jserve."""

@@ -1,0 +1,113 @@
+"""What a client asked for, and what it gets back, as plain frozen data."""
+
+import enum
+from dataclasses import dataclass, field
+
+# Static widths of the per-slot sampling state on the device. A request beyond one of them is
+# refused with the limit in the message.
+MAX_STOP_TOKEN_IDS = 32  # stop_token_ids and the model's end-of-sequence ids together
+MAX_LOGIT_BIAS = 300  # as the OpenAI API
+MAX_LOGPROBS = 20
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended; the values are the wire names."""
+
+    STOP = "stop"  # an end-of-sequence id, a stop id, or (in the gateway) a stop string
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen. Defaults are neutral: plain sampling at temperature 1.
+
+    Semantics, order of processors and ties follow vLLM. `seed` is always set once a request has
+    left the gateway; an unseeded request gets a random one there.
+    """
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps the whole vocabulary
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, bias), ids distinct
+    allowed_token_ids: tuple[int, ...] = ()  # empty allows all
+    bad_token_ids: tuple[int, ...] = ()
+    seed: int = 0  # any 64-bit integer
+    max_tokens: int = 16  # output tokens, at least 1
+    min_tokens: int = 0  # stop ids are masked before
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None  # top alternatives per output token, 0–20; raw (unprocessed)
+    prompt_logprobs: int | None = None  # the same for prompt tokens
+
+    @property
+    def needs_processors(self) -> bool:
+        """Whether the token's distribution depends on more than temperature and truncation."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or bool(self.logit_bias or self.allowed_token_ids or self.bad_token_ids)
+            or self.min_tokens > 0
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One sequence to generate, as the engine sees it; `n` choices are `n` requests.
+
+    `choice` is folded into the sampling key, so the choices of one seed differ. Smaller
+    `priority` is served first; among equals the earlier arrival is.
+    """
+
+    id: str  # unique among live requests
+    prompt: tuple[int, ...]  # token ids, not empty
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    choice: int = 0
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Raw log-probabilities at one position: of the token itself and of the best alternatives."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the most likely token
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), best first
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceUpdate:
+    """News of one sequence after one step. `finish` is set on its last update.
+
+    `logprobs` is parallel to `tokens` when requested. `prompt_logprobs` comes once, with the
+    first token, and has one entry per prompt token; the first is None.
+    """
+
+    request_id: str
+    tokens: tuple[int, ...]  # a stop token is included
+    finish: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    queue_s: float | None = None  # from arrival to first scheduling; set on the first update
+    error: str | None = None  # set when finish is ERROR
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a gateway must know of the engine it talks to."""
+
+    model: str
+    vocab: int
+    max_model_len: int  # prompt and output tokens of one sequence
+    num_slots: int
+    num_pages: int  # the null page not counted
+    page_size: int
+    max_queue: int
+    eos_token_ids: tuple[int, ...]

@@ -1,0 +1,127 @@
+"""What runs in one step and what came of it: the contract of scheduler and executor.
+
+A step runs one device program over `rows`; each row is one slot. `mixed` programs take a ragged
+batch of prompt chunks and decode tokens; `window` programs run several decode steps in one call.
+"""
+
+import enum
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from jserve.core.request import Request
+
+
+class ProgramKind(enum.Enum):
+    """The two kinds of device program."""
+
+    MIXED = "mixed"
+    WINDOW = "window"
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The static shape of one compiled program.
+
+    mixed: `tokens` ragged tokens of at most `rows` slots, one step.
+    window: one token of each of `rows` slots per decode step, at most `steps` decode steps;
+    the number really run is an input.
+    """
+
+    kind: ProgramKind
+    tokens: int  # == rows for a window
+    rows: int
+    steps: int = 1  # 1 for mixed
+
+    @property
+    def name(self) -> str:
+        """For example `mixed[256]` or `window[32x8]`."""
+        if self.kind is ProgramKind.MIXED:
+            return f"mixed[{self.tokens}]"
+        return f"window[{self.rows}x{self.steps}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A sequence takes a slot: everything the device must know of it, sent once.
+
+    `output` are the tokens generated before a preemption; they are computed again as chunk
+    tokens but count as output for penalties, limits and the sampling key.
+    """
+
+    slot: int
+    request: Request
+    output: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one sequence in one step.
+
+    `tokens` is empty for a decode row: its one token is the slot's last token, on the device.
+    `samples` says that the row's last token yields a new token.
+    """
+
+    slot: int
+    request_id: str
+    start: int  # absolute position of the first token
+    num_tokens: int  # 1 for a decode row of any program
+    tokens: tuple[int, ...] = ()
+    samples: bool = True
+    first_new_page: int = 0  # index in the slot's page table of new_pages[0]
+    new_pages: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step. Row r of the program is `chunks[r]`."""
+
+    step_id: int
+    program: Program
+    num_steps: int  # decode steps really run; 1 for mixed
+    chunks: tuple[Chunk, ...]
+    admissions: tuple[Admission, ...] = ()
+
+
+class FinishCode(enum.IntEnum):
+    """The device's verdict on a row."""
+
+    RUNNING = 0
+    STOP = 1
+    LENGTH = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RowLogprobs:
+    """Raw log-probabilities of sampled tokens; see `TokenLogprobs`."""
+
+    token: np.ndarray  # [rows, steps] float32
+    rank: np.ndarray  # [rows, steps] int32, from 1
+    top_ids: np.ndarray  # [rows, steps, MAX_LOGPROBS] int32
+    top: np.ndarray  # [rows, steps, MAX_LOGPROBS] float32
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step produced, row by row of its plan. Entries past `num_new[row]` mean nothing."""
+
+    step_id: int
+    tokens: np.ndarray  # [rows, steps] int32
+    num_new: np.ndarray  # [rows] int32, 0 ≤ num_new ≤ num_steps
+    finish: np.ndarray  # [rows] int32, FinishCode
+    logprobs: RowLogprobs | None = None  # present when a row's request asks for logprobs
+    # By ragged token of the plan: log-probabilities of the *next* prompt token, [tokens, 1, …].
+    prompt_logprobs: RowLogprobs | None = None
+
+
+class Executor(Protocol):
+    """Runs plans in order on a device, or in a simulation."""
+
+    def submit(self, plan: StepPlan) -> Any:
+        """Starts a step and returns at once with a handle for `collect`."""
+        ...
+
+    def collect(self, handle: Any) -> StepResult:
+        """Waits for the step of `handle`, in submission order."""
+        ...

@@ -1,0 +1,1 @@
+"""The device shell: batch packing, programs, device state, executor, loop, worker process."""

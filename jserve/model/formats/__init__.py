@@ -1,0 +1,1 @@
+"""Weight formats: readers of GGUF and safetensors, and the native Orbax checkpoint."""

@@ -1,0 +1,32 @@
+"""Where weights come from: named tensors read on demand. No JAX."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Shape of a stored tensor (as read, after dequantization) and the type it is stored in."""
+
+    shape: tuple[int, ...]
+    stored_dtype: str
+
+
+class TensorSource(Protocol):
+    """A model file or folder. Names and layouts are Hugging Face's, whatever the format.
+
+    Linear weights are [out, in]; rotary dimensions are in Hugging Face's half-split order.
+    """
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor, without reading any."""
+        ...
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of the first axis, float32 (or the stored float type).
+
+        Raises ConfigError naming file and tensor when the data is truncated or corrupt.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Who runs in the next step: plan and commit. No JAX."""
