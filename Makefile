@@ -1,0 +1,68 @@
+# Two commands are enough: `make serve` and `make test`. Both install what they need into .venv.
+
+CONFIG ?= configs/smollm2_135m.py
+HOST ?= 127.0.0.1
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 8500
+LOCK ?= runtime
+ARGS ?=
+PYTEST_ARGS ?=
+
+export PYTHONUNBUFFERED = 1
+bin := .venv/bin
+sources := jserve configs tests benchmarks examples scripts
+protos := $(wildcard jserve/proto/*.proto)
+compile = $(bin)/uv pip compile $(ARGS) --quiet --universal --generate-hashes --no-emit-index-url \
+	--no-annotate --fork-strategy fewest --python-version 3.11 --custom-compile-command "make lock"
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check format lint types contracts references lock proto clean
+
+help: ## Shows this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+serve: ## Serves CONFIG on HOST, HTTP_PORT and GRPC_PORT; LOCK=cuda or tpu for an accelerator
+	@scripts/bootstrap.sh $(LOCK)
+	@$(bin)/python -m jserve --config=$(CONFIG) --host=$(HOST) --http_port=$(HTTP_PORT) \
+		--grpc_port=$(GRPC_PORT) $(ARGS)
+
+test: check ## Runs every check and the test suite (PYTEST_ARGS=… for pytest)
+	@$(bin)/python -m pytest $(PYTEST_ARGS)
+
+check: lint types contracts ## Format, lint, types, import contracts
+
+lint:
+	@scripts/bootstrap.sh dev
+	@$(bin)/ruff format --check $(sources)
+	@$(bin)/ruff check $(sources)
+
+types:
+	@scripts/bootstrap.sh dev
+	@$(bin)/pyright
+
+contracts:
+	@scripts/bootstrap.sh dev
+	@$(bin)/lint-imports --no-cache
+
+format: ## Formats the code and applies safe lint fixes
+	@scripts/bootstrap.sh dev
+	@$(bin)/ruff check --fix $(sources)
+	@$(bin)/ruff format $(sources)
+
+references: ## Makes the reference fixtures again with PyTorch and compares (own .venv-references)
+	@scripts/references.sh $(ARGS)
+
+lock: ## Resolves requirements/*.txt again (ARGS=--upgrade for newer versions)
+	@scripts/bootstrap.sh dev
+	$(compile) pyproject.toml --group build -o requirements/runtime.txt
+	$(compile) pyproject.toml --group build --extra dev -c requirements/runtime.txt -o requirements/dev.txt
+	$(compile) pyproject.toml --group build --extra cuda -c requirements/runtime.txt -o requirements/cuda.txt
+	$(compile) pyproject.toml --group build --extra tpu -c requirements/runtime.txt -o requirements/tpu.txt
+
+proto: ## Generates the stubs of jserve/proto
+	@scripts/bootstrap.sh dev
+	$(bin)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --pyi_out=. $(protos)
+
+clean: ## Removes what make has made, the weights cache excepted
+	rm -rf .venv .venv-references .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
