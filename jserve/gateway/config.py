@@ -1,0 +1,41 @@
+"""Settings of the request plane. Plain data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """Where the gateway listens, whom it lets in, and the bounds it keeps.
+
+    `default_*` override the model's own generation config; None leaves it alone.
+    """
+
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8500
+    served_model_name: str = ""  # empty: the engine's name of the model
+    api_keys: tuple[str, ...] = ()  # empty: everybody may ask
+    cors_origins: tuple[str, ...] = ()  # empty: no CORS headers
+
+    # Bounds of one request. The engine has its own bounds of context and queue.
+    max_body_bytes: int = 8 << 20  # of an HTTP body or a gRPC message
+    max_json_depth: int = 32
+    max_choices: int = 128  # `n`
+    max_stop_strings: int = 16
+    max_stop_string_chars: int = 256
+    max_request_id_chars: int = 128
+    max_chat_messages: int = 4096
+    max_prompts: int = 256  # prompts in one HTTP completion request
+    max_streams_per_call: int = 1024  # requests in flight on one GenerateStream call
+
+    default_temperature: float | None = None
+    default_top_k: int | None = None
+    default_top_p: float | None = None
+    default_min_p: float | None = None
+    default_repetition_penalty: float | None = None
+    default_max_tokens: int | None = None  # None: the generation config's, else what fits
+
+    sse_keep_alive_s: float = 15.0  # comment frames while nothing else is sent
+    grpc_keepalive_s: float = 60.0  # pings to idle clients
+    reconnect_s: float = 0.25  # between attempts to reach the engine
+    drain_s: float = 30.0  # how long requests may finish after SIGTERM

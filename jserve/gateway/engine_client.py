@@ -1,0 +1,124 @@
+"""What the gateway needs of an engine: submit, abort, and merged news of what was submitted."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from jserve.core.errors import EngineError, JserveError
+from jserve.core.request import EngineInfo, EngineStats, FinishReason, Request, SequenceUpdate
+
+
+class EngineClient(Protocol):
+    """A connection to one engine. Lives on one event loop; no method blocks it."""
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """What the engine said of itself; kept over a reconnect, None before the first one."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether the engine can take a request now."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's latest word on its load."""
+        ...
+
+    def submit(self, requests: Sequence[Request]) -> "UpdateStream":
+        """Starts sequences that share one stream of news, usually the choices of one prompt.
+
+        Raises Unavailable at once when no engine is there. A refusal by the engine (Overloaded,
+        RequestError) or its death (EngineError) is raised by the stream.
+        """
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Stops a sequence; an unknown or finished one is ignored."""
+        ...
+
+
+class UpdateStream:
+    """News of a group of sequences, merged until read: memory is bounded by their tokens.
+
+    Written by the engine client, read by one consumer, all on one event loop. `__anext__` may be
+    cancelled (a timeout) and called again without losing anything. Ends after the last finish.
+    """
+
+    def __init__(self, client: EngineClient, request_ids: Sequence[str]) -> None:
+        self._client = client
+        self._live = set(request_ids)  # not finished as far as the engine has told
+        self._news: dict[str, SequenceUpdate] = {}  # in order of the first unread update
+        self._error: JserveError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def post(self, update: SequenceUpdate) -> None:
+        """Adds news; what was not read yet of the same sequence is merged with it."""
+        if update.request_id not in self._live:
+            return
+        if update.finish is not None:
+            self._live.discard(update.request_id)
+        unread = self._news.get(update.request_id)
+        self._news[update.request_id] = update if unread is None else merge(unread, update)
+        self._wake()
+
+    def fail(self, error: JserveError) -> None:
+        """Ends the stream with `error`, after the news already there; the rest is aborted."""
+        if self._error is None and self._live:
+            self._error = error
+            self.close()
+            self._wake()
+
+    def close(self) -> None:
+        """Aborts what still runs. Idempotent."""
+        live, self._live = self._live, set()
+        for request_id in live:
+            self._client.abort(request_id)
+
+    def drop(self, request_id: str) -> None:
+        """Aborts one sequence and forgets its unread news."""
+        self._news.pop(request_id, None)
+        if request_id in self._live:
+            self._live.discard(request_id)
+            self._client.abort(request_id)
+
+    def __aiter__(self) -> "UpdateStream":
+        return self
+
+    async def __anext__(self) -> SequenceUpdate:
+        while not self._news:
+            if self._error is not None:
+                raise self._error
+            if not self._live:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        update = self._news.pop(next(iter(self._news)))
+        if update.finish is FinishReason.ERROR:
+            self.close()
+            raise EngineError(update.error or "the engine failed on this request")
+        return update
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def merge(first: SequenceUpdate, second: SequenceUpdate) -> SequenceUpdate:
+    """Two consecutive updates of one sequence as one."""
+    if first.logprobs is None or second.logprobs is None:
+        logprobs = first.logprobs or second.logprobs
+    else:
+        logprobs = first.logprobs + second.logprobs
+    return replace(
+        second,
+        tokens=first.tokens + second.tokens,
+        logprobs=logprobs,
+        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
+        queue_s=first.queue_s if first.queue_s is not None else second.queue_s,
+    )
