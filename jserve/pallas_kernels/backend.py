@@ -1,0 +1,15 @@
+"""Which implementation of an op runs. Chosen once, at start-up, and logged; never a silent fallback."""
+
+import enum
+
+
+class Backend(enum.Enum):
+    """The implementations an op may have."""
+
+    REFERENCE = "reference"  # plain jnp, defines correct; runs anywhere
+    CPU = "cpu"  # XLA, made for CPU
+
+
+def backend_for(platform: str) -> Backend:
+    """The best backend there is for a JAX platform name."""
+    return Backend.CPU if platform == "cpu" else Backend.REFERENCE

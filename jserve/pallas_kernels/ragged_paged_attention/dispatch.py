@@ -1,0 +1,52 @@
+"""The one entry to ragged paged attention: contract, validation, choice of backend."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from jserve.pallas_kernels.backend import Backend
+from jserve.pallas_kernels.ragged_paged_attention import cpu, reference
+from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
+
+_IMPLEMENTATIONS = {
+    Backend.REFERENCE: reference.ragged_paged_attention,
+    Backend.CPU: cpu.ragged_paged_attention,
+}
+
+
+def kv_pages_shape(
+    num_pages: int, page_size: int, kv_heads: int, head_dim: int
+) -> tuple[int, int, int, int, int]:
+    """Shape of one layer's pages, the null page included: [pages, K|V, kv_heads, page, dim]."""
+    return num_pages + 1, 2, kv_heads, page_size, head_dim
+
+
+def ragged_paged_attention(
+    q: Float[jax.Array, "tokens q_heads head_dim"],
+    k: Float[jax.Array, "tokens kv_heads head_dim"],
+    v: Float[jax.Array, "tokens kv_heads head_dim"],
+    pages: Float[jax.Array, "pages 2 kv_heads page_size head_dim"],
+    batch: RaggedBatch,
+    *,
+    window: int,
+    prompts: bool,
+    backend: Backend,
+) -> tuple[
+    Float[jax.Array, "tokens q_heads head_dim"],
+    Float[jax.Array, "pages 2 kv_heads page_size head_dim"],
+]:
+    """Writes K and V of every token into its page, then attends causally within each row.
+
+    `q` is scaled already. A token at position p sees positions ≤ p of its own row, and with
+    `window` > 0 only those > p - window. Outputs of tokens that belong to no row mean nothing
+    but are finite. `prompts=False` promises that every row is a decode row. `pages` is updated in place when its buffer is donated.
+    """
+    q_heads, kv_heads = q.shape[1], k.shape[1]
+    if q_heads % kv_heads:
+        raise ValueError(f"q_heads {q_heads} is no multiple of kv_heads {kv_heads}")
+    if pages.shape[1:3] != (2, kv_heads) or pages.shape[4] != q.shape[2]:
+        raise ValueError(f"pages {pages.shape} do not hold {kv_heads} heads of {q.shape[2]}")
+    if batch.page_table.dtype != jnp.int32:
+        raise ValueError(f"page_table is {batch.page_table.dtype}, not int32")
+    with jax.named_scope("ragged_paged_attention"):
+        return _IMPLEMENTATIONS[backend](q, k, v, pages, batch, window=window, prompts=prompts)
