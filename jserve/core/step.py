@@ -6,7 +6,7 @@ batch of prompt chunks and decode tokens; `window` programs run several decode s
 
 import enum
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -55,9 +55,8 @@ class Admission:
     output: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Consecutive tokens of one sequence in one step.
+class Chunk(NamedTuple):
+    """Consecutive tokens of one sequence in one step. A tuple: each step makes one per row.
 
     `tokens` is empty for a decode row: its one token is the slot's last token, on the device.
     `samples` says that the row's last token yields a new token.
