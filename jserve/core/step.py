@@ -68,6 +68,9 @@ class Chunk(NamedTuple):
     num_tokens: int  # 1 for a decode row of any program
     tokens: tuple[int, ...] = ()
     samples: bool = True
+    # The prompt token after each token, where their log-probabilities are asked for; the
+    # prompt's last token has none.
+    prompt_targets: tuple[int, ...] = ()
     first_new_page: int = 0  # index in the slot's page table of new_pages[0]
     new_pages: tuple[int, ...] = ()
 
@@ -110,7 +113,7 @@ class StepResult:
     num_new: np.ndarray  # [rows] int32, 0 ≤ num_new ≤ num_steps
     finish: np.ndarray  # [rows] int32, FinishCode
     logprobs: RowLogprobs | None = None  # present when a row's request asks for logprobs
-    # By ragged token of the plan: log-probabilities of the *next* prompt token, [tokens, 1, …].
+    # By ragged token, chunk after chunk: of the token's `prompt_targets` entry, [tokens, 1, …].
     prompt_logprobs: RowLogprobs | None = None
 
 
