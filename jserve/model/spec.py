@@ -1,7 +1,12 @@
 """The hyper-parameters of a decoder, independent of where its weights came from. No JAX."""
 
+import dataclasses
 import enum
+import math
 from dataclasses import dataclass
+from typing import Any
+
+from jserve.core.errors import ConfigError
 
 
 class RopeScalingKind(enum.Enum):
@@ -38,16 +43,111 @@ class ModelSpec:
     max_position: int  # the context the model was trained for
     norm_eps: float
     rope_theta: float
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None  # never applies to layers with local_rope_theta
     tied_embeddings: bool = False
     qkv_bias: bool = False  # qwen2; llama's attention_bias
+    output_bias: bool = False  # of the attention's output projection; llama's attention_bias
+    ffn_bias: bool = False  # llama's mlp_bias
     sliding_window: int = 0  # tokens a local layer sees, itself included; 0: no local layers
     local_layers: tuple[bool, ...] = ()  # which layers are local; empty: all of them if windowed
     local_rope_theta: float = 0.0  # gemma3's local layers; 0: rope_theta
     query_scale: float = 0.0  # multiplies q·k; 0: head_dim ** -0.5
     eos_token_ids: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError naming the first field whose value makes no model."""
+        for name in ("vocab", "layers", "model_dim", "ffn_dim", "q_heads", "kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model spec: {name} must be positive, got {getattr(self, name)}")
+        if self.q_heads % self.kv_heads:
+            raise ConfigError(
+                f"model spec: q_heads ({self.q_heads}) must be a multiple of "
+                f"kv_heads ({self.kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"model spec: head_dim must be even to rotate, got {self.head_dim}")
+        if self.local_layers and len(self.local_layers) != self.layers:
+            raise ConfigError(
+                f"model spec: local_layers has {len(self.local_layers)} entries "
+                f"for {self.layers} layers"
+            )
+        if any(self.local_layers) and self.sliding_window < 1:
+            raise ConfigError("model spec: local_layers are given but sliding_window is not")
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer sees only its sliding window."""
+        return self.window_of(layer) > 0
+
     def window_of(self, layer: int) -> int:
         """The sliding window of a layer in tokens, 0 for full attention."""
         local = self.local_layers[layer] if self.local_layers else True
         return self.sliding_window if local else 0
+
+    @property
+    def attention_scale(self) -> float:
+        """The factor on q·k."""
+        return self.query_scale or 1.0 / math.sqrt(self.head_dim)
+
+
+def spec_to_dict(spec: ModelSpec) -> dict[str, Any]:
+    """Plain JSON data from which `spec_from_dict` makes an equal spec."""
+    data = dataclasses.asdict(spec)
+    if spec.rope_scaling is not None:
+        data["rope_scaling"]["kind"] = spec.rope_scaling.kind.value
+    return data
+
+
+def spec_from_dict(data: dict[str, Any]) -> ModelSpec:
+    """The inverse of `spec_to_dict`, also after a trip through JSON.
+
+    Raises ConfigError for unknown or missing fields, wrong types and values that make no model.
+    """
+    fields = _checked_fields(ModelSpec, data)
+    if (scaling := fields.get("rope_scaling")) is not None:
+        scaling = _checked_fields(RopeScaling, scaling)
+        kinds = [kind.value for kind in RopeScalingKind]
+        if scaling["kind"] not in kinds:
+            raise ConfigError(f"rope_scaling.kind {scaling['kind']!r} is not one of {kinds}")
+        scaling["kind"] = RopeScalingKind(scaling["kind"])
+        fields["rope_scaling"] = RopeScaling(**scaling)
+    return ModelSpec(**fields)
+
+
+def _checked_fields(cls: type, data: Any) -> dict[str, Any]:
+    """`data` as keyword arguments of a dataclass, its lists as tuples."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{cls.__name__}: expected an object, got {type(data).__name__}")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(data) - set(known)):
+        raise ConfigError(f"{cls.__name__}: unknown fields {unknown}; known: {sorted(known)}")
+    required = {name for name, f in known.items() if f.default is dataclasses.MISSING}
+    if missing := sorted(required - set(data)):
+        raise ConfigError(f"{cls.__name__}: missing fields {missing}")
+    fields: dict[str, Any] = {}
+    for name, value in data.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if not _has_type(value, known[name].type):
+            raise ConfigError(
+                f"{cls.__name__}.{name}: expected {_type_name(known[name].type)}, got {value!r}"
+            )
+        fields[name] = float(value) if known[name].type is float else value
+    return fields
+
+
+def _has_type(value: Any, expected: Any) -> bool:
+    if expected is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if expected is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if expected == tuple[int, ...] or expected == tuple[bool, ...]:
+        kind = expected.__args__[0]
+        return isinstance(value, tuple) and all(type(item) is kind for item in value)
+    if expected == RopeScaling | None:
+        return value is None or isinstance(value, dict)
+    if expected is RopeScalingKind:
+        return isinstance(value, str)
+    return isinstance(value, expected)
+
+
+def _type_name(expected: Any) -> str:
+    return expected.__name__ if isinstance(expected, type) else str(expected)

@@ -1,0 +1,87 @@
+"""A decoder of any family: embedding, layers, final norm, head, as Flax NNX modules."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+from jserve.model.layers import KV, Attend, Embedding, Linear, RMSNorm, dot
+from jserve.model.rope import RopeTables, rope_of
+from jserve.model.spec import ModelSpec
+
+
+class Layer(Protocol):
+    """One block of a decoder: an NNX module of the family."""
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens model_dim"],
+        rope: RopeTables,
+        kv: KV,
+        attend: Attend,
+        window: int,
+    ) -> tuple[Float[Array, "tokens model_dim"], KV]:
+        """The residual stream after the block, and the layer's pages with the new tokens."""
+        ...
+
+
+class LayerFactory(Protocol):
+    """Declares one block; a layer class or a `partial` of one."""
+
+    def __call__(self, spec: ModelSpec, dtype: jnp.dtype) -> Layer:
+        """A block whose parameters are declared, not yet arrays."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What tells one decoder family from another beyond its spec."""
+
+    layer: LayerFactory
+    norm_offset: float = 0.0  # added to the final norm's stored weight
+    scaled_embeddings: bool = False  # by sqrt(model_dim), rounded to the compute dtype
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers, final norm; an attribute path is the parameter's Hugging Face name."""
+
+    def __init__(self, spec: ModelSpec, family: Family, dtype: jnp.dtype) -> None:
+        self.spec = spec
+        self.embedding_scale = spec.model_dim**0.5 if family.scaled_embeddings else None
+        self.embed_tokens = Embedding(spec.vocab, spec.model_dim, dtype)
+        self.layers = nnx.List([family.layer(spec, dtype) for _ in range(spec.layers)])
+        self.norm = RMSNorm(spec.model_dim, spec.norm_eps, dtype, offset=family.norm_offset)
+
+    def __call__(
+        self,
+        tokens: Int[Array, " tokens"],
+        positions: Int[Array, " tokens"],
+        kv: tuple[KV, ...],
+        attend: Attend,
+    ) -> tuple[Float[Array, "tokens model_dim"], tuple[KV, ...]]:
+        x = self.embed_tokens(tokens)
+        if self.embedding_scale is not None:
+            x = x * jnp.asarray(self.embedding_scale, x.dtype)
+        kinds = [rope_of(self.spec, i) for i in range(self.spec.layers)]
+        ropes = {kind: kind.tables(positions) for kind in dict.fromkeys(kinds)}
+        pages = list(kv)
+        for i, layer in enumerate(self.layers):
+            window = self.spec.window_of(i)
+            x, pages[i] = layer(x, ropes[kinds[i]], pages[i], attend, window)
+        return self.norm(x), tuple(pages)
+
+
+class CausalLM(nnx.Module):
+    """A decoder and its head; a tied head is the embedding and declares nothing."""
+
+    def __init__(self, spec: ModelSpec, family: Family, dtype: jnp.dtype) -> None:
+        self.model = Decoder(spec, family, dtype)
+        self.lm_head = None
+        if not spec.tied_embeddings:
+            self.lm_head = Linear(spec.model_dim, spec.vocab, ("vocab", None), dtype)
+
+    def logits(self, hidden: Float[Array, "rows model_dim"]) -> Float32[Array, "rows vocab"]:
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return dot(hidden, head.weight[...])

@@ -1,0 +1,67 @@
+"""The functional face of a decoder: modules are built once, abstractly, and merged while tracing."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Sharding
+from jaxtyping import Array, Float, Float32, Int
+
+from jserve.core.errors import ConfigError
+from jserve.model.decoder import CausalLM
+from jserve.model.layers import KV, Attend
+from jserve.model.params import ParamSpec, init_params, param_specs
+from jserve.model.registry import FAMILIES
+from jserve.model.spec import ModelSpec
+
+
+class Model:
+    """A decoder as pure functions of its parameters; immutable, shared by all programs.
+
+    Parameters are plain arrays in a flat dict by Hugging Face's names. Its functions are pure,
+    to be called while tracing; `tokens` and `rows` must be at least 2 (see `layers.dot`).
+    """
+
+    def __init__(self, spec: ModelSpec, dtype: jnp.dtype) -> None:
+        if spec.family not in FAMILIES:
+            raise ConfigError(
+                f"model family {spec.family!r} is not supported; known: {sorted(FAMILIES)}"
+            )
+        self.spec = spec
+        self.dtype = jnp.dtype(dtype)
+        module = CausalLM(spec, FAMILIES[spec.family], self.dtype)
+        self._specs = param_specs(module)
+        self._graph, state = nnx.split(module)
+        self._paths = [path for path, _ in nnx.to_flat_state(state)]
+
+    def param_specs(self) -> dict[str, ParamSpec]:
+        """Every parameter by name."""
+        return dict(self._specs)
+
+    def init(
+        self, seed: int, shardings: Mapping[str, Sharding] | None = None
+    ) -> dict[str, jax.Array]:
+        """Random weights for tests and benchmarks; the same for any sharding."""
+        return init_params(self._specs, seed, shardings)
+
+    def hidden(
+        self,
+        params: Mapping[str, jax.Array],
+        tokens: Int[Array, " tokens"],
+        positions: Int[Array, " tokens"],
+        kv: tuple[KV, ...],
+        attend: Attend,
+    ) -> tuple[Float[Array, "tokens model_dim"], tuple[KV, ...]]:
+        """The hidden states after the final norm, and each layer's pages with the new tokens."""
+        return self._merge(params).model(tokens, positions, kv, attend)
+
+    def logits(
+        self, params: Mapping[str, jax.Array], hidden: Float[Array, "rows model_dim"]
+    ) -> Float32[Array, "rows vocab"]:
+        """The logits of the next token for each row."""
+        return self._merge(params).logits(hidden)
+
+    def _merge(self, params: Mapping[str, jax.Array]) -> CausalLM:
+        leaves = zip(self._paths, (params[name] for name in self._specs), strict=True)
+        return nnx.merge(self._graph, nnx.from_flat_state(list(leaves)))

@@ -1,0 +1,47 @@
+"""Gemma 3 text (Gemma Team, 2025): norms before and after each block, local and global layers.
+
+Norm weights are stored minus one; the embedding is scaled by sqrt(model_dim).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jserve.model.decoder import Family
+from jserve.model.layers import KV, Attend, Attention, GatedFfn, RMSNorm
+from jserve.model.rope import RopeTables
+from jserve.model.spec import ModelSpec
+
+NORM_OFFSET = 1.0
+
+
+class Gemma3Layer(nnx.Module):
+    """x += norm(attention(norm(x))); x += norm(ffn(norm(x)))."""
+
+    def __init__(self, spec: ModelSpec, dtype: jnp.dtype) -> None:
+        norm = partial(RMSNorm, spec.model_dim, spec.norm_eps, dtype, offset=NORM_OFFSET)
+        self.input_layernorm = norm()
+        self.self_attn = Attention(spec, dtype, qk_norm_offset=NORM_OFFSET)
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm()
+        self.mlp = GatedFfn(spec, dtype, partial(jax.nn.gelu, approximate=True))
+        self.post_feedforward_layernorm = norm()
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens model_dim"],
+        rope: RopeTables,
+        kv: KV,
+        attend: Attend,
+        window: int,
+    ) -> tuple[Float[Array, "tokens model_dim"], KV]:
+        out, kv = self.self_attn(self.input_layernorm(x), rope, kv, attend, window)
+        x = x + self.post_attention_layernorm(out)
+        out = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(out), kv
+
+
+GEMMA3 = Family(layer=Gemma3Layer, norm_offset=NORM_OFFSET, scaled_embeddings=True)

@@ -1,0 +1,141 @@
+"""The parts that decoders are wired from, as Flax NNX modules whose paths are Hugging Face's names.
+
+A module declares its parameters when it is built and computes while a program is traced.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jserve.model.params import param
+from jserve.model.rope import RopeTables, rotate
+from jserve.model.spec import ModelSpec
+
+KV = TypeVar("KV")  # one layer's pages: whatever the attention op makes of them
+# attend(q, k, v, pages, window) → (out [tokens, q_heads, head_dim], pages)
+#   q [tokens, q_heads, head_dim] is rotated and scaled; k, v [tokens, kv_heads, head_dim],
+#   k rotated; `window` is static, in tokens, 0 for full attention.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, int], tuple[jax.Array, Any]]
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def dot(
+    x: Float[Array, "tokens in_dim"], weight: Float[Array, "out_dim in_dim"]
+) -> Float[Array, "tokens out_dim"]:
+    """x · weightᵀ, accumulated and returned in float32."""
+    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+class Linear(nnx.Module):
+    """y = x · weightᵀ (+ bias), the weight [out, in]."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        axes: tuple[str | None, str | None],  # of the weight
+        dtype: jnp.dtype,
+        *,
+        bias: bool = False,
+    ) -> None:
+        self.dtype = dtype
+        self.weight = param((out_dim, in_dim), axes, dtype, std=in_dim**-0.5)
+        self.bias = param((out_dim,), axes[:1], dtype, std=0.02) if bias else None
+
+    def __call__(self, x: Float[Array, "tokens in_dim"]) -> Float[Array, "tokens out_dim"]:
+        y = dot(x, self.weight[...])
+        if self.bias is not None:
+            y = y + self.bias[...].astype(jnp.float32)
+        return y.astype(self.dtype)
+
+
+class Embedding(nnx.Module):
+    """A row per token id; transposed it is the head of a model with tied embeddings."""
+
+    def __init__(self, vocab: int, dim: int, dtype: jnp.dtype) -> None:
+        self.weight = param((vocab, dim), ("vocab", None), dtype, std=dim**-0.5)
+
+    def __call__(self, tokens: Int[Array, " tokens"]) -> Float[Array, "tokens model_dim"]:
+        return self.weight[...][tokens]
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · (offset + weight) over the last axis, in float32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, dim: int, eps: float, dtype: jnp.dtype, *, offset: float = 0.0) -> None:
+        self.eps = eps
+        self.offset = offset
+        self.weight = param((dim,), (None,), dtype, mean=1.0 - offset, std=0.1)
+
+    def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
+        wide = x.astype(jnp.float32)
+        scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        weight = self.weight[...].astype(jnp.float32) + self.offset
+        return (wide * scale * weight).astype(x.dtype)
+
+
+class GatedFfn(nnx.Module):
+    """down(activation(gate(x)) · up(x)): SwiGLU, GeGLU (Shazeer, 2020)."""
+
+    def __init__(self, spec: ModelSpec, dtype: jnp.dtype, activation: Activation) -> None:
+        self.activation = activation
+        self.gate_proj = _ffn_linear(spec, dtype, into=True)
+        self.up_proj = _ffn_linear(spec, dtype, into=True)
+        self.down_proj = _ffn_linear(spec, dtype, into=False)
+
+    def __call__(self, x: Float[Array, "tokens model_dim"]) -> Float[Array, "tokens model_dim"]:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _ffn_linear(spec: ModelSpec, dtype: jnp.dtype, *, into: bool) -> Linear:
+    if into:
+        return Linear(spec.model_dim, spec.ffn_dim, ("ffn", None), dtype, bias=spec.ffn_bias)
+    return Linear(spec.ffn_dim, spec.model_dim, (None, "ffn"), dtype, bias=spec.ffn_bias)
+
+
+class Attention(nnx.Module):
+    """Projections, optional per-head norms of q and k, rotation; attention itself is `attend`."""
+
+    def __init__(
+        self, spec: ModelSpec, dtype: jnp.dtype, *, qk_norm_offset: float | None = None
+    ) -> None:
+        dim, q_dim, kv_dim = (
+            spec.model_dim,
+            spec.q_heads * spec.head_dim,
+            spec.kv_heads * spec.head_dim,
+        )
+        self.spec = spec
+        self.q_proj = Linear(dim, q_dim, ("q_heads", None), dtype, bias=spec.qkv_bias)
+        self.k_proj = Linear(dim, kv_dim, ("kv_heads", None), dtype, bias=spec.qkv_bias)
+        self.v_proj = Linear(dim, kv_dim, ("kv_heads", None), dtype, bias=spec.qkv_bias)
+        self.o_proj = Linear(q_dim, dim, (None, "q_heads"), dtype, bias=spec.output_bias)
+        self.q_norm = self.k_norm = None
+        if qk_norm_offset is not None:
+            self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype, offset=qk_norm_offset)
+            self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype, offset=qk_norm_offset)
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens model_dim"],
+        rope: RopeTables,
+        kv: KV,
+        attend: Attend,
+        window: int,
+    ) -> tuple[Float[Array, "tokens model_dim"], KV]:
+        q = self._heads(self.q_proj(x))
+        k = self._heads(self.k_proj(x))
+        v = self._heads(self.v_proj(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = rotate(q.astype(jnp.float32), rope) * self.spec.attention_scale
+        k = rotate(k.astype(jnp.float32), rope)
+        out, kv = attend(q.astype(x.dtype), k.astype(x.dtype), v, kv, window)
+        return self.o_proj(out.reshape(x.shape[0], -1)), kv
+
+    def _heads(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens heads head_dim"]:
+        return x.reshape(x.shape[0], -1, self.spec.head_dim)

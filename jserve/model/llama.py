@@ -1,0 +1,39 @@
+"""The plain pre-norm block: Llama 2 and 3, SmolLM2; Mistral and Qwen 2 but for windows and biases.
+
+Windows, biases and rotary scaling are in the spec, so these families share all the wiring.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jserve.model.decoder import Family
+from jserve.model.layers import KV, Attend, Attention, GatedFfn, RMSNorm
+from jserve.model.rope import RopeTables
+from jserve.model.spec import ModelSpec
+
+
+class PreNormLayer(nnx.Module):
+    """x += attention(norm(x)); x += ffn(norm(x))."""
+
+    def __init__(self, spec: ModelSpec, dtype: jnp.dtype, *, qk_norm: bool = False) -> None:
+        self.input_layernorm = RMSNorm(spec.model_dim, spec.norm_eps, dtype)
+        self.self_attn = Attention(spec, dtype, qk_norm_offset=0.0 if qk_norm else None)
+        self.post_attention_layernorm = RMSNorm(spec.model_dim, spec.norm_eps, dtype)
+        self.mlp = GatedFfn(spec, dtype, jax.nn.silu)
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens model_dim"],
+        rope: RopeTables,
+        kv: KV,
+        attend: Attend,
+        window: int,
+    ) -> tuple[Float[Array, "tokens model_dim"], KV]:
+        out, kv = self.self_attn(self.input_layernorm(x), rope, kv, attend, window)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), kv
+
+
+LLAMA = Family(layer=PreNormLayer)
