@@ -1,7 +1,7 @@
 """What a client asked for, and what it gets back, as plain frozen data."""
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 # Static widths of the per-slot sampling state on the device. A request beyond one of them is
 # refused with the limit in the message.
@@ -102,6 +102,21 @@ class SequenceUpdate:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     queue_s: float | None = None  # from arrival to first scheduling; set on the first update
     error: str | None = None  # set when finish is ERROR
+
+    def then(self, later: "SequenceUpdate") -> "SequenceUpdate":
+        """This update and the next one of the same sequence as one."""
+        if self.logprobs is None or later.logprobs is None:
+            logprobs = later.logprobs if self.logprobs is None else self.logprobs
+        else:
+            logprobs = self.logprobs + later.logprobs
+        prompt = self.prompt_logprobs
+        return replace(
+            later,
+            tokens=self.tokens + later.tokens,
+            logprobs=logprobs,
+            prompt_logprobs=later.prompt_logprobs if prompt is None else prompt,
+            queue_s=later.queue_s if self.queue_s is None else self.queue_s,
+        )
 
 
 @dataclass(frozen=True, slots=True)

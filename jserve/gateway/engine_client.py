@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Protocol
 
 from jserve.core.errors import EngineError, JserveError
@@ -61,7 +60,7 @@ class UpdateStream:
         if update.finish is not None:
             self._live.discard(update.request_id)
         unread = self._news.get(update.request_id)
-        self._news[update.request_id] = update if unread is None else merge(unread, update)
+        self._news[update.request_id] = update if unread is None else unread.then(update)
         self._wake()
 
     def fail(self, error: JserveError) -> None:
@@ -107,18 +106,3 @@ class UpdateStream:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-def merge(first: SequenceUpdate, second: SequenceUpdate) -> SequenceUpdate:
-    """Two consecutive updates of one sequence as one."""
-    if first.logprobs is None or second.logprobs is None:
-        logprobs = first.logprobs or second.logprobs
-    else:
-        logprobs = first.logprobs + second.logprobs
-    return replace(
-        second,
-        tokens=first.tokens + second.tokens,
-        logprobs=logprobs,
-        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
-        queue_s=first.queue_s if first.queue_s is not None else second.queue_s,
-    )
