@@ -1,0 +1,64 @@
+"""What an engine process tells its supervisor while it lives: one JSON object a line."""
+
+import json
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseStarted:
+    """The engine begins a phase of its start, for example `load` or `compile`."""
+
+    phase: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseProgress:
+    """A plain-text line about the running phase."""
+
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPrepared:
+    """The native model folder is complete: a gateway may read its tokenizer."""
+
+    folder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The engine serves. `summary` is shown to people, in order; `phases` are seconds."""
+
+    summary: dict[str, str] = field(default_factory=dict[str, str])
+    phases: dict[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The engine gives up. A config error will not go away by starting again."""
+
+    message: str
+    is_config_error: bool
+
+
+EngineStatus = PhaseStarted | PhaseProgress | ModelPrepared | Ready | Failed
+
+_KINDS: dict[str, type[EngineStatus]] = {
+    cls.__name__: cls for cls in (PhaseStarted, PhaseProgress, ModelPrepared, Ready, Failed)
+}
+
+
+def encode(status: EngineStatus) -> bytes:
+    """One line, newline included."""
+    line = json.dumps({"kind": type(status).__name__, **asdict(status)}, ensure_ascii=False)
+    return line.encode() + b"\n"
+
+
+def decode(line: bytes) -> EngineStatus:
+    """Reads what `encode` wrote. Raises ValueError for anything else."""
+    try:
+        fields = json.loads(line)
+        return _KINDS[fields.pop("kind")](**fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not an engine status: {line[:200]!r}") from error
