@@ -4,59 +4,34 @@ Every front end (HTTP, gRPC) parses into `Prompt` and `SamplingFields`, calls `p
 `run`, and writes the pieces in its own format.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import asyncio
+import itertools
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from jserve.core.clock import Clock
-from jserve.core.request import FinishReason, SamplingParams, TokenLogprobs
+from jserve.core.errors import RequestError, Unavailable, UnknownModel
+from jserve.core.request import EngineInfo, Request
+from jserve.gateway.chat import ChatTemplate, check_messages
 from jserve.gateway.config import GatewayConfig
-from jserve.gateway.engine_client import EngineClient
+from jserve.gateway.defaults import SamplingDefaults
+from jserve.gateway.engine_client import EngineClient, UpdateStream
+from jserve.gateway.pieces import Choice, Generation, Piece, Prompt
 from jserve.gateway.tokenizer import TextTokenizer
-from jserve.gateway.validation import SamplingFields
+from jserve.gateway.validation import (
+    SamplingFields,
+    boolean,
+    check_prompt,
+    check_stop,
+    integer,
+    resolve_sampling,
+)
 
+__all__ = ["Generation", "Generator", "Piece", "Pieces", "Prompt"]
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """Token ids, and the text they came from when it was text."""
-
-    ids: tuple[int, ...]
-    text: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
-    """What a front end asks for, validated, every field resolved."""
-
-    id: str
-    prompt: Prompt
-    sampling: SamplingParams
-    stop: tuple[str, ...] = ()
-    n: int = 1
-    priority: int = 0
-    echo: bool = False  # the text of each choice starts with the prompt's text
-    skip_special_tokens: bool = True
-    include_stop_str_in_output: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """News of one choice.
-
-    `text` may lag behind `token_ids` while half a character or half a stop string is held back;
-    the concatenation of all texts is the answer. `token_ids`, and `logprobs` parallel to it, run
-    to the token that completed a stop string; their number is the usage.
-    """
-
-    index: int  # choice
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] | None = None  # when requested
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # on the first piece
-    finish: FinishReason | None = None  # on the last piece of the choice
-    stop_reason: str | int | None = None  # stop string or stop_token_id; None for end of sequence
-    queue_s: float | None = None  # on the first piece
-    ttft_s: float | None = None  # on the first piece: `run` to the first token
+_PRIORITY_LIMIT = 2**31 - 1
 
 
 class Pieces:
@@ -64,15 +39,53 @@ class Pieces:
 
     `__anext__` may be cancelled (a timeout for keep-alive frames) and called again without loss.
     Errors of the engine (Overloaded, Unavailable, EngineError, RequestError) are raised by it, the
-    first three usually by the first call. `close` aborts every choice; idempotent, not blocking.
+    first two by the first call if at all. `close` aborts every choice; idempotent, never blocks.
     """
+
+    def __init__(
+        self, owner: "Generator", generation: Generation, stream: UpdateStream, ids: Sequence[str]
+    ) -> None:
+        self._owner = owner
+        self._stream = stream
+        self._started_s = owner.clock.now_s()
+        self._choices = {
+            request_id: Choice(generation, index, owner.tokenizer)
+            for index, request_id in enumerate(ids)
+        }
+        self._unseen = set(ids)  # no piece yet
 
     def __aiter__(self) -> "Pieces":
         return self
 
-    async def __anext__(self) -> Piece: ...
+    async def __anext__(self) -> Piece:
+        try:
+            while True:
+                update = await self._stream.__anext__()
+                choice = self._choices.get(update.request_id)
+                if choice is not None:
+                    break
+        except asyncio.CancelledError:
+            raise
+        except BaseException:
+            self.close()
+            raise
+        piece = choice.feed(update)
+        if update.request_id in self._unseen:
+            self._unseen.discard(update.request_id)
+            piece = replace(piece, ttft_s=self._owner.clock.now_s() - self._started_s)
+        if piece.finish is not None:
+            del self._choices[update.request_id]
+            if update.finish is None:
+                self._stream.drop(update.request_id)
+            if not self._choices:
+                self.close()
+        return piece
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Aborts what still runs."""
+        self._choices.clear()
+        self._stream.close()
+        self._owner.forget(self)
 
     async def aclose(self) -> None:
         """`close`, for contextlib.aclosing."""
@@ -80,48 +93,96 @@ class Pieces:
 
 
 class Generator:
-    """Owns the tokenizer, the defaults and the connection to the engine."""
+    """Owns the tokenizer, the defaults and the connection to the engine; on one event loop."""
 
     def __init__(
         self,
         *,
         tokenizer: TextTokenizer,
+        chat_template: ChatTemplate | None,
+        defaults: SamplingDefaults,
         engine: EngineClient,
         config: GatewayConfig,
         clock: Clock,
-    ) -> None: ...
-
-    tokenizer: TextTokenizer
-    engine: EngineClient
-    config: GatewayConfig
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.defaults = defaults
+        self.engine = engine
+        self.config = config
+        self.clock = clock
+        self.draining = False
+        self._live: set[Pieces] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        # Engine-wide unique ids, whatever ids the clients of several gateways choose.
+        self._id_prefix = secrets.token_hex(6)
+        self._serial = itertools.count()
 
     @property
     def model_name(self) -> str:
         """The served name."""
-        ...
+        if self.config.served_model_name:
+            return self.config.served_model_name
+        return self.engine.info.model if self.engine.info is not None else ""
 
     @property
-    def ready(self) -> bool: ...
+    def ready(self) -> bool:
+        """Whether a request would be answered now."""
+        return self.engine.ready and not self.draining
+
+    @property
+    def num_live(self) -> int:
+        """Generations that run."""
+        return len(self._live)
+
+    @property
+    def info(self) -> EngineInfo:
+        """The engine's description; Unavailable before it was ever reached."""
+        if self.engine.info is None:
+            raise Unavailable("the model is still loading; try again", retry_after_s=1.0)
+        return self.engine.info
 
     def check_model(self, name: str | None) -> None:
         """Raises UnknownModel unless `name` is None, empty or the served one."""
+        if name and name != self.model_name:
+            raise UnknownModel(
+                f"model {name[:200]!r} is not served here; {self.model_name!r} is", param="model"
+            )
 
     async def text_prompt(self, text: str, *, add_special_tokens: bool | None = None) -> Prompt:
         """Tokenizes; None keeps the tokenizer's own habit of adding a BOS."""
-        ...
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text holds a lone surrogate at character {error.start}; send valid Unicode",
+                param="prompt",
+            ) from error
+        ids = await self.tokenizer.encode_async(text, add_special_tokens=add_special_tokens)
+        return Prompt(tuple(ids), text)
 
-    def token_prompt(self, ids: Sequence[int]) -> Prompt: ...
+    def token_prompt(self, ids: Sequence[int]) -> Prompt:
+        """A prompt that is token ids already; `prepare` checks them."""
+        return Prompt(check_prompt(ids, self.info))
 
-    async def chat_prompt(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Prompt:
-        """Renders the model's chat template and tokenizes; RequestError if there is none."""
-        ...
+    async def chat_prompt(self, messages: Any, *, add_generation_prompt: bool = True) -> Prompt:
+        """Checks the messages, renders the model's chat template and tokenizes.
+
+        The template writes the BOS itself, if the model wants one. RequestError if the model has
+        no template.
+        """
+        checked = check_messages(messages, max_messages=self.config.max_chat_messages)
+        if self.chat_template is None:
+            raise RequestError(
+                f"model {self.model_name!r} has no chat template; "
+                "use completions with a prompt instead of chat messages",
+                param="messages",
+            )
+        text = await asyncio.to_thread(
+            self.chat_template.render, checked, add_generation_prompt=add_generation_prompt
+        )
+        return await self.text_prompt(text, add_special_tokens=False)
 
     def prepare(
         self,
@@ -138,11 +199,82 @@ class Generator:
     ) -> Generation:
         """Checks every field and resolves the defaults; None means not given.
 
+        max_tokens 0 is allowed with `echo` or prompt_logprobs: only the prompt is looked at.
         Raises RequestError (with `param`), PromptTooLong, Unavailable before the engine was
         ever seen (its context length is not known yet).
         """
-        ...
+        info, config = self.info, self.config
+        ids = check_prompt(prompt.ids, info)
+        echoes = boolean("echo", echo, default=False)
+        prompt_only = (
+            type(sampling.max_tokens) is int
+            and sampling.max_tokens == 0
+            and (echoes or sampling.prompt_logprobs is not None)
+        )
+        if prompt_only:
+            sampling = replace(sampling, max_tokens=1)
+        return Generation(
+            id=check_request_id(id, config.max_request_id_chars),
+            prompt=Prompt(ids, prompt.text),
+            sampling=resolve_sampling(
+                sampling, defaults=self.defaults, info=info, prompt_tokens=len(ids)
+            ),
+            stop=check_stop(
+                stop, max_count=config.max_stop_strings, max_chars=config.max_stop_string_chars
+            ),
+            n=integer("n", n, 1, 1, min(config.max_choices, info.num_slots + info.max_queue)),
+            priority=integer("priority", priority, 0, -_PRIORITY_LIMIT, _PRIORITY_LIMIT),
+            echo=echoes,
+            skip_special_tokens=boolean("skip_special_tokens", skip_special_tokens, default=True),
+            include_stop_str_in_output=boolean(
+                "include_stop_str_in_output", include_stop_str_in_output, default=False
+            ),
+            prompt_only=prompt_only,
+        )
 
     def run(self, generation: Generation) -> Pieces:
         """Starts every choice. Raises Unavailable at once when no engine is there."""
-        ...
+        if self.draining:
+            raise Unavailable("the server is shutting down; try another", retry_after_s=5.0)
+        serial = next(self._serial)
+        requests = [
+            Request(
+                id=f"{self._id_prefix}-{serial}-{choice}",
+                prompt=generation.prompt.ids,
+                sampling=generation.sampling,
+                choice=choice,
+                priority=generation.priority,
+            )
+            for choice in range(generation.n)
+        ]
+        stream = self.engine.submit(requests)
+        pieces = Pieces(self, generation, stream, [request.id for request in requests])
+        self._live.add(pieces)
+        self._idle.clear()
+        return pieces
+
+    def forget(self, pieces: Pieces) -> None:
+        """A generation has ended; called by it."""
+        self._live.discard(pieces)
+        if not self._live:
+            self._idle.set()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuses new generations and waits for the others; False if some had to be aborted."""
+        self.draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            for pieces in tuple(self._live):
+                pieces.close()
+            return False
+        return True
+
+
+def check_request_id(value: str, max_chars: int) -> str:
+    """A client's request id: printable ASCII, bounded, since it goes into headers and logs."""
+    if not 0 < len(value) <= max_chars or not (value.isascii() and value.isprintable()):
+        raise RequestError(
+            f"a request id must be 1 to {max_chars} printable ASCII characters", param="request_id"
+        )
+    return value

@@ -1,29 +1,106 @@
 """Text to token ids and back, by the model's own tokenizer."""
 
+import asyncio
 from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+from jserve.core.errors import ConfigError
+from jserve.gateway.detokenizer import (
+    ByteFallbackDetokenizer,
+    ByteLevelDetokenizer,
+    DecoderSpec,
+    Detokenizer,
+    Fragments,
+)
+
+_LONG_TEXT_CHARS = 4096  # about a millisecond of encoding; longer texts go to a thread
 
 
 class TextTokenizer:
-    """Wraps a `tokenizers.Tokenizer`. Immutable; safe to use from several threads."""
+    """Wraps a `tokenizers.Tokenizer`. Safe to use from several threads.
 
-    vocab: int
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
+    `add_bos` is the model's habit: True and False are obeyed whatever the post-processor of
+    tokenizer.json does, None leaves it to the post-processor.
+    """
 
-    def encode(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]: ...
+    def __init__(
+        self,
+        tokenizer_json: str,
+        *,
+        bos_token_id: int | None = None,
+        add_bos: bool | None = None,
+    ) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the library raises nothing more precise
+            raise ConfigError(f"tokenizer.json: {error}") from error
+        # A file may carry the truncation or padding of its training run.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.vocab = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.bos_token_id = bos_token_id
+        self._add_bos = add_bos
+        self._fragments = Fragments(
+            self._tokenizer,
+            DecoderSpec.parse(tokenizer_json),
+            frozenset(token_id for token_id, token in added.items() if token.special),
+        )
 
-    async def encode_async(
-        self, text: str, *, add_special_tokens: bool | None = None
-    ) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]:
+        """Token ids. Special tokens written in the text are parsed as such, as in Hugging Face.
+
+        `add_special_tokens` None means the model's habit. A BOS is never doubled: a text that
+        spells it out gets no second one.
+        """
+        add = add_special_tokens is not False
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add).ids
+        bos = self.bos_token_id
+        if not add or bos is None:
+            return ids
+        has_bos = ids[:1] == [bos]
+        if has_bos and ids[1:2] == [bos]:
+            return ids[1:]
+        if self._add_bos is True and not has_bos:
+            return [bos, *ids]
+        if self._add_bos is False and has_bos and add_special_tokens is None:
+            spelled = self._tokenizer.encode(text, add_special_tokens=False).ids
+            return ids if spelled[:1] == [bos] else ids[1:]
+        return ids
+
+    async def encode_async(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]:
         """`encode`, off the event loop when the text is long."""
-        ...
+        if len(text) <= _LONG_TEXT_CHARS:
+            return self.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.encode, text, add_special_tokens=add_special_tokens)
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def detokenizer(
+        self, *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
+    ) -> Detokenizer:
+        """Starts an incremental decode.
+
+        Without `prompt` its text equals `decode` of the pushed ids. With it, it is the
+        continuation of the prompt's text: a leading space stays, and a character that the prompt
+        left unfinished is completed.
+        """
+        kind = ByteLevelDetokenizer if self._fragments.spec.byte_level else ByteFallbackDetokenizer
+        return kind(
+            self._fragments, skip_special_tokens=skip_special_tokens, prompt=tuple(prompt[-16:])
+        )
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its exact name, for example `<|im_end|>`."""
+        return self._tokenizer.token_to_id(token)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token adds to the text; for logprobs."""
-        ...
+        """The bytes that a token adds to the text, a special token's name included."""
+        return self._fragments.raw(token_id)
 
     def token_text(self, token_id: int) -> str:
         """`token_bytes` as text, undecodable bytes replaced."""
-        ...
+        return self._fragments.raw(token_id).decode(errors="replace")

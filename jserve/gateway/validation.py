@@ -1,14 +1,32 @@
 """Ranges, limits and messages of every request field: one place for HTTP, gRPC and offline."""
 
-from collections.abc import Mapping, Sequence
+import math
+import secrets
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from jserve.core.errors import PromptTooLong, RequestError
+from jserve.core.request import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
+    EngineInfo,
+    SamplingParams,
+)
+from jserve.gateway.defaults import SamplingDefaults
+
+# Between 0 and this, logits / temperature overflow float32; vLLM raises it likewise.
+MIN_TEMPERATURE = 0.01
+_INT32_MAX = 2**31 - 1
+_INT64 = (-(2**63), 2**63 - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingFields:
     """Sampling fields as a client gave them; None means not given.
 
-    Values may be of any type: `resolve` checks them and names the field that is wrong.
+    Values may be of any type: `resolve_sampling` checks them and names the field that is wrong.
     """
 
     temperature: float | None = None
@@ -18,7 +36,7 @@ class SamplingFields:
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Mapping[int | str, float] | None = None  # keys: ids, or ids as text (JSON)
+    logit_bias: Mapping[int, float] | Mapping[str, float] | None = None  # ids, or ids as text
     allowed_token_ids: Sequence[int] | None = None
     bad_token_ids: Sequence[int] | None = None
     seed: int | None = None
@@ -28,3 +46,238 @@ class SamplingFields:
     stop_token_ids: Sequence[int] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+
+
+def random_seed() -> int:
+    """A seed for a request that brought none."""
+    return secrets.randbits(63)
+
+
+def check_prompt(ids: Sequence[int], info: EngineInfo) -> tuple[int, ...]:
+    """The prompt as ids in range; empty, misfit and too long ones are refused."""
+    if len(ids) == 0:
+        raise RequestError("prompt is empty; give at least one token", param="prompt")
+    if len(ids) >= info.max_model_len:
+        raise PromptTooLong(
+            f"the prompt has {len(ids)} tokens, but this model's context of {info.max_model_len} "
+            "tokens must hold the prompt and at least one output token; shorten the prompt",
+            param="prompt",
+        )
+    return token_ids("prompt", ids, info.vocab)
+
+
+def resolve_sampling(
+    fields: SamplingFields,
+    *,
+    defaults: SamplingDefaults,
+    info: EngineInfo,
+    prompt_tokens: int,
+    make_seed: Callable[[], int] = random_seed,
+) -> SamplingParams:
+    """Every field checked and resolved: what was given, else the model's default.
+
+    Raises RequestError with `param`, or PromptTooLong when prompt + max_tokens exceed the context.
+    """
+    temperature = number("temperature", fields.temperature, defaults.temperature, 0, 100)
+    top_k = integer("top_k", fields.top_k, defaults.top_k, -1, _INT32_MAX)
+    max_tokens = _max_tokens(fields.max_tokens, defaults, info, prompt_tokens)
+    sampling = SamplingParams(
+        temperature=max(temperature, MIN_TEMPERATURE) if temperature else 0.0,
+        top_k=min(max(top_k, 0), info.vocab),
+        top_p=number("top_p", fields.top_p, defaults.top_p, 0, 1, above_low=True),
+        min_p=number("min_p", fields.min_p, defaults.min_p, 0, 1),
+        repetition_penalty=number(
+            "repetition_penalty",
+            fields.repetition_penalty,
+            defaults.repetition_penalty,
+            0,
+            100,
+            above_low=True,
+        ),
+        presence_penalty=number("presence_penalty", fields.presence_penalty, 0, -2, 2),
+        frequency_penalty=number("frequency_penalty", fields.frequency_penalty, 0, -2, 2),
+        logit_bias=_logit_bias(fields.logit_bias, info.vocab),
+        allowed_token_ids=_allowed(fields.allowed_token_ids, info.vocab),
+        bad_token_ids=_id_set("bad_token_ids", fields.bad_token_ids, info.vocab),
+        seed=make_seed()
+        if fields.seed is None
+        else integer("seed", fields.seed, 0, _INT64[0], _INT64[1]),
+        max_tokens=max_tokens,
+        min_tokens=integer("min_tokens", fields.min_tokens, 0, 0, max_tokens, "max_tokens"),
+        ignore_eos=boolean("ignore_eos", fields.ignore_eos, default=False),
+        stop_token_ids=_stop_token_ids(fields, info),
+        logprobs=_optional("logprobs", fields.logprobs),
+        prompt_logprobs=_optional("prompt_logprobs", fields.prompt_logprobs),
+    )
+    _check_something_is_left(sampling, info)
+    return sampling
+
+
+def check_stop(value: Any, *, max_count: int, max_chars: int) -> tuple[str, ...]:
+    """Stop strings from None, one string or several."""
+    if value is None:
+        return ()
+    stops: Sequence[Any] = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
+        raise RequestError("stop must be a string or a list of strings", param="stop")
+    if len(stops) > max_count:
+        raise RequestError(f"stop has {len(stops)} strings; at most {max_count}", param="stop")
+    for stop in stops:
+        if not 0 < len(stop) <= max_chars:
+            raise RequestError(
+                f"a stop string has {len(stop)} characters; it must have 1 to {max_chars}",
+                param="stop",
+            )
+    return tuple(stops)
+
+
+def number(
+    name: str,
+    value: Any,
+    default: float,
+    low: float,
+    high: float,
+    *,
+    above_low: bool = False,
+) -> float:
+    """A finite number in [low, high], or in (low, high] with `above_low`."""
+    if value is None:
+        return float(default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RequestError(f"{name} must be a number, not {_show(value)}", param=name)
+    if not (low <= value <= high) or (above_low and value == low):  # NaN fails, too
+        bound = f"above {low:g} and at most {high:g}" if above_low else f"from {low:g} to {high:g}"
+        raise RequestError(f"{name} must be {bound}, not {_show(value)}", param=name)
+    return float(value)
+
+
+def integer(
+    name: str, value: Any, default: int, low: int, high: int, high_name: str | None = None
+) -> int:
+    """An integer in [low, high]; `high_name` names the bound in the message."""
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} must be an integer, not {_show(value)}", param=name)
+    if not low <= value <= high:
+        bound = f"{high_name} ({high})" if high_name else high
+        raise RequestError(f"{name} must be from {low} to {bound}, not {_show(value)}", param=name)
+    return value
+
+
+def boolean(name: str, value: Any, *, default: bool) -> bool:
+    """True or False; nothing else counts as either."""
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be true or false, not {_show(value)}", param=name)
+    return value
+
+
+def token_ids(name: str, value: Any, vocab: int) -> tuple[int, ...]:
+    """A list of token ids of the vocabulary."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise RequestError(f"{name} must be a list of token ids, not {_show(value)}", param=name)
+    ids: tuple[Any, ...] = tuple(value)
+    # Whole-sequence checks in C; the slow search for the culprit only when there is one.
+    if ids and (set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= vocab):
+        wrong = next(i for i in ids if type(i) is not int or not 0 <= i < vocab)
+        raise RequestError(
+            f"{name} holds {_show(wrong)}; token ids of this model are integers from 0 to "
+            f"{vocab - 1}",
+            param=name,
+        )
+    return ids
+
+
+def _optional(name: str, value: Any) -> int | None:
+    return None if value is None else integer(name, value, 0, 0, MAX_LOGPROBS)
+
+
+def _max_tokens(
+    value: Any, defaults: SamplingDefaults, info: EngineInfo, prompt_tokens: int
+) -> int:
+    room = info.max_model_len - prompt_tokens
+    if value is None:
+        return room if defaults.max_tokens is None else min(room, defaults.max_tokens)
+    max_tokens = integer("max_tokens", value, 0, 1, _INT32_MAX)
+    if max_tokens > room:
+        raise PromptTooLong(
+            f"{prompt_tokens} prompt tokens + max_tokens {max_tokens} = "
+            f"{prompt_tokens + max_tokens} exceed this model's context of {info.max_model_len} "
+            f"tokens; shorten the prompt or set max_tokens to at most {room}",
+            param="max_tokens",
+        )
+    return max_tokens
+
+
+def _id_set(name: str, value: Any, vocab: int) -> tuple[int, ...]:
+    return () if value is None else tuple(dict.fromkeys(token_ids(name, value, vocab)))
+
+
+def _allowed(value: Any, vocab: int) -> tuple[int, ...]:
+    allowed = _id_set("allowed_token_ids", value, vocab)
+    if value is not None and not allowed:
+        raise RequestError(
+            "allowed_token_ids is empty, so nothing could be generated; leave it out to allow all",
+            param="allowed_token_ids",
+        )
+    return allowed
+
+
+def _stop_token_ids(fields: SamplingFields, info: EngineInfo) -> tuple[int, ...]:
+    stops = _id_set("stop_token_ids", fields.stop_token_ids, info.vocab)
+    num_eos = len(set(info.eos_token_ids) - set(stops))
+    if len(stops) + num_eos > MAX_STOP_TOKEN_IDS:
+        raise RequestError(
+            f"stop_token_ids has {len(stops)} ids; at most {MAX_STOP_TOKEN_IDS - num_eos} fit "
+            f"beside the model's {num_eos} end-of-sequence ids",
+            param="stop_token_ids",
+        )
+    return stops
+
+
+def _logit_bias(value: Any, vocab: int) -> tuple[tuple[int, float], ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Mapping):
+        raise RequestError(
+            f"logit_bias must map token ids to numbers, not {_show(value)}", param="logit_bias"
+        )
+    if len(value) > MAX_LOGIT_BIAS:
+        raise RequestError(
+            f"logit_bias has {len(value)} entries; at most {MAX_LOGIT_BIAS}", param="logit_bias"
+        )
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        # JSON keys are text; "+7", "٧" and "1_0" are not ids.
+        text = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10
+        token_id: Any = int(key) if text else key
+        token_ids("logit_bias", (token_id,), vocab)
+        if token_id in biases:
+            raise RequestError(f"logit_bias names token {token_id} twice", param="logit_bias")
+        biases[token_id] = number(f"logit_bias.{token_id}", bias, 0, -100, 100)
+    return tuple(sorted(biases.items()))
+
+
+def _check_something_is_left(sampling: SamplingParams, info: EngineInfo) -> None:
+    """Refuses masks that together leave no token to sample."""
+    masked: Collection[int] = set(sampling.bad_token_ids)
+    if sampling.min_tokens:
+        masked |= set(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            masked |= set(info.eos_token_ids)
+    left = set(sampling.allowed_token_ids) - masked if sampling.allowed_token_ids else None
+    if (left is None and len(masked) >= info.vocab) or (left is not None and not left):
+        raise RequestError(
+            "allowed_token_ids, bad_token_ids and min_tokens together leave no token to generate",
+            param="allowed_token_ids" if sampling.allowed_token_ids else "bad_token_ids",
+        )
+
+
+def _show(value: Any) -> str:
+    """A value for a message, bounded."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,184 @@
+"""Chat messages to one prompt text, by the model's own Jinja template.
+
+The environment is Hugging Face's (transformers.utils.chat_template_utils), so that a template
+renders the same here; the sandbox keeps a template from reaching Python and from growing without
+bound.
+"""
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from jserve.core.errors import ConfigError, RequestError
+
+MAX_RENDERED_CHARS = 16 << 20
+_MESSAGE_FIELDS = frozenset({"role", "content", "name"})
+
+
+class _TemplateError(Exception):
+    """`raise_exception(message)` in a template."""
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}`, which marks the assistant's tokens for training."""
+
+    tags = {"generation"}  # noqa: RUF012  the attribute Jinja declares
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """Drops the tags and keeps what is between them."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Refuses operators that make large values out of small ones."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(
+        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
+    ) -> Any:
+        """Multiplies plain, small numbers only; `'-' * 10` within reason."""
+        if operator == "**" and (abs(left) > 1e6 or abs(right) > 64):
+            raise jinja2.exceptions.SecurityError("** of large numbers in a chat template")
+        sizes = [len(value) for value in (left, right) if isinstance(value, Sequence)]
+        counts = [value for value in (left, right) if isinstance(value, int)]
+        if operator == "*" and sizes and counts and sizes[0] * counts[0] > MAX_RENDERED_CHARS:
+            raise jinja2.exceptions.SecurityError("* makes too large a value in a chat template")
+        return super().call_binop(context, operator, left, right)
+
+
+class ChatTemplate:
+    """A compiled chat template. Stateless; safe to use from several threads."""
+
+    def __init__(self, source: str, *, special_tokens: Mapping[str, str]) -> None:
+        """`special_tokens` are variables such as bos_token and eos_token.
+
+        Raises ConfigError if the source is not a template.
+        """
+        environment = _Sandbox(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationTag, jinja2.ext.loopcontrols],
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"chat template, line {error.lineno}: {error.message}") from error
+        self._special_tokens = dict(special_tokens)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt text. Whatever goes wrong in the template is a RequestError."""
+        pieces: list[str] = []
+        size = 0
+        try:
+            for piece in self._template.generate(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            ):
+                pieces.append(piece)
+                size += len(piece)
+                if size > MAX_RENDERED_CHARS:
+                    raise _TemplateError(f"it renders to over {MAX_RENDERED_CHARS} characters")
+        # A template may fail in any way that Python code can, on messages it was not made for.
+        except (
+            jinja2.TemplateError,
+            _TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise RequestError(
+                f"the model's chat template refused the messages: {error}", param="messages"
+            ) from error
+        return "".join(pieces)
+
+
+def check_messages(value: Any, *, max_messages: int) -> list[dict[str, str]]:
+    """Messages with a role and text; a list of text parts is joined by line ends, as in vLLM.
+
+    Raises RequestError naming the message and the field.
+    """
+    if not isinstance(value, list | tuple) or not value:
+        raise RequestError("messages must be a list with at least one message", param="messages")
+    if len(value) > max_messages:
+        raise RequestError(
+            f"messages has {len(value)} entries; at most {max_messages}", param="messages"
+        )
+    return [_check_message(f"messages[{i}]", message) for i, message in enumerate(value)]
+
+
+def _check_message(where: str, message: Any) -> dict[str, str]:
+    if not isinstance(message, Mapping):
+        raise RequestError(f"{where} must be an object", param=where)
+    fields = {name: value for name, value in message.items() if value is not None}
+    unknown = fields.keys() - _MESSAGE_FIELDS
+    if unknown:
+        name = min(unknown)
+        raise RequestError(f"{where}.{name} is not supported", param=f"{where}.{name}")
+    for name in ("role", "name"):
+        if not isinstance(fields.get(name, "" if name == "name" else None), str):
+            raise RequestError(f"{where}.{name} must be a string", param=f"{where}.{name}")
+    if fields["role"] in ("tool", "function"):
+        raise RequestError(
+            f"{where}.role {fields['role']!r}: tools are not supported yet", param=f"{where}.role"
+        )
+    return {**fields, "content": _content(f"{where}.content", fields.get("content"))}
+
+
+def _content(where: str, content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise RequestError(f"{where} must be a string or a list of text parts", param=where)
+    texts: list[str] = []
+    for i, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            raise RequestError(f"{where}[{i}] must be of type text", param=f"{where}[{i}]")
+        if not isinstance(part.get("text"), str):
+            raise RequestError(f"{where}[{i}].text must be a string", param=f"{where}[{i}].text")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _raise_exception(message: str) -> None:
+    raise _TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)  # local time, as in Hugging Face
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML characters.
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )

@@ -1,0 +1,170 @@
+"""What the gateway counts, for all front ends: requests, tokens, latencies, HTTP exchanges."""
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+from jserve.core.clock import Clock
+from jserve.core.errors import JserveError
+from jserve.core.request import FinishReason
+from jserve.gateway.generation import Generation, Piece, Pieces
+
+_LATENCY_S = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_TOKENS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
+
+Labels = tuple[str, ...]
+
+
+class Histogram:
+    """Counts by upper bound. prometheus_client's own takes one value at a time, under a lock."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, value: float, weight: int = 1) -> None:
+        """Counts `value`, `weight` times."""
+        self._counts[bisect_left(self._bounds, value)] += weight
+        self.sum += value * weight
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """(upper bound, values up to it), as Prometheus has them."""
+        total = 0
+        buckets: list[tuple[str, float]] = []
+        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+            total += count
+            buckets.append(("+Inf" if bound == float("inf") else str(bound), total))
+        return buckets
+
+
+def _latency() -> Histogram:
+    return Histogram(_LATENCY_S)
+
+
+def _tokens() -> Histogram:
+    return Histogram(_TOKENS)
+
+
+@dataclass(slots=True, kw_only=True)
+class GatewayMetrics:
+    """Counters of one gateway process, for all front ends. Owned by its event loop."""
+
+    clock: Clock
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    in_flight: int = 0  # generations that run now
+    finished: dict[str, int] = field(default_factory=dict[str, int])  # by reason
+    http_requests: dict[Labels, int] = field(default_factory=dict[Labels, int])
+    http_duration_s: dict[Labels, Histogram] = field(default_factory=dict[Labels, Histogram])
+    # From `run` on, and per choice where a request has several.
+    time_to_first_token_seconds: Histogram = field(default_factory=_latency)
+    inter_token_latency_seconds: Histogram = field(default_factory=_latency)
+    request_time_per_output_token_seconds: Histogram = field(default_factory=_latency)
+    e2e_request_latency_seconds: Histogram = field(default_factory=_latency)
+    request_queue_time_seconds: Histogram = field(default_factory=_latency)
+    request_prompt_tokens: Histogram = field(default_factory=_tokens)
+    request_generation_tokens: Histogram = field(default_factory=_tokens)
+
+    def track(self, generation: Generation, pieces: Pieces) -> "TrackedPieces":
+        """`pieces`, counted on their way."""
+        return TrackedPieces(self, generation, pieces)
+
+    def count_finish(self, reason: str) -> None:
+        """One choice ended."""
+        self.finished[reason] = self.finished.get(reason, 0) + 1
+
+    def count_http(self, route: str, method: str, status: int, duration_s: float) -> None:
+        """One HTTP exchange ended."""
+        key = (route, method, str(status))
+        self.http_requests[key] = self.http_requests.get(key, 0) + 1
+        self.http_duration_s.setdefault((route,), _latency()).add(duration_s)
+
+
+@dataclass(slots=True)
+class _Choice:
+    first_s: float
+    last_s: float
+    tokens: int = 0
+
+
+class TrackedPieces:
+    """Passes pieces through and counts them; iterated and closed like `Pieces`."""
+
+    def __init__(self, metrics: GatewayMetrics, generation: Generation, pieces: Pieces) -> None:
+        self._metrics = metrics
+        self._generation = generation
+        self._pieces = pieces
+        self._start_s = metrics.clock.now_s()
+        self._live: dict[int, _Choice] = {}
+        self._unfinished = generation.n
+        self._open = True
+        metrics.in_flight += 1
+
+    def __aiter__(self) -> "TrackedPieces":
+        return self
+
+    async def __anext__(self) -> Piece:
+        """See `Pieces`."""
+        try:
+            piece = await self._pieces.__anext__()
+        except JserveError:
+            self._end("error")
+            raise
+        except StopAsyncIteration:
+            self._end("error")
+            raise
+        self._count(piece)
+        return piece
+
+    def close(self) -> None:
+        """See `Pieces`."""
+        self._pieces.close()
+        self._end("abort")
+
+    async def aclose(self) -> None:
+        """`close`, for contextlib.aclosing."""
+        self.close()
+
+    def _count(self, piece: Piece) -> None:
+        metrics, now_s, num = self._metrics, self._metrics.clock.now_s(), len(piece.token_ids)
+        choice = self._live.get(piece.index)
+        if choice is None:
+            choice = self._live[piece.index] = _Choice(now_s, now_s)
+            self._count_first(piece, now_s)
+        elif num:
+            metrics.inter_token_latency_seconds.add((now_s - choice.last_s) / num, num)
+            choice.last_s = now_s
+        choice.tokens += num
+        metrics.generation_tokens += num
+        if piece.finish is not None:
+            self._count_last(piece.finish, choice, now_s)
+
+    def _count_first(self, piece: Piece, now_s: float) -> None:
+        metrics = self._metrics
+        metrics.time_to_first_token_seconds.add(now_s - self._start_s)
+        if piece.queue_s is not None:
+            metrics.request_queue_time_seconds.add(piece.queue_s)
+        if len(self._live) == 1:  # the prompt counts once
+            metrics.prompt_tokens += len(self._generation.prompt.ids)
+            metrics.request_prompt_tokens.add(len(self._generation.prompt.ids))
+
+    def _count_last(self, finish: FinishReason, choice: _Choice, now_s: float) -> None:
+        metrics = self._metrics
+        self._unfinished -= 1
+        metrics.count_finish(finish.value)
+        metrics.e2e_request_latency_seconds.add(now_s - self._start_s)
+        metrics.request_generation_tokens.add(choice.tokens)
+        if choice.tokens > 1:
+            per_token_s = (choice.last_s - choice.first_s) / (choice.tokens - 1)
+            metrics.request_time_per_output_token_seconds.add(per_token_s)
+
+    def _end(self, reason: str) -> None:
+        # `reason` is that of the choices without one of their own.
+        if self._open:
+            self._open = False
+            self._metrics.in_flight -= 1
+            for _ in range(self._unfinished):
+                self._metrics.count_finish(reason)

@@ -1,0 +1,171 @@
+"""One choice of a generation: updates of token ids in, pieces of text out. Pure."""
+
+from dataclasses import dataclass
+from itertools import islice
+
+from jserve.core.request import FinishReason, SamplingParams, SequenceUpdate, TokenLogprobs
+from jserve.gateway.stop_strings import StopMatcher
+from jserve.gateway.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids, and the text they came from when it was text."""
+
+    ids: tuple[int, ...]
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What a front end asks for, validated, every field resolved."""
+
+    id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    priority: int = 0
+    echo: bool = False  # the text of each choice starts with the prompt's text
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    prompt_only: bool = False  # max_tokens was 0: the one token that is generated is not shown
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """News of one choice.
+
+    `text` may lag behind `token_ids` while half a character or half a stop string is held back;
+    the concatenation of all texts is the answer. `token_ids`, and `logprobs` parallel to it, run
+    to the token that completed a stop string; their number is the usage.
+    """
+
+    index: int  # choice
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # when requested
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # on the first piece
+    finish: FinishReason | None = None  # on the last piece of the choice
+    stop_reason: str | int | None = None  # stop string or stop_token_id; None for end of sequence
+    queue_s: float | None = None  # on the first piece
+    ttft_s: float | None = None  # on the first piece: from `run` to the first token
+
+
+class Choice:
+    """Turns the updates of one sequence into pieces; owned by whoever reads the updates.
+
+    The text of a stop token is left out, as is a stop string and all that follows it, unless
+    `include_stop_str_in_output`. Stop strings are looked for after `min_tokens` tokens.
+    """
+
+    def __init__(self, generation: Generation, index: int, tokenizer: TextTokenizer) -> None:
+        self._generation = generation
+        self._index = index
+        self._matcher = StopMatcher(generation.stop) if generation.stop else None
+        self._num_tokens = 0
+        self._unsettled: list[tuple[int, TokenLogprobs | None]] = []
+        self._ends: list[int] = []  # characters fed to the matcher when each of those was
+        self._fed_chars = 0
+        self._head = ""  # text that goes before the output
+        prompt = generation.prompt
+        decoded = generation.echo and prompt.text is None
+        self._detokenizer = tokenizer.detokenizer(
+            skip_special_tokens=generation.skip_special_tokens,
+            prompt=() if decoded else prompt.ids,
+        )
+        if generation.echo:
+            self._head = self._detokenizer.push(prompt.ids) if decoded else prompt.text or ""
+
+    def feed(self, update: SequenceUpdate) -> Piece:
+        """The piece for an update. `Piece.finish` may be set though `update.finish` is not."""
+        if self._generation.prompt_only:
+            return self._prompt_piece(update)
+        head, self._head = self._head, ""
+        if self._matcher is None:
+            shown = update.tokens
+            if self._ends_with_stop_token(update):
+                shown = shown[:-1]
+            text = self._detokenizer.push(shown)
+            if update.finish is not None:
+                text += self._detokenizer.flush()
+            tokens, logprobs, match = update.tokens, update.logprobs, None
+        else:
+            text = self._match(self._matcher, update)
+            tokens, logprobs = self._take_settled(self._matcher, update)
+            match = self._matcher.match
+        if match is not None and self._generation.include_stop_str_in_output:
+            text += match.stop
+        return Piece(
+            index=self._index,
+            text=head + text,
+            token_ids=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=update.prompt_logprobs,
+            finish=update.finish if match is None else FinishReason.STOP,
+            stop_reason=self._stop_token(update) if match is None else match.stop,
+            queue_s=update.queue_s,
+        )
+
+    def _match(self, matcher: StopMatcher, update: SequenceUpdate) -> str:
+        """Feeds the tokens one by one and returns the text that is released."""
+        released: list[str] = []
+        logprobs = update.logprobs or (None,) * len(update.tokens)
+        last = len(update.tokens) - 1 if self._ends_with_stop_token(update) else -1
+        for i, token in enumerate(update.tokens):
+            text = "" if i == last else self._detokenizer.push((token,))
+            self._num_tokens += 1
+            if self._num_tokens <= self._generation.sampling.min_tokens:
+                released.append(text)
+            else:
+                self._fed_chars += len(text)
+                released.append(matcher.feed(text))
+            self._unsettled.append((token, logprobs[i]))
+            self._ends.append(self._fed_chars)
+            if matcher.match is not None:
+                return "".join(released)
+        if update.finish is not None:
+            released += (matcher.feed(self._detokenizer.flush()), matcher.flush())
+        return "".join(released)
+
+    def _take_settled(
+        self, matcher: StopMatcher, update: SequenceUpdate
+    ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
+        """The tokens that belong to the answer for certain; the rest waits."""
+        count = len(self._unsettled) if matcher.settled or update.finish is not None else 0
+        if (match := matcher.match) is not None:
+            # The token with which the stop string was complete is the last one.
+            until = next((i for i, end in enumerate(self._ends) if end >= match.end), count - 1)
+            count = until + 1
+        taken = list(islice(self._unsettled, count))
+        del self._unsettled[:count], self._ends[:count]
+        tokens = tuple(token for token, _ in taken)
+        if self._generation.sampling.logprobs is None:
+            return tokens, None
+        return tokens, tuple(logprobs for _, logprobs in taken if logprobs is not None)
+
+    def _ends_with_stop_token(self, update: SequenceUpdate) -> bool:
+        return (
+            update.finish is FinishReason.STOP
+            and bool(update.tokens)
+            and not self._generation.include_stop_str_in_output
+        )
+
+    def _stop_token(self, update: SequenceUpdate) -> int | None:
+        """The id of `stop_token_ids` that ended the sequence."""
+        if update.finish is not FinishReason.STOP or not update.tokens:
+            return None
+        last = update.tokens[-1]
+        return last if last in self._generation.sampling.stop_token_ids else None
+
+    def _prompt_piece(self, update: SequenceUpdate) -> Piece:
+        """No output: the prompt's text and log-probabilities alone."""
+        return Piece(
+            index=self._index,
+            text=self._head + (self._detokenizer.flush() if self._generation.echo else ""),
+            token_ids=(),
+            logprobs=None if self._generation.sampling.logprobs is None else (),
+            prompt_logprobs=update.prompt_logprobs,
+            finish=FinishReason.LENGTH if update.finish is FinishReason.STOP else update.finish,
+            queue_s=update.queue_s,
+        )
