@@ -1,0 +1,41 @@
+"""The scheduler's knobs, as plain data."""
+
+from dataclasses import dataclass
+
+from jserve.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """How an engine shares its steps. Capacities (slots, pages, programs) are the engine's own.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    max_queue: int = 1024  # waiting sequences; beyond it requests are refused
+    # Tokens of a mixed step, decodes included: what bounds the time between two tokens of a stream
+    # while prompts are computed. None: as many as the largest mixed program holds.
+    step_tokens: int | None = None
+    # Decode steps of one window while nobody waits. None: as many as the program holds.
+    window_steps: int | None = None
+    # Prompts that may be half computed at once. 1 finishes one prompt before the next is begun;
+    # more let short prompts pass a long one that came first.
+    max_partial_prefills: int = 1
+    # Pages left free per running sequence when another is admitted: room to grow, so that a
+    # sequence is not admitted only to be preempted (and computed again) a few tokens later.
+    headroom_pages: int = 1
+    max_retry_after_s: float = 30.0  # longest wait that a refused client is asked for
+
+    def __post_init__(self) -> None:
+        _at_least("max_queue", self.max_queue, 1)
+        _at_least("step_tokens", self.step_tokens, 1)
+        _at_least("window_steps", self.window_steps, 1)
+        _at_least("max_partial_prefills", self.max_partial_prefills, 1)
+        _at_least("headroom_pages", self.headroom_pages, 0)
+        _at_least("max_retry_after_s", self.max_retry_after_s, 1)
+
+
+def _at_least(name: str, value: float | None, least: int) -> None:
+    if value is not None and value < least:
+        raise ConfigError(f"scheduler.{name} is {value}; it must be at least {least}")

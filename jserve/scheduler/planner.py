@@ -1,0 +1,278 @@
+"""Builds the next step: who is admitted, who grows, who is preempted, in which program."""
+
+from dataclasses import dataclass, field
+
+from jserve.core.step import Admission, Chunk, Program
+from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.policy import window_steps
+from jserve.scheduler.programs import ProgramTable
+from jserve.scheduler.running import RunningSet
+from jserve.scheduler.sequence import Sequence, SequenceState, insert_ranked, remove_ranked
+from jserve.scheduler.stats import Counters
+
+
+@dataclass(slots=True)
+class Step:
+    """A step from its planning to its commit; row r is entry r of the first three lists."""
+
+    program: Program
+    num_steps: int
+    chunks: list[Chunk] = field(default_factory=list[Chunk])
+    sequences: list[Sequence] = field(default_factory=list[Sequence])
+    planned: list[int] = field(default_factory=list[int])  # tokens that the row yields at most
+    admissions: list[Admission] = field(default_factory=list[Admission])
+
+
+@dataclass(slots=True)
+class _Grant:
+    """Prompt tokens of one sequence in the step that is built."""
+
+    seq: Sequence
+    first_page: int  # pages from here on are new
+    num_tokens: int = 0
+
+    @property
+    def is_partial(self) -> bool:
+        return self.seq.num_computed + self.num_tokens < len(self.seq.context)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A mixed step that is built. Decode rows come first, then prompts by rank."""
+
+    left: int  # prompt tokens that the step still holds
+    share: int  # prompt tokens that one sequence gets before others had theirs
+    decodes: list[tuple[Sequence, int]] = field(default_factory=list[tuple[Sequence, int]])
+    prompts: list[_Grant] = field(default_factory=list[_Grant])
+    admissions: list[Admission] = field(default_factory=list[Admission])
+
+
+class Planner:
+    """Who waits and who runs. Owns the queue and, through `running`, slots and pages.
+
+    Memory goes by rank, across decodes and prompts: a sequence that lacks a page takes it from the
+    last of the running, which is computed again later, in its old place of the queue. So the first
+    in rank always gets on, and every sequence ends.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        *,
+        programs: ProgramTable,
+        running: RunningSet,
+        counters: Counters,
+        max_processor_rows: int,
+    ) -> None:
+        self.running = running
+        self.waiting: list[Sequence] = []  # by rank; changed here only
+        self._config = config
+        self._programs = programs
+        self._counters = counters
+        self._max_processor_rows = max_processor_rows
+        self._step_tokens = programs.step_tokens(config.step_tokens)
+
+    def enqueue(self, seq: Sequence) -> None:
+        """Puts `seq` in its place of the queue."""
+        seq.state = SequenceState.WAITING
+        insert_ranked(self.waiting, seq)
+
+    def drop(self, seq: Sequence) -> None:
+        """Ends `seq`, wherever it is; what it holds is free at once."""
+        if seq.state is SequenceState.WAITING:
+            remove_ranked(self.waiting, seq)
+        elif seq.state is SequenceState.RUNNING:
+            self.running.leave(seq)
+        seq.state = SequenceState.FINISHED
+
+    def plan(self, now_s: float) -> Step | None:
+        """The next step, with slots, pages and counts of its sequences as after it."""
+        head_fits = self._head_fits()
+        ready = head_fits and self.waiting[0].num_in_flight == 0
+        if ready or any(s.num_computed < len(s.context) for s in self.running.sequences):
+            step = self._plan_mixed(now_s)
+        elif self.running.sequences:
+            step = self._plan_window(admissible_soon=head_fits)
+        else:
+            return None
+        for seq in step.sequences:
+            seq.num_in_flight += 1
+            if seq.num_tokens == seq.max_total:  # its last token is in flight: it needs no more
+                self.running.leave(seq)
+                seq.state = SequenceState.RETIRED
+        return step
+
+    def _plan_window(self, *, admissible_soon: bool) -> Step:
+        running = self.running.sequences
+        most = self._programs.max_window_steps(len(running))
+        if self._config.window_steps is not None:
+            most = min(most, self._config.window_steps)
+        steps = window_steps(
+            most,
+            [seq.max_total - seq.num_tokens for seq in running],
+            waiting=bool(self.waiting),
+            admissible_soon=admissible_soon,
+        )
+        while steps > 1 and not self.running.can_grow_all(steps):
+            steps //= 2  # rather a shorter window than a preemption
+        rows: list[tuple[Sequence, int, int]] = []
+        for seq in running:  # which may lose its end to a preemption
+            new = min(steps, seq.max_total - seq.num_tokens)
+            first_page = len(seq.pages)
+            if self._reserve(seq, new):
+                rows.append((seq, first_page, new))
+        step = Step(self._programs.decode(len(rows), steps), steps)
+        for seq, first_page, new in rows:
+            _add_decode(step, seq, first_page, new)
+        return step
+
+    def _plan_mixed(self, now_s: float) -> Step:
+        running = self.running.sequences
+        left = self._step_tokens - sum(s.num_computed >= len(s.context) for s in running)
+        draft = _Draft(left=left, share=-(-left // self._config.max_partial_prefills))
+        num_preemptions = self._counters.num_preemptions
+        for seq in running:  # which may lose its end to a preemption
+            first_page = len(seq.pages)
+            if seq.num_computed < len(seq.context):
+                self._grant(draft, _Grant(seq, first_page))
+            elif self._reserve(seq, 1):
+                draft.decodes.append((seq, first_page))
+        if self._counters.num_preemptions == num_preemptions:
+            self._admit(draft, now_s)
+        for grant in draft.prompts:  # what the shares of others left over
+            self._extend(draft, grant, draft.left)
+        return self._build_mixed(draft)
+
+    def _build_mixed(self, draft: _Draft) -> Step:
+        prompts = [grant for grant in draft.prompts if grant.num_tokens]
+        num_rows = len(draft.decodes) + len(prompts)
+        if prompts:
+            num_tokens = len(draft.decodes) + sum(grant.num_tokens for grant in prompts)
+            program = self._programs.mixed(num_tokens, num_rows)
+        else:
+            program = self._programs.decode(num_rows, 1)
+        step = Step(program, 1, admissions=draft.admissions)
+        for seq, first_page in draft.decodes:
+            _add_decode(step, seq, first_page, 1)
+        for grant in prompts:
+            _add_prompt(step, grant)
+        return step
+
+    # Admission: from the head of the queue, so nobody is overtaken.
+
+    def _admission_room(self) -> int:
+        """Pages for newcomers: free, not owed to half computed prompts, not kept for growth."""
+        headroom = self._config.headroom_pages * len(self.running.sequences)
+        return self.running.num_free_pages - self.running.owed_pages() - headroom
+
+    def _head_fits(self) -> bool:
+        if not self.waiting or not self.running.num_free_slots:
+            return False
+        return self.running.pages_for(self.waiting[0].num_context) <= self._admission_room()
+
+    def _admit(self, draft: _Draft, now_s: float) -> None:
+        """Fills `draft` with newcomers until one must wait."""
+        room = self._admission_room() if self.waiting else 0
+        num_partial = sum(grant.is_partial for grant in draft.prompts)
+        num_processors = 0
+        while self.waiting and self.running.num_free_slots and draft.left > 0:
+            seq = self.waiting[0]
+            pages = self.running.pages_for(seq.num_context)
+            if pages > room or seq.num_in_flight > 0:
+                return
+            num_processors += seq.request.sampling.has_token_rules
+            num_partial += seq.num_context > min(draft.left, draft.share)
+            if (
+                num_processors > self._max_processor_rows
+                or num_partial > self._config.max_partial_prefills
+            ):
+                return
+            room -= pages + self._config.headroom_pages
+            self._enter(draft, seq, now_s)
+
+    def _enter(self, draft: _Draft, seq: Sequence, now_s: float) -> None:
+        self.waiting.pop(0)
+        self.running.enter(seq)
+        if seq.queue_s is None:
+            seq.queue_s = now_s - seq.arrival_s
+            self._counters.prompt_tokens += len(seq.request.prompt)
+        draft.admissions.append(Admission(seq.slot, seq.request, tuple(seq.output)))
+        grant = _Grant(seq, first_page=0)
+        self._extend(draft, grant, draft.share)
+        draft.prompts.append(grant)
+
+    # Memory: by rank, from the end of the running.
+
+    def _grant(self, draft: _Draft, grant: _Grant) -> None:
+        """Gives a half computed prompt its share; it preempts only if not one token fits.
+
+        The last in rank waits with what it holds instead of preempting itself.
+        """
+        self._extend(draft, grant, draft.share)
+        while grant.num_tokens == 0 and draft.left > 0:
+            last = self.running.sequences[-1]
+            if last is grant.seq:
+                break
+            self._preempt(last)
+            self._extend(draft, grant, draft.share)
+        draft.prompts.append(grant)
+
+    def _extend(self, draft: _Draft, grant: _Grant, most: int) -> None:
+        """Adds up to `most` tokens to `grant`, as the step and the free pages allow."""
+        start = grant.seq.num_computed + grant.num_tokens
+        end = min(len(grant.seq.context), start + min(most, draft.left))
+        end = min(end, self.running.most_positions(grant.seq))
+        self.running.grow(grant.seq, end)
+        grant.num_tokens += end - start
+        draft.left -= end - start
+
+    def _reserve(self, seq: Sequence, new: int) -> bool:
+        """Pages for `new` more tokens of `seq`; False if it had to be preempted itself."""
+        while not self.running.grow(seq, seq.num_computed + new):
+            last = self.running.sequences[-1]
+            self._preempt(last)
+            if last is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Takes all from `seq`; tokens in flight still count when their step is committed."""
+        self._counters.num_preemptions += 1
+        self._counters.recomputed_tokens += seq.num_computed
+        self.running.leave(seq)
+        self.enqueue(seq)
+
+
+def _add_decode(step: Step, seq: Sequence, first_page: int, new: int) -> None:
+    new_pages = tuple(seq.pages[first_page:])
+    step.chunks.append(  # by position: this runs once a row
+        Chunk(seq.slot, seq.request.id, seq.num_computed, 1, (), True, (), first_page, new_pages)
+    )
+    step.sequences.append(seq)
+    step.planned.append(new)
+    seq.num_tokens += new
+    seq.num_computed += new
+
+
+def _add_prompt(step: Step, grant: _Grant) -> None:
+    seq = grant.seq
+    start, end = seq.num_computed, seq.num_computed + grant.num_tokens
+    samples = end == len(seq.context)
+    wants_logprobs = seq.prompt_logprobs is not None
+    step.chunks.append(
+        Chunk(
+            slot=seq.slot,
+            request_id=seq.request.id,
+            start=start,
+            num_tokens=grant.num_tokens,
+            tokens=seq.context[start:end],
+            samples=samples,
+            prompt_targets=seq.request.prompt[start + 1 : end + 1] if wants_logprobs else (),
+            first_new_page=grant.first_page,
+            new_pages=tuple(seq.pages[grant.first_page :]),
+        )
+    )
+    step.sequences.append(seq)
+    step.planned.append(int(samples))
+    seq.num_tokens += int(samples)
+    seq.num_computed = end

@@ -1,0 +1,29 @@
+"""Who goes first, and for how long: pure functions. Policies rank, the scheduler allocates."""
+
+from collections.abc import Callable
+
+from jserve.core.request import Request
+
+# Smaller ranks are served first and preempted last. No two are equal.
+Rank = tuple[float, ...]
+
+# Ranks a request when it arrives, from itself and its arrival number (0, 1, 2, …). A rank never
+# changes: a preempted sequence goes back to its place.
+Policy = Callable[[Request, int], Rank]
+
+
+def first_come_first_served(request: Request, arrival: int) -> Rank:
+    """Smaller `priority` first, then the earlier arrival."""
+    return (request.priority, arrival)
+
+
+def window_steps(most: int, remaining: list[int], *, waiting: bool, admissible_soon: bool) -> int:
+    """Decode steps of the next window, from 1 to `most`.
+
+    `remaining` are the tokens that each row may still get; no window outlasts the longest. While
+    somebody waits, it ends where the first row reaches its limit, so that the slot is taken over
+    at once; when the head of the queue waits only for a step in flight, it is one step long.
+    """
+    if admissible_soon:
+        return 1
+    return min(most, min(remaining) if waiting else max(remaining))

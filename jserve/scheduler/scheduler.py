@@ -1,0 +1,299 @@
+"""The scheduler: requests in, plans out, results in, updates out. No device and no I/O."""
+
+from collections import deque
+from dataclasses import replace
+
+from jserve.core.errors import EngineError, Overloaded, PromptTooLong, RequestError, Unavailable
+from jserve.core.request import FinishReason, Request, SequenceUpdate
+from jserve.core.step import Program, RowLogprobs, StepPlan, StepResult
+from jserve.scheduler import logprobs
+from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.planner import Planner, Step
+from jserve.scheduler.policy import Policy, first_come_first_served
+from jserve.scheduler.programs import ProgramTable
+from jserve.scheduler.running import RunningSet
+from jserve.scheduler.sequence import Sequence, SequenceState
+from jserve.scheduler.stats import Counters, SchedulerStats
+
+_FINISH_REASONS = (None, FinishReason.STOP, FinishReason.LENGTH)  # by FinishCode
+
+
+class Scheduler:
+    """Iteration-level scheduling with chunked prompts over paged memory. One thread, one owner.
+
+    One rule, no phases: each step lets the computed tokens of a sequence catch up with its tokens.
+    Steps are planned before the results of those in flight are known, and committed in order.
+
+    Orca (OSDI'22): sequences join and leave at every step. Sarathi-Serve (OSDI'24): decodes go
+    first in a mixed step and are never stalled by a prompt. PagedAttention (SOSP'23): pages on
+    demand; when they run out, the sequence of the last rank is preempted and computed again later.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        *,
+        num_slots: int,
+        num_pages: int,
+        page_size: int,
+        max_model_len: int,
+        programs: tuple[Program, ...],
+        max_processor_rows: int = 8,
+        policy: Policy = first_come_first_served,
+    ) -> None:
+        """`max_processor_rows`: admissions with masks or biases that one step's batch can carry.
+
+        Raises:
+            ConfigError: the programs or `config.step_tokens` cannot hold every slot.
+        """
+        self._config = config
+        self._max_model_len = max_model_len
+        self._policy = policy
+        self._counters = Counters()
+        self._running = RunningSet(num_slots, num_pages, page_size)
+        self._planner = Planner(
+            config,
+            programs=ProgramTable(programs, num_slots),
+            running=self._running,
+            counters=self._counters,
+            max_processor_rows=max_processor_rows,
+        )
+        self._live: dict[str, Sequence] = {}
+        self._in_flight: deque[tuple[StepPlan, Step]] = deque()
+        self._num_arrivals = 0
+        self._draining = False
+
+    # Requests in and out.
+
+    def add(self, request: Request, now_s: float) -> None:
+        """Queues `request`.
+
+        Raises:
+            PromptTooLong: it can never fit, however idle the engine.
+            RequestError: its id is in use, or the prompt or max_tokens is empty.
+            Overloaded: the queue is full.
+            Unavailable: the engine drains.
+        """
+        max_total = self._checked_max_total(request)
+        if self._draining:
+            raise Unavailable("the engine is draining; send to another", retry_after_s=1.0)
+        num_waiting = len(self._planner.waiting)
+        if num_waiting >= self._config.max_queue:
+            raise Overloaded(
+                f"the queue is full with {num_waiting} waiting sequences; try again later",
+                retry_after_s=self._counters.drain_s(num_waiting, self._config.max_retry_after_s),
+            )
+        seq = Sequence(
+            request=_with_limit(request, max_total),
+            rank=self._policy(request, self._num_arrivals),
+            arrival_s=now_s,
+            max_total=max_total,
+        )
+        if request.sampling.prompt_logprobs is not None:
+            seq.prompt_logprobs = [None for _ in request.prompt]
+        self._num_arrivals += 1
+        self._live[request.id] = seq
+        self._planner.enqueue(seq)
+
+    def _checked_max_total(self, request: Request) -> int:
+        prompt = len(request.prompt)
+        if request.id in self._live:
+            raise RequestError(f"request id {request.id!r} is in use; choose another", param="id")
+        if prompt == 0:
+            raise RequestError("the prompt is empty; send at least one token", param="prompt")
+        if request.sampling.max_tokens < 1:
+            raise RequestError(
+                f"max_tokens is {request.sampling.max_tokens}; it must be at least 1",
+                param="max_tokens",
+            )
+        if prompt + 1 > self._max_model_len:
+            raise PromptTooLong(
+                f"the prompt has {prompt} tokens; with one token of output it exceeds the context "
+                f"of {self._max_model_len}; shorten it",
+                param="prompt",
+            )
+        max_total = min(prompt + request.sampling.max_tokens, self._max_model_len)
+        pages = self._running.pages_for(max_total - 1)  # the last token is never computed
+        if pages > self._running.num_pages:
+            raise PromptTooLong(
+                f"prompt and output of {max_total} tokens need {pages} pages of KV memory, the "
+                f"engine has {self._running.num_pages}; shorten the prompt or lower max_tokens",
+                param="max_tokens",
+            )
+        return max_total
+
+    def abort(self, request_id: str) -> bool:
+        """Drops a sequence and frees what it holds; results in flight for it are discarded.
+
+        False if no such sequence lives; then nothing happens.
+        """
+        seq = self._live.get(request_id)
+        if seq is None:
+            return False
+        self._end(seq)
+        self._counters.num_aborted += 1
+        return True
+
+    def drain(self) -> None:
+        """Accepts nothing new from now on; what was accepted is finished."""
+        self._draining = True
+
+    def fail_all(self, message: str) -> list[SequenceUpdate]:
+        """Ends every sequence with `message` after the engine failed; forgets steps in flight."""
+        self._in_flight.clear()
+        updates: list[SequenceUpdate] = []
+        for seq in list(self._live.values()):
+            self._end(seq)
+            updates.append(
+                SequenceUpdate(seq.request.id, (), finish=FinishReason.ERROR, error=message)
+            )
+        return updates
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence waits, runs or is in flight."""
+        return bool(self._live)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps planned but not committed."""
+        return len(self._in_flight)
+
+    def stats(self) -> SchedulerStats:
+        """The present state and the counters since the start."""
+        num_waiting = len(self._planner.waiting)
+        return self._counters.snapshot(
+            num_waiting=num_waiting,
+            num_running=len(self._live) - num_waiting,
+            free_slots=self._running.num_free_slots,
+            free_pages=self._running.num_free_pages,
+        )
+
+    # Before a step.
+
+    def plan(self, now_s: float) -> StepPlan | None:
+        """The next step, to be submitted as it is; None if nothing can run before a commit."""
+        step = self._planner.plan(now_s)
+        if step is None:
+            return None
+        plan = StepPlan(
+            step_id=self._counters.num_steps,
+            program=step.program,
+            num_steps=step.num_steps,
+            chunks=tuple(step.chunks),
+            admissions=tuple(step.admissions),
+        )
+        self._counters.num_steps += 1
+        self._in_flight.append((plan, step))
+        return plan
+
+    # After a step.
+
+    def commit(self, plan: StepPlan, result: StepResult, now_s: float) -> list[SequenceUpdate]:
+        """Takes in the result of the oldest step in flight: what clients are to be told.
+
+        Tokens past a finish or an abort are dropped. A row may yield fewer tokens than planned.
+
+        Raises:
+            EngineError: the device broke the contract of `StepResult`.
+            ValueError: `plan` is not the oldest in flight, or `result` is of another step.
+        """
+        if not self._in_flight or self._in_flight[0][0] is not plan:
+            raise ValueError(f"step {plan.step_id} is not the oldest in flight")
+        if result.step_id != plan.step_id:
+            raise ValueError(f"step {plan.step_id} got the result of step {result.step_id}")
+        _, step = self._in_flight.popleft()
+        if result.prompt_logprobs is not None:
+            _collect_prompt_logprobs(step, result.prompt_logprobs)
+        tokens: list[list[int]] = result.tokens.tolist()
+        num_new: list[int] = result.num_new.tolist()
+        codes: list[int] = result.finish.tolist()
+        updates: list[SequenceUpdate] = []
+        for row, seq in enumerate(step.sequences):
+            seq.num_in_flight -= 1
+            if seq.state is SequenceState.FINISHED:
+                continue
+            new = tokens[row][: num_new[row]]
+            finish = _FINISH_REASONS[codes[row]]
+            seq.output += new
+            self._counters.output_tokens += len(new)
+            if finish is not None:
+                self._end(seq)
+                self._counters.finished(now_s)
+            else:
+                self._settle(seq, step.planned[row] - len(new))
+                if not new:
+                    continue
+            if seq.reported and seq.request.sampling.logprobs is None:
+                updates.append(SequenceUpdate(seq.request.id, tuple(new), finish))
+            else:
+                updates.append(_full_update(seq, row, new, finish, result))
+        return updates
+
+    def _settle(self, seq: Sequence, shortfall: int) -> None:
+        """Corrects the counts of a sequence that goes on with `shortfall` tokens under its plan."""
+        if shortfall < 0 or len(seq.request.prompt) + len(seq.output) >= seq.max_total:
+            raise EngineError(
+                f"request {seq.request.id}: the device ran past the limit of {seq.max_total} tokens"
+            )
+        if shortfall == 0:
+            return
+        if seq.state is SequenceState.RUNNING:
+            seq.num_tokens -= shortfall
+            seq.num_computed -= shortfall
+        elif seq.state is SequenceState.RETIRED:  # too early: it owes tokens after all
+            self._planner.enqueue(seq)
+
+    def _end(self, seq: Sequence) -> None:
+        self._planner.drop(seq)
+        del self._live[seq.request.id]
+
+
+def _with_limit(request: Request, max_total: int) -> Request:
+    """`request`, asking for no more tokens than the context leaves: the device counts alike."""
+    most = max_total - len(request.prompt)
+    if request.sampling.max_tokens == most:
+        return request
+    return replace(request, sampling=replace(request.sampling, max_tokens=most))
+
+
+def _full_update(
+    seq: Sequence, row: int, new: list[int], finish: FinishReason | None, result: StepResult
+) -> SequenceUpdate:
+    """An update with log-probabilities, or with what comes once, on the first."""
+    num_top = seq.request.sampling.logprobs
+    if num_top is not None and result.logprobs is None:
+        raise EngineError(f"request {seq.request.id}: the step came without log-probabilities")
+    of_tokens = (
+        None
+        if num_top is None or result.logprobs is None
+        else logprobs.of_tokens(result.logprobs, row, new, num_top)
+    )
+    if seq.reported:
+        return SequenceUpdate(seq.request.id, tuple(new), finish, of_tokens)
+    seq.reported = True
+    of_prompt, seq.prompt_logprobs = seq.prompt_logprobs, None
+    if of_prompt is not None and None in of_prompt[1:]:
+        raise EngineError(f"request {seq.request.id}: prompt log-probabilities are missing")
+    return SequenceUpdate(
+        seq.request.id,
+        tuple(new),
+        finish,
+        logprobs=of_tokens,
+        prompt_logprobs=None if of_prompt is None else tuple(of_prompt),
+        queue_s=seq.queue_s,
+    )
+
+
+def _collect_prompt_logprobs(step: Step, rows: RowLogprobs) -> None:
+    """Stores what the chunks of `step` say of the prompts; a recomputation stores it again."""
+    first = 0
+    for chunk, seq in zip(step.chunks, step.sequences, strict=True):
+        num_top = seq.request.sampling.prompt_logprobs
+        if chunk.prompt_targets and num_top is not None and seq.prompt_logprobs is not None:
+            start = chunk.start + 1
+            end = start + len(chunk.prompt_targets)
+            seq.prompt_logprobs[start:end] = logprobs.of_prompt(
+                rows, first, chunk.prompt_targets, num_top
+            )
+        first += chunk.num_tokens
