@@ -1,0 +1,252 @@
+"""Between the dataclasses of core and the messages of proto. Total in both directions.
+
+Floats become float32 on the way, which is what the device computes with.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from jserve.core.errors import (
+    EngineError,
+    JserveError,
+    Overloaded,
+    PromptTooLong,
+    RequestError,
+    Unavailable,
+)
+from jserve.core.request import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    Request,
+    SamplingParams,
+    SequenceUpdate,
+    TokenLogprobs,
+)
+from jserve.proto import engine_pb2, types_pb2
+
+TokenWriter = Callable[[types_pb2.TokenLogprob, int], None]
+
+FINISH_TO_PROTO = {
+    FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: types_pb2.FINISH_REASON_ABORT,
+    FinishReason.ERROR: types_pb2.FINISH_REASON_ERROR,
+}
+_FINISH_OF_PROTO = {number: reason for reason, number in FINISH_TO_PROTO.items()}
+
+
+def sampling_to_proto(sampling: SamplingParams) -> types_pb2.SamplingParams:
+    """Every field set."""
+    message = types_pb2.SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        allowed_token_ids=sampling.allowed_token_ids,
+        bad_token_ids=sampling.bad_token_ids,
+        seed=sampling.seed,
+        max_tokens=sampling.max_tokens,
+        min_tokens=sampling.min_tokens,
+        ignore_eos=sampling.ignore_eos,
+        stop_token_ids=sampling.stop_token_ids,
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
+    )
+    for token_id, bias in sampling.logit_bias:
+        message.logit_bias[token_id] = bias
+    return message
+
+
+def sampling_of_proto(message: types_pb2.SamplingParams) -> SamplingParams:
+    """The inverse of `sampling_to_proto`; every field must be set."""
+    return SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k,
+        top_p=message.top_p,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
+        allowed_token_ids=tuple(message.allowed_token_ids),
+        bad_token_ids=tuple(message.bad_token_ids),
+        seed=message.seed,
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        ignore_eos=message.ignore_eos,
+        stop_token_ids=tuple(message.stop_token_ids),
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+    )
+
+
+def request_to_proto(request: Request) -> engine_pb2.EngineRequest:
+    """See `request_of_proto`."""
+    return engine_pb2.EngineRequest(
+        id=request.id,
+        prompt=request.prompt,
+        sampling=sampling_to_proto(request.sampling),
+        choice=request.choice,
+        priority=request.priority,
+    )
+
+
+def request_of_proto(message: engine_pb2.EngineRequest) -> Request:
+    """A request as the engine sees it."""
+    return Request(
+        id=message.id,
+        prompt=tuple(message.prompt),
+        sampling=sampling_of_proto(message.sampling),
+        choice=message.choice,
+        priority=message.priority,
+    )
+
+
+def logprobs_to_proto(
+    logprobs: TokenLogprobs | None,
+    message: types_pb2.TokenLogprobs,
+    describe: TokenWriter | None = None,
+) -> None:
+    """Writes into `message`; None, for the first prompt token, leaves it empty.
+
+    `describe` may add the text of each token.
+    """
+    if logprobs is None:
+        return
+    message.chosen.token_id = logprobs.token_id
+    message.chosen.logprob = logprobs.logprob
+    message.rank = logprobs.rank
+    for token_id, logprob in logprobs.top:
+        message.top.add(token_id=token_id, logprob=logprob)
+    if describe is not None:
+        describe(message.chosen, logprobs.token_id)
+        for top in message.top:
+            describe(top, top.token_id)
+
+
+def logprobs_of_proto(message: types_pb2.TokenLogprobs) -> TokenLogprobs | None:
+    """None for a position without a chosen token."""
+    if not message.HasField("chosen"):
+        return None
+    return TokenLogprobs(
+        message.chosen.token_id,
+        message.chosen.logprob,
+        message.rank,
+        tuple((top.token_id, top.logprob) for top in message.top),
+    )
+
+
+def updates_to_proto(
+    updates: Iterable[SequenceUpdate], response: engine_pb2.SessionResponse
+) -> None:
+    """Appends the news of a step to a message."""
+    for update in updates:
+        news = response.updates.add(request_id=update.request_id, tokens=update.tokens)
+        if update.finish is not None:
+            news.finish = FINISH_TO_PROTO[update.finish]
+        if update.queue_s is not None:
+            news.queue_s = update.queue_s
+        if update.error is not None:
+            news.error = update.error
+        if update.logprobs is not None:
+            for logprobs in update.logprobs:
+                logprobs_to_proto(logprobs, news.logprobs.add())
+        if update.prompt_logprobs is not None:
+            news.prompt_logprobs.SetInParent()
+            for logprobs in update.prompt_logprobs:
+                logprobs_to_proto(logprobs, news.prompt_logprobs.positions.add())
+
+
+def update_of_proto(news: engine_pb2.SequenceNews) -> SequenceUpdate:
+    """The news of one sequence."""
+    return SequenceUpdate(
+        request_id=news.request_id,
+        tokens=tuple(news.tokens),
+        finish=_FINISH_OF_PROTO[news.finish] if news.finish else None,
+        logprobs=_present(map(logprobs_of_proto, news.logprobs)) if news.logprobs else None,
+        prompt_logprobs=tuple(map(logprobs_of_proto, news.prompt_logprobs.positions))
+        if news.HasField("prompt_logprobs")
+        else None,
+        queue_s=news.queue_s if news.HasField("queue_s") else None,
+        error=news.error or None,
+    )
+
+
+def _present(logprobs: Iterable[TokenLogprobs | None]) -> tuple[TokenLogprobs, ...]:
+    return tuple(item for item in logprobs if item is not None)
+
+
+def info_to_proto(info: EngineInfo) -> engine_pb2.EngineHello:
+    """See `info_of_proto`."""
+    return engine_pb2.EngineHello(
+        model=info.model,
+        vocab=info.vocab,
+        max_model_len=info.max_model_len,
+        num_slots=info.num_slots,
+        num_pages=info.num_pages,
+        page_size=info.page_size,
+        max_queue=info.max_queue,
+        eos_token_ids=info.eos_token_ids,
+    )
+
+
+def info_of_proto(message: engine_pb2.EngineHello) -> EngineInfo:
+    """What an engine says of itself."""
+    return EngineInfo(
+        model=message.model,
+        vocab=message.vocab,
+        max_model_len=message.max_model_len,
+        num_slots=message.num_slots,
+        num_pages=message.num_pages,
+        page_size=message.page_size,
+        max_queue=message.max_queue,
+        eos_token_ids=tuple(message.eos_token_ids),
+    )
+
+
+_STATS_FIELDS: Sequence[str] = tuple(EngineStats.__dataclass_fields__)
+
+
+def stats_to_proto(stats: EngineStats) -> engine_pb2.EngineStats:
+    """See `stats_of_proto`."""
+    return engine_pb2.EngineStats(**{name: getattr(stats, name) for name in _STATS_FIELDS})
+
+
+def stats_of_proto(message: engine_pb2.EngineStats) -> EngineStats:
+    """The load of an engine; the fields have the same names."""
+    return EngineStats(**{name: getattr(message, name) for name in _STATS_FIELDS})
+
+
+_REJECTION_KINDS: tuple[tuple[type[JserveError], engine_pb2.Rejection.Kind], ...] = (
+    (PromptTooLong, engine_pb2.Rejection.KIND_TOO_LONG),
+    (RequestError, engine_pb2.Rejection.KIND_INVALID),
+    (Overloaded, engine_pb2.Rejection.KIND_OVERLOADED),
+    (Unavailable, engine_pb2.Rejection.KIND_DRAINING),
+)
+
+
+def rejection_to_proto(request_id: str, error: JserveError) -> engine_pb2.Rejection:
+    """A refusal; an error of another kind (the engine's fault) has no kind."""
+    kind = next((kind for cls, kind in _REJECTION_KINDS if isinstance(error, cls)), None)
+    retry_after_s = error.retry_after_s if isinstance(error, Overloaded | Unavailable) else 0.0
+    return engine_pb2.Rejection(
+        request_id=request_id, kind=kind, message=str(error), retry_after_s=retry_after_s
+    )
+
+
+def error_of_rejection(message: engine_pb2.Rejection) -> JserveError:
+    """The typed error that the client of the request gets."""
+    match message.kind:
+        case engine_pb2.Rejection.KIND_TOO_LONG:
+            return PromptTooLong(message.message, param="prompt")
+        case engine_pb2.Rejection.KIND_INVALID:
+            return RequestError(message.message)
+        case engine_pb2.Rejection.KIND_OVERLOADED:
+            return Overloaded(message.message, retry_after_s=message.retry_after_s)
+        case engine_pb2.Rejection.KIND_DRAINING:
+            return Unavailable(message.message, retry_after_s=message.retry_after_s)
+        case _:
+            return EngineError(message.message)
