@@ -1,0 +1,79 @@
+"""The HTTP application: routes, error handlers and what stands before them."""
+
+import logging
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from jserve.core.errors import EngineError, JserveError
+from jserve.gateway.generation import Generator
+from jserve.gateway.http.edge import ApiKeys, Edge
+from jserve.gateway.http.errors import error_response, unrouted
+from jserve.gateway.http.event_stream import ClientGone
+from jserve.gateway.http.openai_routes import OpenAIRoutes
+from jserve.gateway.http.probes import ProbeRoutes
+from jserve.gateway.http.token_routes import TokenRoutes
+from jserve.gateway.metrics import GatewayMetrics
+from jserve.gateway.prometheus import make_registry
+
+_log = logging.getLogger(__name__)
+
+
+def make_app(generator: Generator, metrics: GatewayMetrics, *, version: str) -> ASGIApp:
+    """The ASGI application over `generator`; `metrics` is shared with the other front ends.
+
+    From outside in: request ids and counts, CORS, API keys, routes.
+    """
+    config = generator.config
+    registry = make_registry(metrics, generator.engine, generator.model_name)
+    app: ASGIApp = Starlette(
+        routes=[
+            *OpenAIRoutes(generator, metrics).routes(),
+            *TokenRoutes(generator).routes(),
+            *ProbeRoutes(generator, registry, version).routes(),
+        ],
+        exception_handlers={
+            JserveError: _on_error,
+            HTTPException: _on_unrouted,
+            ClientGone: _on_gone,
+            Exception: _on_bug,
+        },
+    )
+    if config.api_keys:
+        app = ApiKeys(app, config)
+    if config.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return Edge(app, metrics, config)
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, JserveError)
+    return error_response(error)
+
+
+async def _on_unrouted(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    response = error_response(unrouted(request, error.status_code))
+    for name, value in (error.headers or {}).items():
+        response.headers[name] = value
+    return response
+
+
+async def _on_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # reaches nobody; the server drops it
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    # Starlette raises the error again after this, so the server logs it with its traceback.
+    request_id = request.scope["request_id"]
+    return error_response(EngineError(f"internal error; the log has it as request {request_id}"))

@@ -1,0 +1,163 @@
+"""Server-sent events over ASGI: keep-alive, back-pressure, abort when the client leaves."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from jserve.core.errors import JserveError
+from jserve.gateway.http.errors import error_json, error_response
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+_FIRST = asyncio.FIRST_COMPLETED
+_KEEP_ALIVE = b": keep-alive\n\n"
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+]
+
+
+class ClientGone(Exception):  # noqa: N818 - not an error of anybody
+    """The client closed the connection; there is nobody to answer."""
+
+
+def event(data: object) -> bytes:
+    """One event. U+0085, U+2028 and U+2029 are escaped: some clients split lines at them."""
+    body = orjson.dumps(data)
+    if b"\xe2\x80" in body or b"\xc2\x85" in body:
+        body = (
+            body.replace(b"\xe2\x80\xa8", b"\\u2028")
+            .replace(b"\xe2\x80\xa9", b"\\u2029")
+            .replace(b"\xc2\x85", b"\\u0085")
+        )
+    return b"data: " + body + b"\n\n"
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves.
+
+    Raises:
+        ClientGone: it left.
+    """
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait((working, watching), return_when=_FIRST)
+    finally:
+        if not working.done():
+            working.cancel()
+        watching.cancel()
+        await asyncio.wait((working, watching))
+    if working.cancelled():
+        raise ClientGone
+    return working.result()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends `events`, each already encoded, as they come; `[DONE]` ends it.
+
+    The response starts with the first event, so an error before it keeps its HTTP status; or after
+    `keep_alive_s`, with a comment that repeats while nothing else is sent. A later error is an
+    event. `events` is closed when the client leaves. A slow reader stops it at one event: the
+    buffers are the socket's.
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes, None], *, keep_alive_s: float) -> None:
+        super().__init__()
+        self._events = events
+        self._keep_alive_s = keep_alive_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Runs the stream to its end, or until the client leaves."""
+        writer = _Writer(scope, receive, send)
+        pumping = asyncio.create_task(self._pump(writer))
+        gone = asyncio.create_task(_disconnect(receive))
+        try:
+            await self._keep_alive(writer, (pumping, gone))
+        finally:
+            if not pumping.done():
+                pumping.cancel()
+            gone.cancel()
+            await asyncio.wait((pumping, gone))
+        if not pumping.cancelled():
+            pumping.result()  # a bug surfaces
+
+    async def _pump(self, writer: "_Writer") -> None:
+        try:
+            async with aclosing(self._events) as events:
+                async for data in events:
+                    await writer.write(data)
+        except JserveError as error:
+            await writer.fail(error)
+        else:
+            await writer.end(DONE)
+
+    async def _keep_alive(self, writer: "_Writer", until: tuple[asyncio.Task[None], ...]) -> None:
+        wait_s = self._keep_alive_s
+        while not (await asyncio.wait(until, timeout=wait_s, return_when=_FIRST))[0]:
+            wait_s = self._keep_alive_s - writer.idle_s
+            if wait_s <= 0:
+                await writer.comment(_KEEP_ALIVE)
+                wait_s = self._keep_alive_s
+
+
+class _Writer:
+    """The response's messages, whole and in order, from two tasks. Owned by one EventStream."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._lock = asyncio.Lock()
+        self._loop = asyncio.get_running_loop()
+        self._started = False
+        self._ended = False
+        self._last_write_s = self._loop.time()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last write."""
+        return self._loop.time() - self._last_write_s
+
+    async def comment(self, data: bytes) -> None:
+        if not self._lock.locked():  # else a write waits for the reader, who so needs no comment
+            await self.write(data)
+
+    async def write(self, data: bytes) -> None:
+        async with self._lock:
+            await self._body(data, more=True)
+
+    async def end(self, data: bytes) -> None:
+        async with self._lock:
+            await self._body(data, more=False)
+
+    async def fail(self, error: JserveError) -> None:
+        async with self._lock:
+            if self._started:
+                await self._body(event(error_json(error)) + DONE, more=False)
+            else:
+                self._ended = True
+                await error_response(error)(self._scope, self._receive, self._send)
+
+    async def _body(self, data: bytes, *, more: bool) -> None:
+        if self._ended:
+            return
+        if not self._started:
+            self._started = True
+            start = {"type": "http.response.start", "status": 200, "headers": _HEADERS}
+            await self._send(start)
+        self._ended = not more
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        self._last_write_s = self._loop.time()

@@ -1,0 +1,149 @@
+"""Pieces of text → the JSON of OpenAI's completion and chat completion objects.
+
+Shapes are OpenAI's, with vLLM's `stop_reason` and `prompt_logprobs`. Numbers and texts only: the
+caller serializes.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jserve.core.request import TokenLogprobs
+from jserve.gateway.generation import Piece
+
+Json = dict[str, Any]
+
+_LEAST_LOGPROB = -9999.0  # JSON has no -inf; the value is OpenAI's and vLLM's
+
+
+class TokenText(Protocol):
+    """How tokens read, for logprobs; a `TextTokenizer` is one."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that the token adds to the text."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """The same as text."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every object of one answer repeats."""
+
+    id: str
+    created: int  # Unix time, seconds
+    model: str
+
+    def json(self, kind: str, choices: Sequence[Json]) -> Json:
+        """An answer or a chunk; `kind` is OpenAI's `object`."""
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+
+def usage_json(prompt_tokens: int, completion_tokens: int) -> Json:
+    """OpenAI's `usage`."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def finish_json(piece: Piece) -> Json:
+    """`finish_reason` and vLLM's `stop_reason` of a piece; null while its choice goes on."""
+    finish = None if piece.finish is None else piece.finish.value
+    return {"finish_reason": finish, "stop_reason": piece.stop_reason}
+
+
+def chat_logprobs(entries: Iterable[TokenLogprobs], tokens: TokenText) -> Json:
+    """The `logprobs` of a chat choice."""
+    return {"content": [_chat_position(entry, tokens) for entry in entries], "refusal": None}
+
+
+def _chat_position(entry: TokenLogprobs, tokens: TokenText) -> Json:
+    top = [_chat_token(token_id, logprob, tokens) for token_id, logprob in entry.top]
+    return {**_chat_token(entry.token_id, entry.logprob, tokens), "top_logprobs": top}
+
+
+def _chat_token(token_id: int, logprob: float, tokens: TokenText) -> Json:
+    return {
+        "token": tokens.token_text(token_id),
+        "logprob": max(logprob, _LEAST_LOGPROB),
+        "bytes": list(tokens.token_bytes(token_id)),
+    }
+
+
+class CompletionLogprobs:
+    """Builds the `logprobs` of one completion choice, in one go or chunk by chunk.
+
+    `text_offset` counts the characters before each token, over the bytes of all tokens so far; a
+    token that continues a character has that character's offset. Owned by one choice.
+    """
+
+    def __init__(self, tokens: TokenText, top: int) -> None:
+        self._tokens = tokens
+        self._top = top  # alternatives per position that the client asked for
+        self._offset = 0  # characters begun so far
+
+    def add(self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> Json:
+        """The object for the next tokens; the entry of the first token of a prompt is None."""
+        texts: list[str] = []
+        offsets: list[int] = []
+        for token_id in token_ids:
+            raw = self._tokens.token_bytes(token_id)
+            texts.append(self._tokens.token_text(token_id))
+            continues = raw[:1] != b"" and raw[0] & 0xC0 == 0x80
+            offsets.append(max(self._offset - continues, 0))
+            self._offset += sum(byte & 0xC0 != 0x80 for byte in raw)
+        return {
+            "text_offset": offsets,
+            "token_logprobs": [
+                None if entry is None else max(entry.logprob, _LEAST_LOGPROB) for entry in entries
+            ],
+            "tokens": texts,
+            "top_logprobs": [
+                None if entry is None else self._alternatives(entry) for entry in entries
+            ],
+        }
+
+    def _alternatives(self, entry: TokenLogprobs) -> dict[str, float]:
+        # Best first; of ids that read the same the best counts. The token itself is always there.
+        found: dict[str, float] = {}
+        for token_id, logprob in (*entry.top[: self._top], (entry.token_id, entry.logprob)):
+            found.setdefault(self._key(token_id), max(logprob, _LEAST_LOGPROB))
+        return found
+
+    def _key(self, token_id: int) -> str:
+        text = self._tokens.token_text(token_id)
+        if "\ufffd" not in text:
+            return text
+        # Half a character: OpenAI's notation keeps such tokens apart.
+        raw = self._tokens.token_bytes(token_id)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def prompt_logprobs_json(
+    entries: Sequence[TokenLogprobs | None], tokens: TokenText
+) -> list[dict[str, Json] | None]:
+    """By position, token id → logprob, rank and text, as vLLM has it; the first is null."""
+    return [None if entry is None else _ranked(entry, tokens) for entry in entries]
+
+
+def _ranked(entry: TokenLogprobs, tokens: TokenText) -> dict[str, Json]:
+    ranked = [(entry.token_id, entry.logprob, entry.rank)]
+    ranked += [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top, 1)]
+    return {
+        str(token_id): {
+            "logprob": max(logprob, _LEAST_LOGPROB),
+            "rank": rank,
+            "decoded_token": tokens.token_text(token_id),
+        }
+        for token_id, logprob, rank in reversed(ranked)  # the token's own rank wins
+    }

@@ -1,0 +1,164 @@
+"""Routes of the OpenAI API: models, completions and chat completions, streamed and not."""
+
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from jserve.core.errors import RequestError
+from jserve.gateway.generation import Generation, Generator, Prompt
+from jserve.gateway.http.body import read_json
+from jserve.gateway.http.event_stream import EventStream, unless_disconnected
+from jserve.gateway.http.openai_answer import Answer, ChatShape, CompletionShape, Shape
+from jserve.gateway.http.openai_request import (
+    ChatRequest,
+    CompletionRequest,
+    parse_chat,
+    parse_completion,
+)
+from jserve.gateway.http.openai_response import Head
+from jserve.gateway.metrics import GatewayMetrics
+
+
+def json_response(value: Mapping[str, Any]) -> Response:
+    """`value` as a 200."""
+    return Response(orjson.dumps(value), media_type="application/json")
+
+
+class OpenAIRoutes:
+    """Answers the OpenAI routes. `unix_s` is the clock behind `created`."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        metrics: GatewayMetrics,
+        *,
+        unix_s: Callable[[], float] = time.time,
+    ) -> None:
+        self._generator = generator
+        self._metrics = metrics
+        self._unix_s = unix_s
+        self._start_s = int(unix_s())
+
+    def routes(self) -> list[Route]:
+        """The routes."""
+        return [
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{id:path}", self.model, methods=["GET"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+        ]
+
+    async def models(self, request: Request) -> Response:
+        """The one model that is served."""
+        return json_response({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """The same, by its id."""
+        self._generator.check_model(request.path_params["id"])
+        return json_response(self._model())
+
+    async def completions(self, request: Request) -> Response:
+        """`POST /v1/completions`."""
+        config = self._generator.config
+        asked = parse_completion(await read_json(request, config))
+        self._generator.check_model(asked.model)
+        if len(asked.prompts) > config.max_prompts:
+            message = f"prompt: at most {config.max_prompts} prompts, not {len(asked.prompts)}"
+            raise RequestError(message, param="prompt")
+        prompts = [await self._prompt(it, asked.add_special_tokens) for it in asked.prompts]
+        generations = self._prepare("cmpl", _with_echo(asked), prompts, echo=asked.echo)
+        shape = CompletionShape(
+            generations,
+            self._generator.tokenizer,
+            prompt_logprobs=asked.sampling.prompt_logprobs is not None,
+        )
+        return await self._respond(request, asked, generations, shape)
+
+    async def chat_completions(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        asked = parse_chat(await read_json(request, self._generator.config))
+        self._generator.check_model(asked.model)
+        prompt = await self._generator.chat_prompt(
+            asked.messages,
+            add_generation_prompt=asked.add_generation_prompt,
+        )
+        generations = self._prepare("chatcmpl", asked, [prompt], echo=False)
+        shape = ChatShape(self._generator.tokenizer)
+        return await self._respond(request, asked, generations, shape)
+
+    def _model(self) -> dict[str, Any]:
+        info = self._generator.engine.info
+        return {
+            "id": self._generator.model_name,
+            "object": "model",
+            "created": self._start_s,
+            "owned_by": "jserve",
+            "root": None if info is None else info.model,
+            "parent": None,
+            "max_model_len": None if info is None else info.max_model_len,
+        }
+
+    async def _prompt(self, given: str | tuple[int, ...], special: bool | None) -> Prompt:
+        if isinstance(given, str):
+            return await self._generator.text_prompt(given, add_special_tokens=special)
+        return self._generator.token_prompt(given)
+
+    def _prepare(
+        self,
+        prefix: str,
+        asked: CompletionRequest | ChatRequest,
+        prompts: Sequence[Prompt],
+        *,
+        echo: bool,
+    ) -> tuple[Generation, ...]:
+        # The first generation's id is that of the answer.
+        answer_id = f"{prefix}-{uuid.uuid4().hex}"
+        return tuple(
+            self._generator.prepare(
+                id=f"{answer_id}-{i}" if i else answer_id,
+                prompt=prompt,
+                sampling=asked.sampling,
+                stop=asked.stop,
+                n=asked.n,
+                priority=asked.priority,
+                echo=echo,
+                skip_special_tokens=asked.skip_special_tokens,
+                include_stop_str_in_output=asked.include_stop_str_in_output,
+            )
+            for i, prompt in enumerate(prompts)
+        )
+
+    async def _respond(
+        self,
+        request: Request,
+        asked: CompletionRequest | ChatRequest,
+        generations: tuple[Generation, ...],
+        shape: Shape,
+    ) -> Response:
+        answer = Answer(
+            head=Head(generations[0].id, int(self._unix_s()), self._generator.model_name),
+            generations=generations,
+            shape=shape,
+            generator=self._generator,
+            metrics=self._metrics,
+            include_usage=asked.include_usage,
+        )
+        if asked.stream:
+            keep_alive_s = self._generator.config.sse_keep_alive_s
+            return EventStream(answer.events(), keep_alive_s=keep_alive_s)
+        return json_response(await unless_disconnected(request.receive, answer.whole()))
+
+
+def _with_echo(asked: CompletionRequest) -> CompletionRequest:
+    # With echo the logprobs cover the prompt, too.
+    sampling = asked.sampling
+    if not asked.echo or sampling.logprobs is None or sampling.prompt_logprobs is not None:
+        return asked
+    return replace(asked, sampling=replace(sampling, prompt_logprobs=sampling.logprobs))

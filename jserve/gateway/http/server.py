@@ -1,0 +1,84 @@
+"""Runs the HTTP application in the caller's event loop, by uvicorn."""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from jserve.core.errors import ConfigError
+
+_IDLE_S = 75.0  # a kept-alive connection without a request; load balancers close theirs at 60
+_BACKLOG = 4096  # connections that the kernel holds until they are accepted
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # the launcher owns the process's signals
+        yield
+
+
+class HttpServer:
+    """Listens from construction on, serves from `start` to `stop`. Owned by the launcher."""
+
+    def __init__(self, app: ASGIApp, *, host: str, port: int, drain_s: float) -> None:
+        """Binds the port; 0 takes a free one.
+
+        Raises:
+            ConfigError: the address cannot be bound.
+        """
+        self._socket = _bind(host, port)
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            proxy_headers=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=int(_IDLE_S),
+            timeout_graceful_shutdown=max(1, round(drain_s)),
+        )
+        self._server = _Server(config)
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def port(self) -> int:
+        """The port that is bound."""
+        return self._socket.getsockname()[1]
+
+    async def start(self) -> None:
+        """Begins to accept; returns once it does."""
+        self._serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        while not self._server.started and not self._serving.done():
+            await asyncio.sleep(0.001)
+
+    async def stop(self) -> None:
+        """Accepts nothing new, waits at most `drain_s` for what runs, then cancels it."""
+        self._server.should_exit = True
+        if self._serving is not None:
+            await self._serving
+
+    def kill(self) -> None:
+        """Makes a `stop` in progress wait no longer."""
+        self._server.should_exit = True
+        self._server.force_exit = True
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        message = f"cannot listen for HTTP on {host}:{port}: {error}; choose another http_port"
+        raise ConfigError(message) from error
+    listener.setblocking(False)
+    return listener
