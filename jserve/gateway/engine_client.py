@@ -68,13 +68,13 @@ class UpdateStream:
         if self._error is None and self._live:
             self._error = error
             self.close()
-            self._wake()
 
     def close(self) -> None:
-        """Aborts what still runs. Idempotent."""
+        """Aborts what still runs; a reader that waits sees the end. Idempotent."""
         live, self._live = self._live, set()
         for request_id in live:
             self._client.abort(request_id)
+        self._wake()
 
     def drop(self, request_id: str) -> None:
         """Aborts one sequence and forgets its unread news."""
