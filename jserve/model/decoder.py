@@ -61,6 +61,7 @@ class Decoder(nnx.Module):
         kv: tuple[KV, ...],
         attend: Attend,
     ) -> tuple[Float[Array, "tokens model_dim"], tuple[KV, ...]]:
+        """Hidden states after the final norm, and the pages of every layer."""
         x = self.embed_tokens(tokens)
         if self.embedding_scale is not None:
             x = x * jnp.asarray(self.embedding_scale, x.dtype)
@@ -78,10 +79,13 @@ class CausalLM(nnx.Module):
 
     def __init__(self, spec: ModelSpec, family: Family, dtype: jnp.dtype) -> None:
         self.model = Decoder(spec, family, dtype)
-        self.lm_head = None
-        if not spec.tied_embeddings:
-            self.lm_head = Linear(spec.model_dim, spec.vocab, ("vocab", None), dtype)
+        self.lm_head = None if spec.tied_embeddings else _head(spec, dtype)
 
     def logits(self, hidden: Float[Array, "rows model_dim"]) -> Float32[Array, "rows vocab"]:
+        """Logits of the next token, in float32."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return dot(hidden, head.weight[...])
+
+
+def _head(spec: ModelSpec, dtype: jnp.dtype) -> Linear:
+    return Linear(spec.model_dim, spec.vocab, ("vocab", None), dtype)

@@ -1,4 +1,4 @@
-"""The functional face of a decoder: modules are built once, abstractly, and merged while tracing."""
+"""A decoder as pure functions: modules are built once, abstractly, and merged while tracing."""
 
 from collections.abc import Mapping
 

@@ -38,6 +38,7 @@ class Gemma3Layer(nnx.Module):
         attend: Attend,
         window: int,
     ) -> tuple[Float[Array, "tokens model_dim"], KV]:
+        """See `Layer`."""
         out, kv = self.self_attn(self.input_layernorm(x), rope, kv, attend, window)
         x = x + self.post_attention_layernorm(out)
         out = self.mlp(self.pre_feedforward_layernorm(x))

@@ -27,8 +27,41 @@ Activation = Callable[[jax.Array], jax.Array]
 def dot(
     x: Float[Array, "tokens in_dim"], weight: Float[Array, "out_dim in_dim"]
 ) -> Float[Array, "tokens out_dim"]:
-    """x · weightᵀ, accumulated and returned in float32."""
-    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    """X · weightᵀ, accumulated and returned in float32.
+
+    On CPU a row of the result is bitwise independent of the number of rows and of the others,
+    from two rows on: every matrix kernel sums one output in the order of the contracted axis.
+    One row takes a matrix-vector kernel with another order, so programs never have only one.
+    """
+    return lax.dot_general(
+        x,
+        weight,
+        (((1,), (1,)), ((), ())),
+        # Float32 means float32, on the matrix units of accelerators too.
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def mean_square(x: Float[Array, "*rows dim"]) -> Float[Array, "*rows 1"]:
+    """The mean of squares over the last axis of a float32 array, bitwise the same for any rows.
+
+    XLA's CPU backend hands a reduction to YNNPACK only above some 4,000 elements, and below it
+    sums in another order, so `jnp.mean` of a row depends on how many rows there are. A dot with
+    ones does not (see `dot`); two columns, because one would make it a matrix-vector product.
+    """
+    total = lax.platform_dependent(x * x, cpu=_sum_by_dot, default=_sum_by_reduction)
+    return total / x.shape[-1]
+
+
+def _sum_by_dot(x: Float[Array, "*rows dim"]) -> Float[Array, "*rows 1"]:
+    dim = x.shape[-1]
+    totals = dot(x.reshape(-1, dim), jnp.ones((2, dim), x.dtype))
+    return totals[:, :1].reshape(*x.shape[:-1], 1)
+
+
+def _sum_by_reduction(x: Float[Array, "*rows dim"]) -> Float[Array, "*rows 1"]:
+    return jnp.sum(x, axis=-1, keepdims=True)
 
 
 class Linear(nnx.Module):
@@ -48,6 +81,7 @@ class Linear(nnx.Module):
         self.bias = param((out_dim,), axes[:1], dtype, std=0.02) if bias else None
 
     def __call__(self, x: Float[Array, "tokens in_dim"]) -> Float[Array, "tokens out_dim"]:
+        """The product in the compute dtype; a bias is added before rounding to it."""
         y = dot(x, self.weight[...])
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
@@ -61,6 +95,7 @@ class Embedding(nnx.Module):
         self.weight = param((vocab, dim), ("vocab", None), dtype, std=dim**-0.5)
 
     def __call__(self, tokens: Int[Array, " tokens"]) -> Float[Array, "tokens model_dim"]:
+        """The rows of `tokens`, in the compute dtype."""
         return self.weight[...][tokens]
 
 
@@ -73,8 +108,9 @@ class RMSNorm(nnx.Module):
         self.weight = param((dim,), (None,), dtype, mean=1.0 - offset, std=0.1)
 
     def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
+        """The normalized rows, in the dtype of `x`."""
         wide = x.astype(jnp.float32)
-        scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scale = lax.rsqrt(mean_square(wide) + self.eps)
         weight = self.weight[...].astype(jnp.float32) + self.offset
         return (wide * scale * weight).astype(x.dtype)
 
@@ -89,6 +125,7 @@ class GatedFfn(nnx.Module):
         self.down_proj = _ffn_linear(spec, dtype, into=False)
 
     def __call__(self, x: Float[Array, "tokens model_dim"]) -> Float[Array, "tokens model_dim"]:
+        """The block's output, to be added to the residual stream."""
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -114,10 +151,13 @@ class Attention(nnx.Module):
         self.k_proj = Linear(dim, kv_dim, ("kv_heads", None), dtype, bias=spec.qkv_bias)
         self.v_proj = Linear(dim, kv_dim, ("kv_heads", None), dtype, bias=spec.qkv_bias)
         self.o_proj = Linear(q_dim, dim, (None, "q_heads"), dtype, bias=spec.output_bias)
-        self.q_norm = self.k_norm = None
-        if qk_norm_offset is not None:
-            self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype, offset=qk_norm_offset)
-            self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps, dtype, offset=qk_norm_offset)
+        self.q_norm = self._head_norm(qk_norm_offset, dtype)
+        self.k_norm = self._head_norm(qk_norm_offset, dtype)
+
+    def _head_norm(self, offset: float | None, dtype: jnp.dtype) -> RMSNorm | None:
+        if offset is None:
+            return None
+        return RMSNorm(self.spec.head_dim, self.spec.norm_eps, dtype, offset=offset)
 
     def __call__(
         self,
@@ -127,6 +167,7 @@ class Attention(nnx.Module):
         attend: Attend,
         window: int,
     ) -> tuple[Float[Array, "tokens model_dim"], KV]:
+        """The block's output, and the layer's pages with the new tokens."""
         q = self._heads(self.q_proj(x))
         k = self._heads(self.k_proj(x))
         v = self._heads(self.v_proj(x))

@@ -31,6 +31,7 @@ class PreNormLayer(nnx.Module):
         attend: Attend,
         window: int,
     ) -> tuple[Float[Array, "tokens model_dim"], KV]:
+        """See `Layer`."""
         out, kv = self.self_attn(self.input_layernorm(x), rope, kv, attend, window)
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), kv

@@ -6,7 +6,6 @@ RoFormer (Su et al., 2021) in Hugging Face's half-split order: dimension i turns
 import math
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -66,7 +65,7 @@ class Rope:
         trained = self.scaling.original_max_position
         stretch = jnp.maximum(positions + 1, trained).astype(jnp.float32) / np.float32(trained)
         growth = self.scaling.factor * stretch - (self.scaling.factor - 1.0)
-        # theta' = theta · growth^(d / (d − 2)), so 1 / theta'^e = (1 / theta^e) · growth^(−e·d/(d−2))
+        # theta' = theta · growth^(d/(d−2)), hence 1/theta'^e = 1/theta^e · growth^(−e·d/(d−2)).
         exponents = _exponents(self.head_dim) * (self.head_dim / (self.head_dim - 2))
         shrink = jnp.exp(-jnp.log(growth)[:, None] * exponents.astype(np.float32)[None, :])
         return self.frequencies()[None, :] * shrink

@@ -84,6 +84,13 @@ class ModelSpec:
         return self.sliding_window if local else 0
 
     @property
+    def max_context(self) -> int:
+        """Tokens that positions are meaningful for: the bound on prompt and output together."""
+        if self.rope_scaling is None or self.rope_scaling.kind is not RopeScalingKind.DYNAMIC:
+            return self.max_position
+        return int(self.max_position * self.rope_scaling.factor)
+
+    @property
     def attention_scale(self) -> float:
         """The factor on q·k."""
         return self.query_scale or 1.0 / math.sqrt(self.head_dim)
@@ -124,8 +131,8 @@ def _checked_fields(cls: type, data: Any) -> dict[str, Any]:
     if missing := sorted(required - set(data)):
         raise ConfigError(f"{cls.__name__}: missing fields {missing}")
     fields: dict[str, Any] = {}
-    for name, value in data.items():
-        value = tuple(value) if isinstance(value, list) else value
+    for name, given in data.items():
+        value: Any = tuple(given) if isinstance(given, list) else given
         if not _has_type(value, known[name].type):
             raise ConfigError(
                 f"{cls.__name__}.{name}: expected {_type_name(known[name].type)}, got {value!r}"
