@@ -49,7 +49,7 @@ format: ## Formats the code and applies safe lint fixes
 	@$(bin)/ruff check --fix $(sources)
 	@$(bin)/ruff format $(sources)
 
-references: ## Makes the reference fixtures again with PyTorch and compares (own .venv-references)
+references: ## Makes the reference fixtures again with PyTorch and compares (ARGS=--write replaces them)
 	@scripts/references.sh $(ARGS)
 
 lock: ## Resolves requirements/*.txt again (ARGS=--upgrade for newer versions)
