@@ -27,6 +27,7 @@ class GatewayConfig:
     max_chat_messages: int = 4096
     max_prompts: int = 256  # prompts in one HTTP completion request
     max_streams_per_call: int = 1024  # requests in flight on one GenerateStream call
+    max_grpc_streams: int = 4096  # calls on one gRPC connection
 
     default_temperature: float | None = None
     default_top_k: int | None = None

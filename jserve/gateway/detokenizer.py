@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 
 from jserve.core.errors import ConfigError
 
-Fragment = bytes | str | int  # bytes (byte level), text, or one fallback byte
+# Bytes (byte level), text, or one fallback byte; an id that the tokenizer does not know is b"".
+Fragment = bytes | str | int
 
 # Byte-level BPE; SentencePiece. A strip before the fuse would act on every token.
 _SUPPORTED = re.compile(r"ByteLevel( Fuse)?|(Replace ?)*(ByteFallback ?)?(Fuse( Strip)?)?")
@@ -88,7 +89,7 @@ class Fragments:
     _bytes: dict[str, int] = field(default_factory=_byte_of_char)
 
     def of(self, token_id: int) -> Fragment:
-        """The fragment of a token; empty for an id the tokenizer does not know."""
+        """The fragment of a token."""
         fragment = self._known.get(token_id)
         if fragment is None:
             fragment = self._known[token_id] = self._compute(token_id)
@@ -104,7 +105,7 @@ class Fragments:
     def _compute(self, token_id: int) -> Fragment:
         token = self.tokenizer.id_to_token(token_id)
         if token is None:
-            return b"" if self.spec.byte_level else ""
+            return b""
         if self.spec.byte_level:
             try:
                 return bytes(self._bytes[char] for char in token)
@@ -161,9 +162,11 @@ class ByteFallbackDetokenizer:
             if isinstance(fragment, int):
                 run.append(fragment)
                 continue
+            if isinstance(fragment, bytes):
+                continue
             if run:
                 parts.append(self._close_run())
-            parts.append(fragment)  # pyright: ignore
+            parts.append(fragment)
         return self._stripped("".join(parts))
 
     def flush(self) -> str:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from jserve.core.clock import Clock
-from jserve.core.errors import RequestError, Unavailable, UnknownModel
+from jserve.core.errors import JserveError, RequestError, Unavailable, UnknownModel
 from jserve.core.request import EngineInfo, Request
 from jserve.gateway.chat import ChatTemplate, check_messages
 from jserve.gateway.config import GatewayConfig
@@ -82,7 +82,7 @@ class Pieces:
         return piece
 
     def close(self) -> None:
-        """Aborts what still runs."""
+        """Aborts what still runs; a pending `__anext__` ends."""
         self._choices.clear()
         self._stream.close()
         self._owner.forget(self)
@@ -90,6 +90,10 @@ class Pieces:
     async def aclose(self) -> None:
         """`close`, for contextlib.aclosing."""
         self.close()
+
+    def fail(self, error: JserveError) -> None:
+        """Aborts what still runs and lets the reader know why."""
+        self._stream.fail(error)
 
 
 class Generator:
@@ -235,7 +239,7 @@ class Generator:
     def run(self, generation: Generation) -> Pieces:
         """Starts every choice. Raises Unavailable at once when no engine is there."""
         if self.draining:
-            raise Unavailable("the server is shutting down; try another", retry_after_s=5.0)
+            raise _shutting_down()
         serial = next(self._serial)
         requests = [
             Request(
@@ -266,9 +270,13 @@ class Generator:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
             for pieces in tuple(self._live):
-                pieces.close()
+                pieces.fail(_shutting_down())
             return False
         return True
+
+
+def _shutting_down() -> Unavailable:
+    return Unavailable("the server is shutting down; send the request again", retry_after_s=5.0)
 
 
 def check_request_id(value: str, max_chars: int) -> str:

@@ -1,0 +1,164 @@
+"""An `EngineClient` over `Engine/Session`: one stream for all, reconnected when it breaks."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from jserve.core.errors import EngineError, Overloaded, Unavailable
+from jserve.core.request import EngineInfo, EngineStats, Request
+from jserve.gateway.engine_client import UpdateStream
+from jserve.proto import engine_pb2, engine_pb2_grpc
+from jserve.proto.convert import (
+    error_of_rejection,
+    info_of_proto,
+    request_to_proto,
+    stats_of_proto,
+    update_of_proto,
+)
+
+logger = logging.getLogger(__name__)
+
+_MAX_MESSAGE_BYTES = 512 << 20  # prompt log-probabilities of a long prompt
+_OPTIONS = (
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),  # the engine is on loopback, whatever the environment says
+    ("grpc.use_local_subchannel_pool", 1),  # a new channel must not inherit an old back-off
+)
+_RETRY_AFTER_S = 2.0  # an engine that restarts from a warm cache takes a few seconds
+_SLACK = 64  # aborts that the engine has not seen yet
+
+
+class GrpcEngineClient:
+    """See `EngineClient`. Owned by one event loop; `start` connects, and keeps connecting."""
+
+    def __init__(self, address: str, *, reconnect_s: float) -> None:
+        self.info: EngineInfo | None = None
+        self.stats = EngineStats()
+        self._address = address
+        self._reconnect_s = reconnect_s
+        self._streams: dict[str, UpdateStream] = {}  # by live request id
+        self._outgoing: asyncio.Queue[engine_pb2.SessionRequest] | None = None
+        self._connected = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """See `EngineClient`."""
+        return self._outgoing is not None
+
+    def start(self) -> None:
+        """Begins to connect; returns at once."""
+        self._task = asyncio.get_running_loop().create_task(self._stay_connected())
+
+    async def wait_ready(self) -> None:
+        """Returns once the engine has introduced itself."""
+        await self._connected.wait()
+
+    async def close(self) -> None:
+        """Drops the connection; what still ran gets an EngineError."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    def submit(self, requests: Sequence[Request]) -> UpdateStream:
+        """See `EngineClient`."""
+        if self._outgoing is None or self.info is None:
+            raise Unavailable(
+                "the engine is starting or restarting; try again", retry_after_s=_RETRY_AFTER_S
+            )
+        room = self.info.num_slots + self.info.max_queue + _SLACK - len(self._streams)
+        if len(requests) > room:
+            # The engine would say so itself, but one that has stalled cannot.
+            raise Overloaded(
+                f"{len(self._streams)} sequences are in flight; try again", retry_after_s=1.0
+            )
+        stream = UpdateStream(self, [request.id for request in requests])
+        for request in requests:
+            self._streams[request.id] = stream
+            message = engine_pb2.SessionRequest(submit=request_to_proto(request))
+            self._outgoing.put_nowait(message)
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """See `EngineClient`."""
+        if self._streams.pop(request_id, None) is not None and self._outgoing is not None:
+            self._outgoing.put_nowait(engine_pb2.SessionRequest(abort=request_id))
+
+    async def _stay_connected(self) -> None:
+        try:
+            while True:
+                # A fresh channel each time: no back-off of the library's, no stale socket.
+                async with grpc.aio.insecure_channel(self._address, _OPTIONS) as channel:
+                    try:
+                        await self._session(engine_pb2_grpc.EngineStub(channel))
+                        reason = "the engine closed the session"
+                    except grpc.aio.AioRpcError as error:
+                        reason = f"{error.code().name}: {error.details()}"
+                self._disconnect(reason)
+                await asyncio.sleep(self._reconnect_s)
+        finally:
+            self._disconnect("the gateway is closing")
+
+    async def _session(self, stub: Any) -> None:
+        """Serves one connection until it ends."""
+        call = stub.Session()
+        writing = None
+        try:
+            messages = aiter(call)
+            hello = await anext(messages, None)
+            if hello is None:
+                return
+            self.info = info_of_proto(hello.hello)
+            self.stats = stats_of_proto(hello.stats)
+            self._outgoing = asyncio.Queue()
+            self._connected.set()
+            logger.info("connected to the engine at %s: %s", self._address, self.info)
+            writing = asyncio.create_task(_write(call, self._outgoing))
+            async for message in messages:
+                self._dispatch(message)
+        finally:
+            if writing is not None:
+                writing.cancel()
+            call.cancel()
+
+    def _dispatch(self, message: engine_pb2.SessionResponse) -> None:
+        self.stats = stats_of_proto(message.stats)
+        for news in message.updates:
+            stream = self._streams.get(news.request_id)
+            if stream is None:
+                continue  # aborted meanwhile
+            update = update_of_proto(news)
+            if update.finish is not None:
+                del self._streams[update.request_id]
+            stream.post(update)
+        for rejection in message.rejections:
+            stream = self._streams.pop(rejection.request_id, None)
+            if stream is not None:
+                stream.fail(error_of_rejection(rejection))
+
+    def _disconnect(self, reason: str) -> None:
+        """Tells everybody who waits, at once; there is nothing to wait for."""
+        if self._outgoing is not None:
+            logger.warning("lost the engine at %s: %s", self._address, reason)
+        self._outgoing = None
+        self._connected.clear()
+        streams = set(self._streams.values())
+        self._streams.clear()
+        for stream in streams:
+            stream.fail(
+                EngineError("the engine stopped while it worked on the request; send it again")
+            )
+
+
+async def _write(call: Any, outgoing: asyncio.Queue[engine_pb2.SessionRequest]) -> None:
+    while True:
+        message = await outgoing.get()
+        try:
+            await call.write(message)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return  # the reading side reports why

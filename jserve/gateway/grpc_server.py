@@ -1,0 +1,162 @@
+"""The gRPC front end's socket: the public service, health, reflection, keys and limits."""
+
+import asyncio
+import hashlib
+import hmac
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from jserve.core.errors import ConfigError, Unauthenticated
+from jserve.gateway.config import GatewayConfig
+from jserve.gateway.generation import Generator
+from jserve.gateway.grpc_errors import abort
+from jserve.gateway.grpc_service import InferenceService
+from jserve.proto import inference_pb2, inference_pb2_grpc
+
+_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+_HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+_WATCH_POLL_S = 0.25
+_MAX_METADATA_BYTES = 16 << 10
+
+
+class HealthService(health_pb2_grpc.HealthServicer):
+    """grpc.health.v1: SERVING exactly while a request would be answered."""
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+
+    async def Check(  # noqa: N802  the names in the .proto, here and below
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> health_pb2.HealthCheckResponse:
+        """The status now; NOT_FOUND for a service that is not here."""
+        if request.service not in ("", _SERVICE):
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r}")
+        return health_pb2.HealthCheckResponse(status=self._status(request.service))
+
+    async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
+        """The status of every service."""
+        return health_pb2.HealthListResponse(  # pyright: ignore  newer than its stub
+            statuses={
+                name: health_pb2.HealthCheckResponse(status=self._status(name))
+                for name in ("", _SERVICE)
+            }
+        )
+
+    async def Watch(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> None:
+        """The status now and whenever it changes."""
+        told = None
+        while True:
+            status = self._status(request.service)
+            if status != told:
+                await context.write(health_pb2.HealthCheckResponse(status=status))
+                told = status
+            await asyncio.sleep(_WATCH_POLL_S)
+
+    def _status(self, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
+        if service not in ("", _SERVICE):
+            return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        if self._generator.ready:
+            return health_pb2.HealthCheckResponse.SERVING
+        return health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
+    """Lets in calls with metadata `authorization: Bearer <key>`; health checks are open."""
+
+    def __init__(self, api_keys: tuple[str, ...]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+
+    async def intercept_service(
+        self,
+        continuation: Any,
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Puts a refusal in place of the method for a caller without a key."""
+        handler = await continuation(handler_call_details)
+        method: str = handler_call_details.method
+        if handler is None or method.startswith(f"/{_HEALTH_SERVICE}/"):
+            return handler
+        if self._allows(dict(handler_call_details.invocation_metadata).get("authorization", "")):
+            return handler
+        return _refusal(handler)
+
+    def _allows(self, authorization: str | bytes) -> bool:
+        text = authorization if isinstance(authorization, str) else authorization.decode("latin-1")
+        scheme, _, key = text.partition(" ")
+        digest = hashlib.sha256(key.strip().encode()).digest()
+        # Every key is compared, in constant time, so that time tells nothing.
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def _refusal(handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler of the same kind that aborts every call."""
+
+    async def refuse(_: Any, context: Any) -> None:
+        await abort(
+            context,
+            Unauthenticated("the API key is missing or wrong; send authorization: Bearer <key>"),
+        )
+
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[handler.request_streaming, handler.response_streaming]
+    return make(refuse, handler.request_deserializer, handler.response_serializer)
+
+
+class GrpcServer:
+    """The public gRPC endpoint. Owned by the event loop it is started on."""
+
+    def __init__(self, generator: Generator, config: GatewayConfig) -> None:
+        interceptors = [ApiKeyInterceptor(config.api_keys)] if config.api_keys else []
+        self._server = grpc.aio.server(interceptors=interceptors, options=_options(config))
+        inference_pb2_grpc.add_InferenceServicer_to_server(
+            InferenceService(generator), self._server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(HealthService(generator), self._server)
+        reflection.enable_server_reflection(
+            (_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME), self._server
+        )
+        self._address = f"{config.host}:{config.grpc_port}"
+        self.port = 0  # set by `start`
+
+    async def start(self) -> None:
+        """Listens; ConfigError if the port is taken."""
+        try:
+            self.port = self._server.add_insecure_port(self._address)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"gRPC cannot listen on {self._address}; choose another with --grpc_port"
+            ) from error
+        await self._server.start()
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuses new calls, gives the present ones `grace_s`, then cancels them."""
+        await self._server.stop(grace_s)
+
+
+def _options(config: GatewayConfig) -> list[tuple[str, int]]:
+    keepalive_ms = int(config.grpc_keepalive_s * 1000)
+    return [
+        ("grpc.max_receive_message_length", config.max_body_bytes),
+        ("grpc.max_send_message_length", -1),  # bounded by the context: prompt logprobs are large
+        ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
+        ("grpc.so_reuseport", 0),  # a taken port is an error, not shared with a stranger
+        # Pings find dead clients, whose generations are then aborted.
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Clients may ping as often as every 10 s, with or without calls.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 2),
+        ("grpc.max_concurrent_streams", config.max_grpc_streams),
+    ]

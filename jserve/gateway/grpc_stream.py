@@ -1,0 +1,98 @@
+"""Many generations over one gRPC call: `Inference/GenerateStream`."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import grpc
+
+from jserve.core.errors import JserveError, Overloaded, RequestError
+from jserve.gateway.generation import Generator, Pieces
+from jserve.gateway.grpc_errors import failure_of
+from jserve.gateway.grpc_messages import generation_of, responses
+from jserve.proto import inference_pb2
+
+Write = Callable[[inference_pb2.GenerateResponse], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class _Live:
+    """A generation of the call; its pieces once they flow."""
+
+    pieces: Pieces | None = None
+    cancelled: bool = False
+
+
+class GenerateStream:
+    """One call. Every generation has its own task; they take turns writing."""
+
+    def __init__(self, generator: Generator, write: Write) -> None:
+        self._generator = generator
+        self._unlocked_write = write
+        self._write_lock = asyncio.Lock()
+        self._live: dict[str, _Live] = {}
+
+    async def serve(self, requests: AsyncIterator[inference_pb2.GenerateStreamRequest]) -> None:
+        """Until the client has closed its half and every generation has ended."""
+        async with asyncio.TaskGroup() as tasks:
+            async for message in requests:
+                match message.WhichOneof("kind"):
+                    case "start":
+                        refusal = self._admit(message.start.request_id)
+                        if refusal is None:
+                            tasks.create_task(self._generate(message.start))
+                        else:
+                            await self._fail(message.start.request_id, refusal)
+                    case "cancel":
+                        self._cancel(message.cancel)
+                    case _:
+                        raise RequestError("neither start nor cancel is set", param="kind")
+
+    def _admit(self, request_id: str) -> inference_pb2.Failure | None:
+        """Registers a request, or says why not."""
+        if not request_id:
+            return failure_of(RequestError("request_id is empty; it names the answers"))
+        if request_id in self._live:
+            # Not a failure of the generation that has the id: hence a code of its own.
+            failure = failure_of(RequestError(f"request_id {request_id!r} is in use on this call"))
+            failure.code = grpc.StatusCode.ALREADY_EXISTS.value[0]  # pyright: ignore
+            return failure
+        limit = self._generator.config.max_streams_per_call
+        if len(self._live) >= limit:
+            return failure_of(
+                Overloaded(f"{limit} requests are in flight on this call", retry_after_s=1.0)
+            )
+        self._live[request_id] = _Live()
+        return None
+
+    def _cancel(self, request_id: str) -> None:
+        live = self._live.get(request_id)
+        if live is None:
+            return  # it has ended; the client's news crossed ours
+        live.cancelled = True
+        if live.pieces is not None:
+            live.pieces.close()
+
+    async def _generate(self, message: inference_pb2.GenerateRequest) -> None:
+        started_s = self._generator.clock.now_s()
+        live = self._live[message.request_id]
+        try:
+            generation = await generation_of(self._generator, message, message.request_id)
+            async with aclosing(self._generator.run(generation)) as pieces:
+                live.pieces = pieces
+                if live.cancelled:
+                    pieces.close()
+                async for response in responses(self._generator, generation, pieces, started_s):
+                    await self._write(response)
+        except JserveError as error:
+            await self._fail(message.request_id, failure_of(error))
+        finally:
+            del self._live[message.request_id]
+
+    async def _fail(self, request_id: str, failure: inference_pb2.Failure) -> None:
+        await self._write(inference_pb2.GenerateResponse(request_id=request_id, error=failure))
+
+    async def _write(self, response: inference_pb2.GenerateResponse) -> None:
+        async with self._write_lock:
+            await self._unlocked_write(response)
