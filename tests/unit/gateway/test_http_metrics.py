@@ -1,0 +1,182 @@
+"""The gateway's counters against prometheus_client's own, and their exposition read back."""
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import Histogram as OtherHistogram
+from prometheus_client.parser import text_string_to_metric_families
+
+from jserve.core.clock import ManualClock
+from jserve.core.errors import EngineError
+from jserve.core.request import EngineInfo, EngineStats, FinishReason, SamplingParams
+from jserve.gateway.generation import Generation, Piece, Pieces, Prompt
+from jserve.gateway.metrics import GatewayMetrics, Histogram
+from jserve.gateway.prometheus import make_registry
+
+INFO = EngineInfo(
+    model="m",
+    vocab=10,
+    max_model_len=100,
+    num_slots=4,
+    num_pages=10,
+    page_size=16,
+    max_queue=5,
+    eos_token_ids=(),
+)
+
+
+class Engine:
+    info = INFO
+    ready = True
+    stats = EngineStats(num_waiting=3, num_running=2, free_slots=2, free_pages=4, num_preemptions=7)
+
+
+class Script:
+    """Pieces at given times."""
+
+    def __init__(self, clock: ManualClock, *script: tuple[float, Piece | Exception]) -> None:
+        self.clock = clock
+        self.script = list(script)
+        self.closed = False
+
+    async def __anext__(self) -> Piece:
+        if not self.script:
+            raise StopAsyncIteration
+        wait_s, item = self.script.pop(0)
+        self.clock.advance(wait_s)
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def generation(n: int = 1) -> Generation:
+    return Generation(id="g", prompt=Prompt((1, 2, 3)), sampling=SamplingParams(), n=n)
+
+
+def samples(metrics: GatewayMetrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    registry = make_registry(metrics, cast(Any, Engine()), "name")
+    text = generate_latest(registry).decode()
+    found: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            if "model_name" in labels:
+                assert labels.pop("model_name") == "name"
+                labels.pop("engine")
+            found[sample.name, tuple(sorted(labels.items()))] = sample.value
+    return found
+
+
+@given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, 5))))
+def test_histogram_counts_as_prometheus_does(values: list[tuple[float, int]]) -> None:
+    bounds = (0.5, 1.0, 2.5, 10.0)
+    mine = Histogram(bounds)
+    registry = CollectorRegistry()
+    other = OtherHistogram("h", "h", buckets=bounds, registry=registry)
+    for value, weight in values:
+        mine.add(value, weight)
+        for _ in range(weight):
+            other.observe(value)
+    for bound, count in mine.buckets():
+        assert registry.get_sample_value("h_bucket", {"le": bound}) == count
+    assert mine.sum == pytest.approx(registry.get_sample_value("h_sum"))
+
+
+def test_a_request_is_timed() -> None:
+    clock = ManualClock()
+    metrics = GatewayMetrics(clock=clock)
+    script = Script(
+        clock,
+        (2.0, Piece(0, "a", (1,), queue_s=0.5)),
+        (0.3, Piece(0, "bcd", (1, 2, 3))),
+        (0.2, Piece(0, "e", (1, 2), finish=FinishReason.LENGTH)),
+    )
+
+    async def main() -> None:
+        async for _ in metrics.track(generation(), cast(Pieces, script)):
+            assert metrics.in_flight == 1
+
+    asyncio.run(main())
+    assert metrics.in_flight == 0
+    found = samples(metrics)
+    for prefix in ("jserve_", "vllm:"):
+        expected = {
+            "time_to_first_token_seconds_sum": 2.0,
+            "inter_token_latency_seconds_sum": 0.5,
+            "inter_token_latency_seconds_count": 5.0,
+            "request_time_per_output_token_seconds_sum": 0.1,
+            "e2e_request_latency_seconds_sum": 2.5,
+            "request_queue_time_seconds_sum": 0.5,
+            "request_prompt_tokens_sum": 3.0,
+            "request_generation_tokens_sum": 6.0,
+            "prompt_tokens_total": 3.0,
+            "generation_tokens_total": 6.0,
+            "num_requests_running": 2.0,
+            "num_requests_waiting": 3.0,
+            "kv_cache_usage_perc": 0.6,
+            "num_preemptions_total": 7.0,
+        }
+        got = {name: found[prefix + name, ()] for name in expected}
+        assert got == pytest.approx(expected)
+    by_length = (("finished_reason", "length"),)
+    assert found["vllm:request_success_total", by_length] == 1
+    info = (("block_size", "16"), ("num_gpu_blocks", "10"))
+    assert found["vllm:cache_config_info", info] == 1
+
+
+def test_choices_of_a_prompt_count_it_once() -> None:
+    clock = ManualClock()
+    metrics = GatewayMetrics(clock=clock)
+    last = FinishReason.STOP
+    script = Script(
+        clock, (1.0, Piece(0, "a", (1,), finish=last)), (1.0, Piece(1, "a", (1,), finish=last))
+    )
+
+    async def main() -> None:
+        async for _ in metrics.track(generation(n=2), cast(Pieces, script)):
+            pass
+
+    asyncio.run(main())
+    assert (metrics.prompt_tokens, metrics.generation_tokens) == (3, 2)
+    assert metrics.finished == {"stop": 2}
+
+
+@pytest.mark.parametrize(("error", "reason"), [(None, "abort"), (EngineError("x"), "error")])
+def test_unfinished_choices_count_once(error: Exception | None, reason: str) -> None:
+    clock = ManualClock()
+    metrics = GatewayMetrics(clock=clock)
+    done = Piece(0, "a", (1,), finish=FinishReason.STOP)
+    failure: list[tuple[float, Piece | Exception]] = [] if error is None else [(1.0, error)]
+    script = Script(clock, (1.0, done), *failure)
+
+    async def main() -> None:
+        pieces = metrics.track(generation(n=3), cast(Pieces, script))
+        await pieces.__anext__()
+        if error is not None:
+            with pytest.raises(EngineError):
+                await pieces.__anext__()
+        await pieces.aclose()
+        pieces.close()
+
+    asyncio.run(main())
+    assert script.closed
+    assert metrics.in_flight == 0
+    assert metrics.finished == {"stop": 1, reason: 2}
+
+
+def test_http_exchanges() -> None:
+    metrics = GatewayMetrics(clock=ManualClock())
+    metrics.count_http("/v1/models", "GET", 200, 0.25)
+    metrics.count_http("/v1/models", "GET", 200, 0.5)
+    metrics.count_http("/v1/models", "GET", 404, 0.25)
+    found = samples(metrics)
+    labels = (("handler", "/v1/models"), ("method", "GET"), ("status", "200"))
+    assert found["http_requests_total", labels] == 2
+    assert found["http_request_duration_seconds_sum", labels[:1]] == 1.0

@@ -1,0 +1,191 @@
+"""OpenAI bodies: what is read, what is accepted without effect, what is refused by name."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+
+from jserve.core.errors import RequestError
+from jserve.gateway.http.fields import Fields
+from jserve.gateway.http.openai_fields import (
+    CHAT_FIELDS,
+    COMPLETION_FIELDS,
+    UNSUPPORTED_CHAT,
+    UNSUPPORTED_COMPLETION,
+)
+from jserve.gateway.http.openai_request import parse_chat, parse_completion
+
+PARSERS = {
+    "completion": lambda fields: parse_completion({"prompt": "x", **fields}),
+    "chat": lambda fields: parse_chat({"messages": [{"role": "user", "content": "x"}], **fields}),
+}
+
+
+def refusal(kind: str, fields: dict[str, Any]) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        PARSERS[kind](fields)
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", PARSERS)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("stream", 1),
+        ("stream", "yes"),
+        ("n", "2"),
+        ("n", 1.5),
+        ("n", True),
+        ("n", 0),
+        ("n", -1),
+        ("model", 5),
+        ("priority", "high"),
+        ("skip_special_tokens", 0),
+        ("include_stop_str_in_output", "no"),
+        ("user", 5),
+        ("metadata", []),
+        ("store", "no"),
+        ("stream_options", True),
+        ("best_of", 3),
+        ("suffix", "tail"),
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("functions", [{}]),
+        ("response_format", {"type": "json_object"}),
+        ("response_format", "text"),
+        ("use_beam_search", True),
+        ("length_penalty", 2),
+        ("chat_template", "{{ messages }}"),
+        ("reasoning_effort", "high"),
+        ("no_such_field", 1),
+        ("no_such_field", None),
+    ],
+)
+def test_a_bad_field_is_named(kind: str, field: str, value: object) -> None:
+    error = refusal(kind, {field: value})
+    assert error.param == field
+    assert field in str(error)
+
+
+@pytest.mark.parametrize("kind", PARSERS)
+def test_every_field_of_the_openai_client_is_known(kind: str) -> None:
+    if kind == "completion":
+        theirs = completion_create_params.CompletionCreateParamsBase.__annotations__
+        mine = {*COMPLETION_FIELDS, *UNSUPPORTED_COMPLETION}
+    else:
+        theirs = chat_create_params.CompletionCreateParamsBase.__annotations__
+        mine = {*CHAT_FIELDS, *UNSUPPORTED_CHAT}
+    assert theirs.keys() <= mine
+
+
+@pytest.mark.parametrize(
+    ("kind", "unsupported"), [("completion", UNSUPPORTED_COMPLETION), ("chat", UNSUPPORTED_CHAT)]
+)
+def test_nulls_and_neutral_values_pass(
+    kind: str, unsupported: dict[str, tuple[object, ...]]
+) -> None:
+    plain = PARSERS[kind]({})
+    assert PARSERS[kind](dict.fromkeys(unsupported)) == plain
+    for field, values in unsupported.items():
+        for value in values:
+            assert PARSERS[kind]({field: value}) == plain
+    fields = set(COMPLETION_FIELDS if kind == "completion" else CHAT_FIELDS)
+    assert PARSERS[kind](dict.fromkeys(fields - {"prompt", "messages"})) == plain
+
+
+def test_json_keeps_true_and_one_apart() -> None:
+    assert refusal("chat", {"use_beam_search": 0}).param == "use_beam_search"
+    assert refusal("chat", {"length_penalty": True}).param == "length_penalty"
+
+
+@pytest.mark.parametrize("field", ["tools", "response_format"])
+def test_what_comes_later_says_so(field: str) -> None:
+    value: object = [{}] if field == "tools" else {"type": "json_schema"}
+    assert "not supported yet" in str(refusal("chat", {field: value}))
+
+
+def test_a_typo_gets_a_hint() -> None:
+    assert "'temperature'" in str(refusal("chat", {"temperatur": 1}))
+    long = "x" * 1000
+    assert len(str(refusal("chat", {long: 1}))) < 200
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parsed"),
+    [
+        ("ab", ("ab",)),
+        ("", ("",)),
+        (["a", "b"], ("a", "b")),
+        ([1, 2], ((1, 2),)),
+        ([[1], [2, 3], []], ((1,), (2, 3), ())),
+    ],
+)
+def test_prompts(prompt: object, parsed: object) -> None:
+    assert parse_completion({"prompt": prompt}).prompts == parsed
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, [], 5, True, {}, ["a", 1], [1, "a"], [1, True], [1.5], [[1], "a"], [[1, "a"]]]
+)
+def test_bad_prompts(prompt: object) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_completion({"prompt": prompt})
+    assert (caught.value.param or "").startswith("prompt")
+
+
+def test_stream_options() -> None:
+    on = {"stream": True}
+    assert PARSERS["chat"](on | {"stream_options": {"include_usage": True}}).include_usage
+    assert not PARSERS["chat"](on | {"stream_options": {}}).include_usage
+    assert refusal("chat", {"stream_options": {"include_usage": True}}).param == "stream_options"
+    error = refusal("chat", on | {"stream_options": {"include_usage": 1}})
+    assert error.param == "stream_options.include_usage"
+    error = refusal("chat", on | {"stream_options": {"every": 2}})
+    assert error.param == "stream_options.every"
+
+
+def test_chat_logprobs() -> None:
+    assert PARSERS["chat"]({}).sampling.logprobs is None
+    assert PARSERS["chat"]({"logprobs": True}).sampling.logprobs == 0
+    assert PARSERS["chat"]({"logprobs": True, "top_logprobs": 5}).sampling.logprobs == 5
+    for bad in ({"top_logprobs": 2}, {"logprobs": True, "top_logprobs": 21}):
+        assert refusal("chat", bad).param == "top_logprobs"
+    assert refusal("chat", {"logprobs": 3}).param == "logprobs"
+
+
+def test_the_two_names_of_max_tokens() -> None:
+    assert PARSERS["chat"]({"max_tokens": 5}).sampling.max_tokens == 5
+    assert PARSERS["chat"]({"max_completion_tokens": 6}).sampling.max_tokens == 6
+    assert PARSERS["chat"]({"max_completion_tokens": 6, "max_tokens": 6}).sampling.max_tokens == 6
+    assert refusal("chat", {"max_completion_tokens": 6, "max_tokens": 5}).param == "max_tokens"
+    assert refusal("chat", {"max_completion_tokens": 0}).param == "max_completion_tokens"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+NAMES = st.sampled_from(sorted({*COMPLETION_FIELDS, *CHAT_FIELDS, *UNSUPPORTED_CHAT})) | st.text()
+
+
+@given(body=st.dictionaries(NAMES, JSON, max_size=6), kind=st.sampled_from(sorted(PARSERS)))
+def test_any_json_is_read_or_refused(body: dict[str, Any], kind: str) -> None:
+    caught: RequestError | None = None
+    try:
+        PARSERS[kind](body)
+    except RequestError as error:
+        caught = error
+    assert caught is None or (caught.param is not None and len(str(caught)) < 300)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1", True, []])
+def test_numbers_are_finite_numbers(value: object) -> None:
+    with pytest.raises(RequestError, match=r"a\.x must be a finite number"):
+        Fields({"x": value}, "a").number("x")
