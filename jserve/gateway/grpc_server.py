@@ -95,7 +95,7 @@ class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
         return scheme.lower() == "bearer" and any(matches)
 
 
-def _refusal(handler: Any) -> grpc.RpcMethodHandler[Any, Any]:
+def _refusal(handler: Any) -> Any:
     """A handler of the same kind that aborts every call."""
 
     async def refuse(_: Any, context: Any) -> None:

@@ -158,9 +158,10 @@ def test_stalled_engine_cannot_fill_the_gateways_memory():
             loop.paused.set()
             server = await serve_sessions("127.0.0.1:0", INFO, Inbox(), loop.outbox)
             async with closing(await connect(server.port)) as client:
+                room = INFO.num_slots + INFO.max_queue + 64
+                client.submit([request(f"r{i}") for i in range(room)])
                 with pytest.raises(Overloaded, match="in flight"):
-                    for i in range(1000):
-                        client.submit([request(f"r{i}")])
+                    client.submit([request("one-too-many")])
             await server.stop()
 
     asyncio.run(main())
