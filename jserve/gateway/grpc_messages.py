@@ -1,11 +1,11 @@
 """The messages of `jserve.v1.Inference`, to and from what the generator takes and gives."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from typing import Any
 
 from jserve.core.errors import RequestError
 from jserve.core.request import FinishReason, TokenLogprobs
-from jserve.gateway.generation import Generation, Generator, Piece, Pieces, Prompt
+from jserve.gateway.generation import Generation, Generator, Piece, Prompt
 from jserve.gateway.tokenizer import TextTokenizer
 from jserve.gateway.validation import SamplingFields
 from jserve.proto import inference_pb2, types_pb2
@@ -106,11 +106,14 @@ def response_of(
 
 
 async def responses(
-    generator: Generator, generation: Generation, pieces: Pieces, started_s: float
+    generator: Generator,
+    generation: Generation,
+    pieces: AsyncIterable[Piece],
+    started_s: float,
 ) -> AsyncIterator[inference_pb2.GenerateResponse]:
     """The messages of a generation; the last one carries usage and timings.
 
-    If `pieces` is closed before its end, the choices that still ran finish with ABORT. While
+    If `pieces` ends before its end, the choices that still ran finish with ABORT. While
     nobody asks for the next message the engine's news are merged, so a reader that is slow gets
     fewer, larger ones.
     """

@@ -15,6 +15,7 @@ from jserve.gateway.config import GatewayConfig
 from jserve.gateway.generation import Generator
 from jserve.gateway.grpc_errors import abort
 from jserve.gateway.grpc_service import InferenceService
+from jserve.gateway.metrics import GatewayMetrics
 from jserve.proto import inference_pb2, inference_pb2_grpc
 
 _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -116,11 +117,12 @@ def _refusal(handler: Any) -> Any:
 class GrpcServer:
     """The public gRPC endpoint. Owned by the event loop it is started on."""
 
-    def __init__(self, generator: Generator, config: GatewayConfig) -> None:
+    def __init__(self, generator: Generator, metrics: GatewayMetrics) -> None:
+        config = generator.config
         interceptors = [ApiKeyInterceptor(config.api_keys)] if config.api_keys else []
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(config))
         inference_pb2_grpc.add_InferenceServicer_to_server(
-            InferenceService(generator), self._server
+            InferenceService(generator, metrics), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(HealthService(generator), self._server)
         reflection.enable_server_reflection(

@@ -10,15 +10,17 @@ from jserve.gateway.generation import Generator
 from jserve.gateway.grpc_errors import abort
 from jserve.gateway.grpc_messages import generation_of, prompt_of, responses
 from jserve.gateway.grpc_stream import GenerateStream
+from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.validation import token_ids
 from jserve.proto import inference_pb2, inference_pb2_grpc
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """Stateless but for the generator; see inference.proto for the contract of each call."""
+    """Stateless but for generator and metrics; inference.proto has the contract of each call."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Generator, metrics: GatewayMetrics) -> None:
         self._generator = generator
+        self._metrics = metrics
 
     async def Generate(  # noqa: N802  the names in the .proto, here and below
         self, request: inference_pb2.GenerateRequest, context: Any
@@ -28,7 +30,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         try:
             request_id = request.request_id or new_request_id()
             generation = await generation_of(self._generator, request, request_id)
-            async with aclosing(self._generator.run(generation)) as pieces:
+            running = self._metrics.track(generation, self._generator.run(generation))
+            async with aclosing(running) as pieces:
                 async for response in responses(self._generator, generation, pieces, started_s):
                     await context.write(response)  # waits while the client's window is full
         except JserveError as error:
@@ -40,7 +43,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         context: Any,
     ) -> None:
         """Many generations; ends when the client has closed its half and all have ended."""
-        stream = GenerateStream(self._generator, context.write)
+        stream = GenerateStream(self._generator, self._metrics, context.write)
         try:
             await stream.serve(request_iterator)
         except JserveError as error:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import grpc
 
 from jserve.core.errors import JserveError, Overloaded, RequestError
-from jserve.gateway.generation import Generator, Pieces
+from jserve.gateway.generation import Generator
 from jserve.gateway.grpc_errors import failure_of
 from jserve.gateway.grpc_messages import generation_of, responses
+from jserve.gateway.metrics import GatewayMetrics, TrackedPieces
 from jserve.proto import inference_pb2
 
 Write = Callable[[inference_pb2.GenerateResponse], Awaitable[None]]
@@ -20,15 +21,16 @@ Write = Callable[[inference_pb2.GenerateResponse], Awaitable[None]]
 class _Live:
     """A generation of the call; its pieces once they flow."""
 
-    pieces: Pieces | None = None
+    pieces: TrackedPieces | None = None
     cancelled: bool = False
 
 
 class GenerateStream:
     """One call. Every generation has its own task; they take turns writing."""
 
-    def __init__(self, generator: Generator, write: Write) -> None:
+    def __init__(self, generator: Generator, metrics: GatewayMetrics, write: Write) -> None:
         self._generator = generator
+        self._metrics = metrics
         self._unlocked_write = write
         self._write_lock = asyncio.Lock()
         self._live: dict[str, _Live] = {}
@@ -79,7 +81,8 @@ class GenerateStream:
         live = self._live[message.request_id]
         try:
             generation = await generation_of(self._generator, message, message.request_id)
-            async with aclosing(self._generator.run(generation)) as pieces:
+            running = self._metrics.track(generation, self._generator.run(generation))
+            async with aclosing(running) as pieces:
                 live.pieces = pieces
                 if live.cancelled:
                     pieces.close()

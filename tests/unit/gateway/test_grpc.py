@@ -13,8 +13,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from jserve.core.errors import ConfigError
 from jserve.gateway.fake_engine import FakeEngine, echo
 from jserve.gateway.grpc_server import GrpcServer
+from jserve.gateway.metrics import GatewayMetrics
 from jserve.proto import inference_pb2, inference_pb2_grpc, types_pb2
-from tests.unit.gateway.fixtures import CONFIG, INFO, closing, eventually, make_generator
+from tests.unit.gateway.fixtures import INFO, closing, eventually, make_generator
 
 PROMPT = "Hello, 你好 👍! "
 
@@ -24,7 +25,7 @@ async def serving(*, step_s=0.0, reply=echo, channel_options=(), **config):
     """A running server: yields (stub, engine, generator, channel)."""
     engine = FakeEngine(INFO, step_s=step_s, reply=reply)
     generator = make_generator(engine, **config)
-    server = GrpcServer(generator, generator.config)
+    server = GrpcServer(generator, GatewayMetrics(clock=generator.clock))
     await server.start()
     async with (
         closing(engine),
@@ -470,11 +471,12 @@ def test_drain_finishes_what_runs_and_refuses_the_rest():
 
 def test_taken_port_is_a_config_error():
     async def main():
-        first = GrpcServer(make_generator(FakeEngine(INFO)), CONFIG)
+        generator = make_generator(FakeEngine(INFO))
+        first = GrpcServer(generator, GatewayMetrics(clock=generator.clock))
         await first.start()
         generator = make_generator(FakeEngine(INFO), grpc_port=first.port)
         with pytest.raises(ConfigError, match="--grpc_port"):
-            await GrpcServer(generator, generator.config).start()
+            await GrpcServer(generator, GatewayMetrics(clock=generator.clock)).start()
         await first.stop(0)
 
     asyncio.run(main())
