@@ -4,14 +4,32 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from jserve.core.errors import ConfigError
 
 _IDLE_S = 75.0  # a kept-alive connection without a request; load balancers close theirs at 60
 _BACKLOG = 4096  # connections that the kernel holds until they are accepted
+
+
+class _Protocol(HttpToolsProtocol):
+    """Uvicorn's, but a client that leaves with requests in the pipe ends the running one, too."""
+
+    _running: RequestResponseCycle | None = None
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
 
 
 class _Server(uvicorn.Server):
@@ -32,7 +50,7 @@ class HttpServer:
         self._socket = _bind(host, port)
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=_Protocol,
             ws="none",
             lifespan="off",
             log_config=None,
