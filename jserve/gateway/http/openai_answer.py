@@ -3,27 +3,30 @@
 Choice `i` of prompt `p` has the index `p × n + i`.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Protocol
+
+import orjson
 
 from jserve.core.errors import EngineError, Unavailable
 from jserve.core.request import FinishReason, TokenLogprobs
 from jserve.gateway.generation import Generation, Generator, Piece
 from jserve.gateway.http.event_stream import event
 from jserve.gateway.http.interleave import interleaved
-from jserve.gateway.http.openai_response import (
-    CompletionLogprobs,
-    Head,
-    Json,
-    TokenText,
-    chat_logprobs,
-    finish_json,
-    prompt_logprobs_json,
-    usage_json,
-)
+from jserve.gateway.http.openai_response import Head, Json, usage_json
+from jserve.gateway.http.openai_shape import Shape
 from jserve.gateway.metrics import GatewayMetrics, TrackedPieces
+
+# Log-probabilities of a piece beyond which it is written in a thread: 20 for each of 4,000 tokens
+# take 140 ms, and the event loop belongs to everybody.
+_LARGE = 2000
+
+
+def _num_logprobs(piece: Piece) -> int:
+    entries = (*(piece.logprobs or ()), *(piece.prompt_logprobs or ()))
+    return sum(1 + len(entry.top) for entry in entries if entry is not None)
 
 
 @dataclass(slots=True)
@@ -41,7 +44,8 @@ class ChoiceText:
         self.texts.append(piece.text)
         self.token_ids.extend(piece.token_ids)
         if piece.logprobs is not None:
-            self.logprobs = [*(self.logprobs or ()), *piece.logprobs]
+            self.logprobs = self.logprobs or []
+            self.logprobs.extend(piece.logprobs)
         self.first = self.first or piece
         self.last = piece
 
@@ -60,118 +64,6 @@ class ChoiceText:
         )
 
 
-class Shape(Protocol):
-    """How the pieces of one route's answers look in JSON."""
-
-    kind: str
-    chunk_kind: str
-
-    def choice(self, index: int, prompt: int, piece: Piece) -> Json:
-        """A whole choice, from one piece that has all of it."""
-        ...
-
-    def chunk(self, index: int, prompt: int, piece: Piece) -> Json | None:
-        """The choice of a chunk; None when the piece has no news for the client."""
-        ...
-
-    def beside(self, prompt_logprobs: Sequence[TokenLogprobs | None] | None) -> Json:
-        """Fields of the answer beside its choices."""
-        ...
-
-
-class CompletionShape:
-    """`text_completion`. Owned by one answer."""
-
-    kind = "text_completion"
-    chunk_kind = "text_completion"
-
-    def __init__(
-        self, generations: Sequence[Generation], tokens: TokenText, *, prompt_logprobs: bool
-    ) -> None:
-        self._generations = generations
-        self._tokens = tokens
-        self._prompt_logprobs = prompt_logprobs  # asked for by name, not only by echo
-        self._logprobs: dict[int, CompletionLogprobs] = {}  # by choice
-
-    def choice(self, index: int, prompt: int, piece: Piece) -> Json:
-        """See `Shape`."""
-        choice = {
-            "index": index,
-            "text": piece.text,
-            "logprobs": self._logprobs_of(index, prompt, piece),
-            **finish_json(piece),
-        }
-        if self._prompt_logprobs and piece.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs_json(piece.prompt_logprobs, self._tokens)
-        return choice
-
-    def chunk(self, index: int, prompt: int, piece: Piece) -> Json | None:
-        """See `Shape`."""
-        return self.choice(index, prompt, piece) if _has_news(piece) else None
-
-    def beside(self, prompt_logprobs: Sequence[TokenLogprobs | None] | None) -> Json:
-        """See `Shape`."""
-        return {"system_fingerprint": None}
-
-    def _logprobs_of(self, index: int, prompt: int, piece: Piece) -> Json | None:
-        generation = self._generations[prompt]
-        top = generation.sampling.logprobs
-        if top is None:
-            return None
-        ids = piece.token_ids
-        entries: tuple[TokenLogprobs | None, ...] = piece.logprobs or ()
-        if generation.echo and piece.prompt_logprobs is not None:
-            ids = generation.prompt.ids + ids
-            entries = tuple(piece.prompt_logprobs) + entries
-        builder = self._logprobs.get(index)
-        if builder is None:
-            builder = self._logprobs[index] = CompletionLogprobs(self._tokens, top)
-        return builder.add(ids, entries)
-
-
-class ChatShape:
-    """`chat.completion`. Owned by one answer."""
-
-    kind = "chat.completion"
-    chunk_kind = "chat.completion.chunk"
-
-    def __init__(self, tokens: TokenText) -> None:
-        self._tokens = tokens
-        self._opened: set[int] = set()  # choices whose role was sent
-
-    def choice(self, index: int, prompt: int, piece: Piece) -> Json:
-        """See `Shape`."""
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
-        return self._choice(index, piece, "message", message)
-
-    def chunk(self, index: int, prompt: int, piece: Piece) -> Json | None:
-        """See `Shape`."""
-        if index not in self._opened:
-            self._opened.add(index)
-            delta = {"role": "assistant", "content": piece.text}
-        elif not _has_news(piece):
-            return None
-        else:
-            delta = {"content": piece.text} if piece.text else {}
-        return self._choice(index, piece, "delta", delta)
-
-    def beside(self, prompt_logprobs: Sequence[TokenLogprobs | None] | None) -> Json:
-        """See `Shape`."""
-        fields: Json = {"system_fingerprint": None}
-        if prompt_logprobs is not None:
-            fields["prompt_logprobs"] = prompt_logprobs_json(prompt_logprobs, self._tokens)
-        return fields
-
-    def _choice(self, index: int, piece: Piece, key: str, content: Json) -> Json:
-        logprobs = None if piece.logprobs is None else chat_logprobs(piece.logprobs, self._tokens)
-        return {"index": index, key: content, "logprobs": logprobs, **finish_json(piece)}
-
-
-def _has_news(piece: Piece) -> bool:
-    # Text held back (half a character, half a stop string) is not news; logprobs are.
-    return bool(piece.text or piece.logprobs or piece.prompt_logprobs) or piece.finish is not None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """Everything that one answer needs; `whole` or `events` is called once."""
@@ -183,7 +75,7 @@ class Answer:
     metrics: GatewayMetrics
     include_usage: bool
 
-    async def whole(self) -> Json:
+    async def whole(self) -> bytes:
         """The complete object.
 
         Raises:
@@ -193,14 +85,10 @@ class Answer:
         async with aclosing(self._pieces()) as pieces:
             async for prompt, piece in pieces:
                 choices.setdefault((prompt, piece.index), ChoiceText()).add(piece)
-        done = {at: choices[at].whole() for at in sorted(choices)}
-        json = self.head.json(
-            self.shape.kind,
-            [self.shape.choice(self._index(*at), at[0], piece) for at, piece in done.items()],
-        )
-        json["usage"] = self._usage(sum(len(piece.token_ids) for piece in done.values()))
-        first = next((piece.prompt_logprobs for piece in done.values()), None)
-        return json | self.shape.beside(first)
+        done = [(prompt, choices[prompt, index].whole()) for prompt, index in sorted(choices)]
+        if sum(map(_num_logprobs, (piece for _, piece in done))) > _LARGE:
+            return await asyncio.to_thread(self._whole, done)
+        return self._whole(done)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The same as server-sent events, without the closing one."""
@@ -208,11 +96,29 @@ class Answer:
         async with aclosing(self._pieces()) as pieces:
             async for prompt, piece in pieces:
                 completion_tokens += len(piece.token_ids)
-                choice = self.shape.chunk(self._index(prompt, piece.index), prompt, piece)
-                if choice is not None:
-                    yield event(self._chunk([choice]) | self.shape.beside(piece.prompt_logprobs))
+                if _num_logprobs(piece) > _LARGE:
+                    data = await asyncio.to_thread(self._event, prompt, piece)
+                else:
+                    data = self._event(prompt, piece)
+                if data:
+                    yield data
         if self.include_usage:
             yield event(self._chunk([]) | {"usage": self._usage(completion_tokens)})
+
+    def _whole(self, done: Sequence[tuple[int, Piece]]) -> bytes:
+        choices = [
+            self.shape.choice(self._index(prompt, piece.index), prompt, piece)
+            for prompt, piece in done
+        ]
+        json = self.head.json(self.shape.kind, choices)
+        json["usage"] = self._usage(sum(len(piece.token_ids) for _, piece in done))
+        return orjson.dumps(json | self.shape.beside(done[0][1].prompt_logprobs))
+
+    def _event(self, prompt: int, piece: Piece) -> bytes:
+        choice = self.shape.chunk(self._index(prompt, piece.index), prompt, piece)
+        if choice is None:
+            return b""
+        return event(self._chunk([choice]) | self.shape.beside(piece.prompt_logprobs))
 
     async def _pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """(prompt, piece), to the last piece of every choice."""

@@ -15,7 +15,7 @@ from jserve.core.errors import RequestError
 from jserve.gateway.generation import Generation, Generator, Prompt
 from jserve.gateway.http.body import read_json
 from jserve.gateway.http.event_stream import EventStream, unless_disconnected
-from jserve.gateway.http.openai_answer import Answer, ChatShape, CompletionShape, Shape
+from jserve.gateway.http.openai_answer import Answer
 from jserve.gateway.http.openai_request import (
     ChatRequest,
     CompletionRequest,
@@ -23,6 +23,7 @@ from jserve.gateway.http.openai_request import (
     parse_completion,
 )
 from jserve.gateway.http.openai_response import Head
+from jserve.gateway.http.openai_shape import ChatShape, CompletionShape, Shape
 from jserve.gateway.metrics import GatewayMetrics
 
 
@@ -153,7 +154,8 @@ class OpenAIRoutes:
         if asked.stream:
             keep_alive_s = self._generator.config.sse_keep_alive_s
             return EventStream(answer.events(), keep_alive_s=keep_alive_s)
-        return json_response(await unless_disconnected(request.receive, answer.whole()))
+        body = await unless_disconnected(request.receive, answer.whole())
+        return Response(body, media_type="application/json")
 
 
 def _with_echo(asked: CompletionRequest) -> CompletionRequest:

@@ -1,5 +1,7 @@
 """`/tokenize` and `/detokenize`, as vLLM has them."""
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -36,7 +38,7 @@ class TokenRoutes:
         prompt = await self._prompt(fields)
         texts: list[str] | None = None
         if fields.boolean("return_token_strs"):
-            texts = [self._generator.tokenizer.token_text(token_id) for token_id in prompt.ids]
+            texts = await asyncio.to_thread(self._texts, prompt.ids)
         fields.finish({}, (*_FIELDS, "return_token_strs"))
         info = self._generator.engine.info
         return json_response(
@@ -55,8 +57,12 @@ class TokenRoutes:
         given: Any = fields.raw("tokens")
         fields.finish({}, ("model", "tokens"))
         ids = token_ids("tokens", given, self._generator.info.vocab)
-        text = self._generator.tokenizer.decode(ids, skip_special_tokens=False)
+        decode = self._generator.tokenizer.decode
+        text = await asyncio.to_thread(decode, ids, skip_special_tokens=False)
         return json_response({"prompt": text})
+
+    def _texts(self, ids: Sequence[int]) -> list[str]:
+        return [self._generator.tokenizer.token_text(token_id) for token_id in ids]
 
     async def _prompt(self, fields: Fields) -> Prompt:
         text, messages = fields.string("prompt"), fields.raw("messages")
