@@ -134,14 +134,17 @@ def check_stop(value: Any, *, max_count: int, max_chars: int) -> tuple[str, ...]
 def number(
     name: str,
     value: Any,
-    default: float,
+    default: float | None,
     low: float,
     high: float,
     *,
     above_low: bool = False,
 ) -> float:
-    """A finite number in [low, high], or in (low, high] with `above_low`."""
-    if value is None:
+    """A finite number in [low, high], or in (low, high] with `above_low`.
+
+    None stands for the default, if there is one.
+    """
+    if value is None and default is not None:
         return float(default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RequestError(f"{name} must be a number, not {_show(value)}", param=name)
@@ -256,7 +259,7 @@ def _logit_bias(value: Any, vocab: int) -> tuple[tuple[int, float], ...]:
         token_ids("logit_bias", (token_id,), vocab)
         if token_id in biases:
             raise RequestError(f"logit_bias names token {token_id} twice", param="logit_bias")
-        biases[token_id] = number(f"logit_bias.{token_id}", bias, 0, -100, 100)
+        biases[token_id] = number(f"logit_bias.{token_id}", bias, None, -100, 100)
     return tuple(sorted(biases.items()))
 
 
