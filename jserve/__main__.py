@@ -1,6 +1,6 @@
 """`python -m jserve` and the console script `jserve`."""
 
-from jserve.launch import run
+from jserve.launch.main import run
 
 if __name__ == "__main__":
     run()

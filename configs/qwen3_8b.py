@@ -1,0 +1,24 @@
+"""Qwen3 8B in bfloat16 on one GPU of 80 GB, from a Hugging Face folder.
+
+Set model.source to the folder that the weights were downloaded to.
+"""
+
+from jserve.config import PlatformConfig, ServeConfig
+from jserve.engine.config import EngineConfig
+from jserve.model.config import ModelConfig
+
+
+def get_config() -> ServeConfig:
+    """KV pages take what the programs leave of the device."""
+    return ServeConfig(
+        model=ModelConfig(name="qwen3-8b", source="models/Qwen3-8B", dtype="bfloat16"),
+        platform=PlatformConfig(backend="gpu"),
+        engine=EngineConfig(
+            num_slots=128,
+            max_model_len=16384,
+            page_size=64,
+            kv_bytes=0,
+            mixed_tokens=(256, 2048),
+            window_rows=(8, 128),
+        ),
+    )

@@ -1,0 +1,200 @@
+"""The whole config of a server, composed of each package's own; loading it and overriding it."""
+
+import dataclasses
+import enum
+import runpy
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jserve.control.config import ControlConfig
+from jserve.core.errors import ConfigError
+from jserve.engine.config import EngineConfig
+from jserve.gateway.config import GatewayConfig
+from jserve.model.config import ModelConfig
+from jserve.scheduler.config import SchedulerConfig
+
+
+class LogFormat(enum.Enum):
+    """How a log line looks: `key=value` pairs for people, JSON for machines."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformConfig:
+    """What JAX runs on, decided before it starts, whatever plugins are installed."""
+
+    backend: str = "cpu"  # cpu, gpu or tpu
+    xla_flags: tuple[str, ...] = ()  # added to the launcher's own for this backend
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """Structured logging to standard error."""
+
+    format: LogFormat = LogFormat.TEXT
+    level: str = "info"  # debug, info, warning or error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Everything that the launcher needs; each package is handed its own part only."""
+
+    model: ModelConfig
+    platform: PlatformConfig = field(default_factory=PlatformConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    gateway: GatewayConfig = field(default_factory=GatewayConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> ServeConfig:
+    """Runs `get_config()` of a Python file and applies overrides like `engine.num_slots=8`.
+
+    `path` may end in `:variant`, which is then the argument of get_config. Raises ConfigError
+    naming the file, field and remedy when anything is wrong.
+    """
+    path, colon, variant = path.partition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"--config: there is no file {path}")
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise ConfigError(f"{path} defines no get_config()")
+    try:
+        config = get_config(*([variant] if colon else []))
+    except TypeError as error:  # an unknown field, in a constructor's own words
+        raise ConfigError(f"{path}: {error}{_fields_hint(str(error))}") from error
+    if not isinstance(config, ServeConfig):
+        raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not ServeConfig")
+    check_types(config)
+    return override(config, overrides)
+
+
+def override(config: ServeConfig, overrides: Sequence[str]) -> ServeConfig:
+    """A copy of `config` with every `section.field=value` applied in order."""
+    for assignment in overrides:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: write section.field=value")
+        config = _replace(config, name.strip().split("."), text.strip(), name.strip())
+    return config
+
+
+def check_types(config: Any, prefix: str = "") -> None:
+    """Raises ConfigError when a value, at any depth, is not of its field's declared type."""
+    hints = typing.get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        name, value = prefix + item.name, getattr(config, item.name)
+        if not _is_instance(value, hints[item.name]):
+            raise ConfigError(
+                f"{name} is {value!r}, but must be of type {_type_name(hints[item.name])}"
+            )
+        if dataclasses.is_dataclass(value):
+            check_types(value, f"{name}.")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf by its dotted name, in order of declaration: what `--set` can reach."""
+    leaves: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            leaves |= flatten(value, f"{prefix}{item.name}.")
+        else:
+            leaves[prefix + item.name] = value
+    return leaves
+
+
+def _replace(config: Any, path: list[str], text: str, full_name: str) -> Any:
+    names = [item.name for item in dataclasses.fields(config)]
+    if path[0] not in names:
+        raise ConfigError(
+            f"--set {full_name}: {type(config).__name__} has no field {path[0]!r}; "
+            f"it has {', '.join(names)}"
+        )
+    value = getattr(config, path[0])
+    if len(path) > 1:
+        if not dataclasses.is_dataclass(value):
+            raise ConfigError(f"--set {full_name}: {path[0]} has no fields")
+        return dataclasses.replace(config, **{path[0]: _replace(value, path[1:], text, full_name)})
+    hint = typing.get_type_hints(type(config))[path[0]]
+    if dataclasses.is_dataclass(hint):
+        fields = ", ".join(f"{full_name}.{item.name}" for item in dataclasses.fields(value))
+        raise ConfigError(f"--set {full_name}: name one of its fields: {fields}")
+    try:
+        parsed = _parse(text, hint)
+    except ValueError as error:
+        raise ConfigError(
+            f"--set {full_name}={text}: not of type {_type_name(hint)}: {error}"
+        ) from None
+    return dataclasses.replace(config, **{path[0]: parsed})
+
+
+def _parse(text: str, hint: Any) -> Any:
+    """`text` as a value of type `hint`. Raises ValueError."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if text.lower() == "none" and type(None) in args:
+            return None
+        return _parse(text, next(arg for arg in args if arg is not type(None)))
+    if origin is tuple:
+        items = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
+        if args[-1] is not Ellipsis and len(items) != len(args):
+            raise ValueError(f"{len(args)} items are needed")
+        kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
+        return tuple(_parse(item, kind) for item, kind in zip(items, kinds, strict=True))
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError("write true or false")
+        return text.lower() == "true"
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        try:
+            return hint(text)
+        except ValueError:
+            raise ValueError(f"one of {', '.join(str(kind.value) for kind in hint)}") from None
+    if hint is int:
+        return int(text, 0)
+    if hint in (float, str, Path):
+        return hint(text)
+    raise ValueError("set it in the config file instead")
+
+
+def _is_instance(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_is_instance(value, arg) for arg in args)
+    if origin is typing.Literal:
+        return value in args
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if args[-1] is Ellipsis:
+            return all(_is_instance(item, args[0]) for item in value)
+        return len(value) == len(args) and all(map(_is_instance, value, args))
+    if origin is not None:
+        return isinstance(value, origin)
+    if hint is Any:
+        return True
+    if isinstance(value, bool):  # a bool is an int to Python, but a mistake in a config
+        return hint is bool
+    if hint is float:
+        return isinstance(value, int | float)
+    return isinstance(value, hint)
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def _fields_hint(message: str) -> str:
+    """The fields of the config class whose constructor complained in `message`."""
+    for hint in (ServeConfig, *typing.get_type_hints(ServeConfig).values()):
+        if f"{hint.__name__}.__init__()" in message:
+            return f"; its fields are {', '.join(item.name for item in dataclasses.fields(hint))}"
+    return ""

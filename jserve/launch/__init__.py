@@ -1,0 +1,1 @@
+"""Starts a role or a command: the only reader of flags and environment."""

@@ -1,0 +1,124 @@
+"""The command line: `jserve [serve | convert SRC DST | generate PROMPT]` and its flags."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from jserve import config as config_lib
+from jserve.config import ServeConfig
+from jserve.core.errors import ConfigError, JserveError
+from jserve.launch import logs, platform
+
+_CONFIG = flags.DEFINE_string("config", None, "A Python file that defines get_config().")
+_SET = flags.DEFINE_multi_string(
+    "set", [], "Overrides one field of the config, for example engine.num_slots=8; may repeat."
+)
+_ROLE = flags.DEFINE_enum(
+    "role",
+    "all",
+    ["all", "engine", "gateway"],
+    "all: gateway here and engine in a child process; engine or gateway: that part alone.",
+)
+_HOST = flags.DEFINE_string("host", None, "Where the gateway listens; gateway.host of the config.")
+_HTTP_PORT = flags.DEFINE_integer("http_port", None, "gateway.http_port of the config.")
+_GRPC_PORT = flags.DEFINE_integer("grpc_port", None, "gateway.grpc_port of the config.")
+_ENGINE_ADDRESS = flags.DEFINE_string(
+    "engine_address", "127.0.0.1:8600", "Where --role=engine listens and --role=gateway connects."
+)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "generate: tokens at most.")
+_TEMPERATURE = flags.DEFINE_float("temperature", None, "generate: 0 is greedy.")
+_SEED = flags.DEFINE_integer("seed", None, "generate: makes sampling repeatable.")
+_CHAT = flags.DEFINE_bool(
+    "chat", True, "generate: wrap the prompt in the model's chat template if it has one."
+)
+
+_USAGE = """LLM serving on JAX.
+
+  jserve --config=FILE [--set section.field=value …]   serve over HTTP and gRPC
+  jserve convert SOURCE FOLDER                          weights to the native format
+  jserve generate PROMPT --config=FILE                  one prompt, streamed to the terminal
+"""
+
+
+def run() -> None:
+    """The entry point of the process."""
+    app.run(_main, flags_parser=lambda argv: flags.FLAGS(_with_usage(argv)))
+
+
+def _with_usage(argv: Sequence[str]) -> list[str]:
+    sys.modules["__main__"].__doc__ = _USAGE
+    return list(argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    command, *arguments = argv[1:] or ["serve"]
+    commands = {"serve": _serve, "convert": _convert, "generate": _generate}
+    if command not in commands:
+        raise app.UsageError(f"unknown command {command!r}; one of {', '.join(commands)}")
+    try:
+        sys.exit(commands[command](arguments))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except JserveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _load_config() -> ServeConfig:
+    if _CONFIG.value is None:
+        raise ConfigError("--config is missing; for example --config=configs/smollm2_135m.py")
+    config = config_lib.load(_CONFIG.value, _SET.value)
+    given = {
+        name: flag.value
+        for name, flag in (("host", _HOST), ("http_port", _HTTP_PORT), ("grpc_port", _GRPC_PORT))
+        if flag.value is not None
+    }
+    return dataclasses.replace(config, gateway=dataclasses.replace(config.gateway, **given))
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    if arguments:
+        raise app.UsageError(f"serve takes no arguments, got {' '.join(arguments)}")
+    config = _load_config()
+    logs.configure(config.log)
+    platform.raise_file_limit()
+    if _ROLE.value == "engine":
+        from jserve.launch.engine_role import serve_engine  # JAX starts here
+
+        return serve_engine(config, _ENGINE_ADDRESS.value)
+    from jserve.launch.serve import serve_all, serve_gateway
+
+    if _ROLE.value == "gateway":
+        return serve_gateway(config, _ENGINE_ADDRESS.value)
+    return serve_all(config)
+
+
+def _convert(arguments: Sequence[str]) -> int:
+    if len(arguments) != 2:
+        raise app.UsageError("convert takes SOURCE and FOLDER")
+    logs.configure(config_lib.LogConfig())
+    platform.pin(config_lib.PlatformConfig())
+    from jserve.launch.convert import convert
+
+    return convert(*arguments)
+
+
+def _generate(arguments: Sequence[str]) -> int:
+    if len(arguments) != 1:
+        raise app.UsageError("generate takes one prompt; quote it")
+    config = _load_config()
+    logs.configure(config.log)
+    platform.pin(config.platform)
+    from jserve.launch.generate import generate
+
+    return generate(
+        config,
+        arguments[0],
+        max_tokens=_MAX_TOKENS.value,
+        temperature=_TEMPERATURE.value,
+        seed=_SEED.value,
+        chat=_CHAT.value,
+    )

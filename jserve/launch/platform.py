@@ -1,0 +1,53 @@
+"""Decides what JAX runs on, before it is imported, and the limits of the process."""
+
+import logging
+import os
+import resource
+import sys
+
+from jserve.config import PlatformConfig
+from jserve.core.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+# The first is where programs run; `cpu` beside it lets weights be prepared in host memory.
+_PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
+
+# One place for compiler flags. Each says what it is for.
+_XLA_FLAGS: dict[str, tuple[str, ...]] = {
+    "cpu": (),
+    "gpu": (
+        # Overlaps collectives with compute where a model spans several devices.
+        "--xla_gpu_enable_latency_hiding_scheduler=true",
+    ),
+    "tpu": (),
+}
+
+
+def pin(config: PlatformConfig) -> None:
+    """Fixes JAX's backend, so that an installed plugin for another one never surprises.
+
+    Must run before JAX is imported. Flags that the environment already has come last and win.
+    """
+    if config.backend not in _PLATFORMS:
+        raise ConfigError(
+            f"platform.backend is {config.backend!r}; use one of {', '.join(_PLATFORMS)}"
+        )
+    if "jax" in sys.modules:
+        raise RuntimeError("jax was imported before its platform was pinned")
+    inherited = os.environ.get("XLA_FLAGS", "").split()
+    flags = (*_XLA_FLAGS[config.backend], *config.xla_flags, *inherited)
+    os.environ["JAX_PLATFORMS"] = _PLATFORMS[config.backend]
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+    _log.info("platform pinned", extra={"backend": config.backend, "xla_flags": " ".join(flags)})
+
+
+def raise_file_limit() -> None:
+    """Lets the process hold as many open connections as the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        wanted = hard if hard != resource.RLIM_INFINITY else 1 << 20
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (ValueError, OSError) as error:  # macOS refuses its own hard limit
+            _log.warning("open file limit stays", extra={"limit": soft, "error": str(error)})

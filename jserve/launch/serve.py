@@ -1,0 +1,196 @@
+"""Runs the serving roles: the gateway in this process, the engine in a child it supervises."""
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from jserve.config import ServeConfig, flatten
+from jserve.control.engine_process import EngineProcess
+from jserve.control.engine_status import (
+    EngineStatus,
+    ModelPrepared,
+    PhaseProgress,
+    PhaseStarted,
+    Ready,
+)
+from jserve.core.clock import WallClock
+from jserve.core.errors import ConfigError
+from jserve.launch.console import Console
+from jserve.launch.engine_child import EngineJob, encode_job
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_EXIT_INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
+
+
+def serve_all(config: ServeConfig) -> int:
+    """Serves until SIGTERM or Ctrl-C; returns the exit code."""
+    return _run(lambda drain: _serve_all(config, drain))
+
+
+def serve_gateway(config: ServeConfig, engine_address: str) -> int:
+    """Serves with an engine that runs elsewhere; returns the exit code."""
+    return _run(lambda drain: _serve_gateway(config, engine_address, drain))
+
+
+def _run(body: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> int:
+    """Runs `body` until it ends. The first signal sets its event, the second cancels it."""
+
+    async def main() -> int:
+        drain = asyncio.Event()
+        task = asyncio.create_task(body(drain))
+
+        def on_signal() -> None:
+            if drain.is_set():
+                task.cancel()
+            drain.set()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            return _EXIT_INTERRUPTED
+
+    return asyncio.run(main())
+
+
+class _StartUp:
+    """What the engine has told of its start; shows it as it comes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.prepared: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+
+    def on_status(self, status: EngineStatus) -> None:
+        """Called with every status line of every engine process, restarted ones too."""
+        if self.ready.done():
+            if isinstance(status, Ready):
+                _log.info("engine is serving again", extra=status.phases)
+            return
+        match status:
+            case PhaseStarted(phase, detail):
+                self._console.say(f"{phase} {detail}".rstrip())
+            case PhaseProgress(detail):
+                self._console.say(f"  {detail}")
+            case ModelPrepared(folder) if not self.prepared.done():
+                self.prepared.set_result(folder)
+            case Ready():
+                self.ready.set_result(status)
+            case _:
+                pass
+
+
+async def _serve_all(config: ServeConfig, drain: asyncio.Event) -> int:
+    _require_free_port(config.gateway.host, config.gateway.http_port, "--http_port")
+    _require_free_port(config.gateway.host, config.gateway.grpc_port, "--grpc_port")
+    _log_config(config)
+    console = Console()
+    address = f"127.0.0.1:{_free_loopback_port()}"
+    start_up = _StartUp(console)
+    engine = EngineProcess(
+        [sys.executable, "-m", "jserve.launch.engine_child"],
+        encode_job(EngineJob(config, address)),
+        config.control,
+        WallClock(),
+        start_up.on_status,
+    )
+    supervision = asyncio.create_task(engine.run())
+    try:
+        # Imported while the engine process starts: neither waits for the other.
+        from jserve.gateway.server import GatewayServer
+
+        folder = await _first(start_up.prepared, supervision, drain)
+        if folder is None:
+            return 0
+        gateway = GatewayServer(config.gateway, folder, address, WallClock())
+        await gateway.start()
+        try:
+            ready = await _first(start_up.ready, supervision, drain)
+            if ready is not None:
+                await gateway.until_ready()
+                _show_summary(console, config, ready)
+                await _first(asyncio.get_running_loop().create_future(), supervision, drain)
+                console.say("draining: nothing new is accepted; Ctrl-C again stops at once")
+                await gateway.drain()
+        finally:
+            await gateway.stop()
+        await engine.stop()
+        console.say("stopped")
+        return 0
+    finally:
+        engine.kill()
+        await asyncio.wait([supervision], timeout=config.control.stop_timeout_s)
+
+
+async def _serve_gateway(config: ServeConfig, engine_address: str, drain: asyncio.Event) -> int:
+    raise NotImplementedError
+
+
+async def _first(
+    result: Awaitable[_T], supervision: asyncio.Task[None], drain: asyncio.Event
+) -> _T | None:
+    """The result, or None when a drain was asked for first. Raises what supervision raises."""
+    wanted = asyncio.ensure_future(result)
+    stop = asyncio.create_task(drain.wait())
+    try:
+        await asyncio.wait({wanted, stop, supervision}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stop.cancel()
+    if supervision.done():
+        supervision.result()
+    return wanted.result() if wanted.done() else None
+
+
+def _require_free_port(host: str, port: int, flag: str) -> None:
+    """Raises ConfigError before any work is done for a port that cannot be opened."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"{host}:{port} cannot be opened ({error.strerror}); choose another with {flag}"
+            ) from None
+
+
+def _free_loopback_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _log_config(config: ServeConfig) -> None:
+    """Logs the resolved config once; of secrets only their number."""
+    leaves = flatten(config)
+    leaves["gateway.api_keys"] = f"<{len(config.gateway.api_keys)}>"
+    _log.info("config", extra=leaves)
+
+
+def _show_summary(console: Console, config: ServeConfig, ready: Ready) -> None:
+    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in ready.phases.items())
+    console.table("jserve is ready", ready.summary | {"start": phases})
+    host, gateway = config.gateway.host, config.gateway
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104
+    console.table(
+        "Listening",
+        {"HTTP": f"http://{shown}:{gateway.http_port}", "gRPC": f"{shown}:{gateway.grpc_port}"},
+    )
+    body = {
+        "model": ready.summary.get("model", ""),
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "max_tokens": 32,
+    }
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if gateway.api_keys else ""
+    console.text(
+        f"\nTry:\n  curl http://{shown}:{gateway.http_port}/v1/chat/completions{key} \\\n"
+        f"    -H 'Content-Type: application/json' \\\n    -d '{json.dumps(body)}'\n"
+    )

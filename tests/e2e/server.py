@@ -1,0 +1,121 @@
+"""A real server on free loopback ports, started as a user starts it."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+
+REPOSITORY = Path(__file__).parents[2]
+START_TIMEOUT_S = 180.0  # compilation on a loaded machine
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A launcher process. Its output is kept in a file for messages."""
+
+    def __init__(self, config: str, log: Path, *flags: str) -> None:
+        self.http_port, self.grpc_port = free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.http_port}"
+        self.grpc_address = f"127.0.0.1:{self.grpc_port}"
+        self._log = log
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "jserve", f"--config={config}"),
+                    *(f"--http_port={self.http_port}", f"--grpc_port={self.grpc_port}"),
+                    *flags,
+                ],
+                cwd=REPOSITORY,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+                | {"XLA_FLAGS": ""},
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+    @property
+    def engine_pid(self) -> int:
+        (engine,) = psutil.Process(self.process.pid).children()
+        return engine.pid
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=30)
+
+    def post(self, path: str, body: object, **options: object) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=60, **options)  # type: ignore[arg-type]
+
+    def is_ready(self) -> bool:
+        try:
+            return self.get("/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def gauge(self, name: str) -> float:
+        """The value of a metric without regard to its labels."""
+        for line in self.get("/metrics").text.splitlines():
+            if line.split("{")[0].split(" ")[0] == name:
+                return float(line.rsplit(" ", 1)[1])
+        raise KeyError(name)
+
+    def until(self, condition: Callable[[], bool], timeout_s: float = START_TIMEOUT_S) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not condition():
+            if self.process.poll() is not None and condition is not self.has_ended:
+                raise AssertionError(f"the server ended:\n{self.output}")
+            if time.monotonic() > deadline_s:
+                raise AssertionError(f"not within {timeout_s} s:\n{self.output}")
+            time.sleep(0.05)
+
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def wait(self, timeout_s: float = 60.0) -> int:
+        return self.process.wait(timeout_s)
+
+    def close(self) -> None:
+        if not self.has_ended():
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.wait()
+
+
+@contextlib.contextmanager
+def serving(config: str, log: Path, *flags: str) -> Iterator[Server]:
+    """A server that is ready; ended when the block is left."""
+    server = Server(config, log, *flags)
+    try:
+        server.until(server.is_ready)
+        yield server
+    finally:
+        server.close()
+
+
+def events(lines: Iterator[str]) -> Iterator[dict]:
+    """The JSON events of a stream, up to [DONE]."""
+    for line in lines:
+        if line == "data: [DONE]":
+            return
+        if line.startswith("data: "):
+            yield json.loads(line[6:])

@@ -1,0 +1,107 @@
+"""Crashes and stops of real processes: clients learn at once, nothing is left behind."""
+
+import signal
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.server import Server, events, serving
+
+CONFIG = "configs/tiny_random.py"
+LONG = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
+
+
+class Reader(threading.Thread):
+    """Reads one long stream in the background and keeps what it saw."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(daemon=True)
+        self._url = f"{server.url}/v1/completions"
+        self.started = threading.Event()
+        self.finish_reason: str | None = None
+        self.error: object = None
+        self.ended_at_s = 0.0
+
+    def run(self) -> None:
+        try:
+            with httpx.stream("POST", self._url, json=LONG, timeout=60) as reply:
+                for event in events(reply.iter_lines()):
+                    self.started.set()
+                    if "error" in event:
+                        self.error = event["error"]
+                    elif event["choices"]:
+                        self.finish_reason = event["choices"][0]["finish_reason"]
+        except httpx.TransportError as error:
+            self.error = error
+        self.ended_at_s = time.monotonic()
+
+
+def _start_reader(server: Server) -> Reader:
+    reader = Reader(server)
+    reader.start()
+    assert reader.started.wait(30)
+    return reader
+
+
+def test_killed_engine_is_reported_at_once_and_comes_back(tmp_path: Path) -> None:
+    with serving(CONFIG, tmp_path / "log") as server:
+        pages = server.gauge("jserve_free_pages")
+        reader = _start_reader(server)
+        old_pid = server.engine_pid
+        killed_at_s = time.monotonic()
+        psutil.Process(old_pid).kill()
+        reader.join(10)
+        assert reader.error is not None
+        assert reader.ended_at_s - killed_at_s < 2.0
+        refused = server.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
+        assert refused.status_code in (200, 503)
+        server.until(server.is_ready)
+        assert server.engine_pid != old_pid
+        answer = server.post("/v1/completions", {"prompt": "x", "max_tokens": 4})
+        assert answer.status_code == 200
+        assert server.gauge("jserve_free_pages") == pages
+
+
+def test_sigterm_finishes_what_runs_and_exits_with_0(tmp_path: Path) -> None:
+    with serving(CONFIG, tmp_path / "log") as server:
+        reader = _start_reader(server)
+        engine = psutil.Process(server.engine_pid)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+        reader.join(10)
+        assert reader.error is None
+        assert reader.finish_reason == "length"
+        assert not engine.is_running()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_stops_at_once(tmp_path: Path, stop: signal.Signals) -> None:
+    with serving(CONFIG, tmp_path / "log") as server:
+        _start_reader(server)
+        engine = psutil.Process(server.engine_pid)
+        server.process.send_signal(stop)
+        time.sleep(0.1)
+        start_s = time.monotonic()
+        server.process.send_signal(stop)
+        assert server.wait(10) != 0
+        assert time.monotonic() - start_s < 5
+        assert not engine.is_running()
+
+
+def test_killed_launcher_takes_the_engine_along(tmp_path: Path) -> None:
+    with serving(CONFIG, tmp_path / "log") as server:
+        engine = psutil.Process(server.engine_pid)
+        server.process.kill()
+        server.wait()
+        engine.wait(10)
+
+
+def test_taken_port_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    with serving(CONFIG, tmp_path / "log") as server:
+        second = Server(CONFIG, tmp_path / "second", f"--http_port={server.http_port}")
+        assert second.wait(30) == 2
+        assert "--http_port" in second.output
