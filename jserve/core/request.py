@@ -1,7 +1,8 @@
 """What a client asked for, and what it gets back, as plain frozen data."""
 
 import enum
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 # Static widths of the per-slot sampling state on the device. A request beyond one of them is
 # refused with the limit in the message.
@@ -87,9 +88,10 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]  # (token id, logprob), best first
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceUpdate:
+class SequenceUpdate(NamedTuple):
     """News of one sequence after one step. `finish` is set on its last update.
+
+    A tuple: each step makes one per sequence.
 
     `logprobs` is parallel to `tokens` when requested. `prompt_logprobs` comes once, with the
     first token, and has one entry per prompt token; the first is None.
@@ -110,8 +112,7 @@ class SequenceUpdate:
         else:
             logprobs = self.logprobs + later.logprobs
         prompt = self.prompt_logprobs
-        return replace(
-            later,
+        return later._replace(
             tokens=self.tokens + later.tokens,
             logprobs=logprobs,
             prompt_logprobs=later.prompt_logprobs if prompt is None else prompt,

@@ -1,8 +1,9 @@
 """Builds the next step: who is admitted, who grows, who is preempted, in which program."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from jserve.core.step import Admission, Chunk, Program
+from jserve.core.step import Admission, Chunk, Program, StepPlan
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.policy import window_steps
 from jserve.scheduler.programs import ProgramTable
@@ -12,15 +13,20 @@ from jserve.scheduler.stats import Counters
 
 
 @dataclass(slots=True)
-class Step:
-    """A step from its planning to its commit; row r is entry r of the first three lists."""
+class Rows:
+    """The rows of a step, each one entry of every list."""
 
-    program: Program
-    num_steps: int
     chunks: list[Chunk] = field(default_factory=list[Chunk])
     sequences: list[Sequence] = field(default_factory=list[Sequence])
     planned: list[int] = field(default_factory=list[int])  # tokens that the row yields at most
-    admissions: list[Admission] = field(default_factory=list[Admission])
+
+
+@dataclass(slots=True)
+class Step:
+    """A step from its planning to its commit."""
+
+    plan: StepPlan
+    rows: Rows
 
 
 @dataclass(slots=True)
@@ -90,19 +96,19 @@ class Planner:
         head_fits = self._head_fits()
         ready = head_fits and self.waiting[0].num_in_flight == 0
         if ready or any(s.num_computed < len(s.context) for s in self.running.sequences):
-            step = self._plan_mixed(now_s)
+            step = self._mixed_step(now_s)
         elif self.running.sequences:
-            step = self._plan_window(admissible_soon=head_fits)
+            step = self._window_step(admissible_soon=head_fits)
         else:
             return None
-        for seq in step.sequences:
-            seq.num_in_flight += 1
+        self._counters.num_steps += 1
+        for seq in step.rows.sequences:
             if seq.num_tokens == seq.max_total:  # its last token is in flight: it needs no more
                 self.running.leave(seq)
                 seq.state = SequenceState.RETIRED
         return step
 
-    def _plan_window(self, *, admissible_soon: bool) -> Step:
+    def _window_step(self, *, admissible_soon: bool) -> Step:
         running = self.running.sequences
         most = self._programs.max_window_steps(len(running))
         if self._config.window_steps is not None:
@@ -115,18 +121,27 @@ class Planner:
         )
         while steps > 1 and not self.running.can_grow_all(steps):
             steps //= 2  # rather a shorter window than a preemption
-        rows: list[tuple[Sequence, int, int]] = []
+        rows = Rows()
         for seq in running:  # which may lose its end to a preemption
             new = min(steps, seq.max_total - seq.num_tokens)
             first_page = len(seq.pages)
-            if self._reserve(seq, new):
-                rows.append((seq, first_page, new))
-        step = Step(self._programs.decode(len(rows), steps), steps)
-        for seq, first_page, new in rows:
-            _add_decode(step, seq, first_page, new)
-        return step
+            if seq.num_computed + new <= seq.capacity or self._reserve(seq, new):
+                _add_decode(rows, seq, first_page, new)
+        return self._step(self._programs.decode(len(rows.chunks), steps), steps, rows)
 
-    def _plan_mixed(self, now_s: float) -> Step:
+    def _step(
+        self, program: Program, num_steps: int, rows: Rows, admissions: Iterable[Admission] = ()
+    ) -> Step:
+        plan = StepPlan(
+            step_id=self._counters.num_steps,
+            program=program,
+            num_steps=num_steps,
+            chunks=tuple(rows.chunks),
+            admissions=tuple(admissions),
+        )
+        return Step(plan, rows)
+
+    def _mixed_step(self, now_s: float) -> Step:
         running = self.running.sequences
         left = self._step_tokens - sum(s.num_computed >= len(s.context) for s in running)
         draft = _Draft(left=left, share=-(-left // self._config.max_partial_prefills))
@@ -144,19 +159,19 @@ class Planner:
         return self._build_mixed(draft)
 
     def _build_mixed(self, draft: _Draft) -> Step:
-        prompts = [grant for grant in draft.prompts if grant.num_tokens]
-        num_rows = len(draft.decodes) + len(prompts)
-        if prompts:
-            num_tokens = len(draft.decodes) + sum(grant.num_tokens for grant in prompts)
-            program = self._programs.mixed(num_tokens, num_rows)
-        else:
-            program = self._programs.decode(num_rows, 1)
-        step = Step(program, 1, admissions=draft.admissions)
+        rows = Rows()
+        num_tokens = len(draft.decodes)
         for seq, first_page in draft.decodes:
-            _add_decode(step, seq, first_page, 1)
-        for grant in prompts:
-            _add_prompt(step, grant)
-        return step
+            _add_decode(rows, seq, first_page, 1)
+        for grant in draft.prompts:
+            if grant.num_tokens > 0:
+                _add_prompt(rows, grant)
+                num_tokens += grant.num_tokens
+        if num_tokens > len(draft.decodes):
+            program = self._programs.mixed(num_tokens, len(rows.chunks))
+        else:
+            program = self._programs.decode(num_tokens, 1)
+        return self._step(program, 1, rows, draft.admissions)
 
     # Admission: from the head of the queue, so nobody is overtaken.
 
@@ -243,26 +258,27 @@ class Planner:
         self.enqueue(seq)
 
 
-def _add_decode(step: Step, seq: Sequence, first_page: int, new: int) -> None:
-    new_pages = tuple(seq.pages[first_page:])
-    step.chunks.append(  # by position: this runs once a row
-        Chunk(seq.slot, seq.request.id, seq.num_computed, 1, (), True, (), first_page, new_pages)
-    )
-    step.sequences.append(seq)
-    step.planned.append(new)
+def _add_decode(rows: Rows, seq: Sequence, first_page: int, new: int) -> None:
+    start, pages = seq.num_computed, seq.pages
+    new_pages = tuple(pages[first_page:]) if len(pages) > first_page else ()
+    # By position: this runs once a row.
+    rows.chunks.append(Chunk(seq.slot, seq.id, start, 1, (), True, (), first_page, new_pages))
+    rows.sequences.append(seq)
+    rows.planned.append(new)
+    seq.num_computed = start + new
     seq.num_tokens += new
-    seq.num_computed += new
+    seq.num_in_flight += 1
 
 
-def _add_prompt(step: Step, grant: _Grant) -> None:
+def _add_prompt(rows: Rows, grant: _Grant) -> None:
     seq = grant.seq
     start, end = seq.num_computed, seq.num_computed + grant.num_tokens
     samples = end == len(seq.context)
     wants_logprobs = seq.prompt_logprobs is not None
-    step.chunks.append(
+    rows.chunks.append(
         Chunk(
             slot=seq.slot,
-            request_id=seq.request.id,
+            request_id=seq.id,
             start=start,
             num_tokens=grant.num_tokens,
             tokens=seq.context[start:end],
@@ -272,7 +288,8 @@ def _add_prompt(step: Step, grant: _Grant) -> None:
             new_pages=tuple(seq.pages[grant.first_page :]),
         )
     )
-    step.sequences.append(seq)
-    step.planned.append(int(samples))
-    seq.num_tokens += int(samples)
+    rows.sequences.append(seq)
+    rows.planned.append(int(samples))
     seq.num_computed = end
+    seq.num_tokens += int(samples)
+    seq.num_in_flight += 1

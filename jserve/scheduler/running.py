@@ -63,7 +63,7 @@ class RunningSet:
 
     def most_positions(self, seq: Sequence) -> int:
         """Tokens that `seq` could hold with every free page."""
-        return (len(seq.pages) + self._pages.num_free) * self._page_size
+        return seq.capacity + self._pages.num_free * self._page_size
 
     def grow(self, seq: Sequence, positions: int) -> bool:
         """Gives `seq` pages for `positions` tokens in all; False, and none, if too few are free."""
@@ -72,6 +72,7 @@ class RunningSet:
             if missing > self._pages.num_free:
                 return False
             seq.pages += self._pages.take(missing)
+            seq.capacity = len(seq.pages) * self._page_size
         return True
 
     def enter(self, seq: Sequence) -> None:
@@ -89,3 +90,4 @@ class RunningSet:
         heapq.heappush(self._free_slots, seq.slot)
         self._pages.release(seq.pages)
         seq.pages = []
+        seq.capacity = 0

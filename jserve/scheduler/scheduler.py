@@ -59,7 +59,7 @@ class Scheduler:
             max_processor_rows=max_processor_rows,
         )
         self._live: dict[str, Sequence] = {}
-        self._in_flight: deque[tuple[StepPlan, Step]] = deque()
+        self._in_flight: deque[Step] = deque()
         self._num_arrivals = 0
         self._draining = False
 
@@ -84,6 +84,7 @@ class Scheduler:
                 retry_after_s=self._counters.drain_s(num_waiting, self._config.max_retry_after_s),
             )
         seq = Sequence(
+            id=request.id,
             request=_with_limit(request, max_total),
             rank=self._policy(request, self._num_arrivals),
             arrival_s=now_s,
@@ -144,9 +145,7 @@ class Scheduler:
         updates: list[SequenceUpdate] = []
         for seq in list(self._live.values()):
             self._end(seq)
-            updates.append(
-                SequenceUpdate(seq.request.id, (), finish=FinishReason.ERROR, error=message)
-            )
+            updates.append(SequenceUpdate(seq.id, (), finish=FinishReason.ERROR, error=message))
         return updates
 
     @property
@@ -176,16 +175,8 @@ class Scheduler:
         step = self._planner.plan(now_s)
         if step is None:
             return None
-        plan = StepPlan(
-            step_id=self._counters.num_steps,
-            program=step.program,
-            num_steps=step.num_steps,
-            chunks=tuple(step.chunks),
-            admissions=tuple(step.admissions),
-        )
-        self._counters.num_steps += 1
-        self._in_flight.append((plan, step))
-        return plan
+        self._in_flight.append(step)
+        return step.plan
 
     # After a step.
 
@@ -198,43 +189,46 @@ class Scheduler:
             EngineError: the device broke the contract of `StepResult`.
             ValueError: `plan` is not the oldest in flight, or `result` is of another step.
         """
-        if not self._in_flight or self._in_flight[0][0] is not plan:
+        if not self._in_flight or self._in_flight[0].plan is not plan:
             raise ValueError(f"step {plan.step_id} is not the oldest in flight")
         if result.step_id != plan.step_id:
             raise ValueError(f"step {plan.step_id} got the result of step {result.step_id}")
-        _, step = self._in_flight.popleft()
+        step = self._in_flight.popleft()
         if result.prompt_logprobs is not None:
             _collect_prompt_logprobs(step, result.prompt_logprobs)
         tokens: list[list[int]] = result.tokens.tolist()
         num_new: list[int] = result.num_new.tolist()
         codes: list[int] = result.finish.tolist()
         updates: list[SequenceUpdate] = []
-        for row, seq in enumerate(step.sequences):
+        num_output = 0
+        for row, seq in enumerate(step.rows.sequences):
             seq.num_in_flight -= 1
-            if seq.state is SequenceState.FINISHED:
+            state = seq.state
+            if state is SequenceState.FINISHED:
                 continue
             new = tokens[row][: num_new[row]]
-            finish = _FINISH_REASONS[codes[row]]
             seq.output += new
-            self._counters.output_tokens += len(new)
+            num_output += len(new)
+            finish = _FINISH_REASONS[codes[row]]
             if finish is not None:
                 self._end(seq)
                 self._counters.finished(now_s)
-            else:
-                self._settle(seq, step.planned[row] - len(new))
-                if not new:
-                    continue
-            if seq.reported and seq.request.sampling.logprobs is None:
-                updates.append(SequenceUpdate(seq.request.id, tuple(new), finish))
+            elif state is not SequenceState.RUNNING or len(new) != step.rows.planned[row]:
+                self._settle(seq, step.rows.planned[row] - len(new))
+            if not new and finish is None:
+                continue
+            if seq.plain:
+                updates.append(SequenceUpdate(seq.id, tuple(new), finish))
             else:
                 updates.append(_full_update(seq, row, new, finish, result))
+        self._counters.output_tokens += num_output
         return updates
 
     def _settle(self, seq: Sequence, shortfall: int) -> None:
         """Corrects the counts of a sequence that goes on with `shortfall` tokens under its plan."""
         if shortfall < 0 or len(seq.request.prompt) + len(seq.output) >= seq.max_total:
             raise EngineError(
-                f"request {seq.request.id}: the device ran past the limit of {seq.max_total} tokens"
+                f"request {seq.id}: the device ran past the limit of {seq.max_total} tokens"
             )
         if shortfall == 0:
             return
@@ -246,7 +240,7 @@ class Scheduler:
 
     def _end(self, seq: Sequence) -> None:
         self._planner.drop(seq)
-        del self._live[seq.request.id]
+        del self._live[seq.id]
 
 
 def _with_limit(request: Request, max_total: int) -> Request:
@@ -263,20 +257,21 @@ def _full_update(
     """An update with log-probabilities, or with what comes once, on the first."""
     num_top = seq.request.sampling.logprobs
     if num_top is not None and result.logprobs is None:
-        raise EngineError(f"request {seq.request.id}: the step came without log-probabilities")
+        raise EngineError(f"request {seq.id}: the step came without log-probabilities")
     of_tokens = (
         None
         if num_top is None or result.logprobs is None
         else logprobs.of_tokens(result.logprobs, row, new, num_top)
     )
     if seq.reported:
-        return SequenceUpdate(seq.request.id, tuple(new), finish, of_tokens)
+        return SequenceUpdate(seq.id, tuple(new), finish, of_tokens)
     seq.reported = True
+    seq.plain = num_top is None
     of_prompt, seq.prompt_logprobs = seq.prompt_logprobs, None
     if of_prompt is not None and None in of_prompt[1:]:
-        raise EngineError(f"request {seq.request.id}: prompt log-probabilities are missing")
+        raise EngineError(f"request {seq.id}: prompt log-probabilities are missing")
     return SequenceUpdate(
-        seq.request.id,
+        seq.id,
         tuple(new),
         finish,
         logprobs=of_tokens,
@@ -288,7 +283,7 @@ def _full_update(
 def _collect_prompt_logprobs(step: Step, rows: RowLogprobs) -> None:
     """Stores what the chunks of `step` say of the prompts; a recomputation stores it again."""
     first = 0
-    for chunk, seq in zip(step.chunks, step.sequences, strict=True):
+    for chunk, seq in zip(step.rows.chunks, step.rows.sequences, strict=True):
         num_top = seq.request.sampling.prompt_logprobs
         if chunk.prompt_targets and num_top is not None and seq.prompt_logprobs is not None:
             start = chunk.start + 1

@@ -29,6 +29,7 @@ class Sequence:
     `num_computed == num_tokens - 1` (its last token lies on the device, and the next is decoded).
     """
 
+    id: str  # of its request
     request: Request
     rank: Rank
     arrival_s: float
@@ -38,11 +39,13 @@ class Sequence:
     queue_s: float | None = None  # arrival to first admission
     num_in_flight: int = 0  # submitted steps with a row of this sequence
     reported: bool = False  # the first update is out
+    plain: bool = False  # and the others carry tokens alone
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # collected over chunks
 
     # Of the present stay in a slot:
     slot: int = 0
     pages: list[int] = field(default_factory=list[int])  # its page table
+    capacity: int = 0  # positions that its pages hold
     context: tuple[int, ...] = ()  # tokens that chunks compute: the prompt and the output so far
     num_tokens: int = 0
     num_computed: int = 0  # positions whose K and V are written

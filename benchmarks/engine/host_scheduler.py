@@ -1,0 +1,119 @@
+"""Host time of the scheduler: microseconds of plan and commit for windows over many slots.
+
+python -m benchmarks.engine.host_scheduler [--slots 256] [--steps 8] [--repeats 200]
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+
+import numpy as np
+
+from jserve.core.request import Request, SamplingParams
+from jserve.core.step import FinishCode, Program, ProgramKind, StepPlan, StepResult
+from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.scheduler import Scheduler
+
+_PROMPT = tuple(range(100))
+
+
+def crowded_scheduler(num_slots: int, steps: int, max_tokens: int) -> Scheduler:
+    """Every slot decodes; nobody waits."""
+    programs = (
+        Program(ProgramKind.MIXED, 4096, num_slots),
+        Program(ProgramKind.WINDOW, num_slots, num_slots, steps),
+    )
+    scheduler = Scheduler(
+        SchedulerConfig(),
+        num_slots=num_slots,
+        num_pages=num_slots * (max_tokens // 16 + 8),
+        page_size=16,
+        max_model_len=max_tokens + len(_PROMPT),
+        programs=programs,
+    )
+    for i in range(num_slots):
+        sampling = SamplingParams(max_tokens=max_tokens)
+        scheduler.add(Request(id=f"request-{i}", prompt=_PROMPT, sampling=sampling), 0.0)
+    while True:
+        plan = scheduler.plan(0.0)
+        if plan is None or plan.program.kind is ProgramKind.WINDOW:
+            break
+        scheduler.commit(plan, outcome(plan), 0.0)
+    if plan is not None:
+        scheduler.commit(plan, outcome(plan), 0.0)
+    return scheduler
+
+
+def outcome(plan: StepPlan) -> StepResult:
+    """Every row that samples yields all its tokens; nobody ends."""
+    rows = plan.program.rows
+    num_new = np.zeros(rows, np.int32)
+    num_new[: len(plan.chunks)] = [plan.num_steps if c.samples else 0 for c in plan.chunks]
+    tokens = np.full((rows, plan.program.steps), 7, np.int32)
+    return StepResult(plan.step_id, tokens, num_new, np.full(rows, FinishCode.RUNNING, np.int32))
+
+
+def measure(num_slots: int, steps: int, repeats: int) -> dict[str, float]:
+    """Medians in microseconds, with one step always in flight as the engine has it."""
+    scheduler = crowded_scheduler(num_slots, steps, max_tokens=steps * (repeats + 4) + 32)
+    before = scheduler.plan(0.0)
+    plan_us: list[float] = []
+    commit_us: list[float] = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        plan = scheduler.plan(0.0)
+        plan_us.append((time.perf_counter() - start) * 1e6)
+        if before is None or plan is None:
+            raise RuntimeError("the scheduler ran dry; lower --repeats")
+        result = outcome(before)
+        start = time.perf_counter()
+        scheduler.commit(before, result, 0.0)
+        commit_us.append((time.perf_counter() - start) * 1e6)
+        before = plan
+    both = [p + c for p, c in zip(plan_us, commit_us, strict=True)]
+    return {
+        "plan_us": round(statistics.median(plan_us), 1),
+        "commit_us": round(statistics.median(commit_us), 1),
+        "both_us": round(statistics.median(both), 1),
+        "both_p99_us": round(statistics.quantiles(both, n=100)[98], 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--slots", type=int, nargs="+", default=[32, 256])
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=200)
+    args = parser.parse_args()
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    print(
+        f"{'slots':>6} {'steps':>6} {'plan µs':>9} {'commit µs':>10} {'both µs':>9} {'p99 µs':>9}"
+    )
+    cells: list[dict[str, float]] = []
+    for slots in args.slots:
+        for steps in args.steps:
+            cell = measure(slots, steps, args.repeats)
+            cells.append({"slots": slots, "steps": steps, **cell})
+            print(
+                f"{slots:>6} {steps:>6} {cell['plan_us']:>9} {cell['commit_us']:>10} "
+                f"{cell['both_us']:>9} {cell['both_p99_us']:>9}"
+            )
+    print(
+        json.dumps(
+            {
+                "benchmark": "host_scheduler",
+                "commit": commit,
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+                "cells": cells,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

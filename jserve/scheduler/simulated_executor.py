@@ -1,0 +1,275 @@
+"""A device that is not there: runs plans on the hash model, and refuses plans that break the rules.
+
+It keeps what a real device keeps (slots, page tables, paged KV memory) and nothing else, so that
+a plan which is wrong gives wrong tokens, or a `PlanError`.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jserve.core.errors import EngineError
+from jserve.core.request import MAX_LOGPROBS, Request, TokenLogprobs
+from jserve.core.step import (
+    Admission,
+    Chunk,
+    FinishCode,
+    Program,
+    ProgramKind,
+    RowLogprobs,
+    StepPlan,
+    StepResult,
+)
+from jserve.scheduler.simulated_model import EMPTY_DIGEST, SimulatedModel, extend
+
+
+class PlanError(EngineError):
+    """A plan breaks the contract of `core.step`."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise PlanError(message)
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """One stay of a sequence in a slot, as the device knows it."""
+
+    request: Request
+    context: tuple[int, ...]  # tokens that its chunks must bring
+    stops: frozenset[int]
+    pages: list[int] = field(default_factory=list[int])
+    num_computed: int = 0
+    last_token: int | None = None  # sampled, not computed yet
+    frozen: bool = False
+
+
+class SimulatedExecutor:
+    """An `Executor` without a device; deterministic, each step done when submitted. One thread."""
+
+    def __init__(
+        self,
+        programs: tuple[Program, ...],
+        *,
+        num_slots: int,
+        num_pages: int,
+        page_size: int,
+        model: SimulatedModel,
+        max_processor_rows: int = 8,
+    ) -> None:
+        self._programs = programs
+        self._page_size = page_size
+        self._model = model
+        self._max_processor_rows = max_processor_rows
+        self._slots: list[_Slot | None] = [None] * num_slots
+        # Digests, by page and offset; page 0 is the null page.
+        self._kv = [[0] * page_size for _ in range(num_pages + 1)]
+        self._writer: list[_Slot | None] = [None] * (num_pages + 1)
+        self._num_steps = 0
+        self._pending: list[StepResult] = []
+
+    def submit(self, plan: StepPlan) -> StepResult:
+        """See `Executor`. Raises `PlanError`."""
+        _require(plan.step_id == self._num_steps, f"step {plan.step_id} is out of order")
+        self._num_steps += 1
+        self._check_shape(plan)
+        self._admit(plan)
+        outcome = _Outcome(plan)
+        for row, chunk in enumerate(plan.chunks):
+            slot = self._checked_slot(chunk)
+            self._add_pages(slot, chunk)
+            if chunk.tokens:
+                self._run_prompt(slot, chunk, row, outcome)
+            else:
+                self._run_decode(slot, chunk, plan.num_steps, row, outcome)
+            outcome.first_token += chunk.num_tokens
+        self._pending.append(outcome.result())
+        return self._pending[-1]
+
+    def collect(self, handle: StepResult) -> StepResult:
+        """See `Executor`."""
+        _require(self._pending[0] is handle, f"step {handle.step_id} is collected out of order")
+        return self._pending.pop(0)
+
+    # What a plan must look like.
+
+    def _check_shape(self, plan: StepPlan) -> None:
+        program, chunks = plan.program, plan.chunks
+        name = f"step {plan.step_id}, {program.name}"
+        _require(program in self._programs, f"{name}: no such program")
+        _require(0 < len(chunks) <= program.rows, f"{name}: {len(chunks)} rows")
+        _require(1 <= plan.num_steps <= program.steps, f"{name}: {plan.num_steps} steps")
+        num_tokens = sum(chunk.num_tokens for chunk in chunks)
+        _require(num_tokens <= program.tokens, f"{name}: {num_tokens} tokens")
+        slots = {chunk.slot for chunk in chunks}
+        _require(len(slots) == len(chunks), f"{name}: a slot has two rows")
+        decodes = [not chunk.tokens for chunk in chunks]
+        _require(decodes == sorted(decodes, reverse=True), f"{name}: decode rows come first")
+        if program.kind is ProgramKind.WINDOW:
+            _require(all(decodes) and not plan.admissions, f"{name}: a window only decodes")
+        admitted = {admission.slot for admission in plan.admissions}
+        _require(len(admitted) == len(plan.admissions), f"{name}: a slot is admitted twice")
+        _require(admitted <= slots, f"{name}: an admission without a chunk")
+        rules = sum(a.request.sampling.has_token_rules for a in plan.admissions)
+        _require(rules <= self._max_processor_rows, f"{name}: {rules} processor rows")
+
+    def _admit(self, plan: StepPlan) -> None:
+        for admission in plan.admissions:
+            _require(0 <= admission.slot < len(self._slots), f"no slot {admission.slot}")
+            self._slots[admission.slot] = self._new_slot(admission)
+
+    def _new_slot(self, admission: Admission) -> _Slot:
+        request = admission.request
+        context = request.prompt + admission.output
+        _require(all(0 <= t < self._model.vocab for t in context), f"{request.id}: bad token id")
+        most = request.sampling.max_tokens
+        _require(len(admission.output) < most, f"{request.id}: admitted when it had ended")
+        return _Slot(request, context, self._model.stop_ids(request))
+
+    def _checked_slot(self, chunk: Chunk) -> _Slot:
+        slot = self._slots[chunk.slot] if 0 <= chunk.slot < len(self._slots) else None
+        if slot is None:
+            raise PlanError(f"{chunk.request_id}: nobody was admitted to slot {chunk.slot}")
+        _require(
+            slot.request.id == chunk.request_id,
+            f"slot {chunk.slot} holds {slot.request.id}, not {chunk.request_id}",
+        )
+        return slot
+
+    def _add_pages(self, slot: _Slot, chunk: Chunk) -> None:
+        name = f"{chunk.request_id} in slot {chunk.slot}"
+        for page in slot.pages:
+            _require(self._writer[page] is slot, f"{name}: page {page} was given to another")
+        _require(
+            chunk.first_new_page == len(slot.pages), f"{name}: a gap or overlap in its page table"
+        )
+        for page in chunk.new_pages:
+            _require(1 <= page < len(self._kv), f"{name}: no page {page}")
+            self._writer[page] = slot
+        slot.pages += chunk.new_pages
+        _require(len(set(slot.pages)) == len(slot.pages), f"{name}: a page twice")
+
+    # What the device does.
+
+    def _run_prompt(self, slot: _Slot, chunk: Chunk, row: int, outcome: "_Outcome") -> None:
+        name = f"{chunk.request_id}: chunk at {chunk.start}"
+        prompt, end = slot.request.prompt, chunk.start + chunk.num_tokens
+        _require(chunk.start == slot.num_computed, f"{name}, {slot.num_computed} are computed")
+        _require(chunk.tokens == slot.context[chunk.start : end], f"{name}: wrong tokens")
+        _require(len(chunk.tokens) == chunk.num_tokens, f"{name}: wrong number of tokens")
+        _require(chunk.samples == (end == len(slot.context)), f"{name}: samples too soon or late")
+        targets = prompt[chunk.start + 1 : end + 1]
+        _require(chunk.prompt_targets in ((), targets), f"{name}: wrong targets")
+        digest = EMPTY_DIGEST
+        for i, token in enumerate(chunk.tokens):
+            digest = self._compute(slot, token)
+            if i < len(chunk.prompt_targets):
+                logprobs = self._model.logprobs(digest, targets[i])
+                outcome.add_prompt_logprobs(outcome.first_token + i, logprobs)
+        if chunk.samples:
+            self._sample(slot, digest, row, outcome)
+
+    def _run_decode(
+        self, slot: _Slot, chunk: Chunk, num_steps: int, row: int, outcome: "_Outcome"
+    ) -> None:
+        if slot.frozen:  # planned before its finish was known
+            return
+        name = f"{chunk.request_id}: decode at {chunk.start}"
+        _require(chunk.start == slot.num_computed, f"{name}, {slot.num_computed} are computed")
+        _require(chunk.num_tokens == 1 and chunk.samples, f"{name}: not one token that samples")
+        for _ in range(num_steps):
+            if slot.last_token is None:
+                raise PlanError(f"{name}: nothing was sampled before")
+            self._sample(slot, self._compute(slot, slot.last_token), row, outcome)
+            if slot.frozen:
+                return
+
+    def _compute(self, slot: _Slot, token: int) -> int:
+        """Writes the next position of KV memory from the one before, both through the table."""
+        position = slot.num_computed
+        before = EMPTY_DIGEST
+        if position > 0:
+            page = self._page(slot, position - 1)
+            before = self._kv[page][(position - 1) % self._page_size]
+        digest = extend(before, token)
+        self._kv[self._page(slot, position)][position % self._page_size] = digest
+        slot.num_computed += 1
+        return digest
+
+    def _page(self, slot: _Slot, position: int) -> int:
+        index = position // self._page_size
+        _require(index < len(slot.pages), f"{slot.request.id}: no page for position {position}")
+        return slot.pages[index]
+
+    def _sample(self, slot: _Slot, digest: int, row: int, outcome: "_Outcome") -> None:
+        num_output = slot.num_computed - len(slot.request.prompt)
+        token = self._model.sample(digest, slot.request, num_output)
+        sampling = slot.request.sampling
+        code = FinishCode.RUNNING
+        if token in slot.stops and num_output + 1 > sampling.min_tokens:
+            code = FinishCode.STOP
+        elif num_output + 1 == sampling.max_tokens:
+            code = FinishCode.LENGTH
+        wanted = sampling.logprobs is not None
+        logprobs = self._model.logprobs(digest, token) if wanted else None
+        outcome.add_token(row, token, code, logprobs)
+        slot.last_token = token
+        slot.frozen = code is not FinishCode.RUNNING
+
+
+class _Outcome:
+    """A `StepResult` that is filled row by row."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        self.first_token = 0  # ragged index of the present row's first token
+        self._plan = plan
+        self._tokens = np.zeros((plan.program.rows, plan.program.steps), np.int32)
+        self._num_new = np.zeros(plan.program.rows, np.int32)
+        self._finish = np.zeros(plan.program.rows, np.int32)
+        self._logprobs: RowLogprobs | None = None
+        self._prompt_logprobs: RowLogprobs | None = None
+
+    def add_token(
+        self, row: int, token: int, code: FinishCode, logprobs: TokenLogprobs | None
+    ) -> None:
+        """One more token of `row`."""
+        step = int(self._num_new[row])
+        self._tokens[row, step] = token
+        self._num_new[row] += 1
+        self._finish[row] = code
+        if logprobs is not None:
+            self._logprobs = self._logprobs or _no_logprobs(*self._tokens.shape)
+            _store(self._logprobs, row, step, logprobs)
+
+    def add_prompt_logprobs(self, ragged: int, logprobs: TokenLogprobs) -> None:
+        """Of the prompt token after ragged token `ragged`."""
+        self._prompt_logprobs = self._prompt_logprobs or _no_logprobs(self._plan.program.tokens, 1)
+        _store(self._prompt_logprobs, ragged, 0, logprobs)
+
+    def result(self) -> StepResult:
+        """All that was added."""
+        return StepResult(
+            self._plan.step_id,
+            self._tokens,
+            self._num_new,
+            self._finish,
+            self._logprobs,
+            self._prompt_logprobs,
+        )
+
+
+def _no_logprobs(rows: int, steps: int) -> RowLogprobs:
+    return RowLogprobs(
+        np.zeros((rows, steps), np.float32),
+        np.zeros((rows, steps), np.int32),
+        np.zeros((rows, steps, MAX_LOGPROBS), np.int32),
+        np.zeros((rows, steps, MAX_LOGPROBS), np.float32),
+    )
+
+
+def _store(rows: RowLogprobs, row: int, step: int, logprobs: TokenLogprobs) -> None:
+    rows.token[row, step] = logprobs.logprob
+    rows.rank[row, step] = logprobs.rank
+    rows.top_ids[row, step] = [token for token, _ in logprobs.top]
+    rows.top[row, step] = [value for _, value in logprobs.top]

@@ -1,0 +1,67 @@
+"""A language model that is a hash: what `SimulatedExecutor` computes, and the answer to expect."""
+
+from dataclasses import dataclass
+
+from jserve.core.request import MAX_LOGPROBS, FinishReason, Request, TokenLogprobs
+
+_MASK = (1 << 64) - 1
+EMPTY_DIGEST = 0x9E3779B97F4A7C15  # of no tokens at all
+
+
+def extend(digest: int, token: int) -> int:
+    """The digest of a context that is one token longer: what one position of KV memory holds."""
+    mixed = ((digest ^ token) * 0xBF58476D1CE4E5B9) & _MASK
+    return mixed ^ (mixed >> 29)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulatedModel:
+    """Each token is a pure function of all tokens before it, the seed and the choice.
+
+    Of the sampling parameters it honours seed, max_tokens, min_tokens, ignore_eos, stop_token_ids,
+    logprobs and prompt_logprobs. Log-probabilities are made up, but equal for equal contexts.
+    """
+
+    vocab: int = 256
+    eos_token_ids: tuple[int, ...] = (0,)
+
+    def stop_ids(self, request: Request) -> frozenset[int]:
+        """Ids that end `request`."""
+        eos = () if request.sampling.ignore_eos else self.eos_token_ids
+        return frozenset((*eos, *request.sampling.stop_token_ids))
+
+    def sample(self, digest: int, request: Request, num_output: int) -> int:
+        """The token after a context of `digest` that holds `num_output` output tokens."""
+        token = extend(digest, request.sampling.seed + 31 * request.choice) % self.vocab
+        if num_output < request.sampling.min_tokens:
+            stops = self.stop_ids(request)
+            while token in stops:
+                token = (token + 1) % self.vocab
+        return token
+
+    def logprobs(self, digest: int, token: int) -> TokenLogprobs:
+        """Of `token` after a context of `digest`, with MAX_LOGPROBS alternatives."""
+        best = extend(digest, -1) % self.vocab
+        return TokenLogprobs(
+            token_id=token,
+            logprob=-float((digest ^ token) % 1024) / 64,
+            rank=1 + (token - best) % self.vocab,
+            top=tuple(((best + i) % self.vocab, -float(i) / 64) for i in range(MAX_LOGPROBS)),
+        )
+
+    def generate(self, request: Request, max_model_len: int) -> tuple[list[int], FinishReason]:
+        """The whole output of `request`, alone and undisturbed."""
+        digest = EMPTY_DIGEST
+        for token in request.prompt:
+            digest = extend(digest, token)
+        stops = self.stop_ids(request)
+        output: list[int] = []
+        most = min(request.sampling.max_tokens, max_model_len - len(request.prompt))
+        while True:
+            token = self.sample(digest, request, len(output))
+            output.append(token)
+            if token in stops and len(output) > request.sampling.min_tokens:
+                return output, FinishReason.STOP
+            if len(output) == most:
+                return output, FinishReason.LENGTH
+            digest = extend(digest, token)

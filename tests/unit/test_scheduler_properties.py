@@ -1,0 +1,327 @@
+"""The scheduler under random load: 10⁵ operations against a simulated device that checks plans."""
+
+import random
+from collections import deque
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jserve.core.errors import Overloaded, PromptTooLong
+from jserve.core.request import Request, SamplingParams, SequenceUpdate, TokenLogprobs
+from jserve.core.step import Program, ProgramKind, StepPlan
+from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.scheduler import Scheduler
+from jserve.scheduler.sequence import SequenceState
+from jserve.scheduler.simulated_executor import SimulatedExecutor
+from jserve.scheduler.simulated_model import EMPTY_DIGEST, SimulatedModel, extend
+
+# 3 % of tokens stop: sequences end in every way, and many grow long.
+MODEL = SimulatedModel(vocab=64, eos_token_ids=(1, 5))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The sizes of one engine."""
+
+    num_slots: int
+    num_pages: int
+    page_size: int
+    max_model_len: int
+    programs: tuple[Program, ...]
+    max_processor_rows: int
+    config: SchedulerConfig
+
+
+@st.composite
+def engines(draw: st.DrawFn) -> Engine:
+    slots = draw(st.integers(1, 8))
+    mixed = sorted({draw(st.integers(1, 24)), slots + draw(st.integers(0, 24))})
+    windows = draw(st.lists(st.tuples(st.integers(1, slots), st.integers(1, 8)), max_size=2))
+    if draw(st.booleans()):
+        windows.append((slots, draw(st.integers(1, 8))))
+    page_size, max_model_len = draw(st.integers(1, 5)), draw(st.integers(2, 50))
+    # From too few pages for one long sequence to enough for three.
+    num_pages = max(1, draw(st.integers(5, 30)) * max_model_len // (10 * page_size))
+    config = SchedulerConfig(
+        max_queue=draw(st.integers(1, 8)),
+        step_tokens=draw(st.none() | st.integers(slots, slots + 24)),
+        window_steps=draw(st.none() | st.integers(1, 8)),
+        max_partial_prefills=draw(st.integers(1, 3)),
+        headroom_pages=draw(st.integers(0, 2)),
+    )
+    return Engine(
+        num_slots=slots,
+        num_pages=num_pages,
+        page_size=page_size,
+        max_model_len=max_model_len,
+        programs=(
+            *(Program(ProgramKind.MIXED, tokens, min(tokens, slots)) for tokens in mixed),
+            *(Program(ProgramKind.WINDOW, rows, rows, steps) for rows, steps in windows),
+        ),
+        max_processor_rows=draw(st.integers(1, 2)),
+        config=config,
+    )
+
+
+class Drill:
+    """A scheduler and a device under random orders; checks everything after each."""
+
+    def __init__(self, engine: Engine, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.engine = engine
+        self.scheduler = Scheduler(
+            engine.config,
+            num_slots=engine.num_slots,
+            num_pages=engine.num_pages,
+            page_size=engine.page_size,
+            max_model_len=engine.max_model_len,
+            programs=engine.programs,
+            max_processor_rows=engine.max_processor_rows,
+        )
+        self.executor = SimulatedExecutor(
+            engine.programs,
+            num_slots=engine.num_slots,
+            num_pages=engine.num_pages,
+            page_size=engine.page_size,
+            model=MODEL,
+            max_processor_rows=engine.max_processor_rows,
+        )
+        self.planner = self.scheduler._planner  # the drill looks inside
+        self.now_s = 0.0
+        self.num_requests = 0
+        self.in_flight: deque[tuple[StepPlan, object]] = deque()
+        self.plans: list[StepPlan] = []
+        self.requests: dict[str, Request] = {}  # live ones
+        self.updates: dict[str, list[SequenceUpdate]] = {}
+        self.num_done = 0
+        self.num_in_flight_preemptions = 0
+
+    def run(self, num_ops: int) -> None:
+        orders = [self.add, self.abort, self.plan, self.commit]
+        # Each run leans its own way: crowded, idle, impatient, one or two steps ahead.
+        weights = [self.random.choice((1, 2, 4)), self.random.choice((0, 0, 0.2)), 3, 3]
+        for _ in range(num_ops):
+            self.now_s += self.random.random()
+            self.random.choices(orders, weights)[0]()
+            self.check_memory()
+        self.finish()
+
+    def finish(self) -> None:
+        """Everything ends within the steps that one token a step for one sequence would take."""
+        most = sum(len(r.prompt) + r.sampling.max_tokens for r in self.requests.values())
+        most = 4 * most + 4
+        while self.scheduler.has_work:
+            self.plan()
+            self.commit()
+            most -= 1
+            assert most > 0, "no progress"
+        while self.in_flight:
+            self.commit()
+        assert not self.requests
+        stats = self.scheduler.stats()
+        assert (stats.num_waiting, stats.num_running) == (0, 0)
+        assert (stats.free_slots, stats.free_pages) == (
+            self.engine.num_slots,
+            self.engine.num_pages,
+        )
+
+    # Orders.
+
+    def add(self) -> None:
+        request = self.new_request()
+        total = min(len(request.prompt) + request.sampling.max_tokens, self.engine.max_model_len)
+        fits = (
+            len(request.prompt) < self.engine.max_model_len
+            and total - 1 <= self.engine.num_pages * self.engine.page_size
+        )
+        queued = len(self.planner.waiting)
+        try:
+            self.scheduler.add(request, self.now_s)
+        except PromptTooLong:
+            assert not fits
+        except Overloaded as error:
+            assert queued >= self.engine.config.max_queue
+            assert error.retry_after_s > 0
+        else:
+            assert fits
+            assert queued < self.engine.config.max_queue
+            self.requests[request.id] = request
+            self.updates[request.id] = []
+
+    def new_request(self) -> Request:
+        pick = self.random
+        # Ids come again once their request has ended, even while its steps are in flight.
+        names = [name for name in map(str, range(12)) if name not in self.requests]
+        self.num_requests += 1
+        rules = pick.random() < 0.2
+        return Request(
+            id=pick.choice(names) if names else f"n{self.num_requests}",
+            prompt=tuple(
+                pick.randrange(MODEL.vocab)
+                for _ in range(pick.choice((1, 2, 3, 4, 5, 6, 7, 15, self.engine.max_model_len - 1)))
+            ),
+            sampling=SamplingParams(
+                seed=pick.randrange(1 << 40),
+                max_tokens=pick.choice((1, 2, 6, 20, 25, 30, 60)),
+                min_tokens=pick.choice((0, 0, 3)),
+                ignore_eos=pick.random() < 0.3,
+                stop_token_ids=(9,) if pick.random() < 0.3 else (),
+                bad_token_ids=(60,) if rules else (),  # not honoured by the model, but counted
+                logprobs=pick.choice((None, None, None, 0, 3)),
+                prompt_logprobs=pick.choice((None, None, None, 0, 2)),
+            ),
+            priority=pick.choice((0, 0, 0, 1, -1)),
+        )
+
+    def abort(self) -> None:
+        if self.random.random() < 0.1 or not self.requests:
+            assert not self.scheduler.abort("unknown")
+            return
+        name = self.random.choice(sorted(self.requests))
+        assert self.scheduler.abort(name)
+        assert not self.scheduler.abort(name)
+        del self.requests[name]
+
+    def plan(self) -> None:
+        if len(self.in_flight) == 2:
+            self.commit()
+            return
+        running = list(self.planner.running.sequences)
+        decodes = [s for s in running if s.num_computed >= len(s.context)]
+        plan = self.scheduler.plan(self.now_s)
+        if plan is None:
+            # Nothing can run only because it waits for steps in flight.
+            assert not self.planner.running.sequences
+            assert not self.planner.waiting or self.planner.waiting[0].num_in_flight
+            return
+        self.plans.append(plan)
+        rows = {chunk.slot for chunk in plan.chunks}
+        preempted = [s for s in running if s.state is SequenceState.WAITING]
+        kept = [s for s in running if s.state is not SequenceState.WAITING]
+        self.num_in_flight_preemptions += sum(s.num_in_flight > 0 for s in preempted)
+        for seq in decodes:
+            assert seq in preempted or seq.slot in rows, "a decode was skipped"
+        if kept:
+            assert kept[0].slot in rows, "the first in rank did not get on"
+        if preempted and kept:
+            assert min(s.rank for s in preempted) > max(s.rank for s in kept)
+        self.check_admissions(plan)
+        self.in_flight.append((plan, self.executor.submit(plan)))
+
+    def check_admissions(self, plan: StepPlan) -> None:
+        """Nobody who waits, and could run, was overtaken."""
+        if plan.admissions and self.planner.waiting:
+            admitted = {a.slot for a in plan.admissions}
+            running = self.planner.running.sequences
+            newcomers = [s.rank for s in running if s.slot in admitted]
+            assert max(newcomers, default=(-9,)) < self.planner.waiting[0].rank
+
+    def commit(self) -> None:
+        if not self.in_flight:
+            self.plan()
+            return
+        plan, handle = self.in_flight.popleft()
+        result = self.executor.collect(handle)
+        for update in self.scheduler.commit(plan, result, self.now_s):
+            assert update.request_id in self.requests, "news of a dead sequence"
+            updates = self.updates[update.request_id]
+            updates.append(update)
+            assert (update.queue_s is not None) == (len(updates) == 1)
+            if update.finish is not None:
+                self.check_answer(self.requests.pop(update.request_id), updates)
+                self.num_done += 1
+
+    # What must hold.
+
+    def check_memory(self) -> None:
+        """Every slot and page is free or has one owner."""
+        running = self.planner.running.sequences
+        pages = [page for seq in running for page in seq.pages]
+        assert len(set(pages)) == len(pages)
+        stats = self.scheduler.stats()
+        assert stats.free_pages + len(pages) == self.engine.num_pages
+        assert stats.free_slots + len(running) == self.engine.num_slots
+        assert len({seq.slot for seq in running}) == len(running)
+        assert stats.num_waiting + stats.num_running == len(self.requests)
+        assert stats.num_waiting <= self.engine.config.max_queue + self.engine.num_slots
+
+    def check_answer(self, request: Request, updates: list[SequenceUpdate]) -> None:
+        """The answer is what the model gives alone, log-probabilities included."""
+        output, finish = MODEL.generate(request, self.engine.max_model_len)
+        assert [token for update in updates for token in update.tokens] == output
+        assert updates[-1].finish is finish
+        digest, of_prompt = EMPTY_DIGEST, [None]
+        for token, following in zip(request.prompt, request.prompt[1:], strict=False):
+            digest = extend(digest, token)
+            of_prompt.append(MODEL.logprobs(digest, following))
+        digest, of_output = extend(digest, request.prompt[-1]), []
+        for token in output:
+            of_output.append(MODEL.logprobs(digest, token))
+            digest = extend(digest, token)
+        num_top = request.sampling.prompt_logprobs
+        assert updates[0].prompt_logprobs == cut(of_prompt, num_top)
+        assert all(update.prompt_logprobs is None for update in updates[1:])
+        num_top = request.sampling.logprobs
+        if num_top is None:
+            assert all(update.logprobs is None for update in updates)
+        else:
+            got = tuple(entry for update in updates for entry in update.logprobs or ())
+            assert got == cut(of_output, num_top)
+
+
+def cut(
+    entries: list[TokenLogprobs | None], num_top: int | None
+) -> tuple[TokenLogprobs | None, ...] | None:
+    if num_top is None:
+        return None
+    return tuple(
+        entry and TokenLogprobs(entry.token_id, entry.logprob, entry.rank, entry.top[:num_top])
+        for entry in entries
+    )
+
+
+@settings(
+    max_examples=220, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(engine=engines(), seed=st.integers(0, 1 << 32), num_ops=st.integers(450, 550))
+def test_random_load_loses_nothing(engine: Engine, seed: int, num_ops: int) -> None:
+    Drill(engine, seed).run(num_ops)
+
+
+@settings(
+    max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(engine=engines(), seed=st.integers(0, 1 << 32))
+def test_same_input_gives_the_same_plans(engine: Engine, seed: int) -> None:
+    first, second = Drill(engine, seed), Drill(engine, seed)
+    first.run(200)
+    second.run(200)
+    assert first.plans == second.plans
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_drill_reaches_preemption_and_windows(seed: int) -> None:
+    """The random load above would prove little if it never came to these."""
+    slots = 4
+    engine = Engine(
+        num_slots=slots,
+        num_pages=16,
+        page_size=2,
+        max_model_len=32,
+        programs=(
+            Program(ProgramKind.MIXED, 8, slots),
+            Program(ProgramKind.WINDOW, slots, slots, 4),
+        ),
+        max_processor_rows=1,
+        config=SchedulerConfig(max_queue=8),
+    )
+    drill = Drill(engine, seed)
+    drill.run(2000)
+    admissions = [admission for plan in drill.plans for admission in plan.admissions]
+    assert drill.scheduler.stats().num_preemptions > 20
+    assert drill.num_in_flight_preemptions > 10
+    assert sum(bool(admission.output) for admission in admissions) > 10
+    assert any(plan.num_steps == 4 for plan in drill.plans)
+    assert drill.num_done > 100
