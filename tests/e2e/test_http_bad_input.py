@@ -209,6 +209,22 @@ def test_a_body_without_end_is_cut_off() -> None:
 
 
 @pytest.mark.parametrize(
+    "start", [b"GET /", b"GET / HTTP/1.1\r\nx: ", b"GET / HTTP/1.1\r\nx:y\r\n"]
+)
+def test_a_head_without_end_is_cut_off(served: Served, start: bytes) -> None:
+    more = b"x:y\r\n" * 5000 if start.endswith(b"\n") else b"x" * 30_000
+    with socket.create_connection(("127.0.0.1", served.port)) as raw:
+        raw.settimeout(10)
+        raw.sendall(start)
+        sent = 0
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while sent < 50_000_000:
+                raw.sendall(more)
+                sent += len(more)
+        assert sent < 20_000_000
+
+
+@pytest.mark.parametrize(
     "content_type", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"]
 )
 def test_content_types(http: httpx.Client, content_type: str | None) -> None:
@@ -345,6 +361,19 @@ def test_an_engine_that_dies_ends_streams_at_once(prompt: object) -> None:
         assert json.loads(lines[-4].removeprefix("data: "))["error"]["type"] == "server_error"
         assert lines[-2] == "data: [DONE]"
         assert time.monotonic() - killed_s < 1.0
+
+
+def test_the_openai_client_sees_an_engine_die() -> None:
+    with (
+        serving(step_s=0.01) as served,
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=0) as client,
+    ):
+        stream = client.completions.create(model=MODEL, prompt="a", max_tokens=4000, stream=True)
+        next(stream)
+        served.do(served.engine.crash)
+        with pytest.raises(openai.APIError, match="engine"):
+            for _ in stream:
+                pass
 
 
 def test_an_engine_that_dies_fails_whole_answers() -> None:

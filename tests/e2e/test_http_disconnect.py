@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from jserve.core.request import Request
@@ -145,6 +146,9 @@ def test_keep_alive_comments_while_the_prompt_is_read() -> None:
         assert comments.replace(": keep-alive\n\n", "") == ""
         assert 2 <= comments.count(":") <= 5
         assert rest.startswith("data: {")
+        with openai.OpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=0) as client:
+            chunks = client.completions.create(model="", prompt="a", max_tokens=1, stream=True)
+            assert [chunk.choices[0].text for chunk in chunks] == ["a"]
 
 
 def test_a_reader_that_stops_bounds_what_is_buffered() -> None:

@@ -13,19 +13,37 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from jserve.core.errors import ConfigError
 
 _IDLE_S = 75.0  # a kept-alive connection without a request; load balancers close theirs at 60
+_MAX_HEAD_BYTES = 64 << 10  # request line and headers
 _BACKLOG = 4096  # connections that the kernel holds until they are accepted
 
 
 class _Protocol(HttpToolsProtocol):
-    """Uvicorn's, but a client that leaves with requests in the pipe ends the running one, too."""
+    """Uvicorn's, with a bound on a request's head, and with every request told of a lost client."""
 
+    _head_bytes: int | None = None  # of the head that is coming in; None between heads
     _running: RequestResponseCycle | None = None
+
+    def on_message_begin(self) -> None:
+        self._head_bytes = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = None
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > _MAX_HEAD_BYTES and not self.transport.is_closing():
+                self.send_400_response("The head of the request is too large.")
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         super()._start_asgi_task(cycle, app)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        # Uvicorn tells only the newest request, which may wait behind the running one.
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
