@@ -5,6 +5,7 @@ Every front end (HTTP, gRPC) parses into `Prompt` and `SamplingFields`, calls `p
 """
 
 import asyncio
+import contextlib
 import itertools
 import secrets
 from collections.abc import Sequence
@@ -266,13 +267,12 @@ class Generator:
     async def drain(self, timeout_s: float) -> bool:
         """Refuses new generations and waits for the others; False if some had to be aborted."""
         self.draining = True
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
-        except TimeoutError:
-            for pieces in tuple(self._live):
-                pieces.fail(_shutting_down())
-            return False
-        return True
+        cut_off = tuple(self._live)
+        for pieces in cut_off:
+            pieces.fail(_shutting_down())
+        return not cut_off
 
 
 def _shutting_down() -> Unavailable:

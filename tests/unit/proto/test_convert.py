@@ -1,0 +1,148 @@
+"""Dataclasses survive the wire, and nothing of them is forgotten."""
+
+import struct
+from dataclasses import fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jserve.core.errors import (
+    EngineError,
+    Overloaded,
+    PromptTooLong,
+    RequestError,
+    Unavailable,
+)
+from jserve.core.request import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    Request,
+    SamplingParams,
+    SequenceUpdate,
+    TokenLogprobs,
+)
+from jserve.proto import engine_pb2, types_pb2
+from jserve.proto.convert import (
+    error_of_rejection,
+    info_of_proto,
+    info_to_proto,
+    rejection_to_proto,
+    request_of_proto,
+    request_to_proto,
+    stats_of_proto,
+    stats_to_proto,
+    update_of_proto,
+    updates_to_proto,
+)
+
+IDS = st.integers(0, 2**31 - 1)
+INT32 = st.integers(-(2**31), 2**31 - 1)
+FLOAT32 = st.floats(width=32, allow_nan=False)
+ID_LISTS = st.lists(IDS, max_size=5).map(tuple)
+SAMPLING = st.builds(
+    SamplingParams,
+    temperature=FLOAT32,
+    top_k=INT32,
+    top_p=FLOAT32,
+    min_p=FLOAT32,
+    repetition_penalty=FLOAT32,
+    presence_penalty=FLOAT32,
+    frequency_penalty=FLOAT32,
+    logit_bias=st.dictionaries(IDS, FLOAT32, max_size=4).map(lambda d: tuple(sorted(d.items()))),
+    allowed_token_ids=ID_LISTS,
+    bad_token_ids=ID_LISTS,
+    seed=st.integers(-(2**63), 2**63 - 1),
+    max_tokens=IDS,
+    min_tokens=IDS,
+    ignore_eos=st.booleans(),
+    stop_token_ids=ID_LISTS,
+    logprobs=st.none() | st.integers(0, 20),
+    prompt_logprobs=st.none() | st.integers(0, 20),
+)
+REQUESTS = st.builds(
+    Request,
+    id=st.text(st.characters(codec="utf-8"), max_size=9),
+    prompt=ID_LISTS,
+    sampling=SAMPLING,
+    choice=IDS,
+    priority=INT32,
+)
+LOGPROBS = st.builds(
+    TokenLogprobs,
+    token_id=IDS,
+    logprob=FLOAT32,
+    rank=IDS,
+    top=st.lists(st.tuples(IDS, FLOAT32), max_size=3).map(tuple),
+)
+UPDATES = st.builds(
+    SequenceUpdate,
+    request_id=st.text("abc", max_size=3),
+    tokens=ID_LISTS,
+    finish=st.none() | st.sampled_from(FinishReason),
+    logprobs=st.none() | st.lists(LOGPROBS, min_size=1, max_size=3).map(tuple),
+    prompt_logprobs=st.none() | st.lists(st.none() | LOGPROBS, max_size=3).map(tuple),
+    queue_s=st.none() | st.floats(0, 1e9),
+    error=st.none() | st.text("xyz", min_size=1, max_size=5),
+)
+
+
+@given(request=REQUESTS)
+def test_request_survives(request):
+    wire = request_to_proto(request).SerializeToString()
+    assert request_of_proto(engine_pb2.EngineRequest.FromString(wire)) == request
+
+
+def test_every_sampling_field_has_a_place_on_the_wire():
+    names = {field.name for field in fields(SamplingParams)}
+    assert names == set(types_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
+
+
+def test_floats_become_what_the_device_sees():
+    request = Request(id="a", prompt=(1,), sampling=SamplingParams(temperature=0.7))
+    got = request_of_proto(request_to_proto(request)).sampling.temperature
+    assert got == struct.unpack("f", struct.pack("f", 0.7))[0] != 0.7
+
+
+@given(updates=st.lists(UPDATES, max_size=4))
+def test_updates_survive(updates):
+    response = engine_pb2.SessionResponse()
+    updates_to_proto(updates, response)
+    received = engine_pb2.SessionResponse.FromString(response.SerializeToString())
+    assert [update_of_proto(news) for news in received.updates] == updates
+
+
+@given(first=UPDATES, second=UPDATES)
+def test_merged_updates_say_what_both_said(first, second):
+    both = first.then(second)
+    assert both.tokens == first.tokens + second.tokens
+    assert both.finish == second.finish
+    assert (both.logprobs or ()) == (first.logprobs or ()) + (second.logprobs or ())
+    assert both.queue_s == (second.queue_s if first.queue_s is None else first.queue_s)
+
+
+def test_info_and_stats_survive():
+    info = EngineInfo("m", 10, 20, 3, 4, 16, 7, (1, 2))
+    assert info_of_proto(info_to_proto(info)) == info
+    stats = EngineStats(*range(1, len(fields(EngineStats)) + 1))
+    assert stats_of_proto(stats_to_proto(stats)) == stats
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RequestError("wrong"),
+        PromptTooLong("long"),
+        Overloaded("full", retry_after_s=2.5),
+        Unavailable("draining", retry_after_s=0.5),
+        EngineError("broken"),
+    ],
+)
+def test_refusals_keep_type_message_and_delay(error):
+    message = rejection_to_proto("id", error)
+    again = error_of_rejection(engine_pb2.Rejection.FromString(message.SerializeToString()))
+    assert message.request_id == "id"
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert getattr(again, "retry_after_s", None) == getattr(error, "retry_after_s", None)
