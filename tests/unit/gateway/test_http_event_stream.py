@@ -103,8 +103,8 @@ def test_an_error_after_it_is_an_event() -> None:
 def test_silence_is_filled_with_comments() -> None:
     connection = run(Source(0.2, b"data: 1\n\n", 0.2), keep_alive_s=0.05)
     before, after = connection.body.split(b"data: 1\n\n")
-    assert 2 <= before.count(b": keep-alive\n\n") <= 5
-    assert 2 <= after.count(b": keep-alive\n\n") <= 5
+    assert 1 <= before.count(b": keep-alive\n\n") <= 5
+    assert 1 <= after.count(b": keep-alive\n\n") <= 5
     # An error that comes so late can only be an event.
     connection = run(Source(0.1, Overloaded("full", retry_after_s=1.0)), keep_alive_s=0.03)
     assert connection.sent[0]["status"] == 200
