@@ -7,6 +7,7 @@ import numpy as np
 from jserve.core.errors import ConfigError
 from jserve.model.formats.gguf_file import ROPE_FREQS, GgufFile
 from jserve.model.formats.gguf_header import GgufHeader
+from jserve.model.formats.gguf_tokenizer import end_token_ids
 from jserve.model.spec import ModelSpec, RopeScaling, RopeScalingKind
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
@@ -25,21 +26,6 @@ _UNSUPPORTED = (
     "embedding_scale",
     "attention.scale",
     "attention.clamp_kqv",
-)
-_CONTROL = 3
-# Control tokens that end a turn, whatever the metadata calls them (llama-vocab.cpp).
-_END_OF_GENERATION = frozenset(
-    (
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "<|eom_id|>",
-        "<|end_of_text|>",
-        "<EOT>",
-        "</s>",
-    )
 )
 
 
@@ -92,23 +78,8 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
             else 0.0
         ),
         query_scale=_query_scale(file.arch, layers, model_dim, q_heads, head_dim),
-        eos_token_ids=eos_token_ids(file.header),
+        eos_token_ids=end_token_ids(file.header),
     )
-
-
-def eos_token_ids(header: GgufHeader) -> tuple[int, ...]:
-    """Every token that ends a generation: those that metadata names, and end-of-turn controls."""
-    found: dict[int, None] = {}
-    for name in ("eos", "eot", "eom"):
-        token = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if token is not None:
-            found[int(token)] = None
-    texts = header.metadata.get("tokenizer.ggml.tokens", [])
-    types = header.metadata.get("tokenizer.ggml.token_type", np.zeros(len(texts)))
-    for token in np.flatnonzero(np.asarray(types) == _CONTROL).tolist():
-        if token < len(texts) and texts[token] in _END_OF_GENERATION:
-            found[token] = None
-    return tuple(found)
 
 
 class _Keys:

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from jserve.core.errors import ConfigError
+from jserve.model.formats.json_file import read_json
 from jserve.model.formats.tensor_source import TensorInfo
 
 INDEX = "model.safetensors.index.json"
@@ -34,11 +35,7 @@ class _Stored:
 
 
 class SafetensorsFolder:
-    """A `TensorSource` over the safetensors files of a folder, mapped into memory.
-
-    Names are the files' own, except that the text model of a multimodal checkpoint
-    (`language_model.…`) is read as if it stood alone.
-    """
+    """A `TensorSource` over the safetensors files of a folder, mapped into memory."""
 
     def __init__(self, folder: str | Path) -> None:
         """Raises ConfigError naming the file and what is wrong; reads headers only."""
@@ -53,7 +50,6 @@ class SafetensorsFolder:
                     raise ConfigError(f"{file}: tensor {name} is also in another shard")
                 self._stored[name] = stored
         self._check_index(index)
-        self._stored = {_text_name(name): stored for name, stored in self._stored.items()}
 
     def tensors(self) -> dict[str, TensorInfo]:
         """See `TensorSource`."""
@@ -122,19 +118,6 @@ class SafetensorsFolder:
         }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises ConfigError naming the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: must hold a JSON object")
-    return value
-
-
 def _entry(path: Path, name: str, entry: Any, start: int, file_bytes: int) -> _Stored:
     try:
         dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
@@ -155,11 +138,3 @@ def _entry(path: Path, name: str, entry: Any, start: int, file_bytes: int) -> _S
             "it is truncated"
         )
     return _Stored(path, dtype, shape, start + low)
-
-
-def _text_name(name: str) -> str:
-    """`language_model.model.x` (transformers 4) and `model.language_model.x` (5) as `model.x`."""
-    name = name.removeprefix("language_model.")
-    if name.startswith("model.language_model."):
-        return "model." + name.removeprefix("model.language_model.")
-    return name

@@ -1,9 +1,14 @@
 """Where weights come from: named tensors read on demand. No JAX."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
+# Told how far a long task has come: (bytes done, bytes in all; 0 if not known).
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +24,11 @@ class TensorSource(Protocol):
 
     Linear weights are [out, in]; rotary dimensions are in Hugging Face's half-split order.
     """
+
+    @property
+    def path(self) -> Path:
+        """The file or folder, for messages."""
+        ...
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor, without reading any."""

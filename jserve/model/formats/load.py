@@ -1,0 +1,81 @@
+"""From a configured model to its spec and its parameters on devices, by way of the native form."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from jserve.core.errors import ConfigError
+from jserve.model.config import ModelConfig, RandomWeights
+from jserve.model.formats.gguf_file import GgufFile
+from jserve.model.formats.gguf_spec import spec_from_gguf
+from jserve.model.formats.hf_config import spec_from_hf
+from jserve.model.formats.json_file import read_json
+from jserve.model.formats.locate import locate, native_path
+from jserve.model.formats.native import restore_native, write_native
+from jserve.model.formats.native_folder import is_native, read_spec
+from jserve.model.formats.safetensors_folder import SafetensorsFolder
+from jserve.model.formats.tensor_source import Progress, TensorSource
+from jserve.model.formats.text_assets import TextAssets, load_text_assets
+from jserve.model.functional import Model
+from jserve.model.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedModel:
+    """A model whose files are complete and in the native form; nothing is loaded yet."""
+
+    spec: ModelSpec
+    folder: Path | None  # None: random weights
+    seed: int = 0
+
+
+def prepare(config: ModelConfig, progress: Progress) -> PreparedModel:
+    """Fetches and converts whatever is missing; instant when it was done before.
+
+    Raises ConfigError naming file and tensor if anything about the model is wrong.
+    """
+    source = locate(config, progress)
+    if source is None:
+        assert isinstance(config.source, RandomWeights)
+        return PreparedModel(config.source.spec, None, config.source.seed)
+    folder = native_path(config, source)
+    if not is_native(folder):
+        to_native(source, folder, config.dtype, progress)
+    return PreparedModel(read_spec(folder), folder)
+
+
+def load_params(
+    prepared: PreparedModel, model: Model, shardings: Mapping[str, Sharding]
+) -> dict[str, jax.Array]:
+    """The parameters of `model`, each on its devices."""
+    if prepared.folder is None:
+        return model.init(prepared.seed, shardings)
+    return restore_native(prepared.folder, model.param_specs(), shardings)
+
+
+def to_native(source: Path, folder: Path, dtype: str, progress: Progress) -> None:
+    """Converts a GGUF file or a Hugging Face folder to a native folder, all or nothing."""
+    tensors, spec, assets = open_source(source)
+    write_native(folder, Model(spec, jnp.dtype(dtype)), tensors, assets, progress)
+
+
+def open_source(source: Path) -> tuple[TensorSource, ModelSpec, TextAssets]:
+    """Tensors, spec and text side of a GGUF file or a Hugging Face folder; headers only.
+
+    Raises ConfigError if it is neither, or anything about it is wrong.
+    """
+    assets = load_text_assets(source)
+    if source.is_dir():
+        if not (source / "config.json").is_file():
+            raise ConfigError(f"{source}: is neither a native nor a Hugging Face model folder")
+        tensors: TensorSource = SafetensorsFolder(source)
+        spec = spec_from_hf(read_json(source / "config.json"))
+    else:
+        tensors = GgufFile(source)
+        spec = spec_from_gguf(tensors)
+    return tensors, dataclasses.replace(spec, eos_token_ids=assets.eos_token_ids), assets

@@ -1,0 +1,205 @@
+"""The native checkpoint: written tensor by tensor, restored straight into sharded arrays."""
+
+import asyncio
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Sharding
+
+from jserve.core.errors import ConfigError
+from jserve.model.formats.native_folder import (
+    PARAMS,
+    is_native,
+    read_manifest,
+    verify,
+    write_manifest,
+    write_spec,
+)
+from jserve.model.formats.reading import check_tensors, read_param, reading_threads
+from jserve.model.formats.tensor_source import Progress, TensorSource
+from jserve.model.formats.text_assets import TextAssets, save_text_assets
+from jserve.model.functional import Model
+from jserve.model.params import ParamSpec
+
+# A stored chunk is read whole. Below: a device reads little beyond its shard. Above malloc's
+# mmap threshold (32 MiB): buffers of reads go back to the system at once.
+CHUNK_BYTES = 64 << 20
+# Reads in flight, as a multiple of the largest tensor. Orbax wants strictly more than one.
+READ_AHEAD = 1.05
+
+
+def write_native(
+    folder: Path,
+    model: Model,
+    source: TensorSource,
+    assets: TextAssets,
+    progress: Progress,
+) -> None:
+    """Makes a native folder of `source`, all or nothing, one tensor in host memory at a time.
+
+    Raises ConfigError, before writing, if the tensors are not those of `model`. A folder that
+    another process completed meanwhile is left as it is.
+    """
+    specs = model.param_specs()
+    check_tensors(source, specs)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        _save_params(temporary / PARAMS, source, specs, progress)
+        write_spec(temporary, model.spec)
+        save_text_assets(temporary, assets)
+        shapes = {name: spec.shape for name, spec in specs.items()}
+        write_manifest(temporary, model.dtype.name, str(source.path), shapes)
+        _move(temporary, folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def restore_native(
+    folder: Path, specs: Mapping[str, ParamSpec], shardings: Mapping[str, Sharding]
+) -> dict[str, jax.Array]:
+    """The parameters of a native folder as arrays on their devices, cast to the specs' dtypes.
+
+    Every process reads only what its own devices hold. Raises ConfigError if a file differs from
+    its digest or a tensor from its spec, before anything is read.
+    """
+    manifest = read_manifest(folder)
+    shapes = {name: spec.shape for name, spec in specs.items()}
+    if manifest.tensors != shapes:
+        differing = sorted(
+            name
+            for name in manifest.tensors.keys() | shapes.keys()
+            if manifest.tensors.get(name) != shapes.get(name)
+        )
+        raise ConfigError(
+            f"{folder}: tensors differ from those of the model: {', '.join(differing[:12])}"
+        )
+    verify(folder, manifest)
+    itemsize = jnp.dtype(manifest.dtype).itemsize
+    largest = max(int(np.prod(shape)) for shape in shapes.values()) * itemsize
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False,
+        use_zarr3=True,
+        restore_concurrent_gb=_gigabytes(largest * READ_AHEAD + 1),
+    )
+    restore_args = {
+        name: ocp.ArrayRestoreArgs(
+            restore_type=jax.Array,
+            sharding=shardings[name],
+            global_shape=spec.shape,
+            dtype=spec.dtype,
+        )
+        for name, spec in specs.items()
+    }
+    with ocp.Checkpointer(handler) as checkpointer:
+        restored: dict[str, jax.Array] = checkpointer.restore(
+            folder.resolve() / PARAMS,
+            args=ocp.args.PyTreeRestore(item=dict.fromkeys(specs, 0), restore_args=restore_args),
+        )
+    return jax.block_until_ready(restored)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A parameter that is read when Orbax gets to it."""
+
+    source: TensorSource
+    spec: ParamSpec
+    pool: Executor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return jnp.dtype(self.spec.dtype)
+
+    def read(self) -> np.ndarray:
+        return read_param(self.source, self.spec, self.pool)
+
+
+class _PendingHandler(ocp.type_handlers.NumpyHandler):
+    """Saves `_Pending` leaves one after the other, each as the array it stands for."""
+
+    def __init__(self, progress: Progress, total_bytes: int) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self._progress = progress
+        self._done_bytes = 0
+        self._total_bytes = total_bytes
+
+    async def serialize(
+        self,
+        values: Sequence[Any],
+        infos: Sequence[Any],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> Sequence[Any]:
+        for value, info, save_args in zip(values, infos, args or [], strict=True):
+            array = value.read()
+            for future in await super().serialize([array], [info], [save_args]):
+                await asyncio.to_thread(future.result)
+            self._done_bytes += array.nbytes
+            self._progress(self._done_bytes, self._total_bytes)
+            del array
+        return []
+
+
+def _save_params(
+    path: Path, source: TensorSource, specs: Mapping[str, ParamSpec], progress: Progress
+) -> None:
+    total_bytes = sum(_num_bytes(spec) for spec in specs.values())
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (_Pending, _PendingHandler(progress, total_bytes)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_zarr3=True, use_compression=False, type_handler_registry=registry
+    )
+    with reading_threads() as pool, _quiet(), ocp.Checkpointer(handler) as checkpointer:
+        tree = {name: _Pending(source, spec, pool) for name, spec in specs.items()}
+        save_args = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in specs}
+        checkpointer.save(path.resolve(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+
+
+def _num_bytes(spec: ParamSpec) -> int:
+    return int(np.prod(spec.shape)) * jnp.dtype(spec.dtype).itemsize
+
+
+def _move(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not is_native(folder):
+            raise
+
+
+def _gigabytes(num_bytes: float) -> Any:
+    """Orbax declares whole gigabytes but counts bytes."""
+    return num_bytes / 10**9
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Holds back Orbax's warnings: it warns of OCDBT when that is turned off."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,107 @@
+"""From a `TensorSource` to the parameters of a model: matching names, reading in threads."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import jax.numpy as jnp
+import numpy as np
+
+from jserve.core.errors import ConfigError
+from jserve.model.formats.tensor_source import TensorSource
+from jserve.model.params import ParamSpec
+
+BLOCK_ELEMENTS = 1 << 20  # what one thread reads at a time: 4 MiB of float32
+_LISTED = 12  # tensors named in one message
+_IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.(masked_)?bias_mask")
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def check_tensors(source: TensorSource, specs: Mapping[str, ParamSpec]) -> None:
+    """Raises one ConfigError naming every missing, surplus or misshapen tensor of `source`.
+
+    A head beside a tied embedding is surplus only if their values differ.
+    """
+    found = source.tensors()
+    wanted = {name for spec in specs.values() for name in spec.source}
+    problems = [f"{name} is missing" for name in sorted(wanted - found.keys())]
+    for name in sorted(found.keys() - wanted):
+        tied_copy = name == _HEAD and _EMBEDDING in found and _equal(source, name, _EMBEDDING)
+        if not _IGNORED.fullmatch(name) and not tied_copy:
+            problems.append(f"{name} is not part of the model")
+    for spec in specs.values():
+        if all(name in found for name in spec.source):
+            problems += _shape_problems(spec, [(name, found[name].shape) for name in spec.source])
+    if problems:
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise ConfigError(f"{source.path}: tensor " + "; ".join(problems[:_LISTED]) + more)
+
+
+def read_param(source: TensorSource, spec: ParamSpec, pool: Executor) -> np.ndarray:
+    """A whole parameter in host memory, of the spec's dtype; never twice, but for blocks of rows.
+
+    Raises ConfigError if it holds NaN or infinite values.
+    """
+    out = np.empty(spec.shape, jnp.dtype(spec.dtype))
+    row_elements = max(1, int(np.prod(spec.shape[1:])))
+    step = max(1, BLOCK_ELEMENTS // row_elements)
+    first_row = 0
+    shapes = source.tensors()
+    for name in spec.source:
+        num_rows = shapes[name].shape[0]
+        part = out[first_row : first_row + num_rows]
+        starts = range(0, num_rows, step)
+        list(pool.map(lambda start: _read_block(source, name, part, start, step), starts))  # noqa: B023  consumed here
+        first_row += num_rows
+    return out
+
+
+@contextmanager
+def reading_threads() -> Iterator[Executor]:
+    """Threads for `read_param`: dequantization is NumPy's, which lets go of the interpreter."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        yield pool
+
+
+def _read_block(
+    source: TensorSource, name: str, out: np.ndarray, start: int, num_rows: int
+) -> None:
+    stop = min(start + num_rows, out.shape[0])
+    rows = source.read_rows(name, start, stop).astype(np.float32, copy=False)
+    if not (np.isfinite(rows.min()) and np.isfinite(rows.max())):
+        raise ConfigError(f"{source.path}: tensor {name} holds NaN or infinite values")
+    out[start:stop] = rows
+
+
+def _shape_problems(spec: ParamSpec, parts: list[tuple[str, tuple[int, ...]]]) -> list[str]:
+    """Parts are concatenated along the first axis, so only their sum is fixed there."""
+    if len(parts) == 1:
+        name, shape = parts[0]
+        return [] if shape == spec.shape else [f"{name} has shape {shape}, not {spec.shape}"]
+    problems = [
+        f"{name} has shape {shape}, not (…, {spec.shape[1:]})"
+        for name, shape in parts
+        if shape[1:] != spec.shape[1:]
+    ]
+    rows = sum(shape[0] for _, shape in parts)
+    if rows != spec.shape[0]:
+        names = " + ".join(name for name, _ in parts)
+        problems.append(f"{names} have {rows} rows, not {spec.shape[0]}")
+    return problems
+
+
+def _equal(source: TensorSource, name: str, other: str) -> bool:
+    infos = source.tensors()
+    shape = infos[name].shape
+    if infos[other].shape != shape:
+        return False
+    step = max(1, BLOCK_ELEMENTS // max(1, int(np.prod(shape[1:]))))
+    return all(
+        np.array_equal(
+            source.read_rows(name, start, min(start + step, shape[0])),
+            source.read_rows(other, start, min(start + step, shape[0])),
+        )
+        for start in range(0, shape[0], step)
+    )
