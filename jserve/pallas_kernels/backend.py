@@ -1,4 +1,4 @@
-"""Which implementation of an op runs. Chosen once, at start-up, and logged; never a silent fallback."""
+"""Which implementation of an op runs: chosen once, at start-up, and logged."""
 
 import enum
 

@@ -45,7 +45,7 @@ def _load_block(pages: jax.Array, table: jax.Array, block: jax.Array, kv_len: ja
     keys, values = jnp.concatenate(parts, axis=2)
     position = block * (num_pages * page_size) + jnp.arange(num_pages * page_size)
     # A weight of zero does not silence a NaN in memory that was never written.
-    return keys, jnp.where((position < kv_len)[:, None], values, 0), position
+    return keys, jnp.where((position < kv_len)[None, :, None], values, 0), position
 
 
 def _attend_tile(
@@ -63,9 +63,10 @@ def _attend_tile(
     def step(block: jax.Array, carry: _Softmax) -> _Softmax:
         keys, values, position = _load_block(pages, table, block, kv_len)
         scores = jnp.einsum("kqd,ktd->kqt", q, keys, preferred_element_type=jnp.float32)
-        seen = position <= q_positions[:, None]
+        age = q_positions[None, :, None] - position[None, None, :]  # [1, queries, block]
+        seen = age >= 0
         if window:
-            seen &= position > q_positions[:, None] - window
+            seen &= age < window
         scores = jnp.where(seen, scores, _MASKED)
         peak = jnp.maximum(carry.peak, jnp.max(scores, axis=-1))
         weights = jnp.where(seen, jnp.exp(scores - peak[:, :, None]), 0.0)

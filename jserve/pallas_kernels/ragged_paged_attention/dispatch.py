@@ -39,7 +39,8 @@ def ragged_paged_attention(
 
     `q` is scaled already. A token at position p sees positions ≤ p of its own row, and with
     `window` > 0 only those > p - window. Outputs of tokens that belong to no row mean nothing
-    but are finite. `prompts=False` promises that every row is a decode row. `pages` is updated in place when its buffer is donated.
+    but are finite. `prompts=False` promises that every row is a decode row. `pages` is updated
+    in place when its buffer is donated.
     """
     q_heads, kv_heads = q.shape[1], k.shape[1]
     if q_heads % kv_heads:

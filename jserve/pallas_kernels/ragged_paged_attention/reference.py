@@ -1,4 +1,4 @@
-"""Reference: what ragged paged attention means, in plain jnp. Reads the whole page table of each row."""
+"""What ragged paged attention means, in plain jnp. Reads the whole page table of each row."""
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +31,20 @@ def ragged_paged_attention(
     context = pages_per_row * page_size
 
     index = jnp.arange(tokens)
-    starts, lens = batch.q_starts[:, None], batch.q_lens[:, None]
-    owned = (index >= starts) & (index < starts + lens)  # [rows, tokens]
+    offset = index[None, :] - batch.q_starts[:, None]
+    owned = (offset >= 0) & (offset < batch.q_lens[:, None])  # [rows, tokens]
     row = jnp.argmax(owned, axis=0)
     position = batch.kv_lens[row] - batch.q_lens[row] + index - batch.q_starts[row]
 
     kv = pages[batch.page_table]  # [rows, pages, K|V, kv_heads, page_size, head_dim]
     kv = jnp.moveaxis(kv, 2, 0).swapaxes(3, 4).reshape(2, rows, context, kv_heads, head_dim)
-    slot = jnp.arange(context)
-    seen = (slot <= position[:, None]) & owned.any(axis=0)[:, None]  # [tokens, context]
+    place = jnp.arange(context)[None, :]
+    age = position[:, None] - place
+    seen = (age >= 0) & owned.any(axis=0)[:, None]  # [tokens, context]
     if window:
-        seen &= slot > position[:, None] - window
+        seen &= age < window
     # Memory that no token may see can hold anything, NaN included.
-    held = (slot < batch.kv_lens[:, None])[:, :, None, None]
+    held = (place < batch.kv_lens[:, None])[None, :, :, None, None]
     keys, values = jnp.where(held, kv, 0).astype(jnp.float32)[:, row]
 
     grouped = q.astype(jnp.float32).reshape(tokens, kv_heads, q_heads // kv_heads, head_dim)

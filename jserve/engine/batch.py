@@ -1,0 +1,217 @@
+"""A plan as one int32 buffer: only what changed since the step before, sent in one transfer.
+
+`layout` declares the sections of a program's buffer once; the host writes them by name (`pack`)
+and the device reads them by name (`unpack`). Unused entries are addressed out of range, where
+scatters drop them.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jserve.core.step import Admission, Chunk, Program, ProgramKind, StepPlan
+from jserve.model.sampling.host import host_row
+from jserve.model.sampling.state import SLOT_ROW_WORDS, processor_row_dtype
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """The static sizes that, with a program, fix its buffer."""
+
+    num_slots: int
+    vocab: int
+    page_size: int
+    processor_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + int(np.prod(self.shape, dtype=np.int64))
+
+
+class Layout(Mapping[str, _Section]):
+    """Named sections of one int32 buffer."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._sections: dict[str, _Section] = {}
+        self.size = 0
+        for name, shape in shapes.items():
+            self._sections[name] = _Section(self.size, shape)
+            self.size = self._sections[name].stop
+
+    def __getitem__(self, name: str) -> _Section:
+        return self._sections[name]
+
+    def __iter__(self):
+        return iter(self._sections)
+
+    def __len__(self) -> int:
+        return len(self._sections)
+
+    def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
+        """The sections of a host buffer, writable."""
+        return {
+            name: buffer[part.start : part.stop].reshape(part.shape) for name, part in self.items()
+        }
+
+    def unpack(self, buffer: jax.Array) -> dict[str, jax.Array]:
+        """The sections of a device buffer, while tracing."""
+        return {
+            name: buffer[part.start : part.stop].reshape(part.shape) for name, part in self.items()
+        }
+
+
+@functools.cache
+def layout(program: Program, shape: BatchShape) -> Layout:
+    """The buffer of one program.
+
+    rows: the slot of each row. For mixed programs also the tokens of prompt chunks, and the
+    sequences that take a slot in this step: their sampling scalars (`admit_*`) and, for the few
+    that have masks or biases, those (`processor_*`).
+    """
+    rows = program.rows
+    # A chunk of c tokens touches at most c/page + 2 pages; summed over the rows:
+    pages = rows * (program.steps // shape.page_size + 2)
+    if program.kind is ProgramKind.MIXED:
+        pages = program.tokens // shape.page_size + 2 * rows
+    sections: dict[str, tuple[int, ...]] = {
+        "num_rows": (),
+        "num_steps": (),
+        "row_slot": (rows,),
+        "page_slot": (pages,),
+        "page_index": (pages,),
+        "page_id": (pages,),
+    }
+    if program.kind is ProgramKind.MIXED:
+        sections |= {
+            "num_decode": (),
+            "row_start": (rows,),  # absolute; of prompt rows
+            "row_tokens": (rows,),
+            "row_first": (rows,),  # ragged index of the row's first token
+            "row_samples": (rows,),
+            "tokens": (program.tokens,),
+            "token_row": (program.tokens,),
+            "token_target": (program.tokens,),  # next prompt token, for its logprob
+            "admit_slot": (rows,),
+            "admit_prompt": (rows,),  # tokens of the prompt; those after are output
+            "admit_words": (rows, SLOT_ROW_WORDS),
+            "processor_slot": (shape.processor_rows,),
+            "processor_words": (
+                shape.processor_rows,
+                processor_row_dtype(shape.vocab).itemsize // 4,
+            ),
+        }
+    return Layout(sections)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A packed plan. `order[r]` is the plan's chunk that runs as the program's row r."""
+
+    program: Program
+    buffer: np.ndarray  # int32; owned by the device once submitted, never written again
+    order: np.ndarray  # [len(plan.chunks)]
+    first_token: np.ndarray  # [len(plan.chunks)] ragged index of each chunk's first token
+
+
+def pack(plan: StepPlan, shape: BatchShape, eos_token_ids: tuple[int, ...]) -> Batch:
+    """Writes a plan into a fresh buffer. Decode rows go first, as attention wants them."""
+    program = plan.program
+    parts = layout(program, shape)
+    buffer = np.zeros(parts.size, np.int32)
+    views = parts.views(buffer)
+    order = sorted(range(len(plan.chunks)), key=lambda i: bool(plan.chunks[i].tokens))
+    chunks = [plan.chunks[i] for i in order]
+    if len(chunks) > program.rows:
+        raise ValueError(f"{program.name}: {len(chunks)} rows do not fit")
+
+    views["num_rows"][...] = len(chunks)
+    views["num_steps"][...] = plan.num_steps
+    views["row_slot"].fill(shape.num_slots)
+    views["row_slot"][: len(chunks)] = [chunk.slot for chunk in chunks]
+    _pack_pages(views, chunks, shape)
+    first = np.arange(len(chunks))
+    if program.kind is ProgramKind.MIXED:
+        first = _pack_tokens(views, chunks, program)
+        _pack_targets(views, chunks, first)
+        _pack_admissions(views, plan.admissions, shape, eos_token_ids)
+    first_token = np.empty(len(chunks), np.int64)
+    first_token[order] = first
+    return Batch(program, buffer, np.asarray(order), first_token)
+
+
+def _pack_pages(views: dict[str, np.ndarray], chunks: list[Chunk], shape: BatchShape) -> None:
+    views["page_slot"].fill(shape.num_slots)
+    at = 0
+    for chunk in chunks:
+        if not chunk.new_pages:
+            continue
+        end = at + len(chunk.new_pages)
+        views["page_slot"][at:end] = chunk.slot
+        views["page_index"][at:end] = np.arange(end - at) + chunk.first_new_page
+        views["page_id"][at:end] = chunk.new_pages
+        at = end
+
+
+def _pack_tokens(views: dict[str, np.ndarray], chunks: list[Chunk], program: Program) -> np.ndarray:
+    counts = np.array([chunk.num_tokens for chunk in chunks])
+    first = np.cumsum(counts) - counts
+    if first[-1] + counts[-1] > program.tokens:
+        raise ValueError(f"{program.name}: {counts.sum()} tokens do not fit")
+    views["num_decode"][...] = sum(not chunk.tokens for chunk in chunks)
+    rows = slice(0, len(chunks))
+    views["row_start"][rows] = [chunk.start for chunk in chunks]
+    views["row_tokens"][rows] = counts
+    views["row_first"][rows] = first
+    views["row_samples"][rows] = [chunk.samples for chunk in chunks]
+    views["token_row"][: counts.sum()] = np.repeat(np.arange(len(chunks)), counts)
+    for chunk, at in zip(chunks, first, strict=True):
+        if chunk.tokens:
+            views["tokens"][at : at + chunk.num_tokens] = chunk.tokens
+    return first
+
+
+def _pack_targets(views: dict[str, np.ndarray], chunks: list[Chunk], first: np.ndarray) -> None:
+    views["token_target"].fill(-1)
+    for chunk, at in zip(chunks, first, strict=True):
+        if chunk.prompt_targets:
+            end = at + len(chunk.prompt_targets)
+            views["token_target"][at:end] = chunk.prompt_targets
+
+
+def _pack_admissions(
+    views: dict[str, np.ndarray],
+    admissions: tuple[Admission, ...],
+    shape: BatchShape,
+    eos_token_ids: tuple[int, ...],
+) -> None:
+    views["admit_slot"].fill(shape.num_slots)
+    views["processor_slot"].fill(shape.num_slots)
+    processors = 0
+    for i, admission in enumerate(admissions):
+        request = admission.request
+        row = host_row(
+            request.sampling,
+            choice=request.choice,
+            eos_token_ids=eos_token_ids,
+            prompt_len=len(request.prompt),
+            vocab=shape.vocab,
+        )
+        views["admit_slot"][i] = admission.slot
+        views["admit_prompt"][i] = len(request.prompt)
+        views["admit_words"][i] = row.slot.reshape(1).view(np.int32)
+        if row.processors is None:
+            continue
+        if processors == shape.processor_rows:
+            raise ValueError(f"more than {shape.processor_rows} processor rows in one step")
+        views["processor_slot"][processors] = admission.slot
+        views["processor_words"][processors] = row.processors.reshape(1).view(np.int32)
+        processors += 1

@@ -1,0 +1,54 @@
+"""The engine's own knobs. Plain data, no JAX."""
+
+from dataclasses import dataclass
+
+from jserve.core.errors import ConfigError
+from jserve.core.step import Program, ProgramKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Slots, KV memory and the short list of compiled programs."""
+
+    num_slots: int = 32
+    max_model_len: int = 0  # prompt and output tokens of one sequence; 0: the model's own limit
+    page_size: int = 16  # tokens a page; 16 on CPU, 64-128 on GPU, 128 on TPU
+    num_pages: int = 0  # 0: what kv_bytes holds
+    kv_bytes: int = 1 << 30  # KV memory; on accelerators 0 takes what the programs leave
+    mixed_tokens: tuple[int, ...] = (32, 256)  # sizes of the ragged programs
+    window_rows: tuple[int, ...] = (4, 32)  # sizes of the decode programs; the last: all slots
+    window_steps: int = 8  # decode steps in one program run, at most
+    processor_rows: int = 4  # sequences with masks or biases admitted in one step
+    port: int = 0  # of the session server, loopback only; 0: any free one
+    cache_executables: bool = True  # keep compiled programs in the model cache folder
+    drain_timeout_s: float = 30.0  # what runs may take after a stop was asked for
+
+    def __post_init__(self) -> None:
+        if self.num_slots < 2:
+            raise ConfigError(f"engine.num_slots is {self.num_slots}; at least 2 are needed")
+        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise ConfigError(f"engine.page_size is {self.page_size}; use a power of two")
+        for name, sizes in (
+            ("mixed_tokens", self.mixed_tokens),
+            ("window_rows", self.window_rows),
+        ):
+            if not sizes or any(size < 2 for size in sizes) or list(sizes) != sorted(set(sizes)):
+                raise ConfigError(f"engine.{name} is {sizes}; use ascending sizes of at least 2")
+        if self.mixed_tokens[-1] <= self.num_slots:
+            raise ConfigError(
+                f"engine.mixed_tokens {self.mixed_tokens}: the largest must exceed num_slots "
+                f"{self.num_slots}, or prompts wait while all slots decode"
+            )
+        if self.window_steps < 1:
+            raise ConfigError(f"engine.window_steps is {self.window_steps}; use 1 or more")
+
+    def programs(self) -> tuple[Program, ...]:
+        """The programs to compile; sizes beyond the slots collapse into one."""
+        rows = sorted({min(size, self.num_slots) for size in (*self.window_rows, self.num_slots)})
+        return (
+            *(
+                Program(ProgramKind.MIXED, tokens, min(tokens, self.num_slots))
+                for tokens in self.mixed_tokens
+            ),
+            *(Program(ProgramKind.WINDOW, size, size, self.window_steps) for size in rows),
+        )

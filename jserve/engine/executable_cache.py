@@ -1,0 +1,88 @@
+"""Compiled programs kept on disk, so that a second start compiles nothing.
+
+An entry is only used by the very code, configuration and machine that made it: the key digests
+all of them. Entries are pickles; the folder must be as trusted as the code itself.
+"""
+
+import hashlib
+import logging
+import os
+import pickle
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import jaxlib
+from jax.experimental import serialize_executable
+
+logger = logging.getLogger(__name__)
+
+
+def code_digest(packages: Iterable[Path]) -> str:
+    """A digest of the source files that programs are traced from."""
+    digest = hashlib.sha256()
+    for package in packages:
+        for file in sorted(package.rglob("*.py")):
+            digest.update(str(file.relative_to(package)).encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def machine_key() -> str:
+    """What a compiled program depends on beside its own shapes and code."""
+    device = jax.devices()[0]
+    cpu = Path("/proc/cpuinfo")
+    # CPU code is made for the features of the machine that compiled it.
+    features = [
+        line
+        for line in (cpu.read_text().splitlines() if cpu.is_file() else [])
+        if line.startswith(("flags", "model name", "Features"))
+    ][:2]
+    return repr(
+        (
+            jax.__version__,
+            jaxlib.__version__,
+            device.platform,
+            device.device_kind,
+            device.client.platform_version,
+            jax.device_count(),
+            features,
+            os.cpu_count(),
+            os.environ.get("XLA_FLAGS", ""),
+        )
+    )
+
+
+class ExecutableCache:
+    """A folder of serialized executables. Safe for concurrent processes: files appear whole."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder = folder
+        self._key = key
+
+    def _path(self, name: str) -> Path:
+        digest = hashlib.sha256(f"{self._key}\n{name}".encode()).hexdigest()[:32]
+        return self._folder / f"{digest}.jaxexec"
+
+    def load(self, name: str) -> jax.stages.Compiled | None:
+        """The program `name`, or None when it was never stored or cannot be read."""
+        path = self._path(name)
+        if not path.is_file():
+            return None
+        try:
+            payload, in_tree, out_tree = pickle.loads(path.read_bytes())
+            return serialize_executable.deserialize_and_load(payload, in_tree, out_tree)
+        except (pickle.UnpicklingError, EOFError, ValueError, jax.errors.JaxRuntimeError) as error:
+            logger.warning("compiled program %s is unreadable and is made again: %s", name, error)
+            return None
+
+    def store(self, name: str, compiled: jax.stages.Compiled) -> None:
+        """Keeps a program. A full disk costs the next start its time, not this one its service."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+                pickle.dump(serialize_executable.serialize(compiled), file)
+            Path(file.name).rename(self._path(name))
+        except OSError as error:
+            logger.warning("compiled program %s was not kept: %s", name, error)

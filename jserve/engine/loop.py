@@ -1,0 +1,96 @@
+"""The engine's heartbeat: one thread that plans step n+1 while the device runs step n."""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from jserve.core.clock import Clock
+from jserve.core.errors import JserveError
+from jserve.core.request import EngineStats
+from jserve.core.step import Executor, StepPlan
+from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
+from jserve.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+_IDLE_WAIT_S = 0.5  # an idle engine wakes up to look whether it was asked to stop
+_MAX_IN_FLIGHT = 2
+
+
+class EngineLoop:
+    """Owns scheduler and executor; everything else talks to it through inbox and outbox."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        inbox: Inbox,
+        outbox: Outbox,
+        clock: Clock,
+        num_compiles: Callable[[], int],
+    ) -> None:
+        """`num_compiles` counts the compilations since the engine was ready; it should stay 0."""
+        self._scheduler = scheduler
+        self._executor = executor
+        self._inbox = inbox
+        self._outbox = outbox
+        self._clock = clock
+        self._num_compiles = num_compiles
+        self._in_flight: deque[tuple[StepPlan, Any]] = deque()
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Asks `run` to return after the step it is in. Any thread may call it."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Serves until stopped. A failure is reported to every sequence, then raised."""
+        try:
+            while not self._stopping:
+                self.run_once()
+        except BaseException as error:
+            updates = self._scheduler.fail_all(f"the engine failed: {error}")
+            self._outbox.post(updates, self._stats())
+            raise
+
+    def run_once(self) -> None:
+        """One turn: take what came in, start the next step, finish the one before it."""
+        self._drain_inbox()
+        plan = self._scheduler.plan(self._clock.now_s())
+        if plan is not None:
+            self._in_flight.append((plan, self._executor.submit(plan)))
+        if not self._in_flight:
+            self._inbox.wait(_IDLE_WAIT_S)
+            return
+        if plan is not None and len(self._in_flight) < _MAX_IN_FLIGHT:
+            return
+        plan, handle = self._in_flight.popleft()
+        result = self._executor.collect(handle)
+        updates = self._scheduler.commit(plan, result, self._clock.now_s())
+        self._outbox.post(updates, self._stats())
+
+    def _drain_inbox(self) -> None:
+        for command in self._inbox.drain():
+            match command:
+                case Submit(request):
+                    try:
+                        self._scheduler.add(request, self._clock.now_s())
+                    except JserveError as error:
+                        self._outbox.reject(request.id, error)
+                case Abort(request_id):
+                    self._scheduler.abort(request_id)
+
+    def _stats(self) -> EngineStats:
+        stats = self._scheduler.stats()
+        return EngineStats(
+            num_waiting=stats.num_waiting,
+            num_running=stats.num_running,
+            free_slots=stats.free_slots,
+            free_pages=stats.free_pages,
+            num_preemptions=stats.num_preemptions,
+            num_steps=stats.num_steps,
+            prompt_tokens=stats.prompt_tokens,
+            output_tokens=stats.output_tokens,
+            num_compiles_after_warmup=self._num_compiles(),
+        )

@@ -1,0 +1,79 @@
+"""The few compiled programs of an engine: made in parallel threads before it is ready."""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jserve.core.step import Program
+from jserve.engine.batch import BatchShape, layout
+from jserve.engine.executable_cache import ExecutableCache
+from jserve.engine.state import DeviceState
+from jserve.engine.step import Params, make_step
+from jserve.model.functional import Model
+from jserve.pallas_kernels.backend import Backend
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledProgram:
+    """One program, ready to be called with `(params, adapters, state, buffer)`."""
+
+    program: Program
+    call: jax.stages.Compiled
+    seconds: float  # to trace and compile, or to load
+    cached: bool
+
+
+def compile_programs(
+    model: Model,
+    programs: Sequence[Program],
+    shape: BatchShape,
+    backend: Backend,
+    params: Params,  # arrays or ShapeDtypeStructs with shardings
+    state: DeviceState,  # likewise
+    *,
+    cache: ExecutableCache | None,
+    on_ready: Callable[[CompiledProgram], None] = lambda _: None,
+    threads: int = 2,
+) -> dict[Program, CompiledProgram]:
+    """Compiles or loads every program; tracing takes turns, compiling runs in parallel."""
+
+    def make(program: Program) -> CompiledProgram:
+        started = time.perf_counter()
+        # State shapes hold the number of pages, which may differ from start to start.
+        name = repr((program, shape, backend, jax.tree.map(_signature, (params, state))))
+        call = cache.load(name) if cache else None
+        cached = call is not None
+        if call is None:
+            buffer = jax.ShapeDtypeStruct((layout(program, shape).size,), jnp.int32)
+            step = jax.jit(make_step(model, program, shape, backend), donate_argnums=2)
+            call = step.lower(params, (), state, buffer).compile()
+            if cache:
+                cache.store(name, call)
+        ready = CompiledProgram(program, call, time.perf_counter() - started, cached)
+        on_ready(ready)
+        return ready
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
+        return dict(zip(programs, pool.map(make, programs), strict=True))
+
+
+def _signature(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
+    return f"{leaf.shape}{leaf.dtype}{getattr(leaf, 'sharding', None)}"
+
+
+class CompileCounter:
+    """Counts XLA compilations of this process. One instance for the life of the process."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration_s: float, **_: str | int) -> None:
+        del duration_s
+        self.count += event == _COMPILE_EVENT

@@ -1,0 +1,59 @@
+"""What lives on the device between steps: KV memory and the state of every slot."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jserve.model.functional import Model
+from jserve.model.sampling.state import SamplerState, init_sampler_state
+from jserve.pallas_kernels.ragged_paged_attention.dispatch import kv_pages_shape
+
+FULL = "full"  # the layer group of all attention layers; its pages hold every token
+
+
+class DeviceState(NamedTuple):
+    """One donated pytree; only programs change it.
+
+    Attributes:
+      kv: per layer group, the pages of each of its layers.
+      page_tables: per layer group, [slots, pages_per_slot] page ids in order; a mirror of the
+        host's, fed by deltas. Entries past a sequence's pages are stale.
+      prompt_lens: [slots] tokens of the prompt; tokens past them are output.
+      lengths: [slots] tokens whose K and V are in the pages.
+      last_tokens: [slots] the newest sampled token, not yet in the pages.
+      active: [slots] false from the step that finished a sequence until its slot is taken again.
+      sampler: sampling parameters and counts.
+    """
+
+    kv: dict[str, tuple[jax.Array, ...]]
+    page_tables: dict[str, jax.Array]
+    prompt_lens: jax.Array
+    lengths: jax.Array
+    last_tokens: jax.Array
+    active: jax.Array
+    sampler: SamplerState
+
+
+def init_state(
+    model: Model, *, num_slots: int, num_pages: int, page_size: int, pages_per_slot: int
+) -> DeviceState:
+    """An empty engine; pure, so that it can be evaluated abstractly or jitted with shardings."""
+    spec = model.spec
+    shape = kv_pages_shape(num_pages, page_size, spec.kv_heads, spec.head_dim)
+    return DeviceState(
+        kv={FULL: tuple(jnp.zeros(shape, model.dtype) for _ in range(spec.layers))},
+        page_tables={FULL: jnp.zeros((num_slots, pages_per_slot), jnp.int32)},
+        prompt_lens=jnp.zeros(num_slots, jnp.int32),
+        lengths=jnp.zeros(num_slots, jnp.int32),
+        last_tokens=jnp.zeros(num_slots, jnp.int32),
+        active=jnp.zeros(num_slots, jnp.bool_),
+        sampler=init_sampler_state(num_slots, spec.vocab),
+    )
+
+
+def page_bytes(model: Model, page_size: int) -> int:
+    """KV bytes of one page over all layers."""
+    spec = model.spec
+    elements = 2 * spec.kv_heads * page_size * spec.head_dim * spec.layers
+    return elements * model.dtype.itemsize

@@ -1,0 +1,159 @@
+"""A tiny engine in this process: real scheduler, real programs, no wire."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jserve.core.request import FinishReason, Request, SequenceUpdate, TokenLogprobs
+from jserve.engine.assembly import Engine, build_engine
+from jserve.engine.config import EngineConfig
+from jserve.model.functional import Model
+from jserve.model.sharding import make_mesh
+from jserve.model.spec import ModelSpec
+from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.scheduler import Scheduler
+
+TINY = ModelSpec(
+    family="llama",
+    vocab=96,
+    layers=2,
+    model_dim=32,
+    ffn_dim=64,
+    q_heads=4,
+    kv_heads=2,
+    head_dim=8,
+    max_position=512,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    tied_embeddings=True,
+    eos_token_ids=(1,),
+)
+CONFIG = EngineConfig(
+    num_slots=4,
+    page_size=8,
+    num_pages=160,
+    max_model_len=256,
+    mixed_tokens=(8, 32),
+    window_rows=(4,),
+    window_steps=4,
+)
+
+
+@dataclass
+class Outcome:
+    """Everything a sequence was told."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    finish: FinishReason | None = None
+
+
+class Harness:
+    """Drives one engine; each `run` starts from an idle engine and must leave it idle."""
+
+    def __init__(
+        self,
+        spec: ModelSpec = TINY,
+        config: EngineConfig = CONFIG,
+        params: dict[str, jax.Array] | None = None,
+        overlap: bool = True,
+    ) -> None:
+        self.model = Model(spec, jnp.float32)
+        self.params = self.model.init(0) if params is None else params
+        self.config = config
+        self.overlap = overlap
+        self.engine: Engine = build_engine(
+            "tiny",
+            self.model,
+            make_mesh(jax.devices()[:1]),
+            lambda: self.params,
+            config,
+            SchedulerConfig(),
+            cache_folder=None,
+        )
+        self.scheduler = self.engine.scheduler
+
+    def with_pages(self, num_pages: int) -> None:
+        """Lets the scheduler use fewer pages than there are, to force preemptions."""
+        self.scheduler = Scheduler(
+            SchedulerConfig(),
+            num_slots=self.config.num_slots,
+            num_pages=num_pages,
+            page_size=self.config.page_size,
+            max_model_len=self.engine.info.max_model_len,
+            programs=self.config.programs(),
+            max_processor_rows=self.config.processor_rows,
+        )
+
+    def run(
+        self, requests: list[Request], arrivals: list[int] | None = None
+    ) -> dict[str, Outcome]:
+        """Runs to the end; request i arrives before turn `arrivals[i]`."""
+        arrivals = arrivals or [0] * len(requests)
+        outcomes = {request.id: Outcome() for request in requests}
+        queue = deque(sorted(zip(arrivals, requests, strict=True), key=lambda pair: pair[0]))
+        in_flight = deque()
+        for turn in range(10_000):
+            while queue and queue[0][0] <= turn:
+                self.scheduler.add(queue.popleft()[1], float(turn))
+            plan = self.scheduler.plan(float(turn))
+            if plan is not None:
+                in_flight.append((plan, self.engine.executor.submit(plan)))
+            if in_flight and (plan is None or len(in_flight) > self.overlap):
+                plan, handle = in_flight.popleft()
+                result = self.engine.executor.collect(handle)
+                for update in self.scheduler.commit(plan, result, float(turn)):
+                    _note(outcomes[update.request_id], update)
+            elif plan is None and not queue:
+                break
+        stats = self.scheduler.stats()
+        assert (stats.num_running, stats.num_waiting) == (0, 0)
+        assert stats.free_slots == self.config.num_slots
+        assert self.engine.num_compiles() == 0
+        return outcomes
+
+    def greedy(self, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+        """The expected continuation, from a dense forward over everything at each step."""
+        tokens = list(prompt)
+        for _ in range(num_tokens):
+            tokens.append(int(np.argmax(self.dense_logits(tokens)[-1])))
+        return tokens[len(prompt) :]
+
+    def dense_logits(self, tokens: list[int]) -> np.ndarray:
+        """Logits at every position, by whole-context attention without pages."""
+        spec = self.model.spec
+        padded = np.zeros(self.engine.info.max_model_len, np.int32)
+        padded[: len(tokens)] = tokens
+
+        def attend(q, k, v, kv, window):
+            group = spec.q_heads // spec.kv_heads
+            k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
+            place = jnp.arange(q.shape[0])
+            seen = place[None, :] <= place[:, None]
+            if window:
+                seen &= place[None, :] > place[:, None] - window
+            scores = jnp.einsum("qhd,khd->hqk", q, k)
+            scores = jnp.where(seen[None], scores, -jnp.inf)
+            return jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores, axis=-1), v), kv
+
+        def forward(params, tokens):
+            places = jnp.arange(tokens.shape[0])
+            hidden, _ = self.model.hidden(params, tokens, places, (None,) * spec.layers, attend)
+            return self.model.logits(params, hidden)
+
+        if not hasattr(self, "_dense"):
+            self._dense = jax.jit(forward)
+        return np.asarray(self._dense(self.params, jnp.asarray(padded)))[: len(tokens)]
+
+
+def _note(outcome: Outcome, update: SequenceUpdate) -> None:
+    assert outcome.finish is None, "news after the finish"
+    outcome.tokens += update.tokens
+    outcome.logprobs += update.logprobs or ()
+    outcome.finish = update.finish
+    if update.prompt_logprobs is not None:
+        assert outcome.prompt_logprobs is None
+        outcome.prompt_logprobs = update.prompt_logprobs
