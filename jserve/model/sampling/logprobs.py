@@ -1,0 +1,59 @@
+"""Raw log-probabilities: of a token, its rank, and the best alternatives."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jserve.core.request import MAX_LOGPROBS
+from jserve.model.sampling import mass as masses
+from jserve.model.sampling import rows as tiles
+
+
+class Logprobs(NamedTuple):
+    """Log-softmax of unprocessed logits at some positions (vLLM's `raw_logprobs`)."""
+
+    token: jax.Array  # float32 [rows], of the chosen token
+    rank: jax.Array  # int32 [rows], tokens at least as likely as it, itself included
+    top_ids: jax.Array  # int32 [rows, MAX_LOGPROBS], best first, ties by lower id
+    top: jax.Array  # float32 [rows, MAX_LOGPROBS]
+
+
+def no_logprobs(rows: int) -> Logprobs:
+    """Zeros."""
+    return Logprobs(
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows,), jnp.int32),
+        jnp.zeros((rows, MAX_LOGPROBS), jnp.int32),
+        jnp.zeros((rows, MAX_LOGPROBS), jnp.float32),
+    )
+
+
+def raw_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
+    """The log-probabilities of `tokens` [rows] under `logits` [rows, vocab] float32.
+
+    The normalizer is an integer sum (`mass`), so the result does not depend on other rows. Give
+    at least 8 rows: XLA's CPU code rounds the logarithm of fewer than 8 numbers differently.
+    A vocabulary smaller than MAX_LOGPROBS fills the rest of `top` with -inf.
+    """
+    num_top = min(MAX_LOGPROBS, logits.shape[1])
+    top, top_ids = tiles.top_k(logits, num_top)
+    largest = top[:, :1]
+    weight = jnp.exp(masses.scaled(logits, largest, jnp.ones_like(largest)))
+    shift = masses.shift_of(weight)
+    sums = masses.total(masses.digits(weight, shift), weight > 0)
+    log_total = masses.log(sums, shift)[:, None]
+    token = jnp.take_along_axis(logits, tokens[:, None], axis=1)
+    (rank,) = tiles.sums((logits >= token).astype(jnp.int32))
+    spare = ((0, 0), (0, MAX_LOGPROBS - num_top))
+    return Logprobs(
+        ((token - largest) - log_total)[:, 0],
+        rank,
+        jnp.pad(top_ids, spare),
+        jnp.pad((top - largest) - log_total, spare, constant_values=-jnp.inf),
+    )
+
+
+def prompt_logprobs(logits: jax.Array, targets: jax.Array) -> Logprobs:
+    """`raw_logprobs` of the next prompt tokens `targets` [rows] of a tile of prompt positions."""
+    return raw_logprobs(logits, targets)

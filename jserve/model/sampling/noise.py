@@ -1,0 +1,74 @@
+"""Counter-based randomness: Threefry keys of (seed, choice, position) and noise by token id."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+
+
+def threefry2x32(
+    key: tuple[jax.Array, jax.Array], counter: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Threefry-2x32 with 20 rounds (Salmon et al., SC 2011), elementwise on broadcast uint32.
+
+    The same bits as JAX's generator. Unrolled here, so that XLA fuses it with what consumes the
+    bits; JAX's CPU lowering is a loop over whole arrays and four times slower.
+    """
+    k0, k1 = key
+    schedule = (k0, k1, k0 ^ k1 ^ jnp.uint32(_PARITY))
+    x0, x1 = counter[0] + k0, counter[1] + k1
+    for i in range(5):
+        for rotation in _ROTATIONS[i % 2]:
+            x0 = x0 + x1
+            x1 = x0 ^ ((x1 << rotation) | (x1 >> (32 - rotation)))
+        x0 = x0 + schedule[(i + 1) % 3]
+        x1 = x1 + schedule[(i + 2) % 3] + jnp.uint32(i + 1)
+    return x0, x1
+
+
+def token_keys(seed: jax.Array, choice: jax.Array, positions: jax.Array) -> jax.Array:
+    """`fold_in(fold_in(key(seed), choice), position)` of each row, as raw key words.
+
+    Args:
+      seed: uint32 [rows, 2], the high and low word of a 64-bit seed.
+      choice: int32 [rows].
+      positions: int32 [rows], absolute position of the token to be chosen.
+
+    Returns:
+      uint32 [rows, 2].
+    """
+    key = (seed[:, 0], seed[:, 1])
+    for data in (choice, positions):
+        word = data.astype(jnp.uint32)
+        key = threefry2x32(key, (jnp.zeros_like(word), word))
+    return jnp.stack(key, axis=-1)
+
+
+def gumbel(keys: jax.Array, ids: jax.Array) -> jax.Array:
+    """Standard Gumbel noise of token `ids[r, c]` under key `keys[r]`.
+
+    The noise of a token depends on its id alone, so a few candidates and the whole vocabulary
+    see the same values: 64 random bits per id, equal to `jax.random.bits(key, (vocab,), uint64)`.
+    Half of them serve the exponential's tail near zero, where the winners are: with the usual 23
+    bits, tokens of probability below 1e-7 would never be drawn, however many they are.
+
+    Args:
+      keys: uint32 [rows, 2].
+      ids: uint32 [rows, n].
+
+    Returns:
+      float32 [rows, n], finite.
+    """
+    high, low = threefry2x32((keys[:, :1], keys[:, 1:]), (jnp.zeros_like(ids), ids))
+    coarse = (high >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
+    fine = ((low >> 8).astype(jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-48
+    uniform = jnp.minimum(coarse + fine, 1.0 - 2.0**-24)  # in (0, 1)
+    return -jnp.log(-jnp.log1p(-uniform))
+
+
+def vocab_gumbel(keys: jax.Array, vocab: int) -> jax.Array:
+    """`gumbel` of every id below `vocab`: float32 [rows, vocab]."""
+    ids = lax.broadcasted_iota(jnp.uint32, (keys.shape[0], vocab), 1)
+    return gumbel(keys, ids)

@@ -1,0 +1,59 @@
+"""Logit processors: what changes a row's logits before temperature and truncation.
+
+Order, as in vLLM V1 (`Sampler.apply_logits_processors` and `apply_penalties`):
+
+1. allowed tokens and 2. bad tokens: -inf outside of the slot's mask
+3. min_tokens: -inf for stop ids and end-of-sequence ids while the output is too short
+4. logit bias: added
+5. repetition penalty over prompt and output: positive logits divided, others multiplied
+6. frequency penalty × count in the output, then presence penalty if in the output: subtracted
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jserve.model.sampling.state import Processor, SamplerState
+
+
+def needed(state: SamplerState, slots: jax.Array, positions: jax.Array) -> jax.Array:
+    """Whether any processor changes the row at this position: bool [rows]."""
+    bits = state.processors[slots]
+    early = positions < state.min_total[slots]
+    return ((bits & ~Processor.MIN_TOKENS) != 0) | (((bits & Processor.MIN_TOKENS) != 0) & early)
+
+
+def process(
+    logits: jax.Array, state: SamplerState, slots: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """The processed logits of rows [rows, vocab] whose tokens are chosen at `positions` [rows]."""
+    bits = state.processors[slots][:, None]
+    x = jnp.where(((bits & Processor.MASK) != 0) & ~_allowed(state, slots), -jnp.inf, logits)
+
+    rows = jnp.arange(logits.shape[0])[:, None]
+    early = ((bits & Processor.MIN_TOKENS) != 0) & (positions < state.min_total[slots])[:, None]
+    stop_ids = state.stop_ids[slots]
+    unused = logits.shape[1]  # past the row: dropped; a negative index would wrap
+    stop_ids = jnp.where(early & (stop_ids >= 0), stop_ids, unused)
+    x = x.at[rows, stop_ids].set(-jnp.inf, mode="drop")
+
+    bias_ids = state.bias_ids[slots]
+    bias_ids = jnp.where(((bits & Processor.BIAS) != 0) & (bias_ids >= 0), bias_ids, unused)
+    x = x.at[rows, bias_ids].add(state.bias[slots], mode="drop")
+    return jnp.where((bits & Processor.PENALTIES) != 0, _penalize(x, state, slots), x)
+
+
+def _allowed(state: SamplerState, slots: jax.Array) -> jax.Array:
+    words = state.mask[slots]
+    places = jnp.arange(32, dtype=jnp.uint32)[None, None, :]
+    bits = (words[:, :, None] >> places) & 1
+    return bits.reshape(words.shape[0], -1)[:, : state.vocab] != 0
+
+
+def _penalize(x: jax.Array, state: SamplerState, slots: jax.Array) -> jax.Array:
+    counts = state.output_counts[slots]
+    produced = counts > 0
+    repetition = state.repetition_penalty[slots][:, None]
+    repeated = jnp.where(x > 0, x / repetition, x * repetition)
+    x = jnp.where(state.prompt_seen[slots] | produced, repeated, x)
+    x = x - state.frequency_penalty[slots][:, None] * counts.astype(jnp.float32)
+    return x - state.presence_penalty[slots][:, None] * produced.astype(jnp.float32)
