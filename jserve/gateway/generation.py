@@ -149,10 +149,14 @@ class Generator:
         return self.engine.info
 
     def check_model(self, name: str | None) -> None:
-        """Raises UnknownModel unless `name` is None, empty or the served one."""
-        if name and name != self.model_name:
+        """Raises UnknownModel unless `name` is None, empty or the served one.
+
+        Raises Unavailable while the served name is not known yet.
+        """
+        served = self.config.served_model_name or self.info.model
+        if name and name != served:
             raise UnknownModel(
-                f"model {name[:200]!r} is not served here; {self.model_name!r} is", param="model"
+                f"model {name[:200]!r} is not served here; {served!r} is", param="model"
             )
 
     async def text_prompt(self, text: str, *, add_special_tokens: bool | None = None) -> Prompt:

@@ -3,7 +3,7 @@
 Names are `jserve_…`, and vLLM's own names beside them for dashboards and routers that know those.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -31,10 +31,12 @@ _HISTOGRAMS: Mapping[str, str] = {
 class MetricsCollector(Collector):
     """Makes Prometheus families of `GatewayMetrics` and of the engine's statistics, at a scrape."""
 
-    def __init__(self, metrics: GatewayMetrics, engine: EngineClient, model: str) -> None:
+    def __init__(
+        self, metrics: GatewayMetrics, engine: EngineClient, model: Callable[[], str]
+    ) -> None:
         self._metrics = metrics
         self._engine = engine
-        self._labels = {"model_name": model, "engine": "0"}
+        self._model = model
 
     def collect(self) -> Iterable[Metric]:
         """All families."""
@@ -42,6 +44,10 @@ class MetricsCollector(Collector):
         yield from self._counters()
         yield from self._histograms()
         yield from self._http()
+
+    @property
+    def _labels(self) -> dict[str, str]:
+        return {"model_name": self._model(), "engine": "0"}
 
     def _gauges(self) -> Iterator[Metric]:
         stats, info = self._engine.stats, self._engine.info
@@ -129,8 +135,13 @@ class MetricsCollector(Collector):
         yield durations
 
 
-def make_registry(metrics: GatewayMetrics, engine: EngineClient, model: str) -> CollectorRegistry:
-    """A registry of its own (not the process-wide one) with all of the gateway's metrics."""
+def make_registry(
+    metrics: GatewayMetrics, engine: EngineClient, model: Callable[[], str]
+) -> CollectorRegistry:
+    """A registry of its own (not the process-wide one) with all of the gateway's metrics.
+
+    `model` gives the served name, which may be known only once the engine was reached.
+    """
     registry = CollectorRegistry()
     registry.register(MetricsCollector(metrics, engine, model))
     ProcessCollector(registry=registry)

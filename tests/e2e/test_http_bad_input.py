@@ -339,6 +339,25 @@ def test_no_engine_is_503_and_not_ready() -> None:
         assert http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
+def test_an_engine_that_was_never_reached_is_503() -> None:
+    with serving() as served, httpx.Client(base_url=served.url) as http:
+        info, served.engine.info, served.engine.ready = served.engine.info, None, False
+        for response in (
+            http.get("/ready"),
+            http.get("/v1/models"),
+            http.get(f"/v1/models/{MODEL}"),
+            http.post(COMPLETIONS, json={"model": MODEL, "prompt": "a"}),
+            http.post(CHAT, json={"model": MODEL, "messages": [{"role": "user", "content": "a"}]}),
+            http.post("/tokenize", json={"prompt": "a"}),
+            http.post("/detokenize", json={"tokens": [1]}),
+        ):
+            error_of(response, 503)
+            assert int(response.headers["retry-after"]) >= 1
+        assert "jserve_engine_ready" in http.get("/metrics").text
+        served.engine.info, served.engine.ready = info, True
+        assert f'model_name="{MODEL}"' in http.get("/metrics").text
+
+
 def test_a_draining_server_is_not_ready() -> None:
     with serving() as served, httpx.Client(base_url=served.url) as http:
         assert served.call(lambda: served.generator.drain(1.0))

@@ -29,7 +29,7 @@ def make_app(generator: Generator, metrics: GatewayMetrics, *, version: str) -> 
     From outside in: request ids and counts, CORS, API keys, routes.
     """
     config = generator.config
-    registry = make_registry(metrics, generator.engine, generator.model_name)
+    registry = make_registry(metrics, generator.engine, lambda: generator.model_name)
     app: ASGIApp = Starlette(
         routes=[
             *OpenAIRoutes(generator, metrics).routes(),

@@ -95,15 +95,15 @@ class OpenAIRoutes:
         return await self._respond(request, asked, generations, shape)
 
     def _model(self) -> dict[str, Any]:
-        info = self._generator.engine.info
+        info = self._generator.info
         return {
             "id": self._generator.model_name,
             "object": "model",
             "created": self._start_s,
             "owned_by": "jserve",
-            "root": None if info is None else info.model,
+            "root": info.model,
             "parent": None,
-            "max_model_len": None if info is None else info.max_model_len,
+            "max_model_len": info.max_model_len,
         }
 
     async def _prompt(self, given: str | tuple[int, ...], special: bool | None) -> Prompt:

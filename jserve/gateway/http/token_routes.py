@@ -40,11 +40,10 @@ class TokenRoutes:
         if fields.boolean("return_token_strs"):
             texts = await asyncio.to_thread(self._texts, prompt.ids)
         fields.finish({}, (*_FIELDS, "return_token_strs"))
-        info = self._generator.engine.info
         return json_response(
             {
                 "count": len(prompt.ids),
-                "max_model_len": None if info is None else info.max_model_len,
+                "max_model_len": self._generator.info.max_model_len,
                 "tokens": prompt.ids,
                 "token_strs": texts,
             }

@@ -61,7 +61,7 @@ def generation(n: int = 1) -> Generation:
 
 
 def samples(metrics: GatewayMetrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    registry = make_registry(metrics, cast(Any, Engine()), "name")
+    registry = make_registry(metrics, cast(Any, Engine()), lambda: "name")
     text = generate_latest(registry).decode()
     found: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
     for family in text_string_to_metric_families(text):
