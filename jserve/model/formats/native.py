@@ -35,8 +35,8 @@ from jserve.model.params import ParamSpec
 # A stored chunk is read whole. Below: a device reads little beyond its shard. Above malloc's
 # mmap threshold (32 MiB): buffers of reads go back to the system at once.
 CHUNK_BYTES = 64 << 20
-# Reads in flight, as a multiple of the largest tensor. Orbax wants strictly more than one.
-READ_AHEAD = 1.05
+# Stored bytes being read at a time, unless one tensor alone is more.
+READ_AHEAD_BYTES = 24 << 20
 
 
 def write_native(
@@ -91,11 +91,27 @@ def restore_native(
         )
     verify(folder, manifest)
     itemsize = jnp.dtype(manifest.dtype).itemsize
-    largest = max(int(np.prod(shape)) for shape in shapes.values()) * itemsize
+    stored_bytes = {name: int(np.prod(shape)) * itemsize for name, shape in shapes.items()}
+    large = [name for name, num_bytes in stored_bytes.items() if num_bytes > READ_AHEAD_BYTES]
+    small = [name for name in specs if name not in set(large)]
+    restored: dict[str, jax.Array] = {}
+    # Large tensors first, one after the other, while memory is still free; then many at once.
+    for names in (large, small):
+        if names:
+            limit = max(READ_AHEAD_BYTES, *(stored_bytes[name] for name in names)) + 1
+            restored |= _restore(folder, {name: specs[name] for name in names}, shardings, limit)
+    return {name: restored[name] for name in specs}
+
+
+def _restore(
+    folder: Path,
+    specs: Mapping[str, ParamSpec],
+    shardings: Mapping[str, Sharding],
+    read_ahead_bytes: int,
+) -> dict[str, jax.Array]:
+    """Some tensors of the checkpoint, at most `read_ahead_bytes` of them being read at a time."""
     handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False,
-        use_zarr3=True,
-        restore_concurrent_gb=_gigabytes(largest * READ_AHEAD + 1),
+        use_ocdbt=False, use_zarr3=True, restore_concurrent_gb=_gigabytes(read_ahead_bytes)
     )
     restore_args = {
         name: ocp.ArrayRestoreArgs(
@@ -109,7 +125,9 @@ def restore_native(
     with ocp.Checkpointer(handler) as checkpointer:
         restored: dict[str, jax.Array] = checkpointer.restore(
             folder.resolve() / PARAMS,
-            args=ocp.args.PyTreeRestore(item=dict.fromkeys(specs, 0), restore_args=restore_args),
+            args=ocp.args.PyTreeRestore(
+                item=dict.fromkeys(specs, 0), restore_args=restore_args, partial_restore=True
+            ),
         )
     return jax.block_until_ready(restored)
 
