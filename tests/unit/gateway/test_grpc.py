@@ -137,7 +137,7 @@ def test_unset_fields_take_defaults_and_unseeded_requests_differ():
 
 def test_stop_string_across_tokens_cuts_text_and_usage_and_aborts():
     async def main():
-        async with serving() as (stub, engine, generator, _):
+        async with serving(step_s=0.001) as (stub, engine, generator, _):
             messages = await all_of(stub.Generate(generate(stop=["nope", "好 👍"], n=2)))
             for index in (0, 1):
                 mine = [m for m in messages if m.index == index]
