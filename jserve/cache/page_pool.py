@@ -38,10 +38,10 @@ class PagePool:
         Raises:
             ValueError: fewer are free; nothing is taken.
         """
-        if count > len(self._free):
-            raise ValueError(f"take: {count} pages asked for, {len(self._free)} free")
-        popleft = self._free.popleft
-        pages = [popleft() for _ in range(count)]
+        free = self._free
+        if count > len(free):
+            raise ValueError(f"take: {count} pages asked for, {len(free)} free")
+        pages = [free.popleft()] if count == 1 else [free.popleft() for _ in range(count)]
         for page in pages:
             self._num_refs[page] = 1
         return pages

@@ -201,20 +201,24 @@ class Scheduler:
         codes: list[int] = result.finish.tolist()
         updates: list[SequenceUpdate] = []
         num_output = 0
+        planned = step.rows.planned
+        running, finished = SequenceState.RUNNING, SequenceState.FINISHED  # looked up once
         for row, seq in enumerate(step.rows.sequences):
             seq.num_in_flight -= 1
             state = seq.state
-            if state is SequenceState.FINISHED:
+            if state is finished:
                 continue
-            new = tokens[row][: num_new[row]]
+            num, new = num_new[row], tokens[row]
+            if num != len(new):
+                new = new[:num]
             seq.output += new
-            num_output += len(new)
+            num_output += num
             finish = _FINISH_REASONS[codes[row]]
             if finish is not None:
                 self._end(seq)
                 self._counters.finished(now_s)
-            elif state is not SequenceState.RUNNING or len(new) != step.rows.planned[row]:
-                self._settle(seq, step.rows.planned[row] - len(new))
+            elif state is not running or num != planned[row]:
+                self._settle(seq, planned[row] - num)
             if not new and finish is None:
                 continue
             if seq.plain:
