@@ -50,9 +50,13 @@ class DecoderSpec:
     strip_start: str = ""  # leaves the start of the whole text, as far as it is there
 
     @classmethod
-    def parse(cls, tokenizer_json: str) -> "DecoderSpec":
-        """Reads tokenizer.json; a decoder it does not know is a ConfigError."""
-        decoder: dict[str, Any] = json.loads(tokenizer_json).get("decoder") or {"type": "none"}
+    def of(cls, tokenizer: Tokenizer) -> "DecoderSpec":
+        """Reads the decoder; one it does not know is a ConfigError."""
+        # The pickled state is the decoder's JSON; that of the whole tokenizer takes a second.
+        state: bytes = b'{"type": "none"}'
+        if tokenizer.decoder is not None:
+            state = tokenizer.decoder.__getstate__()
+        decoder: dict[str, Any] = json.loads(state)
         steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
         kinds = " ".join(step["type"] for step in steps)
         patterns = [(s["pattern"].get("String"), s["content"]) for s in steps if "pattern" in s]

@@ -41,32 +41,31 @@ class TextTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.vocab = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = bos_token_id
-        self._add_bos = add_bos
+        blank: list[int] = self._tokenizer.encode("", add_special_tokens=True).ids
+        self._processor_adds_bos = bos_token_id is not None and blank[:1] == [bos_token_id]
+        self._add_bos = self._processor_adds_bos if add_bos is None else add_bos
         self._fragments = Fragments(
             self._tokenizer,
-            DecoderSpec.parse(tokenizer_json),
+            DecoderSpec.of(self._tokenizer),
             frozenset(token_id for token_id, token in added.items() if token.special),
         )
 
     def encode(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]:
         """Token ids. Special tokens written in the text are parsed as such, as in Hugging Face.
 
-        `add_special_tokens` None means the model's habit. A BOS is never doubled: a text that
-        spells it out gets no second one.
+        `add_special_tokens` True and None mean the model's habit. A BOS is never doubled: a text
+        that spells it out gets no second one.
         """
-        add = add_special_tokens is not False
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add).ids
+        if add_special_tokens is False:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=True).ids
         bos = self.bos_token_id
-        if not add or bos is None:
+        if bos is None:
             return ids
-        has_bos = ids[:1] == [bos]
-        if has_bos and ids[1:2] == [bos]:
+        if self._processor_adds_bos and (not self._add_bos or ids[1:2] == [bos]):
             return ids[1:]
-        if self._add_bos is True and not has_bos:
+        if self._add_bos and ids[:1] != [bos]:
             return [bos, *ids]
-        if self._add_bos is False and has_bos and add_special_tokens is None:
-            spelled = self._tokenizer.encode(text, add_special_tokens=False).ids
-            return ids if spelled[:1] == [bos] else ids[1:]
         return ids
 
     async def encode_async(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]:

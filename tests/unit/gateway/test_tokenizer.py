@@ -34,9 +34,13 @@ def test_the_models_habit_decides_about_the_bos(adds_bos, add_bos, expected):
 @pytest.mark.parametrize("adds_bos", [True, False])
 @pytest.mark.parametrize("add_bos", [None, True, False])
 def test_a_bos_is_never_doubled(adds_bos, add_bos):
-    ids = spm(adds_bos=adds_bos, add_bos=add_bos).encode(f"{BOS}Hello")
+    tokenizer = spm(adds_bos=adds_bos, add_bos=add_bos)
+    ids = tokenizer.encode(f"{BOS}Hello")
     assert ids[0] == BOS_ID
     assert ids.count(BOS_ID) == 1
+    # What the user wrote is left alone.
+    assert tokenizer.encode(f"{BOS}{BOS}Hello").count(BOS_ID) == 2
+    assert tokenizer.encode(f"{BOS}Hello", add_special_tokens=False).count(BOS_ID) == 1
 
 
 def test_special_tokens_in_text_are_parsed_as_hugging_face_does():
