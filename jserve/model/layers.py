@@ -84,7 +84,7 @@ class Linear(nnx.Module):
         """The product in the compute dtype; a bias is added before rounding to it."""
         y = dot(x, self.weight[...])
         if self.bias is not None:
-            y = y + self.bias[...].astype(jnp.float32)
+            y = y + self.bias[...].astype(jnp.float32)[None, :]
         return y.astype(self.dtype)
 
 
@@ -112,7 +112,7 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         scale = lax.rsqrt(mean_square(wide) + self.eps)
         weight = self.weight[...].astype(jnp.float32) + self.offset
-        return (wide * scale * weight).astype(x.dtype)
+        return (wide * scale * weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 class GatedFfn(nnx.Module):

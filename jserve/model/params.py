@@ -1,9 +1,10 @@
 """The one declaration of a parameter, from which loading, sharding and initialization derive."""
 
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ class ParamSpec:
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole array over all devices."""
-        return jnp.dtype(self.dtype).itemsize * int(jnp.prod(jnp.array(self.shape)))
+        return jnp.dtype(self.dtype).itemsize * math.prod(self.shape)
 
 
 def param(
@@ -77,16 +78,16 @@ def init_params(
     params: dict[str, jax.Array] = {}
     for name, spec in specs.items():
         key = jax.random.fold_in(root, zlib.crc32(name.encode()))
-        sample = _sampler(spec.shape, jnp.dtype(spec.dtype), shardings and shardings[name])
+        sample = _sampler(spec.shape, jnp.dtype(spec.dtype), shardings[name] if shardings else None)
         params[name] = sample(key, spec.mean, spec.std)
     return params
 
 
-def _sampler(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding | None) -> Any:
-    return jax.jit(partial(_normal, shape=shape, dtype=dtype), out_shardings=sharding)
+@cache  # compiled once per shape, not once per layer
+def _sampler(
+    shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding | None
+) -> Callable[[jax.Array, float, float], jax.Array]:
+    def sample(key: jax.Array, mean: float, std: float) -> jax.Array:
+        return (mean + std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
-
-def _normal(
-    key: jax.Array, mean: float, std: float, *, shape: tuple[int, ...], dtype: jnp.dtype
-) -> jax.Array:
-    return (mean + std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    return jax.jit(sample, out_shardings=sharding)

@@ -5,6 +5,7 @@ RoFormer (Su et al., 2021) in Hugging Face's half-split order: dimension i turns
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +14,7 @@ from jaxtyping import Array, Float, Int
 from jserve.model.spec import ModelSpec, RopeScaling, RopeScalingKind
 
 
-@dataclass(frozen=True, slots=True)
-class RopeTables:
+class RopeTables(NamedTuple):
     """Cosines and sines of the step's tokens; made once, shared by all layers of one kind."""
 
     cos: Float[Array, "tokens half_dim"]
@@ -64,11 +64,11 @@ class Rope:
         assert self.scaling is not None
         trained = self.scaling.original_max_position
         stretch = jnp.maximum(positions + 1, trained).astype(jnp.float32) / np.float32(trained)
-        growth = self.scaling.factor * stretch - (self.scaling.factor - 1.0)
+        growth = 1.0 + self.scaling.factor * (stretch - 1.0)  # exactly 1 in the trained context
         # theta' = theta · growth^(d/(d−2)), hence 1/theta'^e = 1/theta^e · growth^(−e·d/(d−2)).
         exponents = _exponents(self.head_dim) * (self.head_dim / (self.head_dim - 2))
         shrink = jnp.exp(-jnp.log(growth)[:, None] * exponents.astype(np.float32)[None, :])
-        return self.frequencies()[None, :] * shrink
+        return jnp.asarray(self.frequencies())[None, :] * shrink
 
 
 def rope_of(spec: ModelSpec, layer: int) -> Rope:
