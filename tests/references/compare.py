@@ -66,4 +66,6 @@ def _values(path: str, old: Any, new: Any) -> list[str]:
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = enumerate(zip(old, new, strict=True))
         return [line for i, (a, b) in pairs for line in _values(f"{path}[{i}]", a, b)]
+    if isinstance(old, float) and isinstance(new, float):
+        return [] if abs(old - new) <= FLOAT32_TOLERANCE else [f"{path}: {old} became {new}"]
     return [] if old == new else [f"{path}: {str(old)[:60]!r} became {str(new)[:60]!r}"]

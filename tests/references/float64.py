@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _Promote(TorchFunctionMode):
-    """Turns every request for float32 into one for float64; with `strict`, no float32 may appear."""
+    """Turns every request for float32 into one for float64; `strict` lets no float32 appear."""
 
     def __init__(self, strict: bool):
         super().__init__()
