@@ -21,9 +21,7 @@ class PhaseProgress:
 
 @dataclass(frozen=True, slots=True)
 class ModelPrepared:
-    """The native model folder is complete: a gateway may read its tokenizer."""
-
-    folder: str
+    """The model's files are complete: a gateway may read its tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,18 @@
 """What a person reads in the terminal while a server starts: plain lines on standard output."""
 
+import json
 import sys
 import time
-from collections.abc import Mapping
-from typing import TextIO
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, TextIO
+
+from jserve.control.engine_status import Ready
+
+if TYPE_CHECKING:  # the launcher starts the engine before it spends time on this import
+    from jserve.gateway.generation import Generator
+
+_PROGRESS_EVERY_S = 1.0
 
 
 class Console:
@@ -27,3 +36,52 @@ class Console:
     def text(self, text: str) -> None:
         """Anything else, as it is."""
         print(text, file=self._stream, flush=True)
+
+
+class FileProgress:
+    """Turns byte counts into a line now and then; the callback of whoever moves files."""
+
+    def __init__(self, verb: str, say: Callable[[str], None]) -> None:
+        self._verb = verb
+        self._say = say
+        self._next_s = 0.0
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        """`total_bytes` 0 means that it is not known."""
+        now_s = time.monotonic()
+        if now_s < self._next_s and done_bytes != total_bytes:
+            return
+        self._next_s = now_s + _PROGRESS_EVERY_S
+        of_total = f" of {total_bytes / 1e6:.0f}" if total_bytes else ""
+        self._say(f"{self._verb}: {done_bytes / 1e6:.0f}{of_total} MB")
+
+
+def show_summary(console: Console, generator: "Generator", ready: Ready) -> None:
+    """What runs, where it listens, and a command that works."""
+    config, defaults = generator.config, generator.defaults
+    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in ready.phases.items())
+    sampling = ", ".join(f"{name} {value}" for name, value in asdict(defaults).items() if value)
+    # An address that means "every interface" is no address to send to.
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)  # noqa: S104
+    host = f"[{host}]" if ":" in host else host
+    url = f"http://{host}:{config.http_port}"
+    rows = {
+        "model": generator.model_name,
+        **ready.summary,
+        "defaults": sampling,
+        "start": phases,
+        "HTTP": url,
+        "gRPC": f"{host}:{config.grpc_port}",
+    }
+    console.table("jserve is ready", {name: value for name, value in rows.items() if value})
+    question = "What is the capital of France?"
+    if generator.chat_template is not None:
+        path, body = "chat/completions", {"messages": [{"role": "user", "content": question}]}
+    else:
+        path, body = "completions", {"prompt": "The capital of France is"}
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys else ""
+    data = json.dumps({"model": generator.model_name, **body, "max_tokens": 32})
+    console.text(
+        f"\nTry:\n  curl {url}/v1/{path}{key} \\\n"
+        f"    -H 'Content-Type: application/json' \\\n    -d '{data}'\n"
+    )

@@ -24,6 +24,7 @@ from jserve.launch import logs, platform
 _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 _LENGTH = struct.Struct("<Q")
+COMMAND = (sys.executable, "-m", "jserve.launch.engine_child")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +58,14 @@ def main() -> None:
     report = _take_standard_output()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides about Ctrl-C
     job = read_job(sys.stdin.buffer)
-    _die_with_parent(sys.stdin.buffer)
+    _die_with_parent()
     logs.configure(job.config.log)
     platform.raise_file_limit()
     try:
         platform.pin(job.config.platform)
-        from jserve.launch.engine_role import run_engine  # JAX starts here
+        from jserve.launch import engine_role  # JAX starts here
 
-        run_engine(job.config, job.address, report)
+        engine_role.run_engine(job.config, job.address, report)
     except ConfigError as error:
         report(Failed(str(error), is_config_error=True))
         sys.exit(2)
@@ -90,13 +91,14 @@ def _take_standard_output() -> Callable[[EngineStatus], None]:
     return report
 
 
-def _die_with_parent(stdin: BinaryIO) -> None:
+def _die_with_parent() -> None:
     """Ends this process when the parent's end of the pipe closes, even by SIGKILL."""
     if sys.platform == "linux":  # faster than the pipe, and works while the GIL is held
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def wait() -> None:
-        while stdin.read(1):
+        # Not through sys.stdin: its lock, held by a daemon thread, would trouble a normal exit.
+        while os.read(0, 1):
             pass
         os._exit(1)
 

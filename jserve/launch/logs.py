@@ -3,6 +3,7 @@
 import datetime
 import json
 import logging
+import os
 import sys
 
 from jserve.config import LogConfig, LogFormat
@@ -50,6 +51,7 @@ def configure(config: LogConfig) -> None:
     root.handlers[:] = [handler]
     root.setLevel(config.level.upper())
     logging.captureWarnings(True)
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # its C core logs by itself
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
 

@@ -27,6 +27,9 @@ _GRPC_PORT = flags.DEFINE_integer("grpc_port", None, "gateway.grpc_port of the c
 _ENGINE_ADDRESS = flags.DEFINE_string(
     "engine_address", "127.0.0.1:8600", "Where --role=engine listens and --role=gateway connects."
 )
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16", "float16"], "convert: type of the parameters."
+)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "generate: tokens at most.")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "generate: 0 is greedy.")
 _SEED = flags.DEFINE_integer("seed", None, "generate: makes sampling repeatable.")
@@ -86,6 +89,7 @@ def _serve(arguments: Sequence[str]) -> int:
     logs.configure(config.log)
     platform.raise_file_limit()
     if _ROLE.value == "engine":
+        platform.pin(config.platform)
         from jserve.launch.engine_role import serve_engine  # JAX starts here
 
         return serve_engine(config, _ENGINE_ADDRESS.value)
@@ -103,14 +107,14 @@ def _convert(arguments: Sequence[str]) -> int:
     platform.pin(config_lib.PlatformConfig())
     from jserve.launch.convert import convert
 
-    return convert(*arguments)
+    return convert(*arguments, dtype=_DTYPE.value)
 
 
 def _generate(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         raise app.UsageError("generate takes one prompt; quote it")
     config = _load_config()
-    logs.configure(config.log)
+    logs.configure(dataclasses.replace(config.log, level="warning"))  # the answer is the output
     platform.pin(config.platform)
     from jserve.launch.generate import generate
 

@@ -1,11 +1,10 @@
 """Runs the serving roles: the gateway in this process, the engine in a child it supervises."""
 
 import asyncio
-import json
+import dataclasses
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -20,8 +19,10 @@ from jserve.control.engine_status import (
 )
 from jserve.core.clock import WallClock
 from jserve.core.errors import ConfigError
-from jserve.launch.console import Console
-from jserve.launch.engine_child import EngineJob, encode_job
+from jserve.gateway.config import GatewayConfig
+from jserve.launch import engine_child
+from jserve.launch.console import Console, show_summary
+from jserve.launch.engine_child import EngineJob
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -66,7 +67,7 @@ class _StartUp:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self.prepared: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.prepared: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
 
     def on_status(self, status: EngineStatus) -> None:
@@ -80,12 +81,18 @@ class _StartUp:
                 self._console.say(f"{phase} {detail}".rstrip())
             case PhaseProgress(detail):
                 self._console.say(f"  {detail}")
-            case ModelPrepared(folder) if not self.prepared.done():
-                self.prepared.set_result(folder)
+            case ModelPrepared() if not self.prepared.done():
+                self.prepared.set_result(True)
             case Ready():
                 self.ready.set_result(status)
             case _:
                 pass
+
+
+def _named(config: ServeConfig) -> GatewayConfig:
+    """The gateway's config with the name of the model, known before the engine says it."""
+    name = config.gateway.served_model_name or config.model.name
+    return dataclasses.replace(config.gateway, served_model_name=name)
 
 
 async def _serve_all(config: ServeConfig, drain: asyncio.Event) -> int:
@@ -96,32 +103,27 @@ async def _serve_all(config: ServeConfig, drain: asyncio.Event) -> int:
     address = f"127.0.0.1:{_free_loopback_port()}"
     start_up = _StartUp(console)
     engine = EngineProcess(
-        [sys.executable, "-m", "jserve.launch.engine_child"],
-        encode_job(EngineJob(config, address)),
+        engine_child.COMMAND,
+        engine_child.encode_job(EngineJob(config, address)),
         config.control,
         WallClock(),
         start_up.on_status,
     )
     supervision = asyncio.create_task(engine.run())
     try:
-        # Imported while the engine process starts: neither waits for the other.
-        from jserve.gateway.server import GatewayServer
+        await asyncio.sleep(0)  # the engine process starts while this one imports
+        from jserve.launch.gateway_role import Gateway, load_text
 
-        folder = await _first(start_up.prepared, supervision, drain)
-        if folder is None:
-            return 0
-        gateway = GatewayServer(config.gateway, folder, address, WallClock())
-        await gateway.start()
-        try:
-            ready = await _first(start_up.ready, supervision, drain)
-            if ready is not None:
-                await gateway.until_ready()
-                _show_summary(console, config, ready)
-                await _first(asyncio.get_running_loop().create_future(), supervision, drain)
-                console.say("draining: nothing new is accepted; Ctrl-C again stops at once")
-                await gateway.drain()
-        finally:
-            await gateway.stop()
+        if await _first(start_up.prepared, supervision, drain):
+            text = load_text(config, console)
+            async with Gateway(_named(config), text, address) as gateway:
+                ready = await _first(start_up.ready, supervision, drain)
+                if ready is not None:
+                    await gateway.until_ready()
+                    show_summary(console, gateway.generator, ready)
+                    await _first(asyncio.get_running_loop().create_future(), supervision, drain)
+                    console.say("draining: nothing new is accepted; Ctrl-C again stops at once")
+                    await gateway.drain()
         await engine.stop()
         console.say("stopped")
         return 0
@@ -131,7 +133,23 @@ async def _serve_all(config: ServeConfig, drain: asyncio.Event) -> int:
 
 
 async def _serve_gateway(config: ServeConfig, engine_address: str, drain: asyncio.Event) -> int:
-    raise NotImplementedError
+    from jserve.launch.gateway_role import Gateway, load_text
+
+    _log_config(config)
+    console = Console()
+    text = load_text(config, console)
+    async with Gateway(_named(config), text, engine_address) as gateway:
+        console.say(f"waiting for the engine at {engine_address}")
+        waiting = asyncio.create_task(gateway.until_ready())
+        stop = asyncio.create_task(drain.wait())
+        await asyncio.wait({waiting, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if waiting.done():
+            show_summary(console, gateway.generator, Ready())
+        await stop
+        waiting.cancel()
+        console.say("draining: nothing new is accepted; Ctrl-C again stops at once")
+        await gateway.drain()
+    return 0
 
 
 async def _first(
@@ -173,24 +191,3 @@ def _log_config(config: ServeConfig) -> None:
     leaves = flatten(config)
     leaves["gateway.api_keys"] = f"<{len(config.gateway.api_keys)}>"
     _log.info("config", extra=leaves)
-
-
-def _show_summary(console: Console, config: ServeConfig, ready: Ready) -> None:
-    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in ready.phases.items())
-    console.table("jserve is ready", ready.summary | {"start": phases})
-    host, gateway = config.gateway.host, config.gateway
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104
-    console.table(
-        "Listening",
-        {"HTTP": f"http://{shown}:{gateway.http_port}", "gRPC": f"{shown}:{gateway.grpc_port}"},
-    )
-    body = {
-        "model": ready.summary.get("model", ""),
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "max_tokens": 32,
-    }
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if gateway.api_keys else ""
-    console.text(
-        f"\nTry:\n  curl http://{shown}:{gateway.http_port}/v1/chat/completions{key} \\\n"
-        f"    -H 'Content-Type: application/json' \\\n    -d '{json.dumps(body)}'\n"
-    )

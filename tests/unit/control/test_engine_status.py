@@ -18,8 +18,8 @@ from jserve.control.engine_status import (
     "status",
     [
         PhaseStarted("compile", "mixed[256]"),
-        PhaseProgress("40 of 98 MB"),
-        ModelPrepared("/cache/naïve model\n2"),
+        PhaseProgress("naïve\n40 of 98 MB"),
+        ModelPrepared(),
         Ready({"model": "smol"}, {"load": 1.25}),
         Failed("no file", is_config_error=True),
     ],

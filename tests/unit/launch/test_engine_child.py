@@ -23,7 +23,7 @@ time.sleep(60)
 _CHILD = """
 import sys, time
 from jserve.launch import engine_child
-engine_child._die_with_parent(sys.stdin.buffer)
+engine_child._die_with_parent()
 print("watching", flush=True)
 time.sleep(60)
 """

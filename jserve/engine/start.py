@@ -1,0 +1,64 @@
+"""From configs to a ready engine: what the worker process and `offline.py` have in common."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jserve.engine.assembly import Engine, build_engine
+from jserve.engine.config import EngineConfig
+from jserve.engine.programs import CompiledProgram
+from jserve.engine.step import Params
+from jserve.model.config import ModelConfig
+from jserve.model.formats.load import load_params, prepare
+from jserve.model.formats.tensor_source import Progress
+from jserve.model.functional import Model
+from jserve.model.sharding import device_mesh, param_shardings
+from jserve.scheduler.config import SchedulerConfig
+
+logger = logging.getLogger(__name__)
+
+
+def start_engine(
+    model_config: ModelConfig,
+    config: EngineConfig,
+    scheduler_config: SchedulerConfig,
+    *,
+    on_files: Progress,
+    on_prepared: Callable[[], None] = lambda: None,
+    on_phase: Callable[[str, str], None] = lambda phase, detail: None,
+) -> Engine:
+    """Fetches and converts what is missing, then loads and compiles side by side.
+
+    `on_prepared` is called once the model's files are complete. Raises ConfigError.
+    """
+    started = time.perf_counter()
+    prepared = prepare(model_config, on_files)
+    prepare_s = time.perf_counter() - started
+    on_prepared()
+    model = Model(prepared.spec, jnp.dtype(model_config.dtype))
+    mesh = device_mesh(jax.devices()[:1], model=1)
+    shardings = param_shardings(model.param_specs(), prepared.spec, mesh)
+
+    def load() -> Params:
+        return load_params(prepared, model, shardings)
+
+    def compiled(program: CompiledProgram) -> None:
+        on_phase("compile", f"{program.program.name} {program.seconds:.1f} s")
+
+    on_phase("load", f"{model_config.name} in {model_config.dtype}")
+    engine = build_engine(
+        model_config.name,
+        model,
+        mesh,
+        load,
+        config,
+        scheduler_config,
+        cache_folder=Path(model_config.cache_dir).expanduser(),
+        on_program=compiled,
+    )
+    engine.phases["prepare"] = prepare_s
+    return engine

@@ -1,0 +1,72 @@
+"""The gateway, put together: one generator over one engine, behind HTTP and gRPC."""
+
+import asyncio
+import importlib.metadata
+import logging
+from typing import Self
+
+from jserve.config import ServeConfig
+from jserve.core.clock import WallClock
+from jserve.gateway.config import GatewayConfig
+from jserve.gateway.generation import Generator
+from jserve.gateway.grpc_engine_client import GrpcEngineClient
+from jserve.gateway.grpc_server import GrpcServer
+from jserve.gateway.http.app import make_app
+from jserve.gateway.http.server import HttpServer
+from jserve.gateway.metrics import GatewayMetrics
+from jserve.gateway.text_model import TextModel
+from jserve.launch.console import Console, FileProgress
+from jserve.model.formats.locate import text_assets_of
+
+_log = logging.getLogger(__name__)
+_STOP_GRACE_S = 1.0  # after a drain nothing runs; this is for answers still being written
+
+
+def load_text(config: ServeConfig, console: Console) -> TextModel:
+    """Reads the text side of the configured model, fetched first if it is not there."""
+    progress = FileProgress("fetching", console.say)
+    return TextModel.of(text_assets_of(config.model, progress), config.gateway)
+
+
+class Gateway:
+    """Both front ends and the connection to the engine. Owned by one event loop."""
+
+    def __init__(self, config: GatewayConfig, text: TextModel, engine_address: str) -> None:
+        """Binds the HTTP port; ConfigError if it is taken."""
+        clock = WallClock()
+        self._config = config
+        self._engine = GrpcEngineClient(engine_address, reconnect_s=config.reconnect_s)
+        self.generator = Generator(
+            tokenizer=text.tokenizer,
+            chat_template=text.chat_template,
+            defaults=text.defaults,
+            engine=self._engine,
+            config=config,
+            clock=clock,
+        )
+        metrics = GatewayMetrics(clock=clock)
+        version = importlib.metadata.version("jserve")
+        app = make_app(self.generator, metrics, version=version)
+        self._http = HttpServer(app, host=config.host, port=config.http_port, drain_s=_STOP_GRACE_S)
+        self._grpc = GrpcServer(self.generator, metrics)
+
+    async def __aenter__(self) -> Self:
+        """Listens on both ports; not ready before the engine is."""
+        await self._grpc.start()
+        await self._http.start()
+        self._engine.start()
+        return self
+
+    async def until_ready(self) -> None:
+        """Returns once the engine has introduced itself."""
+        await self._engine.wait_ready()
+
+    async def drain(self) -> None:
+        """Refuses new requests (503, UNAVAILABLE) and waits, bounded, for those that run."""
+        if not await self.generator.drain(self._config.drain_s):
+            _log.warning("requests were cut off after %.0f s", self._config.drain_s)
+
+    async def __aexit__(self, *error: object) -> None:
+        """Closes both ports and the connection to the engine."""
+        await asyncio.gather(self._http.stop(), self._grpc.stop(_STOP_GRACE_S))
+        await self._engine.close()
