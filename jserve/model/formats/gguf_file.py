@@ -116,9 +116,15 @@ class GgufFile:
         match = re.search(r"\.self_attn\.([qk])_proj\.(weight|bias)$", name)
         if self.arch != "llama" or match is None:
             return None
-        query_heads = self.header.metadata["llama.attention.head_count"]
-        key_heads = self.header.metadata.get("llama.attention.head_count_kv", query_heads)
-        heads = int(query_heads if match[1] == "q" else key_heads)
+        heads = self.header.metadata.get("llama.attention.head_count")
+        if match[1] == "k":
+            heads = self.header.metadata.get("llama.attention.head_count_kv", heads)
+        if isinstance(heads, np.ndarray) and heads.size and (heads == heads[0]).all():
+            heads = int(heads[0])  # one entry per layer
+        if type(heads) is not int or heads < 1 or num_rows % (2 * heads):
+            raise ConfigError(
+                f"{self.path}: tensor {name} has {num_rows} rows, which are no {heads!r} heads"
+            )
         stored = np.arange(num_rows).reshape(heads, num_rows // heads // 2, 2)
         return stored.swapaxes(1, 2).reshape(num_rows)
 

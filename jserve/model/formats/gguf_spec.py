@@ -104,7 +104,7 @@ class _Keys:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key)
         value = default if value is None else value
-        if type(value) not in (int, float):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise self.error(f"{self.arch}.{key} must be a number, got {value!r}")
         return _shortest_float(value)
 

@@ -18,6 +18,7 @@ from jserve.model.formats.json_file import read_json
 from jserve.model.formats.locate import locate, native_path
 from jserve.model.formats.native import restore_native, write_native
 from jserve.model.formats.native_folder import is_native, read_spec
+from jserve.model.formats.native_source import NativeSource
 from jserve.model.formats.safetensors_folder import SafetensorsFolder
 from jserve.model.formats.tensor_source import Progress, TensorSource
 from jserve.model.formats.text_assets import TextAssets, load_text_assets
@@ -32,6 +33,19 @@ class PreparedModel:
     spec: ModelSpec
     folder: Path | None  # None: random weights
     seed: int = 0
+
+
+def model_spec(config: ModelConfig, progress: Progress) -> ModelSpec:
+    """The spec alone, from headers: programs can be compiled while the weights are converted.
+
+    Raises ConfigError if the model cannot be had or is of an unknown kind.
+    """
+    source = locate(config, progress)
+    if source is None:
+        assert isinstance(config.source, RandomWeights)
+        return config.source.spec
+    folder = native_path(config, source)
+    return read_spec(folder) if is_native(folder) else open_source(source)[1]
 
 
 def prepare(config: ModelConfig, progress: Progress) -> PreparedModel:
@@ -65,11 +79,13 @@ def to_native(source: Path, folder: Path, dtype: str, progress: Progress) -> Non
 
 
 def open_source(source: Path) -> tuple[TensorSource, ModelSpec, TextAssets]:
-    """Tensors, spec and text side of a GGUF file or a Hugging Face folder; headers only.
+    """Tensors, spec and text side of a GGUF file, a Hugging Face or a native folder.
 
-    Raises ConfigError if it is neither, or anything about it is wrong.
+    Reads headers only. Raises ConfigError if it is none, or anything about it is wrong.
     """
     assets = load_text_assets(source)
+    if is_native(source):
+        return NativeSource(source), read_spec(source), assets
     if source.is_dir():
         if not (source / "config.json").is_file():
             raise ConfigError(f"{source}: is neither a native nor a Hugging Face model folder")

@@ -1,0 +1,40 @@
+"""Converts model files between formats, on request."""
+
+import enum
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from jserve.core.errors import ConfigError
+from jserve.model.config import DTYPES
+from jserve.model.formats.hf_folder import write_hf_folder
+from jserve.model.formats.load import open_source
+from jserve.model.formats.native import write_native
+from jserve.model.formats.tensor_source import Progress
+from jserve.model.functional import Model
+
+
+class Format(enum.Enum):
+    """What a model can be converted to."""
+
+    NATIVE = "native"
+    HUGGING_FACE = "huggingface"
+
+
+def convert(
+    source: Path, target: Path, to: Format, *, dtype: str = "float32", progress: Progress
+) -> None:
+    """Writes the model in `source` (GGUF file, Hugging Face or native folder) to folder `target`.
+
+    All or nothing. Raises ConfigError naming file and tensor if the source is wrong, or the
+    target exists.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}; it must be one of {list(DTYPES)}")
+    if not source.exists():
+        raise ConfigError(f"{source}: there is no such file or folder")
+    if target.exists():
+        raise ConfigError(f"{target}: exists already; choose another folder or delete it")
+    tensors, spec, assets = open_source(source)
+    write = write_native if to is Format.NATIVE else write_hf_folder
+    write(target, Model(spec, jnp.dtype(dtype)), tensors, assets, progress)

@@ -1,0 +1,151 @@
+"""Writes a Hugging Face folder that transformers loads: config, safetensors, text side."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jserve.core.errors import ConfigError
+from jserve.model.formats.reading import check_tensors, read_param, reading_threads
+from jserve.model.formats.safetensors_folder import DTYPES, WHOLE
+from jserve.model.formats.tensor_source import Progress, TensorSource
+from jserve.model.formats.text_assets import CONFIG, TextAssets, save_text_assets
+from jserve.model.functional import Model
+from jserve.model.params import ParamSpec
+from jserve.model.spec import ModelSpec, RopeScaling, RopeScalingKind
+
+_CLASSES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "mistral": ("mistral", "MistralForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+}
+
+
+def write_hf_folder(
+    folder: Path, model: Model, source: TensorSource, assets: TextAssets, progress: Progress
+) -> None:
+    """Writes config.json, model.safetensors and the text side, all or nothing.
+
+    Raises ConfigError if the tensors are not those of `model`, or `folder` exists.
+    """
+    if folder.exists():
+        raise ConfigError(f"{folder}: exists already; choose another folder or delete it")
+    specs = model.param_specs()
+    check_tensors(source, specs)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        config = hf_config_of(model.spec) | {"torch_dtype": model.dtype.name}
+        if assets.bos_token_id is not None:
+            config["bos_token_id"] = assets.bos_token_id
+        (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        save_text_assets(temporary, assets)
+        _write_safetensors(temporary / WHOLE, source, specs, progress)
+        temporary.rename(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def hf_config_of(spec: ModelSpec) -> dict[str, Any]:
+    """The `config.json` of a spec; `spec_from_hf` gives the spec back.
+
+    Raises ConfigError for a combination of biases that Hugging Face's classes do not have.
+    """
+    model_type, architecture = _CLASSES[spec.family]
+    config: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": spec.vocab,
+        "num_hidden_layers": spec.layers,
+        "hidden_size": spec.model_dim,
+        "intermediate_size": spec.ffn_dim,
+        "num_attention_heads": spec.q_heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "max_position_embeddings": spec.max_position,
+        "rms_norm_eps": spec.norm_eps,
+        "rope_theta": spec.rope_theta,
+        "tie_word_embeddings": spec.tied_embeddings,
+        "eos_token_id": list(spec.eos_token_ids),
+        **_biases(spec),
+        **_windows(spec),
+    }
+    if spec.rope_scaling is not None:
+        config["rope_scaling"] = _rope_scaling(spec.rope_scaling)
+    if spec.family == "gemma3":
+        scale = spec.query_scale or spec.head_dim**-0.5
+        config["query_pre_attn_scalar"] = round(scale**-2, 6)
+        config["rope_local_base_freq"] = spec.local_rope_theta
+        config["hidden_activation"] = "gelu_pytorch_tanh"
+    else:
+        config["hidden_act"] = "silu"
+    return config
+
+
+def _biases(spec: ModelSpec) -> dict[str, bool]:
+    if spec.family == "qwen2":
+        return {}  # q, k and v always have one, nothing else has
+    if spec.qkv_bias != spec.output_bias or (spec.ffn_bias and spec.family != "llama"):
+        raise ConfigError(
+            f"{spec.family} with qkv_bias={spec.qkv_bias}, output_bias={spec.output_bias}, "
+            f"ffn_bias={spec.ffn_bias} has no Hugging Face form"
+        )
+    biases = {"attention_bias": spec.qkv_bias}
+    return biases | {"mlp_bias": spec.ffn_bias} if spec.family == "llama" else biases
+
+
+def _windows(spec: ModelSpec) -> dict[str, Any]:
+    if spec.family == "llama":
+        return {}
+    if spec.family == "mistral":
+        return {"sliding_window": spec.sliding_window or None}
+    local = [spec.is_local(layer) for layer in range(spec.layers)]
+    kinds = ["sliding_attention" if is_local else "full_attention" for is_local in local]
+    config: dict[str, Any] = {"sliding_window": spec.sliding_window or None, "layer_types": kinds}
+    if spec.family != "gemma3":
+        config["use_sliding_window"] = any(local)
+    return config
+
+
+def _rope_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    config: dict[str, Any] = {"rope_type": scaling.kind.value, "factor": scaling.factor}
+    if scaling.kind is RopeScalingKind.LLAMA3:
+        config["low_freq_factor"] = scaling.low_freq_factor
+        config["high_freq_factor"] = scaling.high_freq_factor
+        config["original_max_position_embeddings"] = scaling.original_max_position
+    return config
+
+
+def _write_safetensors(
+    path: Path, source: TensorSource, specs: Mapping[str, ParamSpec], progress: Progress
+) -> None:
+    """One file, one tensor in host memory at a time."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, spec in specs.items():
+        dtype = np.dtype(jnp.dtype(spec.dtype))
+        start, end = end, end + int(np.prod(spec.shape)) * dtype.itemsize
+        header[name] = {
+            "dtype": names[dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file, reading_threads() as pool:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, spec in specs.items():
+            file.write(read_param(source, spec, pool).view(np.uint8).data)
+            progress(header[name]["data_offsets"][1], end)
