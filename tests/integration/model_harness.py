@@ -1,0 +1,54 @@
+"""What the model tests share: a dense attention, and the checkpoints with known logits."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+from jserve.model.formats.hf_config import spec_from_hf
+from jserve.model.functional import Model
+
+CASES = Path(__file__).parent.parent / "fixtures" / "models"
+CASE_NAMES = sorted(folder.name for folder in CASES.iterdir() if folder.is_dir())
+
+
+def dense_attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, kv: None, window: int
+) -> tuple[jax.Array, None]:
+    """Causal attention over exactly the tokens given, which are one sequence from position 0."""
+    group = q.shape[1] // k.shape[1]
+    k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
+    scores = jnp.einsum("qhd,khd->hqk", q, k)
+    age = jnp.arange(q.shape[0])[:, None] - jnp.arange(q.shape[0])[None, :]
+    seen = (age >= 0) & (age < window) if window else age >= 0
+    weights = jax.nn.softmax(jnp.where(seen[None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("hqk,khd->qhd", weights, v), kv
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random checkpoint and what transformers computes with it; see tests/references."""
+
+    model: Model
+    params: dict[str, jax.Array]
+    token_ids: np.ndarray  # [tokens] int32
+    logits: np.ndarray  # [tokens, vocab] float32
+
+    @classmethod
+    def load(cls, name: str) -> "Case":
+        folder = CASES / name
+        model = Model(spec_from_hf(json.loads((folder / "config.json").read_text())), jnp.float32)
+        stored: dict[str, np.ndarray] = {}
+        for file in folder.glob("*.safetensors"):
+            stored |= load_file(file)
+        expected = np.load(folder / "logits.npz")
+        return cls(
+            model,
+            {name: jnp.asarray(array, jnp.float32) for name, array in stored.items()},
+            expected["token_ids"],
+            expected["logits"],
+        )
