@@ -23,7 +23,7 @@ from jserve.engine.programs import CompileCounter, CompiledProgram, compile_prog
 from jserve.engine.state import DeviceState, init_state, page_bytes
 from jserve.engine.step import Params
 from jserve.model.functional import Model
-from jserve.model.sharding import named_sharding
+from jserve.model.sharding import named_sharding, param_shardings
 from jserve.pallas_kernels.backend import Backend, backend_for
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
@@ -95,17 +95,17 @@ def build_engine(
 ) -> Engine:
     """Compiles the programs while `load_params` reads the parameters.
 
-    `load_params` returns arrays with the shapes and shardings of `abstract_params`.
+    `load_params` returns arrays with the shardings of `model.sharding`.
     """
     shape = shape_engine(model, config)
-    abstract = abstract_params(model, mesh)
+    abstract = _abstract_params(model, mesh)
     replicated = named_sharding(mesh, ())
     make_state = jax.jit(lambda: _init_state(model, shape), out_shardings=replicated)
     state_shapes: DeviceState = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
         jax.eval_shape(lambda: _init_state(model, shape)),
     )
-    cache = _cache(cache_folder, model) if config.cache_executables and cache_folder else None
+    cache = _cache(cache_folder, model, mesh) if config.cache_executables and cache_folder else None
     counter = CompileCounter()
     phases: dict[str, float] = {}
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
@@ -157,12 +157,10 @@ def build_engine(
     )
 
 
-def abstract_params(model: Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, types and shardings of the parameters."""
+def _abstract_params(model: Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    shardings = param_shardings(model.param_specs(), model.spec, mesh)
     return {
-        name: jax.ShapeDtypeStruct(
-            spec.shape, spec.dtype, sharding=named_sharding(mesh, spec.axes, spec.shape)
-        )
+        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name])
         for name, spec in model.param_specs().items()
     }
 
@@ -177,11 +175,11 @@ def _init_state(model: Model, shape: EngineShape) -> DeviceState:
     )
 
 
-def _cache(folder: Path, model: Model) -> ExecutableCache:
+def _cache(folder: Path, model: Model, mesh: Mesh) -> ExecutableCache:
     root = Path(jserve.__file__).parent
     traced = [root / name for name in ("core", "engine", "model", "pallas_kernels")]
     key = repr((model.spec, str(jnp.dtype(model.dtype)), code_digest(traced), machine_key()))
-    return ExecutableCache(folder / "programs", key)
+    return ExecutableCache(folder / "programs", key, list(mesh.devices.flat))
 
 
 def _timed(work: Callable[[], Params]) -> tuple[Params, float]:

@@ -9,8 +9,9 @@ import logging
 import os
 import pickle
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxlib
@@ -57,9 +58,11 @@ def machine_key() -> str:
 class ExecutableCache:
     """A folder of serialized executables. Safe for concurrent processes: files appear whole."""
 
-    def __init__(self, folder: Path, key: str) -> None:
+    def __init__(self, folder: Path, key: str, devices: Sequence[Any]) -> None:
+        """`devices` run the programs; a machine may have others."""
         self._folder = folder
         self._key = key
+        self._devices = devices
 
     def _path(self, name: str) -> Path:
         digest = hashlib.sha256(f"{self._key}\n{name}".encode()).hexdigest()[:32]
@@ -72,7 +75,9 @@ class ExecutableCache:
             return None
         try:
             payload, in_tree, out_tree = pickle.loads(path.read_bytes())
-            return serialize_executable.deserialize_and_load(payload, in_tree, out_tree)
+            return serialize_executable.deserialize_and_load(
+                payload, in_tree, out_tree, execution_devices=self._devices
+            )
         except (pickle.UnpicklingError, EOFError, ValueError, jax.errors.JaxRuntimeError) as error:
             logger.warning("compiled program %s is unreadable and is made again: %s", name, error)
             return None
