@@ -24,6 +24,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def user_environment() -> dict[str, str]:
+    """The environment without what the tests set for JAX in their own process."""
+    names = os.environ.keys() - {"XLA_FLAGS"}
+    return {name: os.environ[name] for name in names if not name.startswith("JAX_")}
+
+
 class Server:
     """A launcher process. Its output is kept in a file for messages."""
 
@@ -43,8 +49,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
-                | {"XLA_FLAGS": ""},
+                env=user_environment(),
                 start_new_session=True,
             )
 

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from jserve.proto import inference_pb2, inference_pb2_grpc, types_pb2
-from tests.e2e.server import REPOSITORY, Server, events
+from tests.e2e.server import REPOSITORY, Server, events, user_environment
 
 PROMPT = "The capital of France is"
 MAX_TOKENS = 24
@@ -81,6 +81,7 @@ def test_command_line(server: Server, greedy: str) -> None:
             *("--temperature=0", "--nochat"),
         ],
         cwd=REPOSITORY,
+        env=user_environment(),
         capture_output=True,
         text=True,
         timeout=180,
