@@ -41,10 +41,6 @@ class _Grant:
     first_page: int  # pages from here on are new
     num_tokens: int = 0
 
-    @property
-    def is_partial(self) -> bool:
-        return self.seq.num_computed + self.num_tokens < len(self.seq.context)
-
 
 @dataclass(slots=True)
 class _Draft:
@@ -97,13 +93,12 @@ class Planner:
 
     def plan(self, now_s: float) -> Step | None:
         """The next step, with slots, pages and counts of its sequences as after it."""
-        head_fits = self._head_fits()
-        ready = head_fits and self.waiting[0].num_in_flight == 0
-        if ready or any(s.num_computed < len(s.context) for s in self.running.sequences):
+        running = self.running.sequences
+        if self._head_fits() or any(seq.num_computed < len(seq.context) for seq in running):
             step = self._mixed_step(now_s)
-        elif self.running.sequences:
-            step = self._window_step(admissible_soon=head_fits)
         else:
+            step = self._window_step()
+        if not step.plan.chunks:
             return None
         self._counters.num_steps += 1
         for seq in step.rows.sequences:
@@ -112,7 +107,7 @@ class Planner:
                 seq.state = SequenceState.RETIRED
         return step
 
-    def _window_step(self, *, admissible_soon: bool) -> Step:
+    def _window_step(self) -> Step:
         running = self.running.sequences
         most = self._programs.max_window_steps(len(running))
         if self._config.window_steps is not None:
@@ -121,7 +116,6 @@ class Planner:
             most,
             [seq.max_total - seq.num_tokens for seq in running],
             waiting=bool(self.waiting),
-            admissible_soon=admissible_soon,
         )
         while steps > 1 and not self.running.can_grow_all(steps):
             steps //= 2  # rather a shorter window than a preemption
@@ -151,15 +145,13 @@ class Planner:
         running = self.running.sequences
         left = self._step_tokens - sum(s.num_computed >= len(s.context) for s in running)
         draft = _Draft(left=left, share=-(-left // self._config.max_partial_prefills))
-        num_preemptions = self._counters.num_preemptions
         for seq in running:  # which may lose its end to a preemption
             first_page = len(seq.pages)
             if seq.num_computed < len(seq.context):
                 self._grant(draft, _Grant(seq, first_page))
             elif self._reserve(seq, 1):
                 draft.decodes.append((seq, first_page, 1))
-        if self._counters.num_preemptions == num_preemptions:
-            self._admit(draft, now_s)
+        self._admit(draft, now_s)
         for grant in draft.prompts:  # what the shares of others left over
             self._extend(draft, grant, draft.left)
         return self._build_mixed(draft)
@@ -192,19 +184,14 @@ class Planner:
     def _admit(self, draft: _Draft, now_s: float) -> None:
         """Fills `draft` with newcomers until one must wait."""
         room = self._admission_room() if self.waiting else 0
-        num_partial = sum(grant.is_partial for grant in draft.prompts)
         num_processors = 0
         while self.waiting and self.running.num_free_slots and draft.left > 0:
             seq = self.waiting[0]
             pages = self.running.pages_for(seq.num_context)
-            if pages > room or seq.num_in_flight > 0:
-                return
             num_processors += seq.request.sampling.has_token_rules
-            num_partial += seq.num_context > min(draft.left, draft.share)
-            if (
-                num_processors > self._max_processor_rows
-                or num_partial > self._config.max_partial_prefills
-            ):
+            if pages > room or num_processors > self._max_processor_rows:
+                return
+            if seq.num_in_flight > 0:  # just preempted: its tokens are not all known yet
                 return
             room -= pages + self._config.headroom_pages
             self._enter(draft, seq, now_s)

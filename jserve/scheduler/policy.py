@@ -17,13 +17,11 @@ def first_come_first_served(request: Request, arrival: int) -> Rank:
     return (request.priority, arrival)
 
 
-def window_steps(most: int, remaining: list[int], *, waiting: bool, admissible_soon: bool) -> int:
-    """Decode steps of the next window, from 1 to `most`.
+def window_steps(most: int, remaining: list[int], *, waiting: bool) -> int:
+    """Decode steps of the next window, at most `most`.
 
     `remaining` are the tokens that each row may still get; no window outlasts the longest. While
-    somebody waits, it ends where the first row reaches its limit, so that the slot is taken over
-    at once; when the head of the queue waits only for a step in flight, it is one step long.
+    somebody waits, it ends where the first row reaches its limit: the slot is taken over at once.
     """
-    if admissible_soon:
-        return 1
-    return min(most, min(remaining) if waiting else max(remaining))
+    ends = min if waiting else max
+    return min(most, ends(remaining, default=0))

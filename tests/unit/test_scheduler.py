@@ -453,6 +453,13 @@ def test_with_two_partial_prompts_a_short_one_passes_a_long_one() -> None:
     assert sum(chunk.num_tokens for chunk in rig.step()[0].chunks) == 8
 
 
+def test_what_one_prompt_leaves_of_its_share_goes_to_another() -> None:
+    rig = Rig(SchedulerConfig(step_tokens=8, max_partial_prefills=2))
+    rig.add("long", prompt=30, max_tokens=1)
+    rig.add("short", prompt=3, max_tokens=1)
+    assert [chunk.num_tokens for chunk in rig.plan().chunks] == [5, 3]
+
+
 def test_one_partial_prompt_is_finished_before_the_next_is_begun() -> None:
     rig = Rig(SchedulerConfig(step_tokens=8))
     rig.add("long", prompt=12, max_tokens=1)
@@ -521,19 +528,37 @@ def test_a_half_computed_prompt_can_be_preempted() -> None:
 
 
 def test_a_preempted_sequence_is_not_admitted_while_a_step_of_its_is_in_flight() -> None:
-    rig, _ = crowded()
-    flying: dict[int, set[str]] = {}
-    while rig.scheduler.has_work:
-        plan = rig.scheduler.plan(0.0)
-        if plan is not None:
-            for name in admitted(plan):
-                assert all(name not in step for step in flying.values())
-            flying[plan.step_id] = set(names(plan))
-            rig.in_flight.append((plan, rig.executor.submit(plan)))
-        if plan is None or len(rig.in_flight) == 2:
-            flying.pop(rig.in_flight[0][0].step_id)
+    rig, expected = crowded()
+    rig.step()
+    while rig.scheduler.stats().num_preemptions == 0:
+        rig.plan()
+        if len(rig.in_flight) == 3:
             rig.commit()
-    assert rig.scheduler.stats().num_preemptions > 0
+    rig.scheduler.abort("a")  # now there is room for c at once
+    rig.add("late", prompt=1, max_tokens=1)
+    while any("c" in names(plan) for plan, _ in rig.in_flight):
+        plan = rig.plan()
+        assert names(plan) == ["b"]  # late does not take the place of c
+        assert plan.num_steps == 1  # and c does not wait for a long window
+        rig.commit()
+    plan = rig.plan()
+    assert admitted(plan) == ["c", "late"]
+    rig.run(depth=3)
+    assert {name: rig.outputs[name] for name in "bc"} == {name: expected[name] for name in "bc"}
+
+
+def test_the_first_in_rank_takes_pages_even_for_its_prompt() -> None:
+    rig = Rig(SchedulerConfig(step_tokens=4, headroom_pages=0), num_pages=6)
+    low = rig.add("low", prompt=5, max_tokens=19, priority=1)
+    rig.step()
+    rig.step()
+    high = rig.add("high", prompt=15, max_tokens=2)
+    # Three tokens a step; low takes the last page when high has no need of one.
+    assert [names(rig.step()[0]) for _ in range(5)] == [["low", "high"]] * 4 + [["high"]]
+    assert rig.scheduler.stats().num_preemptions == 1
+    rig.run()
+    assert rig.outputs["low"] == rig.model.generate(low, 100)[0]
+    assert rig.outputs["high"] == rig.model.generate(high, 100)[0]
 
 
 # Log-probabilities.
