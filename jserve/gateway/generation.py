@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from jserve.core.clock import Clock
-from jserve.core.errors import JserveError, RequestError, Unavailable, UnknownModel
+from jserve.core.errors import JserveError, PromptTooLong, RequestError, Unavailable, UnknownModel
 from jserve.core.request import EngineInfo, Request
 from jserve.gateway.chat import ChatTemplate, check_messages
 from jserve.gateway.config import GatewayConfig
@@ -32,6 +32,7 @@ from jserve.gateway.validation import (
 
 __all__ = ["Generation", "Generator", "Piece", "Pieces", "Prompt"]
 
+_LONG_TEXT_CHARS = 64 << 10  # from here on it is worth a look whether a text can fit at all
 _PRIORITY_LIMIT = 2**31 - 1
 
 
@@ -168,6 +169,14 @@ class Generator:
                 f"the text holds a lone surrogate at character {error.start}; send valid Unicode",
                 param="prompt",
             ) from error
+        if len(text) > _LONG_TEXT_CHARS:
+            least = await asyncio.to_thread(self.tokenizer.least_tokens, text)
+            if least > self.info.max_model_len:
+                raise PromptTooLong(
+                    f"the prompt has at least {least} tokens, but this model's context is "
+                    f"{self.info.max_model_len} tokens; shorten the prompt",
+                    param="prompt",
+                )
         ids = await self.tokenizer.encode_async(text, add_special_tokens=add_special_tokens)
         return Prompt(tuple(ids), text)
 

@@ -1,6 +1,8 @@
 """Chat templates: what Hugging Face's environment offers, and what a sandbox must refuse."""
 
 import datetime
+import json
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,28 @@ HI = [{"role": "user", "content": "Hi <b>&"}]
 def render(source, messages=HI, **options):
     template = ChatTemplate(source, special_tokens={"bos_token": "<s>", "eos_token": "</s>"})
     return template.render(messages, **options)
+
+
+REFERENCE = json.loads(
+    (Path(__file__).parents[2] / "fixtures/templates/chat_templates.json").read_text()
+)
+
+
+@pytest.mark.parametrize("name", REFERENCE["templates"])
+def test_templates_render_as_in_transformers(name):
+    spec = REFERENCE["templates"][name]
+    tokens = {key: value for key, value in spec.items() if key != "source"}
+    template = ChatTemplate(spec["source"], special_tokens=tokens)
+    cases = [case for case in REFERENCE["cases"] if case["template"] == name]
+    assert len(cases) > 10
+    for case in cases:
+        options = {"add_generation_prompt": case["add_generation_prompt"]}
+        if "rendered" in case:
+            assert template.render(case["messages"], **options) == case["rendered"]
+        else:
+            with pytest.raises(RequestError) as caught:
+                template.render(case["messages"], **options)
+            assert case["error"] in str(caught.value)
 
 
 def test_chatml_as_smollm_has_it():

@@ -17,6 +17,8 @@ KINDS = {
     "llama2": sentencepiece_json(),
     "gemma": sentencepiece_json(strips=False),
 }
+TOKENIZERS = {kind: TextTokenizer(source) for kind, source in KINDS.items()}
+ORACLES = {kind: Tokenizer.from_str(source) for kind, source in KINDS.items()}
 TEXTS = st.text(
     st.one_of(st.characters(codec="utf-8"), st.sampled_from("  \n▁<0x41>👍🏽你好é")), max_size=30
 )
@@ -44,18 +46,18 @@ SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
     skip=st.booleans(),
 )
 def test_stream_of_any_ids_equals_whole_decode(kind, ids, sizes, skip):
-    tokenizer = TextTokenizer(KINDS[kind])
+    tokenizer = TOKENIZERS[kind]
     detokenizer = tokenizer.detokenizer(skip_special_tokens=skip)
     streamed = "".join(detokenizer.push(piece) for piece in cut(ids, sizes)) + detokenizer.flush()
-    oracle = Tokenizer.from_str(KINDS[kind]).decode(ids, skip_special_tokens=skip)
+    oracle = ORACLES[kind].decode(ids, skip_special_tokens=skip)
     assert streamed == oracle
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXTS, sizes=SIZES)
 def test_text_survives_the_round_trip_without_a_broken_character(kind, text, sizes):
-    tokenizer = TextTokenizer(KINDS[kind])
-    ids = Tokenizer.from_str(KINDS[kind]).encode(text, add_special_tokens=False).ids
+    tokenizer = TOKENIZERS[kind]
+    ids = ORACLES[kind].encode(text, add_special_tokens=False).ids
     detokenizer = tokenizer.detokenizer(skip_special_tokens=False)
     pieces = [detokenizer.push(piece) for piece in cut(ids, sizes)]
     if "\ufffd" not in text:
@@ -68,8 +70,8 @@ def test_text_survives_the_round_trip_without_a_broken_character(kind, text, siz
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXTS, where=st.integers(0, 60))
 def test_output_continues_the_prompt(kind, text, where):
-    tokenizer = TextTokenizer(KINDS[kind])
-    ids = Tokenizer.from_str(KINDS[kind]).encode(text, add_special_tokens=False).ids
+    tokenizer = TOKENIZERS[kind]
+    ids = ORACLES[kind].encode(text, add_special_tokens=False).ids
     prompt, output = ids[:where], ids[where:]
     detokenizer = tokenizer.detokenizer(skip_special_tokens=False, prompt=prompt)
     continuation = detokenizer.push(output) + detokenizer.flush()
@@ -102,8 +104,7 @@ def test_half_a_character_is_held_back():
 
 
 def test_token_bytes_join_to_the_text():
-    for source in KINDS.values():
-        tokenizer = TextTokenizer(source)
+    for tokenizer in TOKENIZERS.values():
         ids = tokenizer.encode("Grüße 👍 你好 x", add_special_tokens=False)
         joined = b"".join(map(tokenizer.token_bytes, ids)).decode()
         assert joined.removeprefix(" ") == "Grüße 👍 你好 x"

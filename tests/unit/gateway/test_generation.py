@@ -7,6 +7,7 @@ import pytest
 from jserve.core.errors import (
     EngineError,
     Overloaded,
+    PromptTooLong,
     RequestError,
     Unavailable,
     UnknownModel,
@@ -171,6 +172,8 @@ def test_names_prompts_and_ids_are_checked():
                 generator.prepare(id=bad, prompt=Prompt((5,)), sampling=SamplingFields())
         with pytest.raises(RequestError, match="n must be from 1 to 12"):
             prepare(generator, n=13)
+        with pytest.raises(PromptTooLong, match="at least"):
+            await generator.text_prompt("x" * 10**6)
         chat = await generator.chat_prompt([{"role": "user", "content": "<s>x"}])
         assert chat.text == "[user] <s>x\n[assistant] "
         assert chat.ids.count(0) == 1

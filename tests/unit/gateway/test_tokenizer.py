@@ -5,6 +5,8 @@ import json
 import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from jserve.core.errors import ConfigError
@@ -12,6 +14,10 @@ from jserve.gateway.tokenizer import TextTokenizer
 from tests.unit.gateway.tiny_tokenizers import BOS, END_OF_TURN, byte_level_json, sentencepiece_json
 
 BOS_ID = 1  # of the SentencePiece tokenizer
+TOKENIZERS = [
+    TextTokenizer(source)
+    for source in (byte_level_json(), sentencepiece_json(), sentencepiece_json(strips=False))
+]
 
 
 def spm(*, adds_bos=True, add_bos=None) -> TextTokenizer:
@@ -91,6 +97,13 @@ def test_long_text_is_encoded_in_another_thread():
     asyncio.run(main())
     assert threads[0] is not threading.main_thread()
     assert threads[1] is threading.main_thread()
+
+
+@given(text=st.text(st.characters(codec="utf-8") | st.sampled_from("the  <s>"), max_size=200))
+def test_least_tokens_is_a_lower_bound(text):
+    for tokenizer in TOKENIZERS:
+        assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text))
+        assert tokenizer.least_tokens("x" * 10_000) > 500
 
 
 def test_a_broken_file_is_a_config_error():
