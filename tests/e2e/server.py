@@ -1,6 +1,7 @@
 """A real server on free loopback ports, started as a user starts it."""
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -30,6 +31,12 @@ def user_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in names if not name.startswith("JAX_")}
 
 
+def _die_with_the_tests() -> None:
+    """Runs in the child: a test run that is killed leaves no server behind."""
+    os.setsid()
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 class Server:
     """A launcher process. Its output is kept in a file for messages."""
 
@@ -38,6 +45,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.grpc_address = f"127.0.0.1:{self.grpc_port}"
         self._log = log
+        self._client = httpx.Client(base_url=self.url, timeout=60)
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [
@@ -50,7 +58,7 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=user_environment(),
-                start_new_session=True,
+                preexec_fn=_die_with_the_tests,
             )
 
     @property
@@ -63,10 +71,10 @@ class Server:
         return engine.pid
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=30)
+        return self._client.get(path)
 
-    def post(self, path: str, body: object, **options: object) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)  # type: ignore[arg-type]
+    def post(self, path: str, body: object) -> httpx.Response:
+        return self._client.post(path, json=body)
 
     def is_ready(self) -> bool:
         try:
@@ -88,7 +96,7 @@ class Server:
                 raise AssertionError(f"the server ended:\n{self.output}")
             if time.monotonic() > deadline_s:
                 raise AssertionError(f"not within {timeout_s} s:\n{self.output}")
-            time.sleep(0.05)
+            time.sleep(0.1)
 
     def has_ended(self) -> bool:
         return self.process.poll() is not None
@@ -97,6 +105,7 @@ class Server:
         return self.process.wait(timeout_s)
 
     def close(self) -> None:
+        self._client.close()
         if not self.has_ended():
             self.process.send_signal(signal.SIGTERM)
             try:
