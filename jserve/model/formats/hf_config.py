@@ -148,6 +148,10 @@ def _local_layers(
         known = ("full_attention", "sliding_attention")
         if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
             raise ConfigError(f"config.json: layer_types must be a list of {known}, got {kinds!r}")
+        if len(kinds) != layers:
+            raise ConfigError(
+                f"config.json: layer_types has {len(kinds)} entries for {layers} layers"
+            )
         return tuple(kind == "sliding_attention" for kind in kinds)
     if defaults.family == "gemma3":
         pattern = _integer(config, "sliding_window_pattern", GEMMA3_WINDOW_PATTERN)

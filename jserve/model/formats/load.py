@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from jserve.core.errors import ConfigError
-from jserve.model.config import ModelConfig, RandomWeights
+from jserve.model.config import ModelConfig, PypiFile, RandomWeights
+from jserve.model.formats.fetch import check_digest
 from jserve.model.formats.gguf_file import GgufFile
 from jserve.model.formats.gguf_spec import spec_from_gguf
 from jserve.model.formats.hf_config import spec_from_hf
@@ -59,6 +60,8 @@ def prepare(config: ModelConfig, progress: Progress) -> PreparedModel:
         return PreparedModel(config.source.spec, None, config.source.seed)
     folder = native_path(config, source)
     if not is_native(folder):
+        if isinstance(config.source, PypiFile):
+            check_digest(source, config.source.sha256)
         to_native(source, folder, config.dtype, progress)
     return PreparedModel(read_spec(folder), folder)
 

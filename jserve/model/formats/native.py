@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ from jserve.model.params import ParamSpec
 CHUNK_BYTES = 64 << 20
 # Stored bytes being read at a time, unless one tensor alone is more.
 READ_AHEAD_BYTES = 24 << 20
+# Bytes being written while more is read, unless one tensor alone is more.
+WRITE_BEHIND_BYTES = 64 << 20
 
 
 def write_native(
@@ -122,7 +125,7 @@ def _restore(
         )
         for name, spec in specs.items()
     }
-    with ocp.Checkpointer(handler) as checkpointer:
+    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
         restored: dict[str, jax.Array] = checkpointer.restore(
             folder.resolve() / PARAMS,
             args=ocp.args.PyTreeRestore(
@@ -153,13 +156,13 @@ class _Pending:
 
 
 class _PendingHandler(ocp.type_handlers.NumpyHandler):
-    """Saves `_Pending` leaves one after the other, each as the array it stands for."""
+    """Saves `_Pending` leaves, each as the array it stands for, reading ahead of the disk."""
 
-    def __init__(self, progress: Progress, total_bytes: int) -> None:
+    def __init__(self, progress: Progress, sizes: Sequence[int]) -> None:
         super().__init__(deepcopy_host_arrays=False)
         self._progress = progress
-        self._done_bytes = 0
-        self._total_bytes = total_bytes
+        self._total_bytes = sum(sizes)
+        self._limit_bytes = max(WRITE_BEHIND_BYTES, *sizes)
 
     async def serialize(
         self,
@@ -167,22 +170,37 @@ class _PendingHandler(ocp.type_handlers.NumpyHandler):
         infos: Sequence[Any],
         args: Sequence[ocp.SaveArgs] | None = None,
     ) -> Sequence[Any]:
+        writing: deque[tuple[int, Sequence[Any]]] = deque()
+        writing_bytes = done_bytes = 0
         for value, info, save_args in zip(values, infos, args or [], strict=True):
+            num_bytes = _num_bytes(value.spec)
+            while writing and writing_bytes + num_bytes > self._limit_bytes:
+                writing_bytes -= await _written(writing)
             array = value.read()
-            for future in await super().serialize([array], [info], [save_args]):
-                await asyncio.to_thread(future.result)
-            self._done_bytes += array.nbytes
-            self._progress(self._done_bytes, self._total_bytes)
+            writing.append((num_bytes, await super().serialize([array], [info], [save_args])))
             del array
+            writing_bytes += num_bytes
+            done_bytes += num_bytes
+            self._progress(done_bytes, self._total_bytes)
+        while writing:
+            await _written(writing)
         return []
+
+
+async def _written(writing: deque[tuple[int, Sequence[Any]]]) -> int:
+    """Waits for the oldest write and returns its bytes."""
+    num_bytes, futures = writing.popleft()
+    for future in futures:
+        await asyncio.to_thread(future.result)
+    return num_bytes
 
 
 def _save_params(
     path: Path, source: TensorSource, specs: Mapping[str, ParamSpec], progress: Progress
 ) -> None:
-    total_bytes = sum(_num_bytes(spec) for spec in specs.values())
+    sizes = [_num_bytes(spec) for spec in specs.values()]
     registry = ocp.type_handlers.create_type_handler_registry(
-        (_Pending, _PendingHandler(progress, total_bytes)),
+        (_Pending, _PendingHandler(progress, sizes)),
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
     handler = ocp.PyTreeCheckpointHandler(
@@ -213,7 +231,7 @@ def _gigabytes(num_bytes: float) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Holds back Orbax's warnings: it warns of OCDBT when that is turned off."""
+    """Holds back what Orbax logs: every step, and a warning when OCDBT is turned off."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

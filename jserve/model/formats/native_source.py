@@ -15,14 +15,16 @@ class NativeSource:
     def __init__(self, folder: Path) -> None:
         """Raises ConfigError if a file differs from its digest."""
         self.path = folder
-        self._manifest = read_manifest(folder)
-        verify(folder, self._manifest)
+        manifest = read_manifest(folder)
+        verify(folder, manifest)
+        self._infos = {
+            name: TensorInfo(shape, manifest.dtype) for name, shape in manifest.tensors.items()
+        }
         self._open: dict[str, ts.TensorStore] = {}
 
     def tensors(self) -> dict[str, TensorInfo]:
         """See `TensorSource`."""
-        dtype = self._manifest.dtype
-        return {name: TensorInfo(shape, dtype) for name, shape in self._manifest.tensors.items()}
+        return self._infos
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """See `TensorSource`."""

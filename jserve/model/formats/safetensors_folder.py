@@ -50,12 +50,13 @@ class SafetensorsFolder:
                     raise ConfigError(f"{file}: tensor {name} is also in another shard")
                 self._stored[name] = stored
         self._check_index(index)
+        self._infos = {
+            name: TensorInfo(stored.shape, stored.dtype) for name, stored in self._stored.items()
+        }
 
     def tensors(self) -> dict[str, TensorInfo]:
         """See `TensorSource`."""
-        return {
-            name: TensorInfo(stored.shape, stored.dtype) for name, stored in self._stored.items()
-        }
+        return self._infos
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """See `TensorSource`; a view of the mapped file in the stored type, not a copy."""
