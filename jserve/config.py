@@ -17,6 +17,9 @@ from jserve.gateway.config import GatewayConfig
 from jserve.model.config import ModelConfig
 from jserve.scheduler.config import SchedulerConfig
 
+# `cpu` beside an accelerator lets weights be prepared in host memory.
+_JAX_PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
+
 
 class LogFormat(enum.Enum):
     """How a log line looks: `key=value` pairs for people, JSON for machines."""
@@ -31,6 +34,18 @@ class PlatformConfig:
 
     backend: str = "cpu"  # cpu, gpu or tpu
     xla_flags: tuple[str, ...] = ()  # added to the launcher's own for this backend
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError if `backend` is unknown."""
+        if self.backend not in _JAX_PLATFORMS:
+            raise ConfigError(
+                f"platform.backend is {self.backend!r}; use one of {', '.join(_JAX_PLATFORMS)}"
+            )
+
+    @property
+    def jax_platforms(self) -> str:
+        """JAX's own setting: the first is where programs run."""
+        return _JAX_PLATFORMS[self.backend]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

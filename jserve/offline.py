@@ -1,15 +1,16 @@
 """`LLM.generate` for scripts and notebooks: scheduler and executor in this process, no server."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import jax
 from tqdm import tqdm
 
-from jserve.config import ServeConfig
+from jserve.config import PlatformConfig, ServeConfig
 from jserve.core.clock import WallClock
-from jserve.core.errors import EngineError, RequestError
-from jserve.core.request import FinishReason, Request, SequenceUpdate, TokenLogprobs
+from jserve.core.errors import ConfigError, EngineError, RequestError
+from jserve.core.request import EngineStats, FinishReason, Request, SequenceUpdate, TokenLogprobs
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
 from jserve.engine.loop import EngineLoop
 from jserve.engine.start import start_engine
@@ -44,14 +45,21 @@ class LLM:
     """A model, ready to generate. Owns the engine; use it from one thread, one call at a time."""
 
     def __init__(
-        self, config: ServeConfig, on_files: Progress = lambda done_bytes, total_bytes: None
+        self,
+        config: ServeConfig,
+        *,
+        on_files: Progress = lambda done_bytes, total_bytes: None,
+        on_phase: Callable[[str, str], None] = lambda phase, detail: None,
     ) -> None:
-        """Fetches, loads and compiles; `on_files` is told of bytes fetched or converted.
+        """Fetches, loads and compiles; the callbacks are told how far it is.
 
-        JAX runs on what it chooses itself, unless JAX_PLATFORMS says otherwise. Raises ConfigError
-        when the config or a file is wrong.
+        Raises ConfigError when the config or a file is wrong, or when this process already runs
+        JAX on another backend.
         """
-        engine = start_engine(config.model, config.engine, config.scheduler, on_files=on_files)
+        _pin(config.platform)
+        engine = start_engine(
+            config.model, config.engine, config.scheduler, on_files=on_files, on_phase=on_phase
+        )
         self.text = TextModel.of(text_assets_of(config.model, on_files), config.gateway)
         self.info = engine.info
         self._config = config
@@ -66,6 +74,7 @@ class LLM:
             engine.num_compiles,
         )
         self._serial = itertools.count()
+        self._stats = EngineStats()
 
     def generate(
         self,
@@ -111,6 +120,11 @@ class LLM:
             if piece.text:
                 yield piece.text
 
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's load after its last step."""
+        return self._stats
+
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The token ids of a conversation in the model's chat template, for `generate`."""
         if self.text.chat_template is None:
@@ -153,8 +167,7 @@ class LLM:
         running: dict[str, tuple[int, Choice]] = {}
         try:
             while True:
-                room = self.info.num_slots + self.info.max_queue - len(running)
-                for index, choice in itertools.islice(waiting, room):
+                for index, choice in itertools.islice(waiting, self._room(len(running))):
                     generation = generations[index]
                     request = _request(generation, choice)
                     running[request.id] = index, Choice(generation, choice, self.text.tokenizer)
@@ -175,14 +188,29 @@ class LLM:
         finally:
             self._inbox.put(*(Abort(request_id) for request_id in running))
 
+    def _room(self, num_submitted: int) -> int:
+        """How many sequences the queue surely takes now; the stats may be a step old."""
+        not_running = num_submitted - self._stats.num_running
+        return max(self.info.max_queue - max(self._stats.num_waiting, not_running), 0)
+
     def _take_updates(self) -> list[SequenceUpdate]:
         news = self._outbox.take()
+        self._stats = news.stats
         for _, error in news.rejections:
             raise error
         for update in news.updates:
             if update.finish is FinishReason.ERROR:
                 raise EngineError(update.error or "the engine failed")
         return news.updates
+
+
+def _pin(config: PlatformConfig) -> None:
+    jax.config.update("jax_platforms", config.jax_platforms)
+    if jax.default_backend() != config.backend:
+        raise ConfigError(
+            f"platform.backend is {config.backend!r}, but this process already runs JAX on "
+            f"{jax.default_backend()!r}; make the LLM first, or change the config"
+        )
 
 
 def _prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:

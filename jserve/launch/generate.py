@@ -1,7 +1,10 @@
 """The command `generate`: one prompt, streamed to the terminal by an engine in this process."""
 
+import sys
+
 from jserve.config import ServeConfig
 from jserve.gateway.validation import SamplingFields
+from jserve.launch.console import Console, FileProgress
 from jserve.offline import LLM
 
 
@@ -15,7 +18,12 @@ def generate(
     chat: bool,
 ) -> int:
     """Prints the answer as it comes; returns the exit code."""
-    llm = LLM(config)
+    console = Console(sys.stderr)  # the answer alone goes to standard output
+    llm = LLM(
+        config,
+        on_files=FileProgress("model files", console.say),
+        on_phase=lambda phase, detail: console.say(f"{phase} {detail}"),
+    )
     use_template = chat and llm.text.chat_template is not None
     given = llm.chat_prompt([{"role": "user", "content": prompt}]) if use_template else prompt
     sampling = SamplingFields(max_tokens=max_tokens, temperature=temperature, seed=seed)

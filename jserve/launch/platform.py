@@ -6,12 +6,8 @@ import resource
 import sys
 
 from jserve.config import PlatformConfig
-from jserve.core.errors import ConfigError
 
 _log = logging.getLogger(__name__)
-
-# The first is where programs run; `cpu` beside it lets weights be prepared in host memory.
-_PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 
 # One place for compiler flags. Each says what it is for.
 _XLA_FLAGS: dict[str, tuple[str, ...]] = {
@@ -29,15 +25,11 @@ def pin(config: PlatformConfig) -> None:
 
     Must run before JAX is imported. Flags that the environment already has come last and win.
     """
-    if config.backend not in _PLATFORMS:
-        raise ConfigError(
-            f"platform.backend is {config.backend!r}; use one of {', '.join(_PLATFORMS)}"
-        )
     if "jax" in sys.modules:
         raise RuntimeError("jax was imported before its platform was pinned")
     inherited = os.environ.get("XLA_FLAGS", "").split()
     flags = (*_XLA_FLAGS[config.backend], *config.xla_flags, *inherited)
-    os.environ["JAX_PLATFORMS"] = _PLATFORMS[config.backend]
+    os.environ["JAX_PLATFORMS"] = config.jax_platforms
     os.environ["XLA_FLAGS"] = " ".join(flags)
     _log.info("platform pinned", extra={"backend": config.backend, "xla_flags": " ".join(flags)})
 

@@ -1,0 +1,86 @@
+"""`LLM` in one process: batches equal single runs, streams equal whole texts, nothing is lost."""
+
+import dataclasses
+
+import pytest
+
+from jserve.config import load
+from jserve.core.errors import ConfigError, PromptTooLong, RequestError
+from jserve.core.request import FinishReason
+from jserve.gateway.validation import SamplingFields
+from jserve.offline import LLM
+
+GREEDY = SamplingFields(temperature=0, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM(load("configs/tiny_random.py", ["scheduler.max_queue=4"]))
+
+
+def test_a_batch_larger_than_slots_and_queue_equals_single_runs(llm: LLM) -> None:
+    prompts = [f"prompt number {index} " * (1 + index % 7) for index in range(30)]
+    together = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [completion.prompt for completion in together] == prompts
+    for index in (0, 7, 29):
+        (alone,) = llm.generate(prompts[index], GREEDY, use_tqdm=False)
+        assert alone == together[index]
+    stats = llm.stats
+    assert (stats.num_running, stats.num_waiting) == (0, 0)
+    assert (stats.free_slots, stats.free_pages) == (llm.info.num_slots, llm.info.num_pages)
+
+
+def test_stream_is_the_text_in_pieces(llm: LLM) -> None:
+    (whole,) = llm.generate("a stream", GREEDY, use_tqdm=False)
+    assert "".join(llm.stream("a stream", GREEDY)) == whole.text
+
+
+def test_token_ids_are_a_prompt(llm: LLM) -> None:
+    by_text = llm.generate("ids", GREEDY, use_tqdm=False)
+    by_ids = llm.generate(list(b"ids"), GREEDY, use_tqdm=False)  # the tokenizer is byte-level
+    assert by_ids[0].token_ids == by_text[0].token_ids
+
+
+def test_choices_differ_and_a_seed_repeats_them(llm: LLM) -> None:
+    fields = SamplingFields(temperature=1.0, max_tokens=8, seed=3)
+    first = llm.generate("choices", fields, n=3, use_tqdm=False)
+    assert len({completion.token_ids for completion in first}) == 3
+    assert llm.generate("choices", fields, n=3, use_tqdm=False) == first
+
+
+def test_stop_string_cuts_the_text_and_frees_the_slot(llm: LLM) -> None:
+    fields = SamplingFields(temperature=0, max_tokens=64)
+    (whole,) = llm.generate("stop here", fields, use_tqdm=False)
+    stop = whole.text[5:8]
+    (cut,) = llm.generate("stop here", fields, stop=stop, use_tqdm=False)
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason is FinishReason.STOP
+    assert cut.stop_reason == stop
+    llm.generate("another", GREEDY, use_tqdm=False)  # its first step takes the abort along
+    assert llm.stats.free_slots == llm.info.num_slots
+
+
+def test_an_abandoned_stream_gives_its_slot_back(llm: LLM) -> None:
+    stream = llm.stream("abandoned", SamplingFields(temperature=0, max_tokens=200))
+    next(stream)
+    stream.close()
+    llm.generate("another", GREEDY, use_tqdm=False)
+    assert llm.stats.free_slots == llm.info.num_slots
+
+
+def test_wrong_requests_are_refused_before_anything_runs(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="temperature"):
+        llm.generate("x", SamplingFields(temperature=-1.0), use_tqdm=False)
+    with pytest.raises(PromptTooLong):
+        llm.generate(["fine", "x" * 5000], use_tqdm=False)
+    with pytest.raises(RequestError, match="empty"):
+        llm.generate("", use_tqdm=False)
+    assert llm.generate([], use_tqdm=False) == []
+    assert llm.stats.num_running == 0
+
+
+def test_another_backend_than_the_running_one_is_refused() -> None:
+    config = load("configs/tiny_random.py")
+    platform = dataclasses.replace(config.platform, backend="gpu")
+    with pytest.raises(ConfigError, match="already runs JAX"):
+        LLM(dataclasses.replace(config, platform=platform))
