@@ -76,6 +76,12 @@ class Server:
     def post(self, path: str, body: object) -> httpx.Response:
         return self._client.post(path, json=body)
 
+    def is_listening(self) -> bool:
+        try:
+            return self.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
     def is_ready(self) -> bool:
         try:
             return self.get("/ready").status_code == 200
