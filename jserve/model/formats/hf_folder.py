@@ -85,7 +85,7 @@ def hf_config_of(spec: ModelSpec) -> dict[str, Any]:
         config["rope_scaling"] = _rope_scaling(spec.rope_scaling)
     if spec.family == "gemma3":
         scale = spec.query_scale or spec.head_dim**-0.5
-        config["query_pre_attn_scalar"] = round(scale**-2, 6)
+        config["query_pre_attn_scalar"] = round(scale**-2)  # transformers wants an integer
         config["rope_local_base_freq"] = spec.local_rope_theta
         config["hidden_activation"] = "gelu_pytorch_tanh"
     else:

@@ -172,18 +172,20 @@ class _PendingHandler(ocp.type_handlers.NumpyHandler):
     ) -> Sequence[Any]:
         writing: deque[tuple[int, Sequence[Any]]] = deque()
         writing_bytes = done_bytes = 0
-        for value, info, save_args in zip(values, infos, args or [], strict=True):
-            num_bytes = _num_bytes(value.spec)
-            while writing and writing_bytes + num_bytes > self._limit_bytes:
-                writing_bytes -= await _written(writing)
-            array = value.read()
-            writing.append((num_bytes, await super().serialize([array], [info], [save_args])))
-            del array
-            writing_bytes += num_bytes
-            done_bytes += num_bytes
-            self._progress(done_bytes, self._total_bytes)
-        while writing:
-            await _written(writing)
+        try:
+            for value, info, save_args in zip(values, infos, args or [], strict=True):
+                num_bytes = _num_bytes(value.spec)
+                while writing and writing_bytes + num_bytes > self._limit_bytes:
+                    writing_bytes -= await _written(writing)
+                array = value.read()
+                writing.append((num_bytes, await super().serialize([array], [info], [save_args])))
+                del array
+                writing_bytes += num_bytes
+                done_bytes += num_bytes
+                self._progress(done_bytes, self._total_bytes)
+        finally:  # nothing is written any more once this returns or raises
+            while writing:
+                await _written(writing)
         return []
 
 
