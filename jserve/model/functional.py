@@ -20,7 +20,7 @@ class Model:
     """A decoder as pure functions of its parameters; immutable, shared by all programs.
 
     Parameters are plain arrays in a flat dict by Hugging Face's names. Its functions are pure,
-    to be called while tracing; `tokens` and `rows` must be at least 2 (see `layers.dot`).
+    to be called while tracing.
     """
 
     def __init__(self, spec: ModelSpec, dtype: jnp.dtype) -> None:

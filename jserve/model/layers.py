@@ -29,11 +29,14 @@ def dot(
 ) -> Float[Array, "tokens out_dim"]:
     """X · weightᵀ, accumulated and returned in float32.
 
-    On CPU a row of the result is bitwise independent of the number of rows and of the others,
-    from two rows on: every matrix kernel sums one output in the order of the contracted axis.
-    One row takes a matrix-vector kernel with another order, so programs never have only one.
+    On CPU a row of the result is bitwise independent of the number of rows and of the others:
+    every matrix kernel sums one output in the order of the contracted axis. A single row would
+    take a matrix-vector kernel with another order, so it is computed as two.
     """
-    return lax.dot_general(
+    rows = x.shape[0]
+    if rows == 1:
+        x = jnp.concatenate((x, jnp.zeros_like(x)))
+    y = lax.dot_general(
         x,
         weight,
         (((1,), (1,)), ((), ())),
@@ -41,6 +44,7 @@ def dot(
         precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
+    return y[:rows]
 
 
 def mean_square(x: Float[Array, "*rows dim"]) -> Float[Array, "*rows 1"]:
