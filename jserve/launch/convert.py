@@ -2,15 +2,12 @@
 
 from pathlib import Path
 
-from jserve.core.errors import ConfigError
 from jserve.launch.console import Console, FileProgress
 from jserve.model.formats.load import to_native
 
 
 def convert(source: str, folder: str, dtype: str) -> int:
     """Writes `folder`, all or nothing; returns the exit code."""
-    if Path(folder).exists():
-        raise ConfigError(f"{folder} exists already; name a new folder")
     console = Console()
     to_native(Path(source), Path(folder), dtype, FileProgress("converted", console.say))
     console.say(f"{folder} is complete; serve it with --set model.source={folder}")

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import app, flags
 
@@ -47,12 +48,10 @@ _USAGE = """LLM serving on JAX.
 
 def run() -> None:
     """The entry point of the process."""
-    app.run(_main, flags_parser=lambda argv: flags.FLAGS(_with_usage(argv)))
-
-
-def _with_usage(argv: Sequence[str]) -> list[str]:
     sys.modules["__main__"].__doc__ = _USAGE
-    return list(argv)
+    for flag in flags.FLAGS.flags_by_module_dict()[__name__]:
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # what --help lists
+    app.run(_main)
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -103,6 +102,8 @@ def _serve(arguments: Sequence[str]) -> int:
 def _convert(arguments: Sequence[str]) -> int:
     if len(arguments) != 2:
         raise app.UsageError("convert takes SOURCE and FOLDER")
+    if Path(arguments[1]).exists():
+        raise ConfigError(f"{arguments[1]} exists already; name a new folder")
     logs.configure(config_lib.LogConfig())
     platform.pin(config_lib.PlatformConfig())
     from jserve.launch.convert import convert

@@ -1,0 +1,41 @@
+"""The command line before anything starts: help, and errors that say what to do."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def _jserve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jserve", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_help_lists_commands_and_flags() -> None:
+    text = _jserve("--help").stdout
+    for word in ("convert SOURCE FOLDER", "--config", "--set", "--role", "--http_port"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--config is missing"),
+        (["--config=nothing.py"], "there is no file nothing.py"),
+        (["--config=configs/tiny_random.py", "--set", "engine.slots=1"], "it has num_slots"),
+        (["--config=configs/tiny_random.py", "--set", "engine.num_slots=x"], "not of type int"),
+        (["convert", ".", "."], "exists already"),
+    ],
+)
+def test_config_errors_exit_with_2(arguments: list[str], message: str) -> None:
+    done = _jserve(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["fly"], ["generate"], ["--nonsense"], ["serve", "x"]])
+def test_wrong_usage_is_explained(arguments: list[str]) -> None:
+    done = _jserve(*arguments, "--config=configs/tiny_random.py")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
