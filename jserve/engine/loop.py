@@ -38,16 +38,27 @@ class EngineLoop:
         self._clock = clock
         self._num_compiles = num_compiles
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
+        self._draining = False
         self._stopping = False
 
+    def drain(self) -> None:
+        """Accepts nothing new and lets `run` return when all is finished. Any thread may call."""
+        self._draining = True
+        self._inbox.wake()
+
     def stop(self) -> None:
-        """Asks `run` to return after the step it is in. Any thread may call it."""
+        """Lets `run` return after the step it is in. Any thread may call it."""
         self._stopping = True
+        self._inbox.wake()
 
     def run(self) -> None:
         """Serves until stopped. A failure is reported to every sequence, then raised."""
         try:
             while not self._stopping:
+                if self._draining:
+                    self._scheduler.drain()
+                    if not self._scheduler.has_work and not self._in_flight:
+                        return
                 self.run_once()
         except BaseException as error:
             updates = self._scheduler.fail_all(f"the engine failed: {error}")

@@ -10,7 +10,7 @@ from jserve.core.request import FinishReason, Request, SequenceUpdate, TokenLogp
 from jserve.engine.assembly import Engine, build_engine
 from jserve.engine.config import EngineConfig
 from jserve.model.functional import Model
-from jserve.model.sharding import make_mesh
+from jserve.model.sharding import device_mesh
 from jserve.model.spec import ModelSpec
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
@@ -68,7 +68,7 @@ class Harness:
         self.engine: Engine = build_engine(
             "tiny",
             self.model,
-            make_mesh(jax.devices()[:1]),
+            device_mesh(jax.devices()[:1], model=1),
             lambda: self.params,
             config,
             SchedulerConfig(),
