@@ -1,6 +1,5 @@
 """From configs to a ready engine: what the worker process and `offline.py` have in common."""
 
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +17,6 @@ from jserve.model.formats.tensor_source import Progress
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh, param_shardings
 from jserve.scheduler.config import SchedulerConfig
-
-logger = logging.getLogger(__name__)
 
 
 def start_engine(
@@ -46,10 +43,13 @@ def start_engine(
     def load() -> Params:
         return load_params(prepared, model, shardings)
 
-    def compiled(program: CompiledProgram) -> None:
-        on_phase("compile", f"{program.program.name} {program.seconds:.1f} s")
+    def ready(program: CompiledProgram) -> None:
+        verb = "loaded" if program.cached else "compiled"
+        on_phase(verb, f"{program.program.name} in {program.seconds:.1f} s")
 
-    on_phase("load", f"{model_config.name} in {model_config.dtype}")
+    on_phase("loading", f"{model_config.name} in {model_config.dtype}")
+    names = ", ".join(program.name for program in config.programs())
+    on_phase("preparing", f"programs {names} (compiled once, then cached)")
     engine = build_engine(
         model_config.name,
         model,
@@ -58,7 +58,7 @@ def start_engine(
         config,
         scheduler_config,
         cache_folder=Path(model_config.cache_dir).expanduser(),
-        on_program=compiled,
+        on_program=ready,
     )
     engine.phases["prepare"] = prepare_s
     return engine
