@@ -25,6 +25,7 @@ from jserve.gateway.validation import (
     SamplingFields,
     boolean,
     check_prompt,
+    check_request_id,
     check_stop,
     integer,
     resolve_sampling,
@@ -290,12 +291,3 @@ class Generator:
 
 def _shutting_down() -> Unavailable:
     return Unavailable("the server is shutting down; send the request again", retry_after_s=5.0)
-
-
-def check_request_id(value: str, max_chars: int) -> str:
-    """A client's request id: printable ASCII, bounded, since it goes into headers and logs."""
-    if not 0 < len(value) <= max_chars or not (value.isascii() and value.isprintable()):
-        raise RequestError(
-            f"a request id must be 1 to {max_chars} printable ASCII characters", param="request_id"
-        )
-    return value

@@ -113,6 +113,15 @@ def resolve_sampling(
     return sampling
 
 
+def check_request_id(value: str, max_chars: int) -> str:
+    """A client's request id: printable ASCII, bounded, since it goes into headers and logs."""
+    if not 0 < len(value) <= max_chars or not (value.isascii() and value.isprintable()):
+        raise RequestError(
+            f"a request id must be 1 to {max_chars} printable ASCII characters", param="request_id"
+        )
+    return value
+
+
 def check_stop(value: Any, *, max_count: int, max_chars: int) -> tuple[str, ...]:
     """Stop strings from None, one string or several."""
     if value is None:
