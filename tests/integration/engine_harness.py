@@ -88,14 +88,13 @@ class Harness:
             max_processor_rows=self.config.processor_rows,
         )
 
-    def run(
-        self, requests: list[Request], arrivals: list[int] | None = None
-    ) -> dict[str, Outcome]:
+    def run(self, requests: list[Request], arrivals: list[int] | None = None) -> dict[str, Outcome]:
         """Runs to the end; request i arrives before turn `arrivals[i]`."""
         arrivals = arrivals or [0] * len(requests)
         outcomes = {request.id: Outcome() for request in requests}
         queue = deque(sorted(zip(arrivals, requests, strict=True), key=lambda pair: pair[0]))
         in_flight = deque()
+        compiles = self.engine.num_compiles()
         for turn in range(10_000):
             while queue and queue[0][0] <= turn:
                 self.scheduler.add(queue.popleft()[1], float(turn))
@@ -112,7 +111,7 @@ class Harness:
         stats = self.scheduler.stats()
         assert (stats.num_running, stats.num_waiting) == (0, 0)
         assert stats.free_slots == self.config.num_slots
-        assert self.engine.num_compiles() == 0
+        assert self.engine.num_compiles() == compiles, "a program was compiled while serving"
         return outcomes
 
     def greedy(self, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
