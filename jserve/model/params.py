@@ -1,6 +1,5 @@
 """The one declaration of a parameter, from which loading, sharding and initialization derive."""
 
-import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,11 +27,6 @@ class ParamSpec:
     source: tuple[str, ...]
     mean: float
     std: float
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the whole array over all devices."""
-        return jnp.dtype(self.dtype).itemsize * math.prod(self.shape)
 
 
 def param(

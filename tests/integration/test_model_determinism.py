@@ -45,20 +45,20 @@ GEMMA3_270M = ModelSpec(
 )
 # Sizes that no vector width divides.
 ODD = dataclasses.replace(
-    SMOLLM2, vocab=1003, model_dim=90, ffn_dim=211, q_heads=6, kv_heads=2, head_dim=22
+    SMOLLM2, layers=1, vocab=1003, model_dim=90, ffn_dim=211, q_heads=6, kv_heads=2, head_dim=22
 )
 SPECS = {
     "smollm2": SMOLLM2,
     "gemma3": GEMMA3_270M,
     "qwen3": dataclasses.replace(ODD, family="qwen3", tied_embeddings=False),
-    "qwen2": dataclasses.replace(ODD, family="qwen2", qkv_bias=True),
     "dynamic": dataclasses.replace(
         ODD,
+        qkv_bias=True,
         max_position=64,
         rope_scaling=RopeScaling(RopeScalingKind.DYNAMIC, 4.0, original_max_position=64),
     ),
 }
-SIZES = (2, 1, 3, 8, 16, 32, 128, 256)
+SIZES = (2, 1, 8, 16, 32, 128, 256)
 MAX_POSITION = 1024
 
 
