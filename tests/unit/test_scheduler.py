@@ -460,6 +460,23 @@ def test_what_one_prompt_leaves_of_its_share_goes_to_another() -> None:
     assert [chunk.num_tokens for chunk in rig.plan().chunks] == [5, 3]
 
 
+def test_a_prompt_without_a_share_waits_and_preempts_nobody() -> None:
+    programs = (Program(ProgramKind.MIXED, 8, 5), Program(ProgramKind.WINDOW, 5, 5, 8))
+    config = SchedulerConfig(step_tokens=5, max_partial_prefills=3)
+    rig = Rig(config, num_slots=5, programs=programs)
+    rig.add("brief", prompt=1, max_tokens=3, priority=1)
+    rig.add("low", prompt=1, max_tokens=50, priority=1)
+    rig.step()
+    for name in "abc":
+        rig.add(name, prompt=20, max_tokens=1)
+    chunks = [[(c.request_id, c.num_tokens) for c in rig.step()[0].chunks] for _ in range(3)]
+    assert chunks[1] == [("brief", 1), ("low", 1), ("a", 1), ("b", 1), ("c", 1)]
+    assert chunks[2] == [("low", 1), ("a", 2), ("b", 2)]  # four tokens, two for each
+    rig.run()
+    assert rig.scheduler.stats().num_preemptions == 0
+    assert len(rig.finished) == 5
+
+
 def test_one_partial_prompt_is_finished_before_the_next_is_begun() -> None:
     rig = Rig(SchedulerConfig(step_tokens=8))
     rig.add("long", prompt=12, max_tokens=1)

@@ -228,6 +228,9 @@ class Drill:
         for admission in plan.admissions:
             name = admission.request.id
             self.queue_s.setdefault(name, self.now_s - self.arrivals[name])
+            if admission.output:  # the prompt was reported with the first token
+                [chunk] = [chunk for chunk in plan.chunks if chunk.slot == admission.slot]
+                assert chunk.prompt_targets == ()
         if plan.admissions and self.planner.waiting:
             admitted = {a.slot for a in plan.admissions}
             running = self.planner.running.sequences
