@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class PhaseStarted:
-    """The engine begins a phase of its start, for example `load` or `compile`."""
+    """The engine begins a phase of its start, for example `loading` or `compiled`."""
 
     phase: str
     detail: str = ""

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
+import uvloop
+
 from jserve.config import ServeConfig, flatten
 from jserve.control.engine_process import EngineProcess
 from jserve.control.engine_status import (
@@ -59,7 +61,8 @@ def _run(body: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> int:
         except asyncio.CancelledError:
             return _EXIT_INTERRUPTED
 
-    return asyncio.run(main())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main())
 
 
 class _StartUp:
