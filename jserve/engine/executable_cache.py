@@ -5,6 +5,7 @@ all of them. Entries are pickles; the folder must be as trusted as the code itse
 """
 
 import hashlib
+import importlib.metadata
 import logging
 import os
 import pickle
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 from jax.experimental import serialize_executable
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def machine_key() -> str:
     return repr(
         (
             jax.__version__,
-            jaxlib.__version__,
+            importlib.metadata.version("jaxlib"),
             device.platform,
             device.device_kind,
             device.client.platform_version,
@@ -74,7 +74,7 @@ class ExecutableCache:
         if not path.is_file():
             return None
         try:
-            payload, in_tree, out_tree = pickle.loads(path.read_bytes())
+            payload, in_tree, out_tree = pickle.loads(path.read_bytes())  # noqa: S301 - see above
             return serialize_executable.deserialize_and_load(
                 payload, in_tree, out_tree, execution_devices=self._devices
             )

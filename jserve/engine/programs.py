@@ -1,7 +1,7 @@
 """The few compiled programs of an engine: made in parallel threads before it is ready."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from jserve.core.step import Program
 from jserve.engine.batch import BatchShape, layout
 from jserve.engine.executable_cache import ExecutableCache
 from jserve.engine.state import DeviceState
-from jserve.engine.step import Params, make_step
+from jserve.engine.step import make_step
 from jserve.model.functional import Model
 from jserve.pallas_kernels.backend import Backend
 
@@ -34,7 +34,7 @@ def compile_programs(
     programs: Sequence[Program],
     shape: BatchShape,
     backend: Backend,
-    params: Params,  # arrays or ShapeDtypeStructs with shardings
+    params: Mapping[str, jax.Array | jax.ShapeDtypeStruct],  # with shardings
     state: DeviceState,  # likewise
     *,
     cache: ExecutableCache | None,
@@ -74,6 +74,6 @@ class CompileCounter:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, event: str, duration_s: float, **_: str | int) -> None:
-        del duration_s
+    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
         self.count += event == _COMPILE_EVENT
