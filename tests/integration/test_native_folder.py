@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from jserve.core.errors import ConfigError
 from jserve.model.config import ModelConfig, RandomWeights
 from jserve.model.formats.hf_config import spec_from_hf
-from jserve.model.formats.load import load_params, open_source, prepare
+from jserve.model.formats.load import load_params, model_spec, open_source, prepare
 from jserve.model.formats.native import restore_native
 from jserve.model.formats.native_folder import read_manifest, read_spec
 from jserve.model.formats.text_assets import byte_level_assets
@@ -51,8 +51,10 @@ def assert_equal(params: Mapping[str, jax.Array], expected: Mapping[str, np.ndar
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3"])
 def test_gguf_to_arrays(arch: str, tied: bool, tmp_path: Path) -> None:
     config = gguf_config(tmp_path, arch, tied=tied)
+    early = model_spec(config, no_progress)
     seen: list[tuple[int, int]] = []
     prepared = prepare(config, lambda done, total: seen.append((done, total)))
+    assert prepared.spec == early == model_spec(config, no_progress)
     model = Model(prepared.spec, jnp.dtype(jnp.float32))
     params = load_params(prepared, model, one_device(model))
     assert_equal(params, tiny_weights(arch, tied=tied))

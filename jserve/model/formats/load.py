@@ -46,7 +46,10 @@ def model_spec(config: ModelConfig, progress: Progress) -> ModelSpec:
         assert isinstance(config.source, RandomWeights)
         return config.source.spec
     folder = native_path(config, source)
-    return read_spec(folder) if is_native(folder) else open_source(source)[1]
+    if is_native(folder):
+        return read_spec(folder)
+    # Not by way of open_source, which makes a tokenizer of a GGUF file's metadata: seconds.
+    return open_source(source)[1] if source.is_dir() else spec_from_gguf(GgufFile(source))
 
 
 def prepare(config: ModelConfig, progress: Progress) -> PreparedModel:
