@@ -63,11 +63,10 @@ class Engine:
 def shape_engine(model: Model, config: EngineConfig) -> EngineShape:
     """Sizes the engine. Raises ConfigError for a context the model or the memory cannot hold."""
     spec = model.spec
-    max_model_len = config.max_model_len or spec.max_position
-    if max_model_len > spec.max_position:
+    max_model_len = config.max_model_len or spec.max_context
+    if max_model_len > spec.max_context:
         raise ConfigError(
-            f"engine.max_model_len is {max_model_len}; {spec.family} was trained for "
-            f"{spec.max_position}"
+            f"engine.max_model_len is {max_model_len}; the model's context is {spec.max_context}"
         )
     num_pages = config.num_pages or host_pages(
         kv_bytes=config.kv_bytes,
