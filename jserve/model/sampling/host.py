@@ -4,8 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jserve.core.errors import RequestError
-from jserve.core.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, SamplingParams
+from jserve.core.request import SamplingParams
 from jserve.model.sampling.state import SLOT_ROW, Processor, processor_row_dtype
 
 
@@ -27,14 +26,12 @@ def host_row(
     """Packs the sampling of one request.
 
     Args:
-      sampling: what was asked for.
+      sampling: what was asked for, checked by whoever took the request: ids in the vocabulary,
+        no more of them than `core.request` has room for, some token left by the masks.
       choice: `Request.choice`.
       eos_token_ids: of the model; they end the sequence unless `ignore_eos`.
       prompt_len: tokens.
       vocab: number of token ids.
-
-    Raises:
-      RequestError: an id is out of range, too many ids, or masks that leave no token.
     """
     stop, only_masked = _stop_ids(sampling, eos_token_ids)
     bits = _processors(sampling)
@@ -56,10 +53,6 @@ def host_row(
     row["max_total"] = prompt_len + sampling.max_tokens
     row["stop_ids"] = -1
     row["stop_ids"][: len(stop) + len(only_masked)] = stop + only_masked
-
-    limit = sampling.logprobs or 0
-    if limit > MAX_LOGPROBS:
-        raise RequestError(f"logprobs is {limit}; at most {MAX_LOGPROBS}", param="logprobs")
     if not bits & (Processor.MASK | Processor.BIAS):
         return HostRow(row, None)
     return HostRow(row, _processor_row(sampling, vocab))
@@ -71,12 +64,6 @@ def _stop_ids(
     """Ids that end the sequence, and ids that are only masked while it is too short."""
     asked = tuple(dict.fromkeys(sampling.stop_token_ids))
     eos = tuple(token for token in dict.fromkeys(eos_token_ids) if token not in asked)
-    if len(asked) + len(eos) > MAX_STOP_TOKEN_IDS:
-        raise RequestError(
-            f"stop_token_ids has {len(asked)} ids; with the model's {len(eos)} end-of-sequence ids "
-            f"at most {MAX_STOP_TOKEN_IDS} are possible",
-            param="stop_token_ids",
-        )
     return (asked, eos) if sampling.ignore_eos else (asked + eos, ())
 
 
@@ -100,34 +87,15 @@ def _processors(sampling: SamplingParams) -> Processor:
 def _processor_row(sampling: SamplingParams, vocab: int) -> np.ndarray:
     row = np.zeros((), processor_row_dtype(vocab))
     bias = sampling.logit_bias
-    if len(bias) > MAX_LOGIT_BIAS:
-        raise RequestError(
-            f"logit_bias has {len(bias)} entries; at most {MAX_LOGIT_BIAS}", param="logit_bias"
-        )
     row["bias_ids"] = -1
-    row["bias_ids"][: len(bias)] = _ids("logit_bias", [token for token, _ in bias], vocab)
+    row["bias_ids"][: len(bias)] = [token for token, _ in bias]
     row["bias"][: len(bias)] = [value for _, value in bias]
 
     allowed = np.zeros(row["mask"].size * 32, bool)
     if sampling.allowed_token_ids:
-        allowed[_ids("allowed_token_ids", sampling.allowed_token_ids, vocab)] = True
+        allowed[list(sampling.allowed_token_ids)] = True
     else:
         allowed[:vocab] = True
-    allowed[_ids("bad_token_ids", sampling.bad_token_ids, vocab)] = False
-    if not allowed.any():
-        raise RequestError(
-            "bad_token_ids forbids every token that allowed_token_ids allows",
-            param="bad_token_ids",
-        )
+    allowed[list(sampling.bad_token_ids)] = False
     row["mask"] = np.packbits(allowed, bitorder="little").view("<u4")
     return row
-
-
-def _ids(param: str, ids: tuple[int, ...] | list[int], vocab: int) -> np.ndarray:
-    array = np.asarray(ids, np.int64)
-    wrong = array[(array < 0) | (array >= vocab)]
-    if wrong.size:
-        raise RequestError(
-            f"{param} has token id {wrong[0]}; the vocabulary has ids 0 to {vocab - 1}", param=param
-        )
-    return array

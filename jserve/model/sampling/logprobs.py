@@ -43,7 +43,7 @@ def raw_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
     shift = masses.shift_of(weight)
     sums = masses.total(masses.digits(weight, shift), weight > 0)
     log_total = masses.log(sums, shift)[:, None]
-    token = jnp.take_along_axis(logits, tokens[:, None], axis=1)
+    token = tiles.pick(logits, tokens[:, None])
     (rank,) = tiles.sums((logits >= token).astype(jnp.int32))
     spare = ((0, 0), (0, MAX_LOGPROBS - num_top))
     return Logprobs(

@@ -51,8 +51,8 @@ def gumbel(keys: jax.Array, ids: jax.Array) -> jax.Array:
 
     The noise of a token depends on its id alone, so a few candidates and the whole vocabulary
     see the same values: 64 random bits per id, equal to `jax.random.bits(key, (vocab,), uint64)`.
-    Half of them serve the exponential's tail near zero, where the winners are: with the usual 23
-    bits, tokens of probability below 1e-7 would never be drawn, however many they are.
+    48 of them make the uniform, which is finest near zero, where the winners are: with the usual
+    23, tokens of probability below 1e-7 would never be drawn, however many they are.
 
     Args:
       keys: uint32 [rows, 2].
@@ -63,7 +63,8 @@ def gumbel(keys: jax.Array, ids: jax.Array) -> jax.Array:
     """
     high, low = threefry2x32((keys[:, :1], keys[:, 1:]), (jnp.zeros_like(ids), ids))
     coarse = (high >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
-    fine = ((low >> 8).astype(jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-48
+    rest = ((high & 0xFF) << 16) | (low >> 16)  # the next 24 of the 64 bits
+    fine = (rest.astype(jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-48
     uniform = jnp.minimum(coarse + fine, 1.0 - 2.0**-24)  # in (0, 1)
     return -jnp.log(-jnp.log1p(-uniform))
 

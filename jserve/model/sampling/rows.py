@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_BLOCK = 64  # tokens; measured best on CPU for vocabularies of 49k and 128k
+_BLOCK_BITS = 6
+_BLOCK = 1 << _BLOCK_BITS  # tokens; measured best on CPU for vocabularies of 49k and 128k
 
 Carry = TypeVar("Carry")
 
@@ -25,10 +26,13 @@ def for_each_tile(
     if max_tiles == 1:
         # Not a loop: XLA would hoist the body, which no longer depends on the iteration.
         rows = jnp.arange(tile, dtype=jnp.int32)
-        return lax.cond(jnp.any(needed), lambda c: body(rows, c), lambda c: c, carry)
-    (order,) = jnp.nonzero(needed, size=max_tiles * tile, fill_value=num_rows)
-    order = order.astype(jnp.int32)
-    num_tiles = (jnp.sum(needed, dtype=jnp.int32) + (tile - 1)) // tile
+        needed = jnp.pad(needed, (0, tile - num_rows))
+        rows = jnp.where(needed, rows, num_rows)
+        return lax.cond(count(needed) > 0, lambda c: body(rows, c), lambda c: c, carry)
+    # The needed rows in order, then padding.
+    order = jnp.sort(jnp.where(needed, jnp.arange(num_rows, dtype=jnp.int32), num_rows))
+    order = jnp.pad(order, (0, max_tiles * tile - num_rows), constant_values=num_rows)
+    num_tiles = lax.div(count(needed) + (tile - 1), tile)
 
     def step(i: jax.Array, carry: Carry) -> Carry:
         return body(lax.dynamic_slice(order, (i * tile,), (tile,)), carry)
@@ -38,25 +42,48 @@ def for_each_tile(
 
 def take(x: jax.Array, rows: jax.Array) -> jax.Array:
     """`x[rows]` with surplus rows clipped."""
-    return x.at[rows].get(mode="clip")
+    return x.at[rows].get(mode="clip", wrap_negative_indices=False)
 
 
 def put(x: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
     """`x` with `values` at `rows`, surplus rows dropped."""
-    return x.at[rows].set(values, mode="drop")
+    return x.at[rows].set(values, mode="drop", wrap_negative_indices=False)
+
+
+def pick(x: jax.Array, at: jax.Array) -> jax.Array:
+    """`x[r, at[r, j]]` for x [rows, n, …] and indices [rows, k], which are in bounds."""
+    rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+    return x.at[rows, at].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def sums(*xs: jax.Array) -> tuple[jax.Array, ...]:
     """The sum of each row of int32 arrays [rows, n], in one pass: int32 [rows] each."""
     # One reduction of several operands: XLA's CPU backend vectorizes it over the row. A plain
-    # sum it rewrites into a tree of windows, five times slower; hence also the twin of a lone one.
-    operands = xs if len(xs) > 1 else xs * 2
-    zeros = tuple(jnp.int32(0) for _ in operands)
+    # sum it rewrites into a tree of windows, five times slower; so a lone operand gets company,
+    # and the barrier keeps that from being seen through.
+    operands = xs if len(xs) > 1 else (*xs, xs[0] + 1)
+    return lax.optimization_barrier(_add_up(operands))[: len(xs)]
+
+
+def _add_up(operands: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Sums over axis 1, in one reduction."""
 
     def add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return tuple(x + y for x, y in zip(a, b, strict=True))
 
-    return tuple(lax.reduce(operands, zeros, add, (1,)))[: len(xs)]
+    return tuple(lax.reduce(operands, tuple(jnp.int32(0) for _ in operands), add, (1,)))
+
+
+def count(flags: jax.Array) -> jax.Array:
+    """How many of bool [rows] are true: int32 scalar."""
+    return sums(flags.astype(jnp.int32)[None])[0][0]
+
+
+def sums_before(*xs: jax.Array) -> tuple[jax.Array, ...]:
+    """For each entry of int32 arrays [rows, n], n small, the sum of those before it in the row."""
+    n = xs[0].shape[1]
+    earlier = jnp.tri(n, n, -1, dtype=bool).T[None]  # [1, from, to]
+    return _add_up(tuple(jnp.where(earlier, x[:, :, None], 0) for x in xs))
 
 
 def argmax(x: jax.Array) -> jax.Array:
@@ -69,7 +96,7 @@ def argmax(x: jax.Array) -> jax.Array:
         return jnp.argmax(x, axis=-1).astype(jnp.int32)
     blocks = x.reshape(rows, n // _BLOCK, _BLOCK)
     block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1).astype(jnp.int32)
-    best = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    best = pick(blocks, block[:, None])[:, 0]
     return block * _BLOCK + jnp.argmax(best, axis=-1).astype(jnp.int32)
 
 
@@ -88,10 +115,10 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     blocks = jnp.where(x == 0, 0.0, x).reshape(rows, n // _BLOCK, _BLOCK)  # -0 equals +0
     _, chosen = _top_k(jnp.max(blocks, axis=-1), k)
     chosen = jnp.sort(chosen, axis=-1)  # so that equal values stay in order of their index
-    pool = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(rows, k * _BLOCK)
+    pool = pick(blocks, chosen).reshape(rows, k * _BLOCK)
     values, at = _top_k(pool, k)
-    block = jnp.take_along_axis(chosen, at // _BLOCK, axis=1)
-    return values, block * _BLOCK + at % _BLOCK
+    block = pick(chosen, at >> _BLOCK_BITS)
+    return values, (block << _BLOCK_BITS) | (at & (_BLOCK - 1))
 
 
 def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

@@ -73,7 +73,7 @@ def sample(
     random = live & (state.temperature[slots] >= GREEDY_BELOW)
     processed = live & processors.needed(state, slots, positions)
     tokens = lax.cond(
-        jnp.any(random | processed),
+        tiles.count(random | processed) > 0,
         lambda: _choose(logits, state, slots, positions, random, processed, config),
         lambda: tiles.argmax(logits),
     )
@@ -107,7 +107,7 @@ def _choose(
     x = tiles.for_each_tile(processed, tile, process, logits)
     best = tiles.argmax(x)
     return lax.cond(
-        jnp.any(random),
+        tiles.count(random) > 0,
         lambda: jnp.where(random, _draw(x, state, slots, positions, random, config), best),
         lambda: best,
     )

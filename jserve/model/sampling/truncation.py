@@ -21,7 +21,7 @@ from jax import lax
 
 from jserve.model.sampling import mass as masses
 from jserve.model.sampling.mass import Mass
-from jserve.model.sampling.rows import sums
+from jserve.model.sampling.rows import pick, sums, sums_before
 
 
 class Truncation(NamedTuple):
@@ -75,7 +75,7 @@ def candidates(values: jax.Array, params: Truncation, vocab: int) -> Candidates:
     scaled = masses.scaled(values, values[:, :1], params.temperature[:, None])
     weight = jnp.exp(scaled)
     at = jnp.clip(params.top_k - 1, 0, k - 1)
-    kth = jnp.take_along_axis(values, at[:, None], axis=1)
+    kth = pick(values, at[:, None])
     kept = (weight >= params.min_p[:, None]) & (values > -jnp.inf)
     kept &= (values >= kth) | (params.top_k > k)[:, None]
     closed = ~kept[:, -1] if k < vocab else jnp.ones((rows,), bool)
@@ -98,7 +98,7 @@ def from_candidates(
       decided: bool [rows].
     """
     digits = masses.digits(best.weight, total.shift)
-    before = Mass(*(jnp.cumsum(d, axis=-1, dtype=jnp.int32) - d for d in digits)).units()
+    before = Mass(*sums_before(*digits)).units()
     keep = best.kept & (before < _target(params, total.units)[:, None])
     cut = (params.top_p < 1.0) & (total.units > 0) & ~keep[:, -1]
     return keep, best.closed | cut
