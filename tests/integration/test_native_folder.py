@@ -317,5 +317,5 @@ def test_host_memory_stays_within_its_bound(tmp_path: Path) -> None:
     total, largest, converting, loading = map(int, done.stdout.split())
     assert total == sum(value.nbytes for value in weights.values())
     bound = total + 1.3 * largest
-    assert converting < bound, f"{converting / 1e6:.0f} MB, the bound is {bound / 1e6:.0f} MB"
+    assert converting < 2 * largest, f"{converting / 1e6:.0f} MB, {largest / 1e6:.0f} MB largest"
     assert total < loading < bound, f"{loading / 1e6:.0f} MB, the bound is {bound / 1e6:.0f} MB"

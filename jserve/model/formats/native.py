@@ -1,6 +1,7 @@
 """The native checkpoint: written tensor by tensor, restored straight into sharded arrays."""
 
 import asyncio
+import gc
 import logging
 import os
 import shutil
@@ -103,6 +104,8 @@ def restore_native(
         if names:
             limit = max(READ_AHEAD_BYTES, *(stored_bytes[name] for name in names)) + 1
             restored |= _restore(folder, {name: specs[name] for name in names}, shardings, limit)
+            if names is large:
+                gc.collect()  # Orbax's tasks leave cycles that hold on to host buffers
     return {name: restored[name] for name in specs}
 
 
