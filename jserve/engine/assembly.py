@@ -12,39 +12,25 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import jserve
-from jserve.core.errors import ConfigError
 from jserve.core.request import EngineInfo
-from jserve.engine.batch import BatchShape
 from jserve.engine.config import EngineConfig
 from jserve.engine.executable_cache import ExecutableCache, code_digest, machine_key
 from jserve.engine.executor import DeviceExecutor
-from jserve.engine.memory import host_available_bytes, host_pages
 from jserve.engine.programs import CompileCounter, CompiledProgram, compile_programs
-from jserve.engine.state import DeviceState, init_state, page_bytes
+from jserve.engine.sizing import (
+    EngineShape,
+    abstract_params,
+    abstract_state,
+    make_state,
+    shape_engine,
+)
 from jserve.engine.step import Params
 from jserve.model.functional import Model
-from jserve.model.sharding import named_sharding, param_shardings
-from jserve.pallas_kernels.backend import Backend, backend_for
+from jserve.model.sharding import named_sharding
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineShape:
-    """Every static size of an engine, derived once from model and config."""
-
-    batch: BatchShape
-    num_pages: int
-    max_model_len: int
-    backend: Backend
-
-    @property
-    def pages_per_slot(self) -> int:
-        """Width of the page table; whole blocks, so that a block load never leaves it."""
-        pages = -(-self.max_model_len // self.batch.page_size)
-        return -(-pages // 128) * 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +44,6 @@ class Engine:
     programs: tuple[CompiledProgram, ...]
     num_compiles: Callable[[], int]  # since the engine was ready
     phases: dict[str, float] = field(default_factory=dict[str, float])  # seconds
-
-
-def shape_engine(model: Model, config: EngineConfig) -> EngineShape:
-    """Sizes the engine. Raises ConfigError for a context the model or the memory cannot hold."""
-    spec = model.spec
-    max_model_len = config.max_model_len or spec.max_context
-    if max_model_len > spec.max_context:
-        raise ConfigError(
-            f"engine.max_model_len is {max_model_len}; the model's context is {spec.max_context}"
-        )
-    num_pages = config.num_pages or host_pages(
-        kv_bytes=config.kv_bytes,
-        page_bytes=page_bytes(model, config.page_size),
-        available_bytes=host_available_bytes(),
-    )
-    return EngineShape(
-        BatchShape(config.num_slots, spec.vocab, config.page_size, config.processor_rows),
-        num_pages,
-        max_model_len,
-        backend_for(jax.default_backend()),
-    )
 
 
 def build_engine(
@@ -96,15 +61,9 @@ def build_engine(
 
     `load_params` returns arrays with the shardings of `model.sharding`.
     """
-    shape = shape_engine(model, config)
-    abstract = _abstract_params(model, mesh)
-    replicated = named_sharding(mesh, ())
-    make_state = jax.jit(lambda: _init_state(model, shape), out_shardings=replicated)
-    state_shapes: DeviceState = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-        jax.eval_shape(lambda: _init_state(model, shape)),
-    )
     cache = _cache(cache_folder, model, mesh) if config.cache_executables and cache_folder else None
+    shape = shape_engine(model, mesh, config, cache)
+    start_state = jax.jit(lambda: make_state(model, shape), out_shardings=named_sharding(mesh, ()))
     counter = CompileCounter()
     phases: dict[str, float] = {}
     with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
@@ -115,12 +74,12 @@ def build_engine(
             config.programs(),
             shape.batch,
             shape.backend,
-            abstract,
-            state_shapes,
+            abstract_params(model, mesh),
+            abstract_state(model, mesh, shape),
             cache=cache,
             on_ready=on_program,
         )
-        state = make_state()
+        state = start_state()
         phases["compile"] = time.perf_counter() - started
         params, phases["load"] = loading.result()
     info = EngineInfo(
@@ -153,24 +112,6 @@ def build_engine(
         tuple(programs.values()),
         lambda: counter.count - compiled,
         phases,
-    )
-
-
-def _abstract_params(model: Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    shardings = param_shardings(model.param_specs(), model.spec, mesh)
-    return {
-        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name])
-        for name, spec in model.param_specs().items()
-    }
-
-
-def _init_state(model: Model, shape: EngineShape) -> DeviceState:
-    return init_state(
-        model,
-        num_slots=shape.batch.num_slots,
-        num_pages=shape.num_pages,
-        page_size=shape.batch.page_size,
-        pages_per_slot=shape.pages_per_slot,
     )
 
 

@@ -15,7 +15,7 @@ class EngineConfig:
     page_size: int = 16  # tokens a page; 16 on CPU, 64-128 on GPU, 128 on TPU
     num_pages: int = 0  # 0: what kv_bytes holds
     kv_bytes: int = 1 << 30  # KV memory; on accelerators 0 takes what the programs leave
-    mixed_tokens: tuple[int, ...] = (32, 256)  # sizes of the ragged programs
+    mixed_tokens: tuple[int, ...] = (128,)  # sizes of the ragged programs
     window_rows: tuple[int, ...] = (4, 32)  # sizes of the decode programs; the last: all slots
     window_steps: int = 8  # decode steps in one program run, at most
     processor_rows: int = 4  # sequences with masks or biases admitted in one step

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jserve.core.errors import ConfigError
 
-_GRID = 64  # pages; a small change of free memory must not change a compiled shape
+GRID = 64  # pages; a small change of free memory must not change a compiled shape
 _HEADROOM = 0.9  # of what a host has left; the rest is for Python, buffers and the page cache
 
 
@@ -28,11 +28,11 @@ def host_available_bytes(
 def device_pages(*, limit_bytes: int, params_bytes: int, temp_bytes: int, page_bytes: int) -> int:
     """Pages that fit a device beside the parameters and the largest program's temporaries."""
     left = limit_bytes - params_bytes - temp_bytes
-    pages = left // page_bytes // _GRID * _GRID
+    pages = left // page_bytes // GRID * GRID
     if pages <= 0:
         raise ConfigError(
-            f"no KV page fits: the device has {limit_bytes} bytes, the parameters take "
-            f"{params_bytes} and the programs {temp_bytes}; use more devices or a smaller model"
+            f"no KV page fits: the device has {limit_bytes} bytes, parameters and slots take "
+            f"{params_bytes}, the programs {temp_bytes}; use more devices or a smaller model"
         )
     return int(pages)
 
@@ -42,7 +42,7 @@ def host_pages(*, kv_bytes: int, page_bytes: int, available_bytes: int | None) -
     if available_bytes is not None:
         kv_bytes = min(kv_bytes, int(available_bytes * _HEADROOM))
     pages = kv_bytes // page_bytes
-    pages = pages // _GRID * _GRID or pages
+    pages = pages // GRID * GRID or pages
     if pages <= 0:
         raise ConfigError(
             f"no KV page of {page_bytes} bytes fits in {kv_bytes} bytes; raise engine.kv_bytes "

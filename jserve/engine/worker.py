@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import signal
 import threading
 from collections.abc import Callable
@@ -41,6 +42,9 @@ async def _serve(
     asked = asyncio.Event()
     events.add_signal_handler(signal.SIGTERM, asked.set)
     stopped = asyncio.create_task(_drain_when(asked, loop, ended, drain_timeout_s))
+    # What start-up built stays for good: the collector need not look at it between steps.
+    gc.collect()
+    gc.freeze()
     on_ready(server.port)
     try:
         await ended

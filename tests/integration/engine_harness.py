@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from jserve.core.request import FinishReason, Request, SequenceUpdate, TokenLogprobs
 from jserve.engine.assembly import Engine, build_engine
 from jserve.engine.config import EngineConfig

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+
 from jserve.core.request import FinishReason, Request, SamplingParams
 from jserve.core.step import ProgramKind
 
@@ -79,7 +80,7 @@ def test_preemption_loses_no_token_and_no_sampler_state(harness: Harness) -> Non
     try:
         harness.with_pages(13)
         outcomes = harness.run(requests)
-        assert harness.scheduler.stats().num_preemptions > 2
+        assert harness.scheduler.stats().num_preemptions >= 2
         assert harness.scheduler.stats().free_pages == 13
     finally:
         harness.scheduler = roomy

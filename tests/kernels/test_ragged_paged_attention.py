@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jserve.pallas_kernels.backend import Backend
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch, make_ragged_batch
 from jserve.pallas_kernels.ragged_paged_attention.cases import CASES, Case

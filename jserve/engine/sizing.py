@@ -1,0 +1,155 @@
+"""Every static size of an engine, derived once from model, config and measured memory."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jserve.core.errors import ConfigError
+from jserve.core.step import ProgramKind
+from jserve.engine.batch import BatchShape
+from jserve.engine.config import EngineConfig
+from jserve.engine.executable_cache import ExecutableCache
+from jserve.engine.memory import GRID, device_pages, host_available_bytes, host_pages
+from jserve.engine.programs import compile_programs
+from jserve.engine.state import DeviceState, init_state, page_bytes
+from jserve.model.functional import Model
+from jserve.model.sharding import named_sharding, param_shardings
+from jserve.pallas_kernels.backend import Backend, backend_for
+
+
+@dataclass(frozen=True, slots=True)
+class EngineShape:
+    """What fixes the programs of an engine, beside the model."""
+
+    batch: BatchShape
+    num_pages: int
+    max_model_len: int
+    backend: Backend
+
+    @property
+    def pages_per_slot(self) -> int:
+        """Width of the page table; whole blocks, so that a block load never leaves it."""
+        pages = -(-self.max_model_len // self.batch.page_size)
+        return -(-pages // 128) * 128
+
+
+def shape_engine(
+    model: Model,
+    mesh: Mesh,
+    config: EngineConfig,
+    cache: ExecutableCache | None,
+    device_limit_bytes: Callable[[], int] | None = None,
+) -> EngineShape:
+    """Sizes the engine; `device_limit_bytes` (for tests) replaces what the device says it has.
+
+    Raises ConfigError for a context that the model, or pages that the memory cannot hold.
+    """
+    spec = model.spec
+    max_model_len = config.max_model_len or spec.max_context
+    if max_model_len > spec.max_context:
+        raise ConfigError(
+            f"engine.max_model_len is {max_model_len}; the model's context is {spec.max_context}"
+        )
+    batch = BatchShape(config.num_slots, spec.vocab, config.page_size, config.processor_rows)
+    backend = backend_for(mesh.devices.flat[0].platform)
+    least = EngineShape(batch, GRID, max_model_len, backend)
+    if config.num_pages:
+        num_pages = config.num_pages
+    elif config.kv_bytes:
+        num_pages = host_pages(
+            kv_bytes=config.kv_bytes,
+            page_bytes=page_bytes(model, config.page_size),
+            available_bytes=host_available_bytes(),
+        )
+    else:
+        limit = device_limit_bytes or (lambda: _device_limit(mesh))
+        num_pages = _measured_pages(model, mesh, config, least, cache, limit())
+    return EngineShape(batch, num_pages, max_model_len, backend)
+
+
+def abstract_params(model: Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings of the parameters."""
+    shardings = param_shardings(model.param_specs(), model.spec, mesh)
+    return {
+        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name])
+        for name, spec in model.param_specs().items()
+    }
+
+
+def make_state(model: Model, shape: EngineShape) -> DeviceState:
+    """The state of an idle engine."""
+    return init_state(
+        model,
+        num_slots=shape.batch.num_slots,
+        num_pages=shape.num_pages,
+        page_size=shape.batch.page_size,
+        pages_per_slot=shape.pages_per_slot,
+    )
+
+
+def abstract_state(model: Model, mesh: Mesh, shape: EngineShape) -> DeviceState:
+    """Shapes, types and shardings of `make_state`."""
+    replicated = named_sharding(mesh, ())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        jax.eval_shape(lambda: make_state(model, shape)),
+    )
+
+
+def _device_limit(mesh: Mesh) -> int:
+    device = mesh.devices.flat[0]
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        raise ConfigError(
+            f"engine.kv_bytes is 0, but a {device.platform} device does not tell its memory; "
+            "set engine.kv_bytes"
+        )
+    return int(stats["bytes_limit"])
+
+
+def _measured_pages(
+    model: Model,
+    mesh: Mesh,
+    config: EngineConfig,
+    least: EngineShape,
+    cache: ExecutableCache | None,
+    limit_bytes: int,
+) -> int:
+    """Pages beside the parameters, the rest of the state and the largest program's temporaries.
+
+    The largest program of each kind is compiled once with few pages to measure it; the cache
+    keeps it for the next start.
+    """
+    params = abstract_params(model, mesh)
+    state = abstract_state(model, mesh, least)
+    largest = [
+        [program for program in config.programs() if program.kind is kind][-1]
+        for kind in ProgramKind
+    ]
+    measured = compile_programs(
+        model, largest, least.batch, least.backend, params, state, cache=cache
+    )
+    temp_bytes = 0
+    for made in measured.values():
+        memory = made.call.memory_analysis()
+        if memory is None:
+            raise ConfigError("this backend cannot tell what programs need; set engine.kv_bytes")
+        temp_bytes = max(temp_bytes, memory.temp_size_in_bytes)
+    rest = state._replace(kv={})
+    return device_pages(
+        limit_bytes=limit_bytes,
+        params_bytes=_device_bytes(params) + _device_bytes(rest),
+        temp_bytes=temp_bytes,
+        page_bytes=page_bytes(model, config.page_size),
+    )
+
+
+def _device_bytes(tree: object) -> int:
+    """Bytes of the largest shard of every leaf: what one device holds."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
