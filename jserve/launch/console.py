@@ -49,7 +49,8 @@ class FileProgress:
     def __call__(self, done_bytes: int, total_bytes: int) -> None:
         """`total_bytes` 0 means that it is not known."""
         now_s = time.monotonic()
-        if now_s < self._next_s and done_bytes != total_bytes:
+        is_done = 0 < total_bytes == done_bytes
+        if not done_bytes or (now_s < self._next_s and not is_done):
             return
         self._next_s = now_s + _PROGRESS_EVERY_S
         of_total = f" of {total_bytes / 1e6:.0f}" if total_bytes else ""
