@@ -106,7 +106,7 @@ def test_bitwise_independent_of_batch_slot_and_row(config, vocab, sizes):
 def test_candidates_and_whole_vocabulary_choose_the_same_tokens():
     order = np.arange(len(KINDS))
     few = _run(1024, order, 256, FEW)
-    many = _run(1024, order, 64, SamplerConfig(num_candidates=1024, tile_rows=64))
+    many = _run(1024, order, 64, SamplerConfig(num_candidates=1024, tile_rows=8))
     jax.tree.map(np.testing.assert_array_equal, few, many)
 
 

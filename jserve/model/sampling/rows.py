@@ -61,7 +61,7 @@ def sums(*xs: jax.Array) -> tuple[jax.Array, ...]:
     # One reduction of several operands: XLA's CPU backend vectorizes it over the row. A plain
     # sum it rewrites into a tree of windows, five times slower; so a lone operand gets company,
     # and the barrier keeps that from being seen through.
-    operands = xs if len(xs) > 1 else (*xs, xs[0] + 1)
+    operands = (xs[0], xs[0] + 1) if len(xs) == 1 else xs
     return lax.optimization_barrier(_add_up(operands))[: len(xs)]
 
 
@@ -76,7 +76,8 @@ def _add_up(operands: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
 
 def count(flags: jax.Array) -> jax.Array:
     """How many of bool [rows] are true: int32 scalar."""
-    return sums(flags.astype(jnp.int32)[None])[0][0]
+    (number,) = sums(flags.astype(jnp.int32)[None])
+    return number[0]
 
 
 def sums_before(*xs: jax.Array) -> tuple[jax.Array, ...]:

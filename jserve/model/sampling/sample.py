@@ -28,7 +28,7 @@ from jserve.model.sampling.mass import MAX_VOCAB
 from jserve.model.sampling.state import GREEDY_BELOW, SamplerState
 from jserve.model.sampling.truncation import Total, Truncation
 
-_LOGPROB_TILE = 8  # rows; see raw_logprobs
+_TILE = 8  # rows of the smaller passes; for log-probabilities see raw_logprobs
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class SamplerConfig:
     """Trades time only; results do not depend on it."""
 
     num_candidates: int = 128  # tokens a row is first tried with
-    tile_rows: int = 8  # rows of a pass over the vocabulary; on an accelerator all rows
+    tile_rows: int = 2  # rows of a pass over the vocabulary: what a core's cache holds; on an
+    # accelerator all rows
 
 
 class Sampled(NamedTuple):
@@ -84,7 +85,7 @@ def sample(
         return Logprobs(*(tiles.put(x, rows, v) for x, v in zip(carry, found, strict=True)))
 
     none = no_logprobs(logits.shape[0])
-    return Sampled(tokens, tiles.for_each_tile(wanted, _LOGPROB_TILE, add_logprobs, none))
+    return Sampled(tokens, tiles.for_each_tile(wanted, _TILE, add_logprobs, none))
 
 
 def _choose(
@@ -122,32 +123,61 @@ def _draw(
     config: SamplerConfig,
 ) -> jax.Array:
     """Draws a token for the rows where `random`, from processed logits `x` [rows, vocab]."""
-    vocab = x.shape[1]
-    tile = min(config.tile_rows, x.shape[0])
+    num_rows, vocab = x.shape
     params = _truncation_of(state, slots, random, vocab)
     keys = noise.token_keys(state.seed[slots], state.choice[slots], positions)
 
-    values, ids = tiles.top_k(x, min(config.num_candidates, vocab))
-    best = truncation.candidates(values, params, vocab)
-    own = truncation.total_of(best.weight)
+    def draw_candidates(
+        rows: jax.Array, carry: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        found = _draw_from_candidates(
+            tiles.take(x, rows),
+            _take(params, rows),
+            tiles.take(keys, rows),
+            min(config.num_candidates, vocab),
+        )
+        return tiles.put(carry[0], rows, found[0]), tiles.put(carry[1], rows, found[1])
 
-    def add_total(rows: jax.Array, carry: Total) -> Total:
-        found = truncation.vocab_total(tiles.take(x, rows), _take(params, rows))
-        return Total(*(tiles.put(c, rows, v) for c, v in zip(carry, found, strict=True)))
-
-    whole = random & ~best.closed & (params.top_p < 1.0) & (params.top_k >= vocab)
-    total = Total(own.shift, jnp.where(best.closed, own.units, 0))
-    total = tiles.for_each_tile(whole, tile, add_total, total)
-    keep, decided = truncation.from_candidates(best, params, total)
-    noisy = best.scaled + noise.gumbel(keys, ids.astype(jnp.uint32))
-    tokens = _pick(jnp.where(keep, noisy, -jnp.inf), ids, vocab)
+    nothing = (jnp.zeros((num_rows,), jnp.int32), jnp.zeros((num_rows,), bool))
+    tokens, decided = tiles.for_each_tile(
+        random & params.truncates(vocab),
+        min(max(config.tile_rows, _TILE), num_rows),
+        draw_candidates,
+        nothing,
+    )
 
     def draw_whole(rows: jax.Array, carry: jax.Array) -> jax.Array:
         keep, scaled = truncation.from_vocab(tiles.take(x, rows), _take(params, rows))
         noisy = scaled + noise.vocab_gumbel(tiles.take(keys, rows), vocab)
         return tiles.put(carry, rows, tiles.argmax(jnp.where(keep, noisy, -jnp.inf)))
 
+    tile = min(config.tile_rows, num_rows)
     return tiles.for_each_tile(random & ~decided, tile, draw_whole, tokens)
+
+
+def _draw_from_candidates(
+    x: jax.Array, params: Truncation, keys: jax.Array, num_candidates: int
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens int32 [rows] of truncated rows, and for which of them the candidates suffice."""
+    vocab = x.shape[1]
+    values, ids = tiles.top_k(x, num_candidates)
+    best = truncation.candidates(values, params, vocab)
+    own = truncation.total_of(best.weight)
+    # A nucleus of more than the candidates needs the mass of the whole vocabulary.
+    whole = ~best.closed & (params.top_p < 1.0) & (params.top_k >= vocab)
+    unknown = Total(own.shift, jnp.zeros_like(own.units))
+    other = lax.cond(
+        tiles.count(whole) > 0, lambda: truncation.vocab_total(x, params), lambda: unknown
+    )
+    total = Total(
+        jnp.where(whole, other.shift, own.shift),
+        jnp.where(whole, other.units, jnp.where(best.closed, own.units, 0)),
+    )
+    keep, decided = truncation.from_candidates(best, params, total)
+    noisy = jnp.where(keep, best.scaled + noise.gumbel(keys, ids.astype(jnp.uint32)), -jnp.inf)
+    largest = jnp.max(noisy, axis=-1, keepdims=True)
+    # The lowest id among equals, as argmax over the vocabulary takes it.
+    return jnp.min(jnp.where(noisy == largest, ids, vocab - 1), axis=-1), decided
 
 
 def _truncation_of(
@@ -164,9 +194,3 @@ def _truncation_of(
 
 def _take(params: Truncation, rows: jax.Array) -> Truncation:
     return Truncation(*(tiles.take(p, rows) for p in params))
-
-
-def _pick(noisy: jax.Array, ids: jax.Array, vocab: int) -> jax.Array:
-    """The id of the candidate with the largest noisy logit, the lowest among equals: [rows]."""
-    best = jnp.max(noisy, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(noisy == best, ids, vocab - 1), axis=-1)

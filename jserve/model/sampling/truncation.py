@@ -32,6 +32,10 @@ class Truncation(NamedTuple):
     top_p: jax.Array  # float32; 1 or more keeps all
     min_p: jax.Array  # float32; 0 keeps all
 
+    def truncates(self, vocab: int) -> jax.Array:
+        """Whether any rule can drop a token: bool [rows]."""
+        return (self.top_k < vocab) | (self.top_p < 1.0) | (self.min_p > 0.0)
+
 
 class Total(NamedTuple):
     """The mass of a row's set before top_p; both int32 [rows]."""
