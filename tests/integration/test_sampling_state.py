@@ -72,26 +72,29 @@ def test_counts_after_recompute_equal_counts_after_decode():
     vocab, rng = 50, np.random.default_rng(0)
     prompt, output = rng.integers(0, vocab, 12), rng.integers(0, vocab, 9)
 
-    def chunk(state, tokens, start):
+    count, see, forget = map(jax.jit, (count_chunk, observe, reset))
+
+    def chunk(state, tokens, start, width=16):
         n = len(tokens)
-        where = np.arange(start, start + n)
-        pad = 3  # decode tokens and padding
-        return count_chunk(
+        ids = rng.integers(0, vocab, width)  # decode tokens and padding follow the chunk
+        ids[:n] = tokens
+        where = np.arange(start, start + width)
+        return count(
             state,
-            jnp.asarray([1] * n + [0, 2, 1], jnp.int32),
-            jnp.asarray([*tokens, 5, 6, 7], jnp.int32),
-            jnp.asarray([*(where < len(prompt)), True, False, False]),
-            jnp.arange(n + pad) < n,
+            jnp.asarray([1] * n + [0, 2, 1, 1] * 4, jnp.int32)[:width],
+            jnp.asarray(ids, jnp.int32),
+            jnp.asarray(where < len(prompt)),
+            jnp.arange(width) < n,
         )
 
     decoded = chunk(init_sampler_state(3, vocab), prompt[:5], 0)
     decoded = chunk(decoded, prompt[5:], 5)
     for token in output:
         slots, live = jnp.asarray([2, 1]), jnp.asarray([False, True])
-        decoded = observe(decoded, slots, jnp.asarray([3, token], jnp.int32), live)
+        decoded = see(decoded, slots, jnp.asarray([3, token], jnp.int32), live)
     # Preempted; another sequence used the slot; then everything is computed again.
     recomputed = chunk(decoded, rng.integers(0, vocab, 12), 0)
-    recomputed = reset(recomputed, jnp.asarray([True, False, True]))
+    recomputed = forget(recomputed, jnp.asarray([True, False, True]))
     both = np.concatenate([prompt, output])
     for start, end in ((0, 10), (10, 16), (16, 21)):
         recomputed = chunk(recomputed, both[start:end], start)
