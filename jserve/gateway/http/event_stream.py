@@ -24,7 +24,7 @@ _HEADERS = [
 ]
 
 
-class ClientGone(Exception):  # noqa: N818 - not an error of anybody
+class ClientGone(Exception):
     """The client closed the connection; there is nobody to answer."""
 
 
