@@ -10,7 +10,11 @@ from jserve.model.config import ModelConfig
 
 
 def get_config(variant: str = "gpu") -> ServeConfig:
-    """`gpu`: one device of 80 GB; `tpu`: the eight chips of a v5e-8, 16 GB each."""
+    """`gpu`: one device of 80 GB; `tpu`: the eight chips of a v5e-8, 16 GB each.
+
+    The weights do not fit one chip of a v5e: until a model can be spread over several, the `tpu`
+    variant ends with the error that says so.
+    """
     engines = {
         "gpu": EngineConfig(
             num_slots=128,

@@ -5,7 +5,7 @@ JserveError
 │   ├── PromptTooLong         prompt + max_tokens exceed the context
 │   ├── UnknownModel          (HTTP 404, NOT_FOUND)
 │   └── Unauthenticated       (HTTP 401, UNAUTHENTICATED)
-├── Overloaded                queue full or draining (HTTP 429, RESOURCE_EXHAUSTED), retry later
+├── Overloaded                the queue is full (HTTP 429, RESOURCE_EXHAUSTED), retry later
 ├── Unavailable               no engine can answer now (HTTP 503, UNAVAILABLE), retry later
 ├── EngineError               the server's fault (HTTP 500, INTERNAL)
 └── ConfigError               a config or a model file is wrong; raised before serving

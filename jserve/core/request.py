@@ -47,17 +47,6 @@ class SamplingParams:
     prompt_logprobs: int | None = None  # the same for prompt tokens
 
     @property
-    def needs_processors(self) -> bool:
-        """Whether the token's distribution depends on more than temperature and truncation."""
-        return (
-            self.repetition_penalty != 1.0
-            or self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-            or self.has_token_rules
-            or self.min_tokens > 0
-        )
-
-    @property
     def has_token_rules(self) -> bool:
         """Whether single tokens are biased, allowed or forbidden: one row of the vocabulary."""
         return bool(self.logit_bias or self.allowed_token_ids or self.bad_token_ids)

@@ -1,6 +1,5 @@
 """Puts an engine together: shapes from the config, programs and parameters side by side."""
 
-import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +28,6 @@ from jserve.model.functional import Model
 from jserve.model.sharding import named_sharding
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

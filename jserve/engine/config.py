@@ -5,6 +5,15 @@ from dataclasses import dataclass
 from jserve.core.errors import ConfigError
 from jserve.core.step import Program, ProgramKind
 
+_AT_LEAST = {
+    "max_model_len": 0,
+    "num_pages": 0,
+    "kv_bytes": 0,
+    "window_steps": 1,
+    "processor_rows": 1,  # or a request with a mask could never be admitted
+    "drain_timeout_s": 0,
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -19,7 +28,6 @@ class EngineConfig:
     window_rows: tuple[int, ...] = (4, 32)  # sizes of the decode programs; the last: all slots
     window_steps: int = 8  # decode steps in one program run, at most
     processor_rows: int = 4  # sequences with masks or biases admitted in one step
-    port: int = 0  # of the session server, loopback only; 0: any free one
     cache_executables: bool = True  # keep compiled programs in the model cache folder
     drain_timeout_s: float = 30.0  # what runs may take after a stop was asked for
 
@@ -39,8 +47,11 @@ class EngineConfig:
                 f"engine.mixed_tokens {self.mixed_tokens}: the largest must exceed num_slots "
                 f"{self.num_slots}, or prompts wait while all slots decode"
             )
-        if self.window_steps < 1:
-            raise ConfigError(f"engine.window_steps is {self.window_steps}; use 1 or more")
+        for name, least in _AT_LEAST.items():
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"engine.{name} is {getattr(self, name)}; it must be at least {least}"
+                )
 
     def programs(self) -> tuple[Program, ...]:
         """The programs to compile; sizes beyond the slots collapse into one."""

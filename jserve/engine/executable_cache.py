@@ -44,6 +44,7 @@ def machine_key() -> str:
         (
             jax.__version__,
             importlib.metadata.version("jaxlib"),
+            importlib.metadata.version("flax"),
             device.platform,
             device.device_kind,
             device.client.platform_version,
@@ -78,7 +79,7 @@ class ExecutableCache:
             return serialize_executable.deserialize_and_load(
                 payload, in_tree, out_tree, execution_devices=self._devices
             )
-        except (pickle.UnpicklingError, EOFError, ValueError, jax.errors.JaxRuntimeError) as error:
+        except Exception as error:  # a damaged pickle can raise anything
             logger.warning("compiled program %s is unreadable and is made again: %s", name, error)
             return None
 

@@ -1,6 +1,5 @@
 """The engine's heartbeat: one thread that plans step n+1 while the device runs step n."""
 
-import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +10,6 @@ from jserve.core.request import EngineStats
 from jserve.core.step import Executor, StepPlan
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
 from jserve.scheduler.scheduler import Scheduler
-
-logger = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.5  # an idle engine wakes up to look whether it was asked to stop
 _MAX_IN_FLIGHT = 2
@@ -56,13 +53,14 @@ class EngineLoop:
         try:
             while not self._stopping:
                 if self._draining:
+                    self._drain_inbox()  # what came before the drain still counts
                     self._scheduler.drain()
                     if not self._scheduler.has_work and not self._in_flight:
                         return
                 self.run_once()
+            self._fail_all("the engine was stopped before the answer was complete")
         except BaseException as error:
-            updates = self._scheduler.fail_all(f"the engine failed: {error}")
-            self._outbox.post(updates, self._stats())
+            self._fail_all(f"the engine failed: {error}")
             raise
 
     def run_once(self) -> None:
@@ -91,6 +89,10 @@ class EngineLoop:
                         self._outbox.reject(request.id, error)
                 case Abort(request_id):
                     self._scheduler.abort(request_id)
+
+    def _fail_all(self, message: str) -> None:
+        self._in_flight.clear()
+        self._outbox.post(self._scheduler.fail_all(message), self._stats())
 
     def _stats(self) -> EngineStats:
         stats = self._scheduler.stats()

@@ -12,11 +12,15 @@ _HEADROOM = 0.9  # of what a host has left; the rest is for Python, buffers and 
 def host_available_bytes(
     cgroup: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")
 ) -> int | None:
-    """Bytes this process may still take: the tighter of cgroup and machine; None if unknown."""
+    """Bytes this process may still take: the tighter of cgroup and machine; None if unknown.
+
+    What the page cache holds of files counts as free: the kernel gives it back.
+    """
     found: list[int] = []
     limit, usage = cgroup / "memory.max", cgroup / "memory.current"
     if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        found.append(int(text) - int(usage.read_text()))
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        found.append(int(text) - int(usage.read_text()) + int(stat["inactive_file"]))
     if meminfo.is_file():
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         found.append(int(lines["MemAvailable"].split()[0]) * 1024)
@@ -37,10 +41,12 @@ def device_pages(*, limit_bytes: int, params_bytes: int, temp_bytes: int, page_b
     return int(pages)
 
 
-def host_pages(*, kv_bytes: int, page_bytes: int, available_bytes: int | None) -> int:
-    """Pages of `kv_bytes` of host memory, bounded by what the host has left."""
+def host_pages(
+    *, kv_bytes: int, page_bytes: int, other_bytes: int, available_bytes: int | None
+) -> int:
+    """Pages of `kv_bytes` of host memory, bounded by what the host leaves beside `other_bytes`."""
     if available_bytes is not None:
-        kv_bytes = min(kv_bytes, int(available_bytes * _HEADROOM))
+        kv_bytes = min(kv_bytes, int(available_bytes * _HEADROOM) - other_bytes)
     pages = kv_bytes // page_bytes
     pages = pages // GRID * GRID or pages
     if pages <= 0:

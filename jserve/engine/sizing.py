@@ -1,5 +1,6 @@
 """Every static size of an engine, derived once from model, config and measured memory."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from jserve.engine.state import DeviceState, init_state, page_bytes
 from jserve.model.functional import Model
 from jserve.model.sharding import named_sharding, param_shardings
 from jserve.pallas_kernels.backend import Backend, backend_for
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +62,27 @@ def shape_engine(
     if config.num_pages:
         num_pages = config.num_pages
     elif config.kv_bytes:
+        on_host = mesh.devices.flat[0].platform == "cpu"
         num_pages = host_pages(
             kv_bytes=config.kv_bytes,
             page_bytes=page_bytes(model, config.page_size),
-            available_bytes=host_available_bytes(),
+            other_bytes=_fixed_bytes(model, mesh, least),
+            available_bytes=host_available_bytes() if on_host else None,
         )
     else:
         limit = device_limit_bytes or (lambda: _device_limit(mesh))
         num_pages = _measured_pages(model, mesh, config, least, cache, limit())
-    return EngineShape(batch, num_pages, max_model_len, backend)
+    held = num_pages * config.page_size
+    if config.max_model_len > held:
+        raise ConfigError(
+            f"engine.max_model_len is {config.max_model_len}, but all {num_pages} pages hold "
+            f"{held} tokens; lower it or raise engine.kv_bytes"
+        )
+    if max_model_len > held:
+        _log.warning(
+            "the context is cut from %d to the %d tokens of all pages", max_model_len, held
+        )
+    return EngineShape(batch, num_pages, min(max_model_len, held), backend)
 
 
 def abstract_params(model: Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -138,13 +153,18 @@ def _measured_pages(
         if memory is None:
             raise ConfigError("this backend cannot tell what programs need; set engine.kv_bytes")
         temp_bytes = max(temp_bytes, memory.temp_size_in_bytes)
-    rest = state._replace(kv={})
     return device_pages(
         limit_bytes=limit_bytes,
-        params_bytes=_device_bytes(params) + _device_bytes(rest),
+        params_bytes=_fixed_bytes(model, mesh, least),
         temp_bytes=temp_bytes,
         page_bytes=page_bytes(model, config.page_size),
     )
+
+
+def _fixed_bytes(model: Model, mesh: Mesh, shape: EngineShape) -> int:
+    """What one device holds beside pages and temporaries: parameters and the state of slots."""
+    slots = abstract_state(model, mesh, shape)._replace(kv={})
+    return _device_bytes(abstract_params(model, mesh)) + _device_bytes(slots)
 
 
 def _device_bytes(tree: object) -> int:

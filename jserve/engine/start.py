@@ -12,7 +12,7 @@ from jserve.engine.config import EngineConfig
 from jserve.engine.programs import CompiledProgram
 from jserve.engine.step import Params
 from jserve.model.config import ModelConfig
-from jserve.model.formats.load import load_params, prepare
+from jserve.model.formats.load import load_params, model_spec, prepare
 from jserve.model.formats.tensor_source import Progress
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh, param_shardings
@@ -28,26 +28,30 @@ def start_engine(
     on_prepared: Callable[[], None] = lambda: None,
     on_phase: Callable[[str, str], None] = lambda phase, detail: None,
 ) -> Engine:
-    """Fetches and converts what is missing, then loads and compiles side by side.
+    """Fetches what is missing, then converts and loads the weights while programs compile.
 
-    `on_prepared` is called once the model's files are complete. Raises ConfigError.
+    `on_prepared` is called once the model's files are complete, from another thread. Raises
+    ConfigError.
     """
-    started = time.perf_counter()
-    prepared = prepare(model_config, on_files)
-    prepare_s = time.perf_counter() - started
-    on_prepared()
-    model = Model(prepared.spec, jnp.dtype(model_config.dtype))
+    spec = model_spec(model_config, on_files)
+    model = Model(spec, jnp.dtype(model_config.dtype))
     mesh = device_mesh(jax.devices()[:1], model=1)
-    shardings = param_shardings(model.param_specs(), prepared.spec, mesh)
+    shardings = param_shardings(model.param_specs(), spec, mesh)
+    prepare_s = 0.0
 
     def load() -> Params:
+        nonlocal prepare_s
+        started = time.perf_counter()
+        prepared = prepare(model_config, on_files)
+        prepare_s = time.perf_counter() - started
+        on_prepared()
+        on_phase("loading", f"{model_config.name} in {model_config.dtype}")
         return load_params(prepared, model, shardings)
 
     def ready(program: CompiledProgram) -> None:
         verb = "loaded" if program.cached else "compiled"
         on_phase(verb, f"{program.program.name} in {program.seconds:.1f} s")
 
-    on_phase("loading", f"{model_config.name} in {model_config.dtype}")
     names = ", ".join(program.name for program in config.programs())
     on_phase("preparing", f"programs {names} (compiled once, then cached)")
     engine = build_engine(
@@ -60,5 +64,6 @@ def start_engine(
         cache_folder=Path(model_config.cache_dir).expanduser(),
         on_program=ready,
     )
+    engine.phases["load"] -= prepare_s
     engine.phases["prepare"] = prepare_s
     return engine

@@ -60,7 +60,7 @@ def _run_loop(
 ) -> None:
     try:
         loop.run()
-    except Exception as error:
+    except BaseException as error:  # whatever it was, the process must not outlive its loop
         failure = EngineError(f"the engine loop ended: {type(error).__name__}: {error}")
         failure.__cause__ = error
         events.call_soon_threadsafe(_settle, ended, failure)

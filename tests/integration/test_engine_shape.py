@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from jserve.core.errors import ConfigError
-from jserve.engine.assembly import shape_engine
 from jserve.engine.config import EngineConfig
+from jserve.engine.sizing import shape_engine
 from jserve.model.functional import Model
+from jserve.model.sharding import device_mesh
 from jserve.model.spec import ModelSpec, RopeScaling, RopeScalingKind
 
 SPEC = ModelSpec(
@@ -30,9 +32,10 @@ DYNAMIC = RopeScaling(RopeScalingKind.DYNAMIC, 4.0, original_max_position=64)
 @pytest.mark.parametrize(("scaling", "context"), [(None, 64), (DYNAMIC, 256)])
 def test_context(scaling: RopeScaling | None, context: int) -> None:
     model = Model(dataclasses.replace(SPEC, rope_scaling=scaling), jnp.float32)
+    mesh = device_mesh(jax.devices()[:1], model=1)
     sizes = {0: context, context: context, 40: 40}
     for asked, given in sizes.items():
         config = EngineConfig(max_model_len=asked, num_pages=64)
-        assert shape_engine(model, config).max_model_len == given
+        assert shape_engine(model, mesh, config, None).max_model_len == given
     with pytest.raises(ConfigError, match=f"max_model_len is {context + 1}.*context is {context}"):
-        shape_engine(model, EngineConfig(max_model_len=context + 1, num_pages=64))
+        shape_engine(model, mesh, EngineConfig(max_model_len=context + 1, num_pages=64), None)
