@@ -76,6 +76,9 @@ async def generation_of(
         skip_special_tokens=message.skip_special_tokens
         if message.HasField("skip_special_tokens")
         else None,
+        include_stop_str_in_output=message.include_stop_str_in_output
+        if message.HasField("include_stop_str_in_output")
+        else None,
     )
 
 

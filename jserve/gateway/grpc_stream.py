@@ -49,7 +49,9 @@ class GenerateStream:
                     case "cancel":
                         self._cancel(message.cancel)
                     case _:
-                        raise RequestError("neither start nor cancel is set", param="kind")
+                        # Not raised: that would end the call's other generations too.
+                        error = RequestError("neither start nor cancel is set", param="kind")
+                        await self._fail("", failure_of(error))
 
     def _admit(self, request_id: str) -> inference_pb2.Failure | None:
         """Registers a request, or says why not."""

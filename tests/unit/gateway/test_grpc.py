@@ -153,6 +153,20 @@ def test_stop_string_across_tokens_cuts_text_and_usage_and_aborts():
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("include", [None, False, True])
+def test_stop_string_stays_in_the_text_where_asked(include):
+    async def main():
+        async with serving() as (stub, _, _, _):
+            asked = {} if include is None else {"include_stop_str_in_output": include}
+            request = generate("ab STOP cd", stop=["STOP"], max_tokens=60, **asked)
+            messages = await all_of(stub.Generate(request))
+            text = "".join(m.text for m in messages)
+            assert text == ("ab STOP" if include else "ab ")
+            assert messages[-1].stop_reason == "STOP"
+
+    asyncio.run(main())
+
+
 def test_chat_tokenize_detokenize_and_models():
     async def main():
         async with serving(served_model_name="public") as (stub, engine, generator, _):
@@ -349,6 +363,32 @@ def test_cancel_on_a_stream_ends_one_generation_only():
             assert [(m.request_id, m.error.code) for m in clash] == [("kept", 6)]
             assert len(engine.aborted) == 1
             assert generator.num_live == 0
+
+    asyncio.run(main())
+
+
+def test_empty_message_on_a_stream_fails_and_the_rest_goes_on():
+    async def main():
+        async with serving(step_s=0.005) as (stub, engine, _, _):
+            call = stub.GenerateStream()
+            await call.write(start("runs", max_tokens=30))
+            first = await call.read()
+            assert first.request_id == "runs"
+            await call.write(inference_pb2.GenerateStreamRequest())
+            await call.write(start("next", max_tokens=2))
+            await call.done_writing()
+            messages = [first]
+            while (message := await call.read()) is not grpc.aio.EOF:
+                messages.append(message)
+            failed = [m for m in messages if m.HasField("error")]
+            assert [m.request_id for m in failed] == [""]
+            assert failed[0].error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+            assert "neither start nor cancel" in failed[0].error.message
+            ends = {m.request_id: m.finish_reason for m in messages if m.finish_reason}
+            length = types_pb2.FINISH_REASON_LENGTH
+            assert ends == {"runs": length, "next": length}
+            assert await call.code() == grpc.StatusCode.OK
+            assert engine.aborted == []
 
     asyncio.run(main())
 
