@@ -1,8 +1,6 @@
 """The gRPC front end's socket: the public service, health, reflection, keys and limits."""
 
 import asyncio
-import hashlib
-import hmac
 from typing import Any
 
 import grpc
@@ -11,6 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from jserve.core.errors import ConfigError, Unauthenticated
+from jserve.gateway.api_keys import ApiKeyCheck
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.generation import Generator
 from jserve.gateway.grpc_errors import abort
@@ -71,7 +70,7 @@ class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
     """Lets in calls with metadata `authorization: Bearer <key>`; health checks are open."""
 
     def __init__(self, api_keys: tuple[str, ...]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+        self._keys = ApiKeyCheck(api_keys)
 
     async def intercept_service(
         self,
@@ -83,17 +82,10 @@ class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
         method: str = handler_call_details.method
         if handler is None or method.startswith(f"/{_HEALTH_SERVICE}/"):
             return handler
-        if self._allows(dict(handler_call_details.invocation_metadata).get("authorization", "")):
+        given = dict(handler_call_details.invocation_metadata).get("authorization", "")
+        if self._keys.allows(given.encode() if isinstance(given, str) else given):
             return handler
         return _refusal(handler)
-
-    def _allows(self, authorization: str | bytes) -> bool:
-        text = authorization if isinstance(authorization, str) else authorization.decode("latin-1")
-        scheme, _, key = text.partition(" ")
-        digest = hashlib.sha256(key.strip().encode()).digest()
-        # Every key is compared, in constant time, so that time tells nothing.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
 
 
 def _refusal(handler: Any) -> Any:
