@@ -114,7 +114,9 @@ def build_engine(
 
 def _cache(folder: Path, model: Model, mesh: Mesh) -> ExecutableCache:
     root = Path(jserve.__file__).parent
-    traced = [root / name for name in ("core", "engine", "model", "pallas_kernels")]
+    # What a step is traced from; the rest of the engine may change without compiling again.
+    step = [root / "engine" / f"{name}.py" for name in ("batch", "state", "step")]
+    traced = [root / "core", root / "model", root / "pallas_kernels", *step]
     key = repr((model.spec, str(jnp.dtype(model.dtype)), code_digest(traced), machine_key()))
     return ExecutableCache(folder / "programs", key, list(mesh.devices.flat))
 

@@ -20,12 +20,12 @@ from jax.experimental import serialize_executable
 logger = logging.getLogger(__name__)
 
 
-def code_digest(packages: Iterable[Path]) -> str:
-    """A digest of the source files that programs are traced from."""
+def code_digest(sources: Iterable[Path]) -> str:
+    """A digest of the source files, and those of packages, that programs are traced from."""
     digest = hashlib.sha256()
-    for package in packages:
-        for file in sorted(package.rglob("*.py")):
-            digest.update(str(file.relative_to(package)).encode())
+    for source in sources:
+        for file in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
+            digest.update(str(file.relative_to(source.parent)).encode())
             digest.update(file.read_bytes())
     return digest.hexdigest()
 
