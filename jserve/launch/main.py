@@ -2,8 +2,9 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -38,6 +39,16 @@ _CHAT = flags.DEFINE_bool(
     "chat", True, "generate: wrap the prompt in the model's chat template if it has one."
 )
 
+_MODEL_FLAGS = (_CONFIG, _SET)
+_GATEWAY_FLAGS = (_HOST, _HTTP_PORT, _GRPC_PORT)
+_FLAGS_OF: Mapping[str, Sequence[flags.FlagHolder[Any]]] = {
+    "serve --role=all": (*_MODEL_FLAGS, _ROLE, *_GATEWAY_FLAGS),
+    "serve --role=gateway": (*_MODEL_FLAGS, _ROLE, *_GATEWAY_FLAGS, _ENGINE_ADDRESS),
+    "serve --role=engine": (*_MODEL_FLAGS, _ROLE, _ENGINE_ADDRESS),
+    "convert": (_DTYPE,),
+    "generate": (*_MODEL_FLAGS, _MAX_TOKENS, _TEMPERATURE, _SEED, _CHAT),
+}
+
 _USAGE = """LLM serving on JAX.
 
   jserve --config=FILE [--set section.field=value …]   serve over HTTP and gRPC
@@ -59,6 +70,7 @@ def _main(argv: Sequence[str]) -> None:
     commands = {"serve": _serve, "convert": _convert, "generate": _generate}
     if command not in commands:
         raise app.UsageError(f"unknown command {command!r}; one of {', '.join(commands)}")
+    _refuse_strange_flags(f"serve --role={_ROLE.value}" if command == "serve" else command)
     try:
         sys.exit(commands[command](arguments))
     except ConfigError as error:
@@ -67,6 +79,14 @@ def _main(argv: Sequence[str]) -> None:
     except JserveError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _refuse_strange_flags(command: str) -> None:
+    """Raises UsageError for a flag that was given and would do nothing."""
+    known = {holder.name for holder in _FLAGS_OF[command]}
+    for holder in {holder.name: holder for row in _FLAGS_OF.values() for holder in row}.values():
+        if holder.present and holder.name not in known:
+            raise app.UsageError(f"--{holder.name} has no meaning for {command}")
 
 
 def _load_config() -> ServeConfig:

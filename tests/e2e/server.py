@@ -45,12 +45,13 @@ class Server:
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.grpc_address = f"127.0.0.1:{self.grpc_port}"
         self._log = log
+        ports = (f"--http_port={self.http_port}", f"--grpc_port={self.grpc_port}")
         self._client = httpx.Client(base_url=self.url, timeout=60)
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "jserve", f"--config={config}"),
-                    *(f"--http_port={self.http_port}", f"--grpc_port={self.grpc_port}"),
+                    *(() if "--role=engine" in flags else ports),
                     *flags,
                 ],
                 cwd=REPOSITORY,

@@ -34,6 +34,31 @@ def test_config_errors_exit_with_2(arguments: list[str], message: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--role=engine", "--host=127.0.0.1"],
+        ["--role=engine", "--http_port=8000"],
+        ["--role=engine", "--grpc_port=8001"],
+        ["--engine_address=127.0.0.1:8600"],
+        ["serve", "--dtype=float32"],
+        ["serve", "--max_tokens=3"],
+        ["serve", "--seed=0"],
+        ["serve", "--nochat"],
+        ["convert", "a", "b", "--config=configs/tiny_random.py"],
+        ["convert", "a", "b", "--set=engine.num_slots=8"],
+        ["generate", "x", "--role=engine"],
+        ["generate", "x", "--http_port=8000"],
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(arguments: list[str]) -> None:
+    done = _jserve(*arguments)
+    assert done.returncode == 1
+    name = arguments[-1].removeprefix("--").removeprefix("no").split("=")[0]
+    assert f"--{name} has no meaning for" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["fly"], ["generate"], ["--nonsense"], ["serve", "x"]])
 def test_wrong_usage_is_explained(arguments: list[str]) -> None:
     done = _jserve(*arguments, "--config=configs/tiny_random.py")
