@@ -25,14 +25,13 @@ from jserve.proto.convert import (
     stats_to_proto,
     updates_to_proto,
 )
+from jserve.proto.limits import MAX_SESSION_MESSAGE_BYTES
 
 logger = logging.getLogger(__name__)
 
-# Prompt log-probabilities of a long prompt are the largest message: 21 entries per token.
-MAX_MESSAGE_BYTES = 512 << 20
 _OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_SESSION_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_SESSION_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # a second engine on the port is an error, not a lottery
 )
 
@@ -163,10 +162,6 @@ class SessionServer:
         """Takes no more gateways, waits `grace_s` for the present ones to go, drops the rest."""
         await self._server.stop(grace_s)
         self._outbox.detach()
-
-    async def wait(self) -> None:
-        """Returns when the server has stopped."""
-        await self._server.wait_for_termination()
 
 
 async def serve_sessions(

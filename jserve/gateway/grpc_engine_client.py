@@ -19,32 +19,39 @@ from jserve.proto.convert import (
     stats_of_proto,
     update_of_proto,
 )
+from jserve.proto.limits import MAX_SESSION_MESSAGE_BYTES
 
 logger = logging.getLogger(__name__)
 
-_MAX_MESSAGE_BYTES = 512 << 20  # prompt log-probabilities of a long prompt
 _OPTIONS = (
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_SESSION_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_SESSION_MESSAGE_BYTES),
     ("grpc.enable_http_proxy", 0),  # the engine is on loopback, whatever the environment says
     ("grpc.use_local_subchannel_pool", 1),  # a new channel must not inherit an old back-off
 )
 _RETRY_AFTER_S = 2.0  # an engine that restarts from a warm cache takes a few seconds
+_HELLO_TIMEOUT_S = 5.0
 _SLACK = 64  # aborts that the engine has not seen yet
 
 
 class GrpcEngineClient:
-    """See `EngineClient`. Owned by one event loop; `start` connects, and keeps connecting."""
+    """See `EngineClient`. Owned by one event loop; `start` connects, and keeps connecting.
 
-    def __init__(self, address: str, *, reconnect_s: float) -> None:
+    The address may be told later, and again after each restart of the engine: `connect_to`.
+    """
+
+    def __init__(self, address: str | None, *, reconnect_s: float) -> None:
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
-        self._address = address
+        self._address = ""
+        self._located = asyncio.Event()
         self._reconnect_s = reconnect_s
         self._streams: dict[str, UpdateStream] = {}  # by live request id
         self._outgoing: asyncio.Queue[engine_pb2.SessionRequest] | None = None
         self._connected = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        if address is not None:
+            self.connect_to(address)
 
     @property
     def ready(self) -> bool:
@@ -54,6 +61,11 @@ class GrpcEngineClient:
     def start(self) -> None:
         """Begins to connect; returns at once."""
         self._task = asyncio.get_running_loop().create_task(self._stay_connected())
+
+    def connect_to(self, address: str) -> None:
+        """The next connection goes to `address`; one that stands is kept until it breaks."""
+        self._address = address
+        self._located.set()
 
     async def wait_ready(self) -> None:
         """Returns once the engine has introduced itself."""
@@ -92,11 +104,14 @@ class GrpcEngineClient:
     async def _stay_connected(self) -> None:
         try:
             while True:
+                await self._located.wait()
                 # A fresh channel each time: no back-off of the library's, no stale socket.
                 async with grpc.aio.insecure_channel(self._address, _OPTIONS) as channel:
                     try:
                         await self._session(engine_pb2_grpc.EngineStub(channel))
                         reason = "the engine closed the session"
+                    except TimeoutError:
+                        reason = "whoever listens there does not answer"
                     except grpc.aio.AioRpcError as error:
                         reason = f"{error.code().name}: {error.details()}"
                 self._disconnect(reason)
@@ -110,7 +125,9 @@ class GrpcEngineClient:
         writing = None
         try:
             messages = aiter(call)
-            hello = await anext(messages, None)
+            # Bounded: after a crash a stranger may hold the port until the new one is known.
+            async with asyncio.timeout(_HELLO_TIMEOUT_S):
+                hello = await anext(messages, None)
             if hello is None:
                 return
             self.info = info_of_proto(hello.hello)
