@@ -26,8 +26,12 @@ class ModelPrepared:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The engine serves. `summary` is shown to people, in order; `phases` are seconds."""
+    """The engine serves at `address`, host:port, another one after every start.
 
+    `summary` is shown to people, in order; `phases` are seconds.
+    """
+
+    address: str
     summary: dict[str, str] = field(default_factory=dict[str, str])
     phases: dict[str, float] = field(default_factory=dict[str, float])
 

@@ -29,7 +29,7 @@ COMMAND = (sys.executable, "-m", "jserve.launch.engine_child")
 
 @dataclass(frozen=True, slots=True)
 class EngineJob:
-    """What the parent sends: the config and where to listen, `host:port`."""
+    """What the parent sends: the config and where to listen, `host:port` (port 0: any)."""
 
     config: ServeConfig
     address: str

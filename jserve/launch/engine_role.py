@@ -27,7 +27,7 @@ def serve_engine(config: ServeConfig, address: str) -> int:
             case PhaseProgress(detail):
                 console.say(f"  {detail}")
             case Ready():
-                console.table(f"the engine is ready on {address}", status.summary)
+                console.table(f"the engine is ready on {status.address}", status.summary)
             case _:
                 pass
 
@@ -36,7 +36,8 @@ def serve_engine(config: ServeConfig, address: str) -> int:
 
 
 def run_engine(config: ServeConfig, address: str, report: Callable[[EngineStatus], None]) -> None:
-    """Serves until SIGTERM. The platform must be pinned."""
+    """Serves until SIGTERM; port 0 takes a free one. The platform must be pinned."""
+    host = address.rpartition(":")[0]
     engine = start_engine(
         config.model,
         config.engine,
@@ -49,7 +50,9 @@ def run_engine(config: ServeConfig, address: str, report: Callable[[EngineStatus
         engine,
         address,
         drain_timeout_s=config.engine.drain_timeout_s,
-        on_ready=lambda _: report(Ready(_summary(config, engine), engine.phases)),
+        on_ready=lambda port: report(
+            Ready(f"{host}:{port}", _summary(config, engine), engine.phases)
+        ),
     )
 
 
@@ -61,6 +64,7 @@ def _summary(config: ServeConfig, engine: Engine) -> dict[str, str]:
     )
     return {
         "backend": f"{shape.backend.value}, {config.model.dtype}",
+        "mesh": "1 device",  # nothing is sharded over more yet
         "context": f"{info.max_model_len} tokens",
         "slots": str(info.num_slots),
         "pages": f"{info.num_pages} of {info.page_size} tokens",

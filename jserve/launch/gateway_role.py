@@ -31,11 +31,11 @@ def load_text(config: ServeConfig, console: Console) -> TextModel:
 class Gateway:
     """Both front ends and the connection to the engine. Owned by one event loop."""
 
-    def __init__(self, config: GatewayConfig, text: TextModel, engine_address: str) -> None:
+    def __init__(self, config: GatewayConfig, text: TextModel) -> None:
         """Binds the HTTP port; ConfigError if it is taken."""
         clock = WallClock()
         self._config = config
-        self._engine = GrpcEngineClient(engine_address, reconnect_s=config.reconnect_s)
+        self._engine = GrpcEngineClient(None, reconnect_s=config.reconnect_s)
         self.generator = Generator(
             tokenizer=text.tokenizer,
             chat_template=text.chat_template,
@@ -56,6 +56,10 @@ class Gateway:
         await self._http.start()
         self._engine.start()
         return self
+
+    def connect_to(self, engine_address: str) -> None:
+        """Tells where the engine is; again whenever it has been started anew."""
+        self._engine.connect_to(engine_address)
 
     async def until_ready(self) -> None:
         """Returns once the engine has introduced itself."""

@@ -28,6 +28,8 @@ from jserve.launch.engine_child import EngineJob
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+# The engine binds a port that is free at that moment, after every restart anew, and tells which.
+_ANY_LOOPBACK_PORT = "127.0.0.1:0"
 _EXIT_INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 
 
@@ -72,9 +74,21 @@ class _StartUp:
         self._console = console
         self.prepared: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._address: str | None = None
+        self._on_address: Callable[[str], None] | None = None
+
+    def follow(self, on_address: Callable[[str], None]) -> None:
+        """Calls back with the address of the engine, now if there is one, and after restarts."""
+        self._on_address = on_address
+        if self._address is not None:
+            on_address(self._address)
 
     def on_status(self, status: EngineStatus) -> None:
         """Called with every status line of every engine process, restarted ones too."""
+        if isinstance(status, Ready):
+            self._address = status.address
+            if self._on_address is not None:
+                self._on_address(status.address)
         if self.ready.done():
             if isinstance(status, Ready):
                 _log.info("engine is serving again", extra=status.phases)
@@ -103,11 +117,10 @@ async def _serve_all(config: ServeConfig, drain: asyncio.Event) -> int:
     _require_free_port(config.gateway.host, config.gateway.grpc_port, "--grpc_port")
     _log_config(config)
     console = Console()
-    address = f"127.0.0.1:{_free_loopback_port()}"
     start_up = _StartUp(console)
     engine = EngineProcess(
         engine_child.COMMAND,
-        engine_child.encode_job(EngineJob(config, address)),
+        engine_child.encode_job(EngineJob(config, _ANY_LOOPBACK_PORT)),
         config.control,
         WallClock(),
         start_up.on_status,
@@ -119,7 +132,8 @@ async def _serve_all(config: ServeConfig, drain: asyncio.Event) -> int:
 
         if await _first(start_up.prepared, supervision, drain):
             text = load_text(config, console)
-            async with Gateway(_named(config), text, address) as gateway:
+            async with Gateway(_named(config), text) as gateway:
+                start_up.follow(gateway.connect_to)
                 ready = await _first(start_up.ready, supervision, drain)
                 if ready is not None:
                     await gateway.until_ready()
@@ -141,13 +155,14 @@ async def _serve_gateway(config: ServeConfig, engine_address: str, drain: asynci
     _log_config(config)
     console = Console()
     text = load_text(config, console)
-    async with Gateway(_named(config), text, engine_address) as gateway:
+    async with Gateway(_named(config), text) as gateway:
+        gateway.connect_to(engine_address)
         console.say(f"waiting for the engine at {engine_address}")
         waiting = asyncio.create_task(gateway.until_ready())
         stop = asyncio.create_task(drain.wait())
         await asyncio.wait({waiting, stop}, return_when=asyncio.FIRST_COMPLETED)
         if waiting.done():
-            show_summary(console, gateway.generator, Ready())
+            show_summary(console, gateway.generator, Ready(engine_address))
         await stop
         waiting.cancel()
         console.say("draining: nothing new is accepted; Ctrl-C again stops at once")
@@ -181,12 +196,6 @@ def _require_free_port(host: str, port: int, flag: str) -> None:
             raise ConfigError(
                 f"{host}:{port} cannot be opened ({error.strerror}); choose another with {flag}"
             ) from None
-
-
-def _free_loopback_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _log_config(config: ServeConfig) -> None:

@@ -31,7 +31,7 @@ if order == "die":
     sys.exit(3)
 if order == "chatter":
     print("not a status", flush=True)
-say("Ready", summary={"pid": str(os.getpid())}, phases={"load": 0.5})
+say("Ready", address="127.0.0.1:1", summary={"pid": str(os.getpid())}, phases={"load": 0.5})
 if order == "stubborn":
     import signal
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

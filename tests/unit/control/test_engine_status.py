@@ -20,7 +20,7 @@ from jserve.control.engine_status import (
         PhaseStarted("compile", "mixed[256]"),
         PhaseProgress("naïve\n40 of 98 MB"),
         ModelPrepared(),
-        Ready({"model": "smol"}, {"load": 1.25}),
+        Ready("127.0.0.1:8600", {"model": "smol"}, {"load": 1.25}),
         Failed("no file", is_config_error=True),
     ],
 )

@@ -1,6 +1,7 @@
 """Engine/Session over a real loopback socket: both of its ends, and what happens between."""
 
 import asyncio
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -13,6 +14,7 @@ from jserve.core.errors import ConfigError, EngineError, Overloaded, RequestErro
 from jserve.core.request import EngineStats, FinishReason, Request, SamplingParams, SequenceUpdate
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
 from jserve.engine.session import serve_sessions
+from jserve.gateway import grpc_engine_client
 from jserve.gateway.grpc_engine_client import GrpcEngineClient
 from jserve.proto import engine_pb2, engine_pb2_grpc
 from jserve.proto.convert import request_to_proto
@@ -148,6 +150,30 @@ def test_engine_death_is_told_at_once_and_a_new_engine_is_found():
                     whole = merged(await collect(client.submit([request("c")])))
                     assert whole.finish is FinishReason.LENGTH
                     await server.stop()
+
+    asyncio.run(main())
+
+
+def test_client_follows_an_engine_that_moves_and_is_not_held_by_a_stranger(monkeypatch):
+    monkeypatch.setattr(grpc_engine_client, "_HELLO_TIMEOUT_S", 0.1)
+
+    async def main():
+        client = GrpcEngineClient(None, reconnect_s=0.02)
+        client.start()
+        async with closing(client):
+            with socket.create_server(("127.0.0.1", 0)) as stranger:
+                client.connect_to(f"127.0.0.1:{stranger.getsockname()[1]}")
+                await asyncio.sleep(0.05)  # it waits for the stranger's hello
+                assert not client.ready
+                for tokens in (3, 4):
+                    with LoopThread().running() as loop:
+                        server = await serve_sessions("127.0.0.1:0", INFO, loop.inbox, loop.outbox)
+                        client.connect_to(f"127.0.0.1:{server.port}")
+                        await asyncio.wait_for(client.wait_ready(), 5)
+                        whole = merged(await collect(client.submit([request("a", tokens)])))
+                        assert len(whole.tokens) == tokens
+                        await server.stop()
+                        await eventually(lambda: not client.ready)
 
     asyncio.run(main())
 
