@@ -35,6 +35,7 @@ class Engine:
     """A ready engine: what a loop needs, and what people want to know of it."""
 
     info: EngineInfo
+    mesh: Mesh
     shape: EngineShape
     executor: DeviceExecutor
     scheduler: Scheduler
@@ -103,6 +104,7 @@ def build_engine(
     compiled = counter.count
     return Engine(
         info,
+        mesh,
         shape,
         executor,
         scheduler,

@@ -64,7 +64,7 @@ def _summary(config: ServeConfig, engine: Engine) -> dict[str, str]:
     )
     return {
         "backend": f"{shape.backend.value}, {config.model.dtype}",
-        "mesh": "1 device",  # nothing is sharded over more yet
+        "mesh": ", ".join(f"{axis} {size}" for axis, size in engine.mesh.shape.items()),
         "context": f"{info.max_model_len} tokens",
         "slots": str(info.num_slots),
         "pages": f"{info.num_pages} of {info.page_size} tokens",
