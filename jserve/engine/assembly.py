@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 import jserve
 from jserve.core.request import EngineInfo
+from jserve.core.step import Program
 from jserve.engine.config import EngineConfig
 from jserve.engine.executable_cache import ExecutableCache, code_digest, machine_key
 from jserve.engine.executor import DeviceExecutor
@@ -23,11 +25,15 @@ from jserve.engine.sizing import (
     make_state,
     shape_engine,
 )
+from jserve.engine.state import DeviceState
 from jserve.engine.step import Params
 from jserve.model.functional import Model
 from jserve.model.sharding import named_sharding
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
+
+_A = TypeVar("_A")
+_B = TypeVar("_B")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +67,9 @@ def build_engine(
     """
     cache = _cache(cache_folder, model, mesh) if config.cache_executables and cache_folder else None
     shape = shape_engine(model, mesh, config, cache)
-    start_state = jax.jit(lambda: make_state(model, shape), out_shardings=named_sharding(mesh, ()))
     counter = CompileCounter()
-    phases: dict[str, float] = {}
-    with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
-        loading = pool.submit(_timed, load_params)
-        started = time.perf_counter()
+
+    def compile_all() -> tuple[dict[Program, CompiledProgram], DeviceState]:
         programs = compile_programs(
             model,
             config.programs(),
@@ -77,9 +80,10 @@ def build_engine(
             cache=cache,
             on_ready=on_program,
         )
-        state = start_state()
-        phases["compile"] = time.perf_counter() - started
-        params, phases["load"] = loading.result()
+        replicated = named_sharding(mesh, ())
+        return programs, jax.jit(lambda: make_state(model, shape), out_shardings=replicated)()
+
+    (params, load_s), ((programs, state), compile_s) = _side_by_side(load_params, compile_all)
     info = EngineInfo(
         model=name,
         vocab=model.spec.vocab,
@@ -110,7 +114,7 @@ def build_engine(
         scheduler,
         tuple(programs.values()),
         lambda: counter.count - compiled,
-        phases,
+        {"compile": compile_s, "load": load_s},
     )
 
 
@@ -123,7 +127,23 @@ def _cache(folder: Path, model: Model, mesh: Mesh) -> ExecutableCache:
     return ExecutableCache(folder / "programs", key, list(mesh.devices.flat))
 
 
-def _timed(work: Callable[[], Params]) -> tuple[Params, float]:
+def _side_by_side(
+    first: Callable[[], _A], second: Callable[[], _B]
+) -> tuple[tuple[_A, float], tuple[_B, float]]:
+    """Results and seconds of both, run at once. A failure of one does not wait for the other."""
+    pool = ThreadPoolExecutor(2, thread_name_prefix="start")
+    try:
+        one = pool.submit(_timed, first)
+        two = pool.submit(_timed, second)
+        futures: tuple[Future[Any], ...] = (one, two)
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()
+        return one.result(), two.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _timed(work: Callable[[], _A]) -> tuple[_A, float]:
     started = time.perf_counter()
     done = work()
     return done, time.perf_counter() - started

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 from jserve.core.errors import ConfigError
+from jserve.engine.assembly import build_engine
 from jserve.engine.config import EngineConfig
 from jserve.engine.sizing import shape_engine
 from jserve.engine.state import page_bytes
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh
+from jserve.scheduler.config import SchedulerConfig
 
 from .engine_harness import TINY
 
@@ -51,3 +53,23 @@ def test_a_context_beyond_the_model_is_refused() -> None:
     config = EngineConfig(**SMALL, max_model_len=100_000)
     with pytest.raises(ConfigError, match="context is 512"):
         shape_engine(MODEL, MESH, config, None)
+
+
+def test_wrong_weights_are_told_before_the_programs_are_compiled() -> None:
+    compiled: list[object] = []
+
+    def load() -> dict[str, jax.Array]:
+        raise ConfigError("model.gguf: tensor 'x' is missing")
+
+    with pytest.raises(ConfigError, match="'x' is missing"):
+        build_engine(
+            "tiny",
+            MODEL,
+            MESH,
+            load,
+            EngineConfig(**SMALL, num_pages=64),
+            SchedulerConfig(),
+            cache_folder=None,
+            on_program=compiled.append,
+        )
+    assert not compiled
