@@ -135,7 +135,7 @@ def _side_by_side(
     try:
         one = pool.submit(_timed, first)
         two = pool.submit(_timed, second)
-        futures: tuple[Future[Any], ...] = (one, two)
+        futures: list[Future[Any]] = [one, two]
         for future in wait(futures, return_when=FIRST_EXCEPTION).done:
             future.result()
         return one.result(), two.result()
