@@ -1,14 +1,15 @@
-"""The command `convert`: a GGUF file or a Hugging Face folder to a native model folder."""
+"""The command `convert`: a model between GGUF, Hugging Face and native form."""
 
 from pathlib import Path
 
 from jserve.launch.console import Console, FileProgress
-from jserve.model.formats.load import to_native
+from jserve.model.formats import convert as formats
 
 
-def convert(source: str, folder: str, dtype: str) -> int:
+def convert(source: str, folder: str, to: str, dtype: str) -> int:
     """Writes `folder`, all or nothing; returns the exit code."""
     console = Console()
-    to_native(Path(source), Path(folder), dtype, FileProgress("converted", console.say))
-    console.say(f"{folder} is complete; serve it with --set model.source={folder}")
+    progress = FileProgress("converted", console.say)
+    formats.convert(Path(source), Path(folder), formats.Format(to), dtype=dtype, progress=progress)
+    console.say(f"{folder} is complete; serve it with a config whose model.source is {folder!r}")
     return 0

@@ -32,6 +32,9 @@ _ENGINE_ADDRESS = flags.DEFINE_string(
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "convert: type of the parameters."
 )
+_FORMAT = flags.DEFINE_enum(
+    "format", "native", ["native", "huggingface"], "convert: what FOLDER will be."
+)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", 256, "generate: tokens at most.")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "generate: 0 is greedy.")
 _SEED = flags.DEFINE_integer("seed", None, "generate: makes sampling repeatable.")
@@ -45,14 +48,14 @@ _FLAGS_OF: Mapping[str, Sequence[flags.FlagHolder[Any]]] = {
     "serve --role=all": (*_MODEL_FLAGS, _ROLE, *_GATEWAY_FLAGS),
     "serve --role=gateway": (*_MODEL_FLAGS, _ROLE, *_GATEWAY_FLAGS, _ENGINE_ADDRESS),
     "serve --role=engine": (*_MODEL_FLAGS, _ROLE, _ENGINE_ADDRESS),
-    "convert": (_DTYPE,),
+    "convert": (_FORMAT, _DTYPE),
     "generate": (*_MODEL_FLAGS, _MAX_TOKENS, _TEMPERATURE, _SEED, _CHAT),
 }
 
 _USAGE = """LLM serving on JAX.
 
   jserve --config=FILE [--set section.field=value …]   serve over HTTP and gRPC
-  jserve convert SOURCE FOLDER                          weights to the native format
+  jserve convert SOURCE FOLDER [--format=…]             weights to the native or another format
   jserve generate PROMPT --config=FILE                  one prompt, streamed to the terminal
 """
 
@@ -128,7 +131,7 @@ def _convert(arguments: Sequence[str]) -> int:
     platform.pin(config_lib.PlatformConfig())
     from jserve.launch.convert import convert
 
-    return convert(*arguments, dtype=_DTYPE.value)
+    return convert(*arguments, to=_FORMAT.value, dtype=_DTYPE.value)
 
 
 def _generate(arguments: Sequence[str]) -> int:
