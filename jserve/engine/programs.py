@@ -41,7 +41,7 @@ def compile_programs(
     on_ready: Callable[[CompiledProgram], None] = lambda _: None,
     threads: int = 2,
 ) -> dict[Program, CompiledProgram]:
-    """Compiles or loads every program; tracing takes turns, compiling runs in parallel."""
+    """Compiles or loads every program, several at a time."""
 
     def make(program: Program) -> CompiledProgram:
         started = time.perf_counter()
