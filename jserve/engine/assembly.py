@@ -29,6 +29,7 @@ from jserve.engine.state import DeviceState
 from jserve.engine.step import Params
 from jserve.model.functional import Model
 from jserve.model.sharding import named_sharding
+from jserve.pallas_kernels.backend import Backend
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
 
@@ -42,6 +43,7 @@ class Engine:
 
     info: EngineInfo
     mesh: Mesh
+    backend: Backend
     shape: EngineShape
     executor: DeviceExecutor
     scheduler: Scheduler
@@ -74,7 +76,6 @@ def build_engine(
             model,
             config.programs(),
             shape.batch,
-            shape.backend,
             abstract_params(model, mesh),
             abstract_state(model, mesh, shape),
             cache=cache,
@@ -109,6 +110,7 @@ def build_engine(
     return Engine(
         info,
         mesh,
+        model.backend,
         shape,
         executor,
         scheduler,

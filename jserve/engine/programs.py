@@ -14,7 +14,6 @@ from jserve.engine.executable_cache import ExecutableCache
 from jserve.engine.state import DeviceState
 from jserve.engine.step import make_step
 from jserve.model.functional import Model
-from jserve.pallas_kernels.backend import Backend
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -33,7 +32,6 @@ def compile_programs(
     model: Model,
     programs: Sequence[Program],
     shape: BatchShape,
-    backend: Backend,
     params: Mapping[str, jax.Array | jax.ShapeDtypeStruct],  # with shardings
     state: DeviceState,  # likewise
     *,
@@ -46,12 +44,12 @@ def compile_programs(
     def make(program: Program) -> CompiledProgram:
         started = time.perf_counter()
         # State shapes hold the number of pages, which may differ from start to start.
-        name = repr((program, shape, backend, jax.tree.map(_signature, (params, state))))
+        name = repr((program, shape, model.backend, jax.tree.map(_signature, (params, state))))
         call = cache.load(name) if cache else None
         cached = call is not None
         if call is None:
             buffer = jax.ShapeDtypeStruct((layout(program, shape).size,), jnp.int32)
-            step = jax.jit(make_step(model, program, shape, backend), donate_argnums=2)
+            step = jax.jit(make_step(model, program, shape), donate_argnums=2)
             call = step.lower(params, (), state, buffer).compile()
             if cache:
                 cache.store(name, call)

@@ -18,7 +18,6 @@ from jserve.engine.programs import compile_programs
 from jserve.engine.state import DeviceState, init_state, page_bytes
 from jserve.model.functional import Model
 from jserve.model.sharding import named_sharding, param_shardings
-from jserve.pallas_kernels.backend import Backend, backend_for
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +29,6 @@ class EngineShape:
     batch: BatchShape
     num_pages: int
     max_model_len: int
-    backend: Backend
 
     @property
     def pages_per_slot(self) -> int:
@@ -57,8 +55,7 @@ def shape_engine(
             f"engine.max_model_len is {max_model_len}; the model's context is {spec.max_context}"
         )
     batch = BatchShape(config.num_slots, spec.vocab, config.page_size, config.processor_rows)
-    backend = backend_for(mesh.devices.flat[0].platform)
-    least = EngineShape(batch, GRID, max_model_len, backend)
+    least = EngineShape(batch, GRID, max_model_len)
     if config.num_pages:
         num_pages = config.num_pages
     elif config.kv_bytes:
@@ -82,7 +79,7 @@ def shape_engine(
         _log.warning(
             "the context is cut from %d to the %d tokens of all pages", max_model_len, held
         )
-    return EngineShape(batch, num_pages, min(max_model_len, held), backend)
+    return EngineShape(batch, num_pages, min(max_model_len, held))
 
 
 def abstract_params(model: Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -144,9 +141,7 @@ def _measured_pages(
         [program for program in config.programs() if program.kind is kind][-1]
         for kind in ProgramKind
     ]
-    measured = compile_programs(
-        model, largest, least.batch, least.backend, params, state, cache=cache
-    )
+    measured = compile_programs(model, largest, least.batch, params, state, cache=cache)
     temp_bytes = 0
     for made in measured.values():
         memory = made.call.memory_analysis()

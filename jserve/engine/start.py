@@ -16,6 +16,7 @@ from jserve.model.formats.load import load_params, model_spec, prepare
 from jserve.model.formats.tensor_source import Progress
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh, param_shardings
+from jserve.pallas_kernels.backend import backend_for
 from jserve.scheduler.config import SchedulerConfig
 
 
@@ -34,8 +35,9 @@ def start_engine(
     ConfigError.
     """
     spec = model_spec(model_config, on_files)
-    model = Model(spec, jnp.dtype(model_config.dtype))
     mesh = device_mesh(jax.devices()[:1], model=1)
+    backend = backend_for(mesh.devices.flat[0].platform)
+    model = Model(spec, jnp.dtype(model_config.dtype), backend)
     shardings = param_shardings(model.param_specs(), spec, mesh)
     prepare_s = 0.0
 

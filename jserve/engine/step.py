@@ -28,7 +28,6 @@ from jserve.model.sampling.state import (
     reset,
     stop_code,
 )
-from jserve.pallas_kernels.backend import Backend
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch, make_ragged_batch
 from jserve.pallas_kernels.ragged_paged_attention.dispatch import ragged_paged_attention
 
@@ -54,17 +53,16 @@ class _Rows(NamedTuple):
     lengths: jax.Array  # [rows] tokens in KV memory after this step
 
 
-def make_step(model: Model, program: Program, shape: BatchShape, backend: Backend):
+def make_step(model: Model, program: Program, shape: BatchShape):
     """The program as `(params, adapters, state, buffer) -> (state, result)`, to be jitted."""
     step = mixed_step if program.kind is ProgramKind.MIXED else window_step
-    return functools.partial(step, model, program, shape, backend)
+    return functools.partial(step, model, program, shape)
 
 
 def mixed_step(
     model: Model,
     program: Program,
     shape: BatchShape,
-    backend: Backend,
     params: Params,
     adapters: tuple[()],
     state: DeviceState,
@@ -111,7 +109,7 @@ def mixed_step(
         token_live,
         page_size=shape.page_size,
     )
-    state, hidden = _layers(model, backend, params, state, tokens, positions, ragged, prompts=True)
+    state, hidden = _layers(model, params, state, tokens, positions, ragged, prompts=True)
     last = jnp.clip(batch["row_first"] + batch["row_tokens"] - 1, 0, program.tokens - 1)
     state, tokens_new, finish, logprobs = _advance(model, params, state, hidden[last], rows)
     result = DeviceResult(
@@ -128,7 +126,6 @@ def window_step(
     model: Model,
     program: Program,
     shape: BatchShape,
-    backend: Backend,
     params: Params,
     adapters: tuple[()],
     state: DeviceState,
@@ -169,9 +166,7 @@ def window_step(
             page_size=shape.page_size,
         )
         tokens = state.last_tokens[held]
-        state, hidden = _layers(
-            model, backend, params, state, tokens, positions, ragged, prompts=False
-        )
+        state, hidden = _layers(model, params, state, tokens, positions, ragged, prompts=False)
         state, tokens, finish, logprobs = _advance(model, params, state, hidden, rows)
         packed = result.tokens.at[:, n].set(tokens)
         packed = packed.at[:, -2].add(live.astype(jnp.int32))
@@ -190,7 +185,6 @@ def window_step(
 
 def _layers(
     model: Model,
-    backend: Backend,
     params: Params,
     state: DeviceState,
     tokens: jax.Array,
@@ -201,7 +195,7 @@ def _layers(
 ) -> tuple[DeviceState, jax.Array]:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, window: int):
         return ragged_paged_attention(
-            q, k, v, pages, ragged, window=window, prompts=prompts, backend=backend
+            q, k, v, pages, ragged, window=window, prompts=prompts, backend=model.backend
         )
 
     hidden, kv = model.hidden(params, tokens, positions, state.kv[FULL], attend)

@@ -63,7 +63,7 @@ def _summary(config: ServeConfig, engine: Engine) -> dict[str, str]:
         for made in engine.programs
     )
     return {
-        "backend": f"{shape.backend.value}, {config.model.dtype}",
+        "backend": f"{engine.backend.value}, {config.model.dtype}",
         "mesh": ", ".join(f"{axis} {size}" for axis, size in engine.mesh.shape.items()),
         "context": f"{info.max_model_len} tokens",
         "slots": str(info.num_slots),

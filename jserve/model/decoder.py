@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from jserve.model.layers import KV, Attend, Embedding, Linear, RMSNorm, dot
+from jserve.model.numerics import Numerics
 from jserve.model.rope import RopeTables, rope_of
 from jserve.model.spec import ModelSpec
 
@@ -30,7 +31,7 @@ class Layer(Protocol):
 class LayerFactory(Protocol):
     """Declares one block; a layer class or a `partial` of one."""
 
-    def __call__(self, spec: ModelSpec, dtype: jnp.dtype) -> Layer:
+    def __call__(self, spec: ModelSpec, numerics: Numerics) -> Layer:
         """A block whose parameters are declared, not yet arrays."""
         ...
 
@@ -47,12 +48,12 @@ class Family:
 class Decoder(nnx.Module):
     """Embedding, layers, final norm; an attribute path is the parameter's Hugging Face name."""
 
-    def __init__(self, spec: ModelSpec, family: Family, dtype: jnp.dtype) -> None:
+    def __init__(self, spec: ModelSpec, family: Family, numerics: Numerics) -> None:
         self.spec = spec
         self.embedding_scale = spec.model_dim**0.5 if family.scaled_embeddings else None
-        self.embed_tokens = Embedding(spec.vocab, spec.model_dim, dtype)
-        self.layers = nnx.List([family.layer(spec, dtype) for _ in range(spec.layers)])
-        self.norm = RMSNorm(spec.model_dim, spec.norm_eps, dtype, offset=family.norm_offset)
+        self.embed_tokens = Embedding(spec.vocab, spec.model_dim, numerics)
+        self.layers = nnx.List([family.layer(spec, numerics) for _ in range(spec.layers)])
+        self.norm = RMSNorm(spec.model_dim, spec.norm_eps, numerics, offset=family.norm_offset)
 
     def __call__(
         self,
@@ -77,9 +78,9 @@ class Decoder(nnx.Module):
 class CausalLM(nnx.Module):
     """A decoder and its head; a tied head is the embedding and declares nothing."""
 
-    def __init__(self, spec: ModelSpec, family: Family, dtype: jnp.dtype) -> None:
-        self.model = Decoder(spec, family, dtype)
-        self.lm_head = None if spec.tied_embeddings else _head(spec, dtype)
+    def __init__(self, spec: ModelSpec, family: Family, numerics: Numerics) -> None:
+        self.model = Decoder(spec, family, numerics)
+        self.lm_head = None if spec.tied_embeddings else _head(spec, numerics)
 
     def logits(self, hidden: Float[Array, "rows model_dim"]) -> Float32[Array, "rows vocab"]:
         """Logits of the next token, in float32."""
@@ -87,5 +88,5 @@ class CausalLM(nnx.Module):
         return dot(hidden, head.weight[...])
 
 
-def _head(spec: ModelSpec, dtype: jnp.dtype) -> Linear:
-    return Linear(spec.model_dim, spec.vocab, ("vocab", None), dtype)
+def _head(spec: ModelSpec, numerics: Numerics) -> Linear:
+    return Linear(spec.model_dim, spec.vocab, ("vocab", None), numerics)

@@ -11,9 +11,11 @@ from jaxtyping import Array, Float, Float32, Int
 from jserve.core.errors import ConfigError
 from jserve.model.decoder import CausalLM
 from jserve.model.layers import KV, Attend
+from jserve.model.numerics import Numerics
 from jserve.model.params import ParamSpec, init_params, param_specs
 from jserve.model.registry import FAMILIES
 from jserve.model.spec import ModelSpec
+from jserve.pallas_kernels.backend import Backend
 
 
 class Model:
@@ -23,14 +25,15 @@ class Model:
     to be called while tracing.
     """
 
-    def __init__(self, spec: ModelSpec, dtype: jnp.dtype) -> None:
+    def __init__(self, spec: ModelSpec, dtype: jnp.dtype, backend: Backend = Backend.CPU) -> None:
         if spec.family not in FAMILIES:
             raise ConfigError(
                 f"model family {spec.family!r} is not supported; known: {sorted(FAMILIES)}"
             )
         self.spec = spec
         self.dtype = jnp.dtype(dtype)
-        module = CausalLM(spec, FAMILIES[spec.family], self.dtype)
+        self.backend = backend
+        module = CausalLM(spec, FAMILIES[spec.family], Numerics(self.dtype, backend))
         self._specs = param_specs(module)
         self._graph, state = nnx.split(module)
         self._paths = [path for path, _ in nnx.to_flat_state(state)]

@@ -6,12 +6,12 @@ Norm weights are stored minus one; the embedding is scaled by sqrt(model_dim).
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from jserve.model.decoder import Family
 from jserve.model.layers import KV, Attend, Attention, GatedFfn, RMSNorm
+from jserve.model.numerics import Numerics
 from jserve.model.rope import RopeTables
 from jserve.model.spec import ModelSpec
 
@@ -21,13 +21,13 @@ NORM_OFFSET = 1.0
 class Gemma3Layer(nnx.Module):
     """x += norm(attention(norm(x))); x += norm(ffn(norm(x)))."""
 
-    def __init__(self, spec: ModelSpec, dtype: jnp.dtype) -> None:
-        norm = partial(RMSNorm, spec.model_dim, spec.norm_eps, dtype, offset=NORM_OFFSET)
+    def __init__(self, spec: ModelSpec, numerics: Numerics) -> None:
+        norm = partial(RMSNorm, spec.model_dim, spec.norm_eps, numerics, offset=NORM_OFFSET)
         self.input_layernorm = norm()
-        self.self_attn = Attention(spec, dtype, qk_norm_offset=NORM_OFFSET)
+        self.self_attn = Attention(spec, numerics, qk_norm_offset=NORM_OFFSET)
         self.post_attention_layernorm = norm()
         self.pre_feedforward_layernorm = norm()
-        self.mlp = GatedFfn(spec, dtype, partial(jax.nn.gelu, approximate=True))
+        self.mlp = GatedFfn(spec, numerics, partial(jax.nn.gelu, approximate=True))
         self.post_feedforward_layernorm = norm()
 
     def __call__(

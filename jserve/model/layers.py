@@ -12,6 +12,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jserve.model.numerics import Numerics
 from jserve.model.params import param
 from jserve.model.rope import RopeTables, rotate
 from jserve.model.spec import ModelSpec
@@ -76,13 +77,13 @@ class Linear(nnx.Module):
         in_dim: int,
         out_dim: int,
         axes: tuple[str | None, str | None],  # of the weight
-        dtype: jnp.dtype,
+        numerics: Numerics,
         *,
         bias: bool = False,
     ) -> None:
-        self.dtype = dtype
-        self.weight = param((out_dim, in_dim), axes, dtype, std=in_dim**-0.5)
-        self.bias = param((out_dim,), axes[:1], dtype, std=0.02) if bias else None
+        self.dtype = numerics.dtype
+        self.weight = param((out_dim, in_dim), axes, self.dtype, std=in_dim**-0.5)
+        self.bias = param((out_dim,), axes[:1], self.dtype, std=0.02) if bias else None
 
     def __call__(self, x: Float[Array, "tokens in_dim"]) -> Float[Array, "tokens out_dim"]:
         """The product in the compute dtype; a bias is added before rounding to it."""
@@ -95,8 +96,8 @@ class Linear(nnx.Module):
 class Embedding(nnx.Module):
     """A row per token id; transposed it is the head of a model with tied embeddings."""
 
-    def __init__(self, vocab: int, dim: int, dtype: jnp.dtype) -> None:
-        self.weight = param((vocab, dim), ("vocab", None), dtype, std=dim**-0.5)
+    def __init__(self, vocab: int, dim: int, numerics: Numerics) -> None:
+        self.weight = param((vocab, dim), ("vocab", None), numerics.dtype, std=dim**-0.5)
 
     def __call__(self, tokens: Int[Array, " tokens"]) -> Float[Array, "tokens model_dim"]:
         """The rows of `tokens`, in the compute dtype."""
@@ -106,10 +107,10 @@ class Embedding(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) · (offset + weight) over the last axis, in float32 (Zhang and Sennrich, 2019)."""
 
-    def __init__(self, dim: int, eps: float, dtype: jnp.dtype, *, offset: float = 0.0) -> None:
+    def __init__(self, dim: int, eps: float, numerics: Numerics, *, offset: float = 0.0) -> None:
         self.eps = eps
         self.offset = offset
-        self.weight = param((dim,), (None,), dtype, mean=1.0 - offset, std=0.1)
+        self.weight = param((dim,), (None,), numerics.dtype, mean=1.0 - offset, std=0.1)
 
     def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
         """The normalized rows, in the dtype of `x`."""
@@ -122,28 +123,28 @@ class RMSNorm(nnx.Module):
 class GatedFfn(nnx.Module):
     """down(activation(gate(x)) · up(x)): SwiGLU, GeGLU (Shazeer, 2020)."""
 
-    def __init__(self, spec: ModelSpec, dtype: jnp.dtype, activation: Activation) -> None:
+    def __init__(self, spec: ModelSpec, numerics: Numerics, activation: Activation) -> None:
         self.activation = activation
-        self.gate_proj = _ffn_linear(spec, dtype, into=True)
-        self.up_proj = _ffn_linear(spec, dtype, into=True)
-        self.down_proj = _ffn_linear(spec, dtype, into=False)
+        self.gate_proj = _ffn_linear(spec, numerics, into=True)
+        self.up_proj = _ffn_linear(spec, numerics, into=True)
+        self.down_proj = _ffn_linear(spec, numerics, into=False)
 
     def __call__(self, x: Float[Array, "tokens model_dim"]) -> Float[Array, "tokens model_dim"]:
         """The block's output, to be added to the residual stream."""
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
-def _ffn_linear(spec: ModelSpec, dtype: jnp.dtype, *, into: bool) -> Linear:
+def _ffn_linear(spec: ModelSpec, numerics: Numerics, *, into: bool) -> Linear:
     if into:
-        return Linear(spec.model_dim, spec.ffn_dim, ("ffn", None), dtype, bias=spec.ffn_bias)
-    return Linear(spec.ffn_dim, spec.model_dim, (None, "ffn"), dtype, bias=spec.ffn_bias)
+        return Linear(spec.model_dim, spec.ffn_dim, ("ffn", None), numerics, bias=spec.ffn_bias)
+    return Linear(spec.ffn_dim, spec.model_dim, (None, "ffn"), numerics, bias=spec.ffn_bias)
 
 
 class Attention(nnx.Module):
     """Projections, optional per-head norms of q and k, rotation; attention itself is `attend`."""
 
     def __init__(
-        self, spec: ModelSpec, dtype: jnp.dtype, *, qk_norm_offset: float | None = None
+        self, spec: ModelSpec, numerics: Numerics, *, qk_norm_offset: float | None = None
     ) -> None:
         dim, q_dim, kv_dim = (
             spec.model_dim,
@@ -151,17 +152,17 @@ class Attention(nnx.Module):
             spec.kv_heads * spec.head_dim,
         )
         self.spec = spec
-        self.q_proj = Linear(dim, q_dim, ("q_heads", None), dtype, bias=spec.qkv_bias)
-        self.k_proj = Linear(dim, kv_dim, ("kv_heads", None), dtype, bias=spec.qkv_bias)
-        self.v_proj = Linear(dim, kv_dim, ("kv_heads", None), dtype, bias=spec.qkv_bias)
-        self.o_proj = Linear(q_dim, dim, (None, "q_heads"), dtype, bias=spec.output_bias)
-        self.q_norm = self._head_norm(qk_norm_offset, dtype)
-        self.k_norm = self._head_norm(qk_norm_offset, dtype)
+        self.q_proj = Linear(dim, q_dim, ("q_heads", None), numerics, bias=spec.qkv_bias)
+        self.k_proj = Linear(dim, kv_dim, ("kv_heads", None), numerics, bias=spec.qkv_bias)
+        self.v_proj = Linear(dim, kv_dim, ("kv_heads", None), numerics, bias=spec.qkv_bias)
+        self.o_proj = Linear(q_dim, dim, (None, "q_heads"), numerics, bias=spec.output_bias)
+        self.q_norm = self._head_norm(qk_norm_offset, numerics)
+        self.k_norm = self._head_norm(qk_norm_offset, numerics)
 
-    def _head_norm(self, offset: float | None, dtype: jnp.dtype) -> RMSNorm | None:
+    def _head_norm(self, offset: float | None, numerics: Numerics) -> RMSNorm | None:
         if offset is None:
             return None
-        return RMSNorm(self.spec.head_dim, self.spec.norm_eps, dtype, offset=offset)
+        return RMSNorm(self.spec.head_dim, self.spec.norm_eps, numerics, offset=offset)
 
     def __call__(
         self,

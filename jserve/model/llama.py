@@ -4,12 +4,12 @@ Windows, biases and rotary scaling are in the spec, so these families share all 
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from jserve.model.decoder import Family
 from jserve.model.layers import KV, Attend, Attention, GatedFfn, RMSNorm
+from jserve.model.numerics import Numerics
 from jserve.model.rope import RopeTables
 from jserve.model.spec import ModelSpec
 
@@ -17,11 +17,11 @@ from jserve.model.spec import ModelSpec
 class PreNormLayer(nnx.Module):
     """x += attention(norm(x)); x += ffn(norm(x))."""
 
-    def __init__(self, spec: ModelSpec, dtype: jnp.dtype, *, qk_norm: bool = False) -> None:
-        self.input_layernorm = RMSNorm(spec.model_dim, spec.norm_eps, dtype)
-        self.self_attn = Attention(spec, dtype, qk_norm_offset=0.0 if qk_norm else None)
-        self.post_attention_layernorm = RMSNorm(spec.model_dim, spec.norm_eps, dtype)
-        self.mlp = GatedFfn(spec, dtype, jax.nn.silu)
+    def __init__(self, spec: ModelSpec, numerics: Numerics, *, qk_norm: bool = False) -> None:
+        self.input_layernorm = RMSNorm(spec.model_dim, spec.norm_eps, numerics)
+        self.self_attn = Attention(spec, numerics, qk_norm_offset=0.0 if qk_norm else None)
+        self.post_attention_layernorm = RMSNorm(spec.model_dim, spec.norm_eps, numerics)
+        self.mlp = GatedFfn(spec, numerics, jax.nn.silu)
 
     def __call__(
         self,

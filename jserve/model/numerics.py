@@ -1,0 +1,15 @@
+"""How a model computes: what its layers are built with beside the spec."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from jserve.pallas_kernels.backend import Backend
+
+
+@dataclass(frozen=True, slots=True)
+class Numerics:
+    """The dtype of parameters and activations, and which implementation of each op runs."""
+
+    dtype: jnp.dtype
+    backend: Backend
