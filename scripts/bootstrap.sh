@@ -80,14 +80,33 @@ install_lock() {
     --editable . >>"$log" 2>&1 || { tail -n 20 "$log" >&2; die "could not install jserve itself"; }
 }
 
+native=jserve/pallas_kernels/native
+kernel_stamp() { { pwd; cat "$native"/*.cc "$native"/*.h "$native"/build.py .venv/.installed-*; } | sha256sum; }
+
+# The CPU kernels in C++ are optional: without a compiler XLA's own code serves, slower.
+build_kernels() {
+  [[ ! -f .venv/.kernels || $(<.venv/.kernels) != "$(kernel_stamp)" ]] || return 0
+  if ! command -v c++ g++ clang++ >/dev/null; then
+    say "No C++ compiler: XLA's own code will serve on CPU (Debian, Ubuntu: apt install g++)"
+    return
+  fi
+  say "Building the native CPU kernels (some ten seconds)"
+  if "$venv_python" -m jserve.pallas_kernels.native.build >&2; then
+    kernel_stamp >.venv/.kernels
+  fi
+}
+
 # dev is a superset of runtime, so either satisfies a call for runtime.
-if is_installed "$lock" || { [[ $lock == runtime ]] && is_installed dev; }; then exit 0; fi
+wanted_is_installed() { is_installed "$lock" || { [[ $lock == runtime ]] && is_installed dev; }; }
+
 [[ -f $lock_file ]] || die "no such lock: $lock_file"
 mkdir -p .cache
 exec 9>.cache/bootstrap.lock
 if command -v flock >/dev/null; then flock 9; fi
-if is_installed "$lock"; then exit 0; fi # another call has just done it
-make_venv
-install_lock
-stamp_of "$lock" >".venv/.installed-$lock"
-say "Installed."
+if ! wanted_is_installed; then
+  make_venv
+  install_lock
+  stamp_of "$lock" >".venv/.installed-$lock"
+  say "Installed."
+fi
+build_kernels

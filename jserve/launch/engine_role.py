@@ -57,7 +57,7 @@ def run_engine(config: ServeConfig, address: str, report: Callable[[EngineStatus
 
 
 def _summary(config: ServeConfig, engine: Engine) -> dict[str, str]:
-    info, shape = engine.info, engine.shape
+    info = engine.info
     programs = " ".join(
         f"{made.program.name}{'' if made.cached else f' {made.seconds:.1f} s'}"
         for made in engine.programs

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from jserve.model.layers import KV, Attend, Embedding, Linear, RMSNorm, dot
+from jserve.model.layers import KV, Attend, Embedding, Linear, RMSNorm
 from jserve.model.numerics import Numerics
 from jserve.model.rope import RopeTables, rope_of
 from jserve.model.spec import ModelSpec
+from jserve.pallas_kernels.matmul.dispatch import matmul
 
 
 class Layer(Protocol):
@@ -79,13 +80,15 @@ class CausalLM(nnx.Module):
     """A decoder and its head; a tied head is the embedding and declares nothing."""
 
     def __init__(self, spec: ModelSpec, family: Family, numerics: Numerics) -> None:
+        self.backend = numerics.backend
         self.model = Decoder(spec, family, numerics)
         self.lm_head = None if spec.tied_embeddings else _head(spec, numerics)
 
     def logits(self, hidden: Float[Array, "rows model_dim"]) -> Float32[Array, "rows vocab"]:
         """Logits of the next token, in float32."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return dot(hidden, head.weight[...])
+        (logits,) = matmul(hidden, [head.weight[...]], backend=self.backend)
+        return logits
 
 
 def _head(spec: ModelSpec, numerics: Numerics) -> Linear:

@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jserve.model.numerics import Numerics
 from jserve.model.params import param
 from jserve.model.rope import RopeTables, rotate
 from jserve.model.spec import ModelSpec
+from jserve.pallas_kernels.matmul.dispatch import matmul
+from jserve.pallas_kernels.rms_norm.dispatch import rms_norm
 
 KV = TypeVar("KV")  # one layer's pages: whatever the attention op makes of them
 # attend(q, k, v, pages, window) → (out [tokens, q_heads, head_dim], pages)
@@ -23,50 +24,6 @@ KV = TypeVar("KV")  # one layer's pages: whatever the attention op makes of them
 #   k rotated; `window` is static, in tokens, 0 for full attention.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, int], tuple[jax.Array, Any]]
 Activation = Callable[[jax.Array], jax.Array]
-
-
-def dot(
-    x: Float[Array, "tokens in_dim"], weight: Float[Array, "out_dim in_dim"]
-) -> Float[Array, "tokens out_dim"]:
-    """X · weightᵀ, accumulated and returned in float32.
-
-    On CPU a row of the result is bitwise independent of the number of rows and of the others:
-    every matrix kernel sums one output in the order of the contracted axis. A single row would
-    take a matrix-vector kernel with another order, so it is computed as two.
-    """
-    rows = x.shape[0]
-    if rows == 1:
-        x = jnp.concatenate((x, jnp.zeros_like(x)))
-    y = lax.dot_general(
-        x,
-        weight,
-        (((1,), (1,)), ((), ())),
-        # Float32 means float32, on the matrix units of accelerators too.
-        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-    return y[:rows]
-
-
-def mean_square(x: Float[Array, "*rows dim"]) -> Float[Array, "*rows 1"]:
-    """The mean of squares over the last axis of a float32 array, bitwise the same for any rows.
-
-    XLA's CPU backend hands a reduction to YNNPACK only above some 4,000 elements, and below it
-    sums in another order, so `jnp.mean` of a row depends on how many rows there are. A dot with
-    ones does not (see `dot`); two columns, because one would make it a matrix-vector product.
-    """
-    total = lax.platform_dependent(x * x, cpu=_sum_by_dot, default=_sum_by_reduction)
-    return total / x.shape[-1]
-
-
-def _sum_by_dot(x: Float[Array, "*rows dim"]) -> Float[Array, "*rows 1"]:
-    dim = x.shape[-1]
-    totals = dot(x.reshape(-1, dim), jnp.ones((2, dim), x.dtype))
-    return totals[:, :1].reshape(*x.shape[:-1], 1)
-
-
-def _sum_by_reduction(x: Float[Array, "*rows dim"]) -> Float[Array, "*rows 1"]:
-    return jnp.sum(x, axis=-1, keepdims=True)
 
 
 class Linear(nnx.Module):
@@ -81,16 +38,28 @@ class Linear(nnx.Module):
         *,
         bias: bool = False,
     ) -> None:
-        self.dtype = numerics.dtype
-        self.weight = param((out_dim, in_dim), axes, self.dtype, std=in_dim**-0.5)
-        self.bias = param((out_dim,), axes[:1], self.dtype, std=0.02) if bias else None
+        self.numerics = numerics
+        self.weight = param((out_dim, in_dim), axes, numerics.dtype, std=in_dim**-0.5)
+        self.bias = param((out_dim,), axes[:1], numerics.dtype, std=0.02) if bias else None
 
     def __call__(self, x: Float[Array, "tokens in_dim"]) -> Float[Array, "tokens out_dim"]:
         """The product in the compute dtype; a bias is added before rounding to it."""
-        y = dot(x, self.weight[...])
+        return project(x, self)[0]
+
+    def biased(self, y: Float[Array, "tokens out_dim"]) -> Float[Array, "tokens out_dim"]:
+        """A float32 product with the bias, in the compute dtype."""
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)[None, :]
-        return y.astype(self.dtype)
+        return y.astype(self.numerics.dtype)
+
+
+def project(
+    x: Float[Array, "tokens in_dim"], *linears: Linear
+) -> tuple[Float[Array, "tokens _"], ...]:
+    """The outputs of several linear layers for the same input, as one op."""
+    numerics = linears[0].numerics
+    products = matmul(x, [linear.weight[...] for linear in linears], backend=numerics.backend)
+    return tuple(linear.biased(y) for linear, y in zip(linears, products, strict=True))
 
 
 class Embedding(nnx.Module):
@@ -110,14 +79,12 @@ class RMSNorm(nnx.Module):
     def __init__(self, dim: int, eps: float, numerics: Numerics, *, offset: float = 0.0) -> None:
         self.eps = eps
         self.offset = offset
+        self.backend = numerics.backend
         self.weight = param((dim,), (None,), numerics.dtype, mean=1.0 - offset, std=0.1)
 
     def __call__(self, x: Float[Array, "*rows dim"]) -> Float[Array, "*rows dim"]:
         """The normalized rows, in the dtype of `x`."""
-        wide = x.astype(jnp.float32)
-        scale = lax.rsqrt(mean_square(wide) + self.eps)
-        weight = self.weight[...].astype(jnp.float32) + self.offset
-        return (wide * scale * weight.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+        return rms_norm(x, self.weight[...], eps=self.eps, offset=self.offset, backend=self.backend)
 
 
 class GatedFfn(nnx.Module):
@@ -131,7 +98,8 @@ class GatedFfn(nnx.Module):
 
     def __call__(self, x: Float[Array, "tokens model_dim"]) -> Float[Array, "tokens model_dim"]:
         """The block's output, to be added to the residual stream."""
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(self.activation(gate) * up)
 
 
 def _ffn_linear(spec: ModelSpec, numerics: Numerics, *, into: bool) -> Linear:
@@ -173,9 +141,7 @@ class Attention(nnx.Module):
         window: int,
     ) -> tuple[Float[Array, "tokens model_dim"], KV]:
         """The block's output, and the layer's pages with the new tokens."""
-        q = self._heads(self.q_proj(x))
-        k = self._heads(self.k_proj(x))
-        v = self._heads(self.v_proj(x))
+        q, k, v = map(self._heads, project(x, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = rotate(q.astype(jnp.float32), rope) * self.spec.attention_scale

@@ -3,6 +3,10 @@
 import enum
 import logging
 
+import jax.numpy as jnp
+
+from jserve.pallas_kernels.native import library
+
 _log = logging.getLogger(__name__)
 
 
@@ -11,10 +15,15 @@ class Backend(enum.Enum):
 
     REFERENCE = "reference"  # plain jnp, defines correct; runs anywhere
     CPU = "cpu"  # XLA loops, made for CPU; bounded memory anywhere
+    NATIVE = "native"  # C++ on CPU, where it was built
 
 
-def backend_for(platform: str) -> Backend:
-    """The best backend there is for a JAX platform name."""
+def backend_for(platform: str, dtype: jnp.dtype) -> Backend:
+    """The best backend there is for a JAX platform name and a model's dtype."""
     if platform != "cpu":
         _log.warning("there is no attention kernel for %s yet; the CPU's XLA loops run", platform)
-    return Backend.CPU
+        return Backend.CPU
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        _log.warning("the native CPU kernels do not know %s; XLA's own code runs", dtype)
+        return Backend.CPU
+    return Backend.NATIVE if library.is_loaded() else Backend.CPU

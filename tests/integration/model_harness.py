@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from jserve.model.formats.hf_config import spec_from_hf
 from jserve.model.functional import Model
+from jserve.pallas_kernels.backend import Backend
 
 CASES = Path(__file__).parent.parent / "fixtures" / "models"
 CASE_NAMES = sorted(folder.name for folder in CASES.iterdir() if folder.is_dir())
@@ -39,9 +40,10 @@ class Case:
     logits: np.ndarray  # [tokens, vocab] float32
 
     @classmethod
-    def load(cls, name: str) -> "Case":
+    def load(cls, name: str, backend: Backend = Backend.CPU) -> "Case":
         folder = CASES / name
-        model = Model(spec_from_hf(json.loads((folder / "config.json").read_text())), jnp.float32)
+        spec = spec_from_hf(json.loads((folder / "config.json").read_text()))
+        model = Model(spec, jnp.float32, backend)
         stored: dict[str, np.ndarray] = {}
         for file in folder.glob("*.safetensors"):
             stored |= load_file(file)

@@ -9,8 +9,9 @@ import pytest
 from jax import lax
 
 from jserve.model.functional import Model
-from jserve.model.layers import mean_square
 from jserve.model.spec import ModelSpec, RopeScaling, RopeScalingKind
+from jserve.pallas_kernels.backend import Backend
+from tests.backends import INVARIANT_BACKENDS
 
 SMOLLM2 = ModelSpec(
     family="llama",
@@ -71,9 +72,10 @@ def rowwise_attend(
     return jnp.tanh(q * k) + v, kv
 
 
+@pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 @pytest.mark.parametrize("name", SPECS)
-def test_rows_do_not_depend_on_the_batch(name: str) -> None:
-    model = Model(SPECS[name], jnp.float32)
+def test_rows_do_not_depend_on_the_batch(name: str, backend: Backend) -> None:
+    model = Model(SPECS[name], jnp.float32, backend)
     params = model.init(0)
     rng = np.random.default_rng(0)
     watched = _random_rows(rng, 2, model)
@@ -89,9 +91,10 @@ def test_rows_do_not_depend_on_the_batch(name: str) -> None:
             np.testing.assert_array_equal(part, want[: len(places)], err_msg=f"{size} rows")
 
 
-def test_a_decode_loop_computes_what_a_single_step_does() -> None:
+@pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
+def test_a_decode_loop_computes_what_a_single_step_does(backend: Backend) -> None:
     """Windows run the layers in the body of a loop, which XLA compiles on its own."""
-    model = Model(SMOLLM2, jnp.float32)
+    model = Model(SMOLLM2, jnp.float32, backend)
     params = model.init(0)
     tokens, positions = _random_rows(np.random.default_rng(1), 16, model)
     step = _forward(model)
@@ -108,18 +111,6 @@ def test_a_decode_loop_computes_what_a_single_step_does() -> None:
     np.testing.assert_array_equal(
         loop(params, tokens, np.int32(2)), step(params, tokens, positions)[1]
     )
-
-
-@pytest.mark.parametrize("shape", [(16,), (24,), (576,), (4096,), (3, 64), (16, 128)])
-def test_mean_square(shape: tuple[int, ...]) -> None:
-    """Equal to float64 within rounding, and bitwise equal for every number of rows."""
-    mean = jax.jit(mean_square)
-    x = np.random.default_rng(2).normal(size=(256, *shape)).astype(np.float32)
-    all_rows = np.asarray(mean(x))
-    exact = np.mean(x.astype(np.float64) ** 2, axis=-1, keepdims=True)
-    np.testing.assert_allclose(all_rows, exact, rtol=1e-5)
-    for rows in (1, 2, 7, 8, 32, 100):
-        np.testing.assert_array_equal(mean(x[-rows:]), all_rows[-rows:])
 
 
 def _random_rows(rng: np.random.Generator, size: int, model: Model) -> np.ndarray:

@@ -11,6 +11,7 @@ from jserve.pallas_kernels.ragged_paged_attention.dispatch import (
     kv_pages_shape,
     ragged_paged_attention,
 )
+from tests.backends import INVARIANT_BACKENDS
 from tests.integration.model_harness import CASE_NAMES, Case, dense_attend
 
 TOLERANCE = 1e-4
@@ -20,9 +21,10 @@ SAME_MODEL = ("llama_sharded", "qwen3_bf16")  # as another case, but for the fil
 CHUNK = 16  # tokens of one step; a shorter chunk is padded
 
 
+@pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 @pytest.mark.parametrize("name", CASE_NAMES)
-def test_whole_prefill_without_pages(name: str) -> None:
-    case = Case.load(name)
+def test_whole_prefill_without_pages(name: str, backend: Backend) -> None:
+    case = Case.load(name, backend)
     assert {n: p.shape for n, p in case.model.param_specs().items()} == {
         n: array.shape for n, array in case.params.items()
     }
@@ -39,10 +41,11 @@ def test_whole_prefill_without_pages(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 @pytest.mark.parametrize("name", [name for name in CASE_NAMES if name not in SAME_MODEL])
-def test_chunks_and_decode_through_pages(name: str) -> None:
+def test_chunks_and_decode_through_pages(name: str, backend: Backend) -> None:
     """A prompt in uneven chunks, then one token at a time, as one row of a padded batch."""
-    case = Case.load(name)
+    case = Case.load(name, backend)
     num_tokens = len(case.token_ids)
     chunks = [5, 16, 1, 10] + [1] * (num_tokens - 32)
     num_pages = -(-num_tokens // PAGE_SIZE)
@@ -86,7 +89,14 @@ def _paged_step(case: Case, num_pages: int):
 
         def attend(q, k, v, layer_pages, window):
             return ragged_paged_attention(
-                q, k, v, layer_pages, batch, window=window, prompts=True, backend=Backend.CPU
+                q,
+                k,
+                v,
+                layer_pages,
+                batch,
+                window=window,
+                prompts=True,
+                backend=case.model.backend,
             )
 
         hidden, pages = case.model.hidden(params, tokens, positions, pages, attend)

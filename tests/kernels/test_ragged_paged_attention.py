@@ -14,6 +14,7 @@ from jserve.pallas_kernels.ragged_paged_attention.dispatch import (
     kv_pages_shape,
     ragged_paged_attention,
 )
+from tests.backends import BACKENDS, INVARIANT_BACKENDS
 
 
 class Problem:
@@ -110,7 +111,7 @@ def _run(problem: Problem, backend: Backend) -> tuple[np.ndarray, np.ndarray, Ra
     return np.asarray(out), np.asarray(pages), batch
 
 
-@pytest.mark.parametrize("backend", list(Backend))
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_agrees_with_float64(case: Case, backend: Backend) -> None:
     problem = Problem(case)
@@ -128,11 +129,12 @@ def test_agrees_with_float64(case: Case, backend: Backend) -> None:
     assert np.isfinite(np.asarray(batch.write_pages)).all()
 
 
-def test_chunks_and_neighbours_do_not_change_a_bit() -> None:
+@pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
+def test_chunks_and_neighbours_do_not_change_a_bit(backend: Backend) -> None:
     """The outputs of one prompt are bitwise the same alone, cut anywhere, and among others."""
     case = Case("whole", 9, 3, 64, 16, (), ((0, 150),))
     whole = Problem(case, seed=3)
-    expected, _, _ = _run(whole, Backend.CPU)
+    expected, _, _ = _run(whole, backend)
     for cuts in ((1, 149), (64, 86), (33, 60, 57), (149, 1)):
         done, parts = 0, []
         for size in cuts:
@@ -142,13 +144,14 @@ def test_chunks_and_neighbours_do_not_change_a_bit() -> None:
             for p in range(done):
                 page = part.tables[3, p // 16]
                 part.pages[page, :, :, p % 16] = part.kv[3][:, p]
-            out, _, _ = _run(part, Backend.CPU)
+            out, _, _ = _run(part, backend)
             parts.append(out[32 : 32 + size])
             done += size
         np.testing.assert_array_equal(np.concatenate(parts), expected)
 
 
-def test_decode_rows_do_not_depend_on_the_batch() -> None:
+@pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
+def test_decode_rows_do_not_depend_on_the_batch(backend: Backend) -> None:
     """A decode row gives the same bits in a pure decode batch and among prompt chunks."""
     alone = Problem(Case("alone", 9, 3, 64, 16, (200, 90)), seed=5)
     mixed = Problem(Case("mixed", 9, 3, 64, 16, (17, 90, 200, 3), ((5, 60),), padding=4), seed=6)
@@ -156,8 +159,8 @@ def test_decode_rows_do_not_depend_on_the_batch() -> None:
         mixed.kv[theirs], mixed.q[theirs] = alone.kv[mine], alone.q[mine]
         for p in range(alone.rows[mine][0]):
             mixed.pages[mixed.tables[theirs, p // 16], :, :, p % 16] = alone.kv[mine][:, p]
-    first, _, _ = _run(alone, Backend.CPU)
-    second, _, _ = _run(mixed, Backend.CPU)
+    first, _, _ = _run(alone, backend)
+    second, _, _ = _run(mixed, backend)
     np.testing.assert_array_equal(first[0], second[2])
     np.testing.assert_array_equal(first[1], second[1])
 

@@ -1,0 +1,24 @@
+"""What the product means, in plain jnp."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """X · weightᵀ in float32."""
+    return lax.dot_general(
+        x,
+        weight,
+        (((1,), (1,)), ((), ())),
+        # Float32 means float32, on the matrix units of accelerators too.
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def matmul(x: jax.Array, weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """See `dispatch`."""
+    return tuple(dot(x, weight) for weight in weights)

@@ -1,0 +1,125 @@
+// Vectors of the widest registers that the compiler was told of, in GCC's and Clang's own notation.
+#ifndef JSERVE_NATIVE_SIMD_H_
+#define JSERVE_NATIVE_SIMD_H_
+
+#include <cstdint>
+#include <cstring>
+
+namespace jserve {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;  // SSE, NEON
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
+
+// A bfloat16: the upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float ToFloat(float x) { return x; }
+inline float ToFloat(BFloat16 x) {
+  uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+inline void Put(float x, float* to) { *to = x; }
+inline void Put(float x, BFloat16* to) {  // to the nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    to->bits = static_cast<uint16_t>((bits >> 16) | 0x40);
+    return;
+  }
+  to->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+inline Vec Splat(float x) { return Vec{} + x; }
+
+inline Vec Load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline Vec Load(const BFloat16* from) {
+  HalfVec half;
+  std::memcpy(&half, from, sizeof half);
+  IntVec wide = __builtin_convertvector(half, IntVec) << 16;
+  Vec v;
+  std::memcpy(&v, &wide, sizeof v);
+  return v;
+}
+
+inline void Store(Vec v, float* to) { std::memcpy(to, &v, sizeof v); }
+
+// The first `count` lanes from memory, the others zero.
+template <class T>
+inline Vec LoadSome(const T* from, int64_t count) {
+  T padded[kLanes] = {};
+  std::memcpy(padded, from, count * sizeof(T));
+  return Load(padded);
+}
+
+inline void StoreSome(Vec v, float* to, int64_t count) { std::memcpy(to, &v, count * sizeof(float)); }
+
+inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
+
+inline Vec AsFloat(IntVec bits) {
+  Vec v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+// The sum of all lanes, always in the same order: halves are added until one lane is left.
+inline float Sum(Vec v) {
+#if defined(__AVX512F__)
+  typedef float Eight __attribute__((vector_size(32)));
+  Eight e = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+            __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif defined(__AVX__)
+  Vec e = v;
+#endif
+  typedef float Four __attribute__((vector_size(16)));
+#if defined(__AVX__)
+  Four f = __builtin_shufflevector(e, e, 0, 1, 2, 3) + __builtin_shufflevector(e, e, 4, 5, 6, 7);
+#else
+  Four f = v;
+#endif
+  f += __builtin_shufflevector(f, f, 2, 3, 0, 1);
+  return f[0] + f[1];
+}
+
+// e to the x within about one unit in the last place, for x <= 88. Cephes' polynomial after a
+// reduction to |r| <= ln(2) / 2; what would be denormal is the smallest normal number or zero.
+inline Vec Exp(Vec x) {
+  x = Max(x, Splat(-87.0f));
+  const Vec shifter = Splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  Vec n = x * 1.44269504f + shifter;
+  IntVec exponent;
+  std::memcpy(&exponent, &n, sizeof n);
+  n -= shifter;
+  Vec r = x - n * 0.693359375f;
+  r -= n * -2.12194440e-4f;
+  Vec p = Splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return p * AsFloat((exponent << 23) + 0x3f800000);
+}
+
+}  // namespace jserve
+
+#endif  // JSERVE_NATIVE_SIMD_H_
