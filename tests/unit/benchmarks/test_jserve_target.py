@@ -36,9 +36,11 @@ async def jserve():
     await http.start()
     await grpc.start()
     async with closing(engine):
-        yield http.port, grpc.port
-        await grpc.stop(0)
-        await http.stop()
+        try:
+            yield http.port, grpc.port
+        finally:
+            await grpc.stop(0)
+            await http.stop()
 
 
 def run(make_target):
@@ -87,7 +89,7 @@ def test_grpc_says_what_to_mend():
 
 
 def test_a_refused_request_is_an_error_of_the_load():
-    _, summary = run(lambda http, grpc: GrpcTarget(f"127.0.0.1:{grpc}", token_ids=(5000, 5001)))
+    _, summary = run(lambda http, grpc: GrpcTarget(f"127.0.0.1:{grpc}", token_ids=(5000, 5000)))
     assert summary["errors"] == 6
     (message,) = summary["error_kinds"]
-    assert message.startswith("INVALID_ARGUMENT: prompt holds 500")
+    assert message.startswith("INVALID_ARGUMENT: prompt holds 5000")
