@@ -62,6 +62,14 @@ def _llama_server(start: Start) -> list[str]:
     ]
 
 
+def _xllamacpp(start: Start) -> list[str]:
+    return [
+        *(sys.executable, "-m", "benchmarks.serving.llama_cpp_server", "--model", start.model),
+        *("--port", str(start.port), "--slots", str(start.streams)),
+        *("--context", str(start.context)),
+    ]
+
+
 def _llama_cpp_python(start: Start) -> list[str]:
     return [
         *(sys.executable, "-m", "llama_cpp.server", "--model", start.model),
@@ -88,8 +96,16 @@ PEERS: Mapping[str, Peer] = {
         _llama_server,
         dialect="llama.cpp",
         models="a .gguf file",
-        install="build or download llama.cpp (brew install llama.cpp) and put llama-server on PATH",
+        install="build llama.cpp (or brew install llama.cpp) and put llama-server on PATH, or use "
+        "--peer xllamacpp",
         program="llama-server",
+    ),
+    "xllamacpp": Peer(
+        _xllamacpp,
+        dialect="llama.cpp",
+        models="a .gguf file",
+        install="pip install xllamacpp (the server of llama.cpp as a wheel)",
+        module="xllamacpp",
     ),
     "llama-cpp-python": Peer(
         _llama_cpp_python,

@@ -83,12 +83,16 @@ def test_peers_are_started_for_a_model(monkeypatch, tmp_path):
     [
         ("llama.cpp", ("llama-server is not here", "--server 'llama.cpp=…")),
         ("vllm", ("vllm is not here", "pip install vllm")),
+        ("xllamacpp", ("xllamacpp is not here", "pip install xllamacpp")),
         ("nothing", ("one of jserve, llama.cpp",)),
         ("jserve", ("no such path", ".gguf")),
     ],
 )
 def test_what_is_missing_is_named(kind, words, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: object() if name == "jserve" else None
+    )
     with pytest.raises(BenchmarkError) as caught:
         start_command(kind, START)
     assert all(word in str(caught.value) for word in words)
