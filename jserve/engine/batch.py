@@ -93,6 +93,7 @@ def layout(program: Program, shape: BatchShape) -> Layout:
     if program.kind is ProgramKind.MIXED:
         sections |= {
             "num_decode": (),
+            "num_tokens": (),
             "row_start": (rows,),  # absolute; of prompt rows
             "row_tokens": (rows,),
             "row_first": (rows,),  # ragged index of the row's first token
@@ -167,6 +168,7 @@ def _pack_tokens(views: dict[str, np.ndarray], chunks: list[Chunk], program: Pro
     if first[-1] + counts[-1] > program.tokens:
         raise ValueError(f"{program.name}: {counts.sum()} tokens do not fit")
     views["num_decode"][...] = sum(not chunk.tokens for chunk in chunks)
+    views["num_tokens"][...] = counts.sum()
     rows = slice(0, len(chunks))
     views["row_start"][rows] = [chunk.start for chunk in chunks]
     views["row_tokens"][rows] = counts

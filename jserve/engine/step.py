@@ -51,6 +51,7 @@ class _Rows(NamedTuple):
     live: jax.Array  # [rows] the slot runs
     samples: jax.Array  # [rows] and yields a token
     lengths: jax.Array  # [rows] tokens in KV memory after this step
+    num_used: jax.Array  # rows before it may sample, those after it do not
 
 
 def make_step(model: Model, program: Program, shape: BatchShape):
@@ -96,7 +97,9 @@ def mixed_step(
             token_live & ~decode[owner],
         )
     )
-    rows = _Rows(slots, live, live & (batch["row_samples"] != 0), starts + q_lens)
+    samples = live & (batch["row_samples"] != 0)
+    num_used = jnp.where(jnp.any(samples), batch["num_rows"], 0)
+    rows = _Rows(slots, live, samples, starts + q_lens, num_used)
     ragged = make_ragged_batch(
         state.page_tables[FULL][held],
         jnp.where(live, rows.lengths, 0),
@@ -109,7 +112,9 @@ def mixed_step(
         token_live,
         page_size=shape.page_size,
     )
-    state, hidden = _layers(model, params, state, tokens, positions, ragged, prompts=True)
+    state, hidden = _layers(
+        model, params, state, tokens, positions, ragged, batch["num_tokens"], prompts=True
+    )
     last = jnp.clip(batch["row_first"] + batch["row_tokens"] - 1, 0, program.tokens - 1)
     state, tokens_new, finish, logprobs = _advance(model, params, state, hidden[last], rows)
     result = DeviceResult(
@@ -151,7 +156,7 @@ def window_step(
         n, state, result = carry
         live = running(state)
         starts = state.lengths[held]
-        rows = _Rows(slots, live, live, starts + 1)
+        rows = _Rows(slots, live, live, starts + 1, batch["num_rows"])
         positions = jnp.where(live, starts, 0)
         ragged = make_ragged_batch(
             tables,
@@ -166,7 +171,9 @@ def window_step(
             page_size=shape.page_size,
         )
         tokens = state.last_tokens[held]
-        state, hidden = _layers(model, params, state, tokens, positions, ragged, prompts=False)
+        state, hidden = _layers(
+            model, params, state, tokens, positions, ragged, batch["num_rows"], prompts=False
+        )
         state, tokens, finish, logprobs = _advance(model, params, state, hidden, rows)
         packed = result.tokens.at[:, n].set(tokens)
         packed = packed.at[:, -2].add(live.astype(jnp.int32))
@@ -190,6 +197,7 @@ def _layers(
     tokens: jax.Array,
     positions: jax.Array,
     ragged: RaggedBatch,
+    num_tokens: jax.Array,
     *,
     prompts: bool,
 ) -> tuple[DeviceState, jax.Array]:
@@ -198,7 +206,7 @@ def _layers(
             q, k, v, pages, ragged, window=window, prompts=prompts, backend=model.backend
         )
 
-    hidden, kv = model.hidden(params, tokens, positions, state.kv[FULL], attend)
+    hidden, kv = model.hidden(params, tokens, positions, state.kv[FULL], attend, num_tokens)
     return state._replace(kv={FULL: kv}), hidden
 
 
@@ -206,7 +214,7 @@ def _advance(
     model: Model, params: Params, state: DeviceState, hidden: jax.Array, rows: _Rows
 ) -> tuple[DeviceState, jax.Array, jax.Array, Logprobs]:
     """From the hidden states of the rows to their tokens, verdicts and the state after them."""
-    logits = model.logits(params, hidden)
+    logits = model.logits(params, hidden, rows.num_used)
     sampled = sample(logits, state.sampler, rows.slots, rows.lengths, rows.samples)
     lengths = rows.lengths + 1  # with the sampled token
     finish = stop_code(state.sampler, rows.slots, sampled.tokens, lengths, rows.samples)

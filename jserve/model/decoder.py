@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from jserve.model.layers import KV, Attend, Embedding, Linear, RMSNorm
+from jserve.model.layers import KV, Attend, Embedding, LayerContext, Linear, RMSNorm
 from jserve.model.numerics import Numerics
-from jserve.model.rope import RopeTables, rope_of
+from jserve.model.rope import rope_of
 from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.matmul.dispatch import matmul
 
@@ -18,12 +19,7 @@ class Layer(Protocol):
     """One block of a decoder: an NNX module of the family."""
 
     def __call__(
-        self,
-        x: Float[Array, "tokens model_dim"],
-        rope: RopeTables,
-        kv: KV,
-        attend: Attend,
-        window: int,
+        self, x: Float[Array, "tokens model_dim"], kv: KV, context: LayerContext
     ) -> tuple[Float[Array, "tokens model_dim"], KV]:
         """The residual stream after the block, and the layer's pages with the new tokens."""
         ...
@@ -62,6 +58,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, " tokens"],
         kv: tuple[KV, ...],
         attend: Attend,
+        num_tokens: jax.Array | None,
     ) -> tuple[Float[Array, "tokens model_dim"], tuple[KV, ...]]:
         """Hidden states after the final norm, and the pages of every layer."""
         x = self.embed_tokens(tokens)
@@ -72,7 +69,8 @@ class Decoder(nnx.Module):
         pages = list(kv)
         for i, layer in enumerate(self.layers):
             window = self.spec.window_of(i)
-            x, pages[i] = layer(x, ropes[kinds[i]], pages[i], attend, window)
+            context = LayerContext(ropes[kinds[i]], attend, window, num_tokens)
+            x, pages[i] = layer(x, pages[i], context)
         return self.norm(x), tuple(pages)
 
 
@@ -84,10 +82,12 @@ class CausalLM(nnx.Module):
         self.model = Decoder(spec, family, numerics)
         self.lm_head = None if spec.tied_embeddings else _head(spec, numerics)
 
-    def logits(self, hidden: Float[Array, "rows model_dim"]) -> Float32[Array, "rows vocab"]:
+    def logits(
+        self, hidden: Float[Array, "rows model_dim"], num_rows: jax.Array | None
+    ) -> Float32[Array, "rows vocab"]:
         """Logits of the next token, in float32."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        (logits,) = matmul(hidden, [head.weight[...]], backend=self.backend)
+        (logits,) = matmul(hidden, [head.weight[...]], num_rows=num_rows, backend=self.backend)
         return logits
 
 

@@ -55,15 +55,23 @@ class Model:
         positions: Int[Array, " tokens"],
         kv: tuple[KV, ...],
         attend: Attend,
+        num_tokens: jax.Array | None = None,
     ) -> tuple[Float[Array, "tokens model_dim"], tuple[KV, ...]]:
-        """The hidden states after the final norm, and each layer's pages with the new tokens."""
-        return self._merge(params).model(tokens, positions, kv, attend)
+        """The hidden states after the final norm, and each layer's pages with the new tokens.
+
+        With `num_tokens`, an int32 scalar, only the first so many tokens mean something: a backend
+        may skip the others.
+        """
+        return self._merge(params).model(tokens, positions, kv, attend, num_tokens)
 
     def logits(
-        self, params: Mapping[str, jax.Array], hidden: Float[Array, "rows model_dim"]
+        self,
+        params: Mapping[str, jax.Array],
+        hidden: Float[Array, "rows model_dim"],
+        num_rows: jax.Array | None = None,
     ) -> Float32[Array, "rows vocab"]:
-        """The logits of the next token for each row."""
-        return self._merge(params).logits(hidden)
+        """The logits of the next token for each row, or for the first `num_rows` of them."""
+        return self._merge(params).logits(hidden, num_rows)
 
     def _merge(self, params: Mapping[str, jax.Array]) -> CausalLM:
         leaves = zip(self._paths, (params[name] for name in self._specs), strict=True)

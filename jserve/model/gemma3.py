@@ -10,9 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jserve.model.decoder import Family
-from jserve.model.layers import KV, Attend, Attention, GatedFfn, RMSNorm
+from jserve.model.layers import KV, Attention, GatedFfn, LayerContext, RMSNorm
 from jserve.model.numerics import Numerics
-from jserve.model.rope import RopeTables
 from jserve.model.spec import ModelSpec
 
 NORM_OFFSET = 1.0
@@ -31,17 +30,12 @@ class Gemma3Layer(nnx.Module):
         self.post_feedforward_layernorm = norm()
 
     def __call__(
-        self,
-        x: Float[Array, "tokens model_dim"],
-        rope: RopeTables,
-        kv: KV,
-        attend: Attend,
-        window: int,
+        self, x: Float[Array, "tokens model_dim"], kv: KV, context: LayerContext
     ) -> tuple[Float[Array, "tokens model_dim"], KV]:
         """See `Layer`."""
-        out, kv = self.self_attn(self.input_layernorm(x), rope, kv, attend, window)
+        out, kv = self.self_attn(self.input_layernorm(x), kv, context)
         x = x + self.post_attention_layernorm(out)
-        out = self.mlp(self.pre_feedforward_layernorm(x))
+        out = self.mlp(self.pre_feedforward_layernorm(x), context.num_tokens)
         return x + self.post_feedforward_layernorm(out), kv
 
 

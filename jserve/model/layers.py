@@ -4,7 +4,7 @@ A module declares its parameters when it is built and computes while a program i
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,15 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, int], tuple[jax.Array, 
 Activation = Callable[[jax.Array], jax.Array]
 
 
+class LayerContext(NamedTuple):
+    """What a layer is given beside the residual stream and its own pages."""
+
+    rope: RopeTables
+    attend: Attend
+    window: int  # of its attention, in tokens; 0: all of them
+    num_tokens: jax.Array | None  # int32 scalar: the first so many rows mean something; None: all
+
+
 class Linear(nnx.Module):
     """y = x · weightᵀ (+ bias), the weight [out, in]."""
 
@@ -42,9 +51,11 @@ class Linear(nnx.Module):
         self.weight = param((out_dim, in_dim), axes, numerics.dtype, std=in_dim**-0.5)
         self.bias = param((out_dim,), axes[:1], numerics.dtype, std=0.02) if bias else None
 
-    def __call__(self, x: Float[Array, "tokens in_dim"]) -> Float[Array, "tokens out_dim"]:
+    def __call__(
+        self, x: Float[Array, "tokens in_dim"], num_tokens: jax.Array | None
+    ) -> Float[Array, "tokens out_dim"]:
         """The product in the compute dtype; a bias is added before rounding to it."""
-        return project(x, self)[0]
+        return project(x, num_tokens, self)[0]
 
     def biased(self, y: Float[Array, "tokens out_dim"]) -> Float[Array, "tokens out_dim"]:
         """A float32 product with the bias, in the compute dtype."""
@@ -54,11 +65,12 @@ class Linear(nnx.Module):
 
 
 def project(
-    x: Float[Array, "tokens in_dim"], *linears: Linear
+    x: Float[Array, "tokens in_dim"], num_tokens: jax.Array | None, *linears: Linear
 ) -> tuple[Float[Array, "tokens _"], ...]:
     """The outputs of several linear layers for the same input, as one op."""
     numerics = linears[0].numerics
-    products = matmul(x, [linear.weight[...] for linear in linears], backend=numerics.backend)
+    weights = [linear.weight[...] for linear in linears]
+    products = matmul(x, weights, num_rows=num_tokens, backend=numerics.backend)
     return tuple(linear.biased(y) for linear, y in zip(linears, products, strict=True))
 
 
@@ -96,10 +108,12 @@ class GatedFfn(nnx.Module):
         self.up_proj = _ffn_linear(spec, numerics, into=True)
         self.down_proj = _ffn_linear(spec, numerics, into=False)
 
-    def __call__(self, x: Float[Array, "tokens model_dim"]) -> Float[Array, "tokens model_dim"]:
+    def __call__(
+        self, x: Float[Array, "tokens model_dim"], num_tokens: jax.Array | None
+    ) -> Float[Array, "tokens model_dim"]:
         """The block's output, to be added to the residual stream."""
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(self.activation(gate) * up)
+        gate, up = project(x, num_tokens, self.gate_proj, self.up_proj)
+        return self.down_proj(self.activation(gate) * up, num_tokens)
 
 
 def _ffn_linear(spec: ModelSpec, numerics: Numerics, *, into: bool) -> Linear:
@@ -133,21 +147,18 @@ class Attention(nnx.Module):
         return RMSNorm(self.spec.head_dim, self.spec.norm_eps, numerics, offset=offset)
 
     def __call__(
-        self,
-        x: Float[Array, "tokens model_dim"],
-        rope: RopeTables,
-        kv: KV,
-        attend: Attend,
-        window: int,
+        self, x: Float[Array, "tokens model_dim"], kv: KV, context: LayerContext
     ) -> tuple[Float[Array, "tokens model_dim"], KV]:
         """The block's output, and the layer's pages with the new tokens."""
-        q, k, v = map(self._heads, project(x, self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = map(
+            self._heads, project(x, context.num_tokens, self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.astype(jnp.float32), rope) * self.spec.attention_scale
-        k = rotate(k.astype(jnp.float32), rope)
-        out, kv = attend(q.astype(x.dtype), k.astype(x.dtype), v, kv, window)
-        return self.o_proj(out.reshape(x.shape[0], -1)), kv
+        q = rotate(q.astype(jnp.float32), context.rope) * self.spec.attention_scale
+        k = rotate(k.astype(jnp.float32), context.rope)
+        out, kv = context.attend(q.astype(x.dtype), k.astype(x.dtype), v, kv, context.window)
+        return self.o_proj(out.reshape(x.shape[0], -1), context.num_tokens), kv
 
     def _heads(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens heads head_dim"]:
         return x.reshape(x.shape[0], -1, self.spec.head_dim)

@@ -8,9 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jserve.model.decoder import Family
-from jserve.model.layers import KV, Attend, Attention, GatedFfn, RMSNorm
+from jserve.model.layers import KV, Attention, GatedFfn, LayerContext, RMSNorm
 from jserve.model.numerics import Numerics
-from jserve.model.rope import RopeTables
 from jserve.model.spec import ModelSpec
 
 
@@ -24,17 +23,12 @@ class PreNormLayer(nnx.Module):
         self.mlp = GatedFfn(spec, numerics, jax.nn.silu)
 
     def __call__(
-        self,
-        x: Float[Array, "tokens model_dim"],
-        rope: RopeTables,
-        kv: KV,
-        attend: Attend,
-        window: int,
+        self, x: Float[Array, "tokens model_dim"], kv: KV, context: LayerContext
     ) -> tuple[Float[Array, "tokens model_dim"], KV]:
         """See `Layer`."""
-        out, kv = self.self_attn(self.input_layernorm(x), rope, kv, attend, window)
+        out, kv = self.self_attn(self.input_layernorm(x), kv, context)
         x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), kv
+        return x + self.mlp(self.post_attention_layernorm(x), context.num_tokens), kv
 
 
 LLAMA = Family(layer=PreNormLayer)

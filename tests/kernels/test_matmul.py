@@ -61,3 +61,16 @@ def test_a_row_does_not_depend_on_the_others(
 def test_misfits_are_refused(backend: Backend) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         matmul(jnp.zeros((2, 3)), [jnp.zeros((4, 5))], backend=backend)
+
+
+@pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
+def test_rows_past_the_count_change_nothing(backend: Backend) -> None:
+    x, weights = _problem(576, (192, 64), jnp.float32)
+    whole = _run(backend)(x, weights)
+    for rows in (0, 1, 5, 16, 67):
+        junk = x.at[rows:].set(jnp.nan)
+        some = jax.jit(functools.partial(matmul, backend=backend))(
+            junk, weights, num_rows=jnp.int32(rows)
+        )
+        for part, all_rows in zip(some, whole, strict=True):
+            np.testing.assert_array_equal(part[:rows], all_rows[:rows])

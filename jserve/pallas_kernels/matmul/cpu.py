@@ -12,8 +12,11 @@ import jax.numpy as jnp
 from jserve.pallas_kernels.matmul.reference import dot
 
 
-def matmul(x: jax.Array, weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+def matmul(
+    x: jax.Array, weights: Sequence[jax.Array], num_rows: jax.Array | None = None
+) -> tuple[jax.Array, ...]:
     """See `dispatch`."""
+    del num_rows
     rows = x.shape[0]
     if rows == 1:
         x = jnp.concatenate((x, jnp.zeros_like(x)))

@@ -6,7 +6,11 @@ import jax
 import jax.numpy as jnp
 
 
-def matmul(x: jax.Array, weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+def matmul(
+    x: jax.Array, weights: Sequence[jax.Array], num_rows: jax.Array | None
+) -> tuple[jax.Array, ...]:
     """See `dispatch`. All products in one call, so that threads meet once."""
+    rows = jnp.int32(x.shape[0]) if num_rows is None else num_rows
     shapes = [jax.ShapeDtypeStruct((x.shape[0], len(weight)), jnp.float32) for weight in weights]
-    return tuple(jax.ffi.ffi_call("jserve_matmul", shapes)(x.astype(jnp.float32), *weights))
+    call = jax.ffi.ffi_call("jserve_matmul", shapes)
+    return tuple(call(x.astype(jnp.float32), rows, *weights))

@@ -19,6 +19,9 @@ def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     )
 
 
-def matmul(x: jax.Array, weights: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+def matmul(
+    x: jax.Array, weights: Sequence[jax.Array], num_rows: jax.Array | None = None
+) -> tuple[jax.Array, ...]:
     """See `dispatch`."""
+    del num_rows
     return tuple(dot(x, weight) for weight in weights)

@@ -32,9 +32,12 @@ void Multiply(const float* x, int64_t rows, int64_t in_dim, const Panel& p) {
   }
 }
 
-ffi::Error MatMul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs weights,
-                  ffi::RemainingRets results) {
-  const int64_t rows = x.dimensions()[0], in_dim = x.dimensions()[1];
+ffi::Error MatMul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> num_rows,
+                  ffi::RemainingArgs weights, ffi::RemainingRets results) {
+  // The rows after the first `num_rows` are left as they are: nobody reads them.
+  const int64_t rows = std::clamp<int64_t>(*num_rows.typed_data(), 0, x.dimensions()[0]);
+  const int64_t in_dim = x.dimensions()[1];
+  if (rows == 0) return ffi::Error::Success();
   std::vector<Panel> panels;
   int64_t outputs = 0;
   for (size_t i = 0; i < results.size(); ++i) {
@@ -77,5 +80,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jserve_matmul, jserve::MatMul,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // x
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // num_rows
                                   .RemainingArgs()   // weights
                                   .RemainingRets());  // [rows, out] of each weight
