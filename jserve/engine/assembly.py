@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 import jserve
@@ -125,7 +124,8 @@ def _cache(folder: Path, model: Model, mesh: Mesh) -> ExecutableCache:
     # What a step is traced from; the rest of the engine may change without compiling again.
     step = [root / "engine" / f"{name}.py" for name in ("batch", "state", "step")]
     traced = [root / "core", root / "model", root / "pallas_kernels", *step]
-    key = repr((model.spec, str(jnp.dtype(model.dtype)), code_digest(traced), machine_key()))
+    kind = (str(model.dtype), model.quantization)
+    key = repr((model.spec, kind, code_digest(traced), machine_key()))
     return ExecutableCache(folder / "programs", key, list(mesh.devices.flat))
 
 

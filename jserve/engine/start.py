@@ -37,7 +37,8 @@ def start_engine(
     spec = model_spec(model_config, on_files)
     mesh = device_mesh(jax.devices()[:1], model=1)
     dtype = jnp.dtype(model_config.dtype)
-    model = Model(spec, dtype, backend_for(mesh.devices.flat[0].platform, dtype))
+    backend = backend_for(mesh.devices.flat[0].platform, dtype)
+    model = Model(spec, dtype, backend, model_config.quantization)
     shardings = param_shardings(model.param_specs(), spec, mesh)
     prepare_s = 0.0
 

@@ -6,10 +6,17 @@ from jserve.launch.console import Console, FileProgress
 from jserve.model.formats import convert as formats
 
 
-def convert(source: str, folder: str, to: str, dtype: str) -> int:
+def convert(source: str, folder: str, to: str, dtype: str, quantization: str) -> int:
     """Writes `folder`, all or nothing; returns the exit code."""
     console = Console()
     progress = FileProgress("converted", console.say)
-    formats.convert(Path(source), Path(folder), formats.Format(to), dtype=dtype, progress=progress)
+    formats.convert(
+        Path(source),
+        Path(folder),
+        formats.Format(to),
+        dtype=dtype,
+        quantization=quantization,
+        progress=progress,
+    )
     console.say(f"{folder} is complete; serve it with a config whose model.source is {folder!r}")
     return 0

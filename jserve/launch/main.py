@@ -32,6 +32,9 @@ _ENGINE_ADDRESS = flags.DEFINE_string(
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16", "float16"], "convert: type of the parameters."
 )
+_QUANTIZATION = flags.DEFINE_enum(
+    "quantization", "none", ["none", "int8", "int4"], "convert: of the weight matrices."
+)
 _FORMAT = flags.DEFINE_enum(
     "format", "native", ["native", "huggingface"], "convert: what FOLDER will be."
 )
@@ -48,7 +51,7 @@ _FLAGS_OF: Mapping[str, Sequence[flags.FlagHolder[Any]]] = {
     "serve --role=all": (*_MODEL_FLAGS, _ROLE, *_GATEWAY_FLAGS),
     "serve --role=gateway": (*_MODEL_FLAGS, _ROLE, *_GATEWAY_FLAGS, _ENGINE_ADDRESS),
     "serve --role=engine": (*_MODEL_FLAGS, _ROLE, _ENGINE_ADDRESS),
-    "convert": (_FORMAT, _DTYPE),
+    "convert": (_FORMAT, _DTYPE, _QUANTIZATION),
     "generate": (*_MODEL_FLAGS, _MAX_TOKENS, _TEMPERATURE, _SEED, _CHAT),
 }
 
@@ -131,7 +134,12 @@ def _convert(arguments: Sequence[str]) -> int:
     platform.pin(config_lib.PlatformConfig())
     from jserve.launch.convert import convert
 
-    return convert(*arguments, to=_FORMAT.value, dtype=_DTYPE.value)
+    return convert(
+        *arguments,
+        to=_FORMAT.value,
+        dtype=_DTYPE.value,
+        quantization=_QUANTIZATION.value,
+    )
 
 
 def _generate(arguments: Sequence[str]) -> int:

@@ -9,10 +9,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from jserve.model.layers import KV, Attend, Embedding, LayerContext, Linear, RMSNorm
+from jserve.model.matrix import products
 from jserve.model.numerics import Numerics
 from jserve.model.rope import rope_of
 from jserve.model.spec import ModelSpec
-from jserve.pallas_kernels.matmul.dispatch import matmul
 
 
 class Layer(Protocol):
@@ -78,7 +78,7 @@ class CausalLM(nnx.Module):
     """A decoder and its head; a tied head is the embedding and declares nothing."""
 
     def __init__(self, spec: ModelSpec, family: Family, numerics: Numerics) -> None:
-        self.backend = numerics.backend
+        self.numerics = numerics
         self.model = Decoder(spec, family, numerics)
         self.lm_head = None if spec.tied_embeddings else _head(spec, numerics)
 
@@ -87,9 +87,8 @@ class CausalLM(nnx.Module):
     ) -> Float32[Array, "rows vocab"]:
         """Logits of the next token, in float32."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        (logits,) = matmul(hidden, [head.weight[...]], num_rows=num_rows, backend=self.backend)
-        return logits
+        return products(hidden, [head.weight], self.numerics, num_rows)[0]
 
 
 def _head(spec: ModelSpec, numerics: Numerics) -> Linear:
-    return Linear(spec.model_dim, spec.vocab, ("vocab", None), numerics)
+    return Linear(spec.model_dim, spec.vocab, ("vocab", None), numerics, bits=numerics.head_bits)

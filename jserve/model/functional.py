@@ -9,6 +9,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array, Float, Float32, Int
 
 from jserve.core.errors import ConfigError
+from jserve.model.config import QUANTIZATIONS
 from jserve.model.decoder import CausalLM
 from jserve.model.layers import KV, Attend
 from jserve.model.numerics import Numerics
@@ -25,7 +26,14 @@ class Model:
     to be called while tracing.
     """
 
-    def __init__(self, spec: ModelSpec, dtype: jnp.dtype, backend: Backend = Backend.CPU) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dtype: jnp.dtype,
+        backend: Backend = Backend.CPU,
+        quantization: str = "none",
+    ) -> None:
+        """`quantization` is one of `model.config.QUANTIZATIONS`. Raises ConfigError."""
         if spec.family not in FAMILIES:
             raise ConfigError(
                 f"model family {spec.family!r} is not supported; known: {sorted(FAMILIES)}"
@@ -33,7 +41,12 @@ class Model:
         self.spec = spec
         self.dtype = jnp.dtype(dtype)
         self.backend = backend
-        module = CausalLM(spec, FAMILIES[spec.family], Numerics(self.dtype, backend))
+        self.quantization = quantization
+        numerics = Numerics(self.dtype, backend, *QUANTIZATIONS[quantization])
+        try:
+            module = CausalLM(spec, FAMILIES[spec.family], numerics)
+        except ValueError as error:
+            raise ConfigError(f"model.quantization is {quantization!r}: {error}") from error
         self._specs = param_specs(module)
         self._graph, state = nnx.split(module)
         self._paths = [path for path, _ in nnx.to_flat_state(state)]

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jserve.model.matrix import lookup, matrix, products
 from jserve.model.numerics import Numerics
 from jserve.model.params import param
 from jserve.model.rope import RopeTables, rotate
 from jserve.model.spec import ModelSpec
-from jserve.pallas_kernels.matmul.dispatch import matmul
 from jserve.pallas_kernels.rms_norm.dispatch import rms_norm
 
 KV = TypeVar("KV")  # one layer's pages: whatever the attention op makes of them
@@ -46,9 +46,12 @@ class Linear(nnx.Module):
         numerics: Numerics,
         *,
         bias: bool = False,
+        bits: int | None = None,  # of the weight; None: as layers have
     ) -> None:
         self.numerics = numerics
-        self.weight = param((out_dim, in_dim), axes, numerics.dtype, std=in_dim**-0.5)
+        self.weight = matrix(
+            (out_dim, in_dim), axes, numerics, bits=numerics.layer_bits if bits is None else bits
+        )
         self.bias = param((out_dim,), axes[:1], numerics.dtype, std=0.02) if bias else None
 
     def __call__(
@@ -68,21 +71,21 @@ def project(
     x: Float[Array, "tokens in_dim"], num_tokens: jax.Array | None, *linears: Linear
 ) -> tuple[Float[Array, "tokens _"], ...]:
     """The outputs of several linear layers for the same input, as one op."""
-    numerics = linears[0].numerics
-    weights = [linear.weight[...] for linear in linears]
-    products = matmul(x, weights, num_rows=num_tokens, backend=numerics.backend)
-    return tuple(linear.biased(y) for linear, y in zip(linears, products, strict=True))
+    weights = [linear.weight for linear in linears]
+    ys = products(x, weights, linears[0].numerics, num_tokens)
+    return tuple(linear.biased(y) for linear, y in zip(linears, ys, strict=True))
 
 
 class Embedding(nnx.Module):
     """A row per token id; transposed it is the head of a model with tied embeddings."""
 
     def __init__(self, vocab: int, dim: int, numerics: Numerics) -> None:
-        self.weight = param((vocab, dim), ("vocab", None), numerics.dtype, std=dim**-0.5)
+        self.dtype = numerics.dtype
+        self.weight = matrix((vocab, dim), ("vocab", None), numerics, bits=numerics.head_bits)
 
     def __call__(self, tokens: Int[Array, " tokens"]) -> Float[Array, "tokens model_dim"]:
         """The rows of `tokens`, in the compute dtype."""
-        return self.weight[...][tokens]
+        return lookup(self.weight, tokens).astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -9,7 +9,12 @@ from jserve.pallas_kernels.backend import Backend
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
-    """The dtype of parameters and activations, and which implementation of each op runs."""
+    """The dtype of parameters and activations, and which implementation of each op runs.
+
+    Weights of layers, and of embedding and head, may have fewer bits; 0 is the dtype's.
+    """
 
     dtype: jnp.dtype
     backend: Backend
+    layer_bits: int = 0
+    head_bits: int = 0

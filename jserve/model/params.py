@@ -8,8 +8,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How a parameter is made of a float matrix that is stored: part of a quantized weight."""
+
+    shape: tuple[int, int]  # of the stored matrix
+    rows: int  # of it that make one row of the parameter
+    encode: Callable[[np.ndarray], np.ndarray]  # of whole such rows, float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +28,8 @@ class ParamSpec:
 
     `axes` names each dimension logically (None: never sharded); `model.sharding` maps the names
     to mesh axes. `source` lists the Hugging Face tensors it is read from, concatenated along
-    the first axis if several. `mean` and `std` describe random weights.
+    the first axis if several; with an `encoding` they are its float matrix. `mean` and `std`
+    describe random weights, before encoding.
     """
 
     shape: tuple[int, ...]
@@ -27,6 +38,12 @@ class ParamSpec:
     source: tuple[str, ...]
     mean: float
     std: float
+    encoding: Encoding | None = None
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """Of the stored tensors, concatenated."""
+        return self.encoding.shape if self.encoding else self.shape
 
 
 def param(
@@ -36,26 +53,34 @@ def param(
     *,
     mean: float = 0.0,
     std: float,
+    encoding: Encoding | None = None,
 ) -> nnx.Param:
     """Declares a parameter inside a module: a variable that holds a shape, not yet an array."""
     assert len(shape) == len(axes), (shape, axes)
-    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, mean=mean, std=std)
+    return nnx.Param(
+        jax.ShapeDtypeStruct(shape, dtype), axes=axes, mean=mean, std=std, encoding=encoding
+    )
 
 
 def param_specs(module: nnx.Module) -> dict[str, ParamSpec]:
-    """Every parameter declared in `module` by its dotted path, which is its Hugging Face name."""
+    """Every parameter declared in `module` by its dotted path, which is its Hugging Face name.
+
+    The parts of an encoded one have a word more.
+    """
     specs: dict[str, ParamSpec] = {}
     for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         name = ".".join(str(part) for part in path)
         declared: Any = variable.get_value()
         meta = variable.get_metadata()
+        encoding: Encoding | None = meta["encoding"]
         specs[name] = ParamSpec(
             shape=declared.shape,
             dtype=declared.dtype,
             axes=meta["axes"],
-            source=(name,),
+            source=(name.rpartition(".")[0] if encoding else name,),
             mean=meta["mean"],
             std=meta["std"],
+            encoding=encoding,
         )
     return specs
 
@@ -71,9 +96,15 @@ def init_params(
     root = jax.random.key(seed)
     params: dict[str, jax.Array] = {}
     for name, spec in specs.items():
-        key = jax.random.fold_in(root, zlib.crc32(name.encode()))
-        sample = _sampler(spec.shape, jnp.dtype(spec.dtype), shardings[name] if shardings else None)
-        params[name] = sample(key, spec.mean, spec.std)
+        key = jax.random.fold_in(root, zlib.crc32(spec.source[0].encode()))
+        sharding = shardings[name] if shardings else None
+        if spec.encoding:
+            floats = _sampler(spec.source_shape, jnp.dtype(jnp.float32), None)
+            host = np.asarray(floats(key, spec.mean, spec.std))
+            params[name] = jax.device_put(spec.encoding.encode(host), sharding)
+        else:
+            sample = _sampler(spec.shape, jnp.dtype(spec.dtype), sharding)
+            params[name] = sample(key, spec.mean, spec.std)
     return params
 
 

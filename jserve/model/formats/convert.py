@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from jserve.core.errors import ConfigError
-from jserve.model.config import DTYPES
+from jserve.model.config import DTYPES, QUANTIZATIONS
 from jserve.model.formats.hf_folder import write_hf_folder
 from jserve.model.formats.load import open_source
 from jserve.model.formats.native import write_native
@@ -22,7 +22,13 @@ class Format(enum.Enum):
 
 
 def convert(
-    source: Path, target: Path, to: Format, *, dtype: str = "float32", progress: Progress
+    source: Path,
+    target: Path,
+    to: Format,
+    *,
+    dtype: str = "float32",
+    quantization: str = "none",
+    progress: Progress,
 ) -> None:
     """Writes the model in `source` (GGUF file, Hugging Face or native folder) to folder `target`.
 
@@ -31,10 +37,17 @@ def convert(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; it must be one of {list(DTYPES)}")
+    if quantization not in QUANTIZATIONS:
+        raise ConfigError(
+            f"quantization is {quantization!r}; it must be one of {list(QUANTIZATIONS)}"
+        )
+    if quantization != "none" and to is not Format.NATIVE:
+        raise ConfigError(f"quantization {quantization} has no {to.value} form; use native")
     if not source.exists():
         raise ConfigError(f"{source}: there is no such file or folder")
     if target.exists():
         raise ConfigError(f"{target}: exists already; choose another folder or delete it")
     tensors, spec, assets = open_source(source)
     write = write_native if to is Format.NATIVE else write_hf_folder
-    write(target, Model(spec, jnp.dtype(dtype)), tensors, assets, progress)
+    model = Model(spec, jnp.dtype(dtype), quantization=quantization)
+    write(target, model, tensors, assets, progress)

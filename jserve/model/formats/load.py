@@ -18,7 +18,7 @@ from jserve.model.formats.hf_config import spec_from_hf
 from jserve.model.formats.json_file import read_json
 from jserve.model.formats.locate import locate, native_path
 from jserve.model.formats.native import restore_native, write_native
-from jserve.model.formats.native_folder import is_native, read_spec
+from jserve.model.formats.native_folder import is_native, read_manifest, read_spec
 from jserve.model.formats.native_source import NativeSource
 from jserve.model.formats.safetensors_folder import SafetensorsFolder
 from jserve.model.formats.tensor_source import Progress, TensorSource
@@ -65,7 +65,11 @@ def prepare(config: ModelConfig, progress: Progress) -> PreparedModel:
     if not is_native(folder):
         if isinstance(config.source, PypiFile):
             check_digest(source, config.source.sha256)
-        to_native(source, folder, config.dtype, progress)
+        to_native(source, folder, config, progress)
+    elif (held := read_manifest(folder).quantization) != config.quantization:
+        raise ConfigError(
+            f"model.quantization is {config.quantization!r}, but {folder} holds {held!r} weights"
+        )
     return PreparedModel(read_spec(folder), folder)
 
 
@@ -78,10 +82,11 @@ def load_params(
     return restore_native(prepared.folder, model.param_specs(), shardings)
 
 
-def to_native(source: Path, folder: Path, dtype: str, progress: Progress) -> None:
+def to_native(source: Path, folder: Path, config: ModelConfig, progress: Progress) -> None:
     """Converts a GGUF file or a Hugging Face folder to a native folder, all or nothing."""
     tensors, spec, assets = open_source(source)
-    write_native(folder, Model(spec, jnp.dtype(dtype)), tensors, assets, progress)
+    model = Model(spec, jnp.dtype(config.dtype), quantization=config.quantization)
+    write_native(folder, model, tensors, assets, progress)
 
 
 def open_source(source: Path) -> tuple[TensorSource, ModelSpec, TextAssets]:

@@ -66,7 +66,8 @@ def write_native(
         write_spec(temporary, model.spec)
         save_text_assets(temporary, assets)
         shapes = {name: spec.shape for name, spec in specs.items()}
-        write_manifest(temporary, model.dtype.name, str(source.path), shapes)
+        kind = (model.dtype.name, model.quantization)
+        write_manifest(temporary, *kind, str(source.path), shapes)
         _move(temporary, folder)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written: {error}") from error

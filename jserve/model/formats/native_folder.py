@@ -35,6 +35,7 @@ class Manifest:
     """What a native folder says of itself."""
 
     dtype: str
+    quantization: str  # of the weight matrices, see `model.config`
     source: str  # what it was made from, for people
     tensors: dict[str, tuple[int, ...]]  # shape of every parameter
     files: dict[str, tuple[int, str]]  # path in the folder: (bytes, digest)
@@ -56,6 +57,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest(
             dtype=str(stored["dtype"]),
+            quantization=str(stored.get("quantization", "none")),
             source=str(stored["source"]),
             tensors={name: tuple(shape) for name, shape in stored["tensors"].items()},
             files={
@@ -68,7 +70,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def write_manifest(
-    folder: Path, dtype: str, source: str, tensors: Mapping[str, tuple[int, ...]]
+    folder: Path,
+    dtype: str,
+    quantization: str,
+    source: str,
+    tensors: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Digests every file of `folder` into its manifest; the last step of making one."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -80,6 +86,7 @@ def write_manifest(
     manifest = {
         "format": FORMAT,
         "dtype": dtype,
+        "quantization": quantization,
         "source": source,
         "tensors": {name: list(shape) for name, shape in tensors.items()},
         "files": files,

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
+from jserve.core.errors import ConfigError
 from jserve.model.formats.native_folder import PARAMS, read_manifest, verify
 from jserve.model.formats.tensor_source import TensorInfo
 
@@ -13,9 +14,14 @@ class NativeSource:
     """A `TensorSource` over a native folder. Owns the open arrays."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ConfigError if a file differs from its digest."""
+        """Raises ConfigError if a file differs from its digest, or weights are quantized."""
         self.path = folder
         manifest = read_manifest(folder)
+        if manifest.quantization != "none":
+            raise ConfigError(
+                f"{folder}: holds {manifest.quantization} weights; convert the model that it was "
+                f"made from ({manifest.source})"
+            )
         verify(folder, manifest)
         self._infos = {
             name: TensorInfo(shape, manifest.dtype) for name, shape in manifest.tensors.items()

@@ -45,15 +45,22 @@ def read_param(source: TensorSource, spec: ParamSpec, pool: Executor) -> np.ndar
     Raises ConfigError if it holds NaN or infinite values.
     """
     out = np.empty(spec.shape, jnp.dtype(spec.dtype))
-    row_elements = max(1, int(np.prod(spec.shape[1:])))
-    step = max(1, BLOCK_ELEMENTS // row_elements)
+    row_elements = max(1, int(np.prod(spec.source_shape[1:])))
+    packed = spec.encoding.rows if spec.encoding else 1
+    step = max(1, BLOCK_ELEMENTS // row_elements // packed) * packed
     first_row = 0
     shapes = source.tensors()
     for name in spec.source:
         num_rows = shapes[name].shape[0]
-        part = out[first_row : first_row + num_rows]
-        starts = range(0, num_rows, step)
-        list(pool.map(lambda start: _read_block(source, name, part, start, step), starts))  # noqa: B023  consumed here
+        part = out[first_row // packed : (first_row + num_rows) // packed]
+
+        def read(start: int, name: str = name, part: np.ndarray = part) -> None:
+            stop = min(start + step, part.shape[0] * packed)
+            rows = _read_block(source, name, start, stop)
+            encoded = spec.encoding.encode(rows) if spec.encoding else rows
+            part[start // packed : stop // packed] = encoded
+
+        list(pool.map(read, range(0, num_rows, step)))
         first_row += num_rows
     return out
 
@@ -65,30 +72,28 @@ def reading_threads() -> Iterator[Executor]:
         yield pool
 
 
-def _read_block(
-    source: TensorSource, name: str, out: np.ndarray, start: int, num_rows: int
-) -> None:
-    stop = min(start + num_rows, out.shape[0])
+def _read_block(source: TensorSource, name: str, start: int, stop: int) -> np.ndarray:
     rows = source.read_rows(name, start, stop).astype(np.float32, copy=False)
     if not (np.isfinite(rows.min()) and np.isfinite(rows.max())):
         raise ConfigError(f"{source.path}: tensor {name} holds NaN or infinite values")
-    out[start:stop] = rows
+    return rows
 
 
 def _shape_problems(spec: ParamSpec, parts: list[tuple[str, tuple[int, ...]]]) -> list[str]:
     """Parts are concatenated along the first axis, so only their sum is fixed there."""
     if len(parts) == 1:
         name, shape = parts[0]
-        return [] if shape == spec.shape else [f"{name} has shape {shape}, not {spec.shape}"]
+        wanted = spec.source_shape
+        return [] if shape == wanted else [f"{name} has shape {shape}, not {wanted}"]
     problems = [
-        f"{name} has shape {shape}, not (…, {spec.shape[1:]})"
+        f"{name} has shape {shape}, not (…, {spec.source_shape[1:]})"
         for name, shape in parts
-        if shape[1:] != spec.shape[1:]
+        if shape[1:] != spec.source_shape[1:]
     ]
     rows = sum(shape[0] for _, shape in parts)
-    if rows != spec.shape[0]:
+    if rows != spec.source_shape[0]:
         names = " + ".join(name for name, _ in parts)
-        problems.append(f"{names} have {rows} rows, not {spec.shape[0]}")
+        problems.append(f"{names} have {rows} rows, not {spec.source_shape[0]}")
     return problems
 
 

@@ -9,7 +9,7 @@ import jax
 from jserve.pallas_kernels.native.build import library_path
 
 _log = logging.getLogger(__name__)
-_KERNELS = ("matmul", "ragged_paged_attention", "rms_norm")
+_KERNELS = ("matmul", "quantized_matmul", "ragged_paged_attention", "rms_norm")
 
 
 @functools.cache

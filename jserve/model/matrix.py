@@ -1,0 +1,81 @@
+"""A weight matrix of a model, dense or quantized: declared once, used without knowing which.
+
+The only module that tells the two apart.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+from jserve.model.numerics import Numerics
+from jserve.model.params import Encoding, param
+from jserve.pallas_kernels.matmul.dispatch import matmul
+from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
+from jserve.pallas_kernels.quantized_matmul.matrix import (
+    PANEL,
+    QuantizedMatrix,
+    quantize,
+    quantized_shapes,
+    take_rows,
+)
+
+
+class QuantizedParams(nnx.Module):
+    """The two parameters of a quantized weight."""
+
+    def __init__(
+        self, shape: tuple[int, int], axes: tuple[str | None, str | None], bits: int, std: float
+    ) -> None:
+        codes, scales = quantized_shapes(shape, bits)
+        # Panels of outputs and groups of inputs are what a mesh may split.
+        spread: tuple[str | None, ...] = (*axes, None, None, None)
+        parts = [Encoding(shape, PANEL, partial(_part, bits, part)) for part in (0, 1)]
+        self.codes = param(codes, spread, jnp.uint8, std=std, encoding=parts[0])
+        self.scales = param(scales, spread[:4], jnp.float16, std=std, encoding=parts[1])
+
+
+Matrix = nnx.Param | QuantizedParams
+
+
+def matrix(
+    shape: tuple[int, int], axes: tuple[str | None, str | None], numerics: Numerics, *, bits: int
+) -> Matrix:
+    """Declares a weight [out, in] of `bits` a weight, 0 for the compute dtype."""
+    std = shape[1] ** -0.5
+    if bits:
+        return QuantizedParams(shape, axes, bits, std)
+    return param(shape, axes, numerics.dtype, std=std)
+
+
+def products(
+    x: Float[Array, "rows in_dim"],
+    weights: Sequence[Matrix],
+    numerics: Numerics,
+    num_rows: Int[Array, ""] | None,
+) -> tuple[Float32[Array, "rows _"], ...]:
+    """X · weightᵀ of weights of one kind, as one op; see `matmul` and `quantized_matmul`."""
+    quantized = [_value(weight) for weight in weights if isinstance(weight, QuantizedParams)]
+    if quantized:
+        assert len(quantized) == len(weights)
+        return quantized_matmul(x, quantized, num_rows=num_rows, backend=numerics.backend)
+    dense = [weight[...] for weight in weights if isinstance(weight, nnx.Param)]
+    return matmul(x, dense, num_rows=num_rows, backend=numerics.backend)
+
+
+def lookup(weight: Matrix, rows: Int[Array, " rows"]) -> Float[Array, "rows in_dim"]:
+    """Some rows of a weight: in float32 if it is quantized."""
+    if isinstance(weight, QuantizedParams):
+        return take_rows(_value(weight), rows)
+    return weight[...][rows]
+
+
+def _value(weight: QuantizedParams) -> QuantizedMatrix:
+    return QuantizedMatrix(weight.codes[...], weight.scales[...])
+
+
+def _part(bits: int, part: int, rows: np.ndarray) -> np.ndarray:
+    return quantize(rows, bits)[part]

@@ -1,0 +1,243 @@
+// y = x . weight^T for one or several weights of 4 or 8 bits in groups of 32 inputs.
+//
+// A weight is code * scale + offset, one scale and one offset per output and group. The float32
+// activations are rounded to 8 bits per row and group on the way in, so that products of a group
+// are exact integers; groups are added in float32, in order. Weights are stored as the inner loop
+// reads them: panels of 16 outputs, and in each group four inputs of an output side by side.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#if defined(__AVX512VNNI__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "parallel.h"
+#include "simd.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jserve {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int64_t kPanel = 16;  // outputs side by side
+constexpr int64_t kGroup = 32;  // inputs that share a scale
+constexpr int64_t kQuads = kGroup / 4;
+
+typedef float Floats __attribute__((vector_size(kPanel * 4)));
+typedef int32_t Ints __attribute__((vector_size(kPanel * 4)));
+
+inline Ints LoadInts(const uint8_t* from) {
+  Ints v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// sums[n] += code[n][0..3] . x[0..3] for 16 outputs; codes unsigned, x signed bytes.
+inline Ints AddQuad(Ints sums, Ints codes, int32_t x) {
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(x));
+#else
+  for (int i = 0; i < 4; ++i) {
+    sums += ((codes >> (8 * i)) & 0xff) * static_cast<int32_t>(static_cast<int8_t>(x >> (8 * i)));
+  }
+  return sums;
+#endif
+}
+
+inline Floats LoadHalves(const uint16_t* from) {
+#if defined(__AVX512F__)
+  // Not _mm512_cvtph_ps, whose undefined source operand GCC 12 warns of.
+  return (Floats)_mm512_maskz_cvtph_ps(
+      0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+  Floats wide;
+  for (int i = 0; i < kPanel; ++i) {
+#if defined(__F16C__)
+    wide[i] = _cvtsh_ss(from[i]);
+#else
+    _Float16 half;
+    std::memcpy(&half, from + i, sizeof half);
+    wide[i] = static_cast<float>(half);
+#endif
+  }
+  return wide;
+#endif
+}
+
+// Activations in 8 bits: x = scale * code, scale per row and group.
+struct Rounded {
+  std::vector<int8_t> codes;   // [rows, in]
+  std::vector<float> scales;   // [rows, groups]
+  std::vector<float> totals;   // [rows, groups] scale * sum of the codes
+
+  void Resize(int64_t rows, int64_t in_dim) {
+    codes.resize(rows * in_dim);
+    scales.resize(rows * in_dim / kGroup);
+    totals.resize(rows * in_dim / kGroup);
+  }
+
+  // Rounds groups [begin, end) of all rows, which lie one after the other.
+  void Round(const float* x, int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) RoundGroup(x + g * kGroup, g);
+  }
+
+  void RoundGroup(const float* x, int64_t g) {
+    float top = 0.0f;
+    for (int i = 0; i < kGroup; ++i) top = std::max(top, std::fabs(x[i]));
+    const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    int32_t total = 0;
+    for (int i = 0; i < kGroup; ++i) {
+      // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
+      const float shifted = x[i] * inverse + 12582912.0f;
+      int32_t bits;
+      std::memcpy(&bits, &shifted, sizeof bits);
+      const int32_t code = bits - 0x4b400000;
+      codes[g * kGroup + i] = static_cast<int8_t>(code);
+      total += code;
+    }
+    scales[g] = top / 127.0f;
+    totals[g] = scales[g] * static_cast<float>(total);
+  }
+};
+
+// Some outputs of one product: what one thread takes at a time.
+struct Block {
+  const uint8_t* codes;    // [panels, groups, bytes of a group]
+  const uint16_t* scales;  // [panels, groups, scale|offset, 16] float16
+  float* y;                // [rows, out_dim]
+  int64_t groups, out_dim;
+  bool is_4_bit;
+  int64_t begin, end;  // of the panels
+};
+
+// y[m, 16 n] for M rows and N panels.
+template <int M, int N, int kBits>
+inline void Tile(const Rounded& x, const Block& w, int64_t row, int64_t panel) {
+  constexpr int64_t kBytes = kPanel * kGroup * kBits / 8;
+  const int64_t groups = w.groups, in_dim = groups * kGroup;
+  Floats sums[M][N] = {};
+  for (int64_t g = 0; g < groups; ++g) {
+    Ints products[M][N] = {};
+    const int8_t* xs = x.codes.data() + row * in_dim + g * kGroup;
+    for (int64_t j = 0; j < kQuads; ++j) {
+      Ints codes[N];
+      for (int n = 0; n < N; ++n) {
+        const uint8_t* group = w.codes + ((panel + n) * groups + g) * kBytes;
+        if constexpr (kBits == 8) {
+          codes[n] = LoadInts(group + j * 64);
+        } else {  // the first half of the group in the low bits, the second in the high ones
+          const Ints both = LoadInts(group + j % (kQuads / 2) * 64);
+          codes[n] = (j < kQuads / 2 ? both : both >> 4) & 0x0f0f0f0f;
+        }
+      }
+      for (int m = 0; m < M; ++m) {
+        int32_t quad;
+        std::memcpy(&quad, xs + m * in_dim + j * 4, sizeof quad);
+        for (int n = 0; n < N; ++n) products[m][n] = AddQuad(products[m][n], codes[n], quad);
+      }
+    }
+    for (int n = 0; n < N; ++n) {
+      const uint16_t* halves = w.scales + ((panel + n) * groups + g) * 2 * kPanel;
+      const Floats scale = LoadHalves(halves), offset = LoadHalves(halves + kPanel);
+      for (int m = 0; m < M; ++m) {
+        const float xscale = x.scales[(row + m) * groups + g];
+        const float total = x.totals[(row + m) * groups + g];
+        sums[m][n] += __builtin_convertvector(products[m][n], Floats) * (scale * xscale);
+        sums[m][n] += offset * total;
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) {
+      std::memcpy(w.y + (row + m) * w.out_dim + (panel + n) * kPanel, &sums[m][n], sizeof sums[m][n]);
+    }
+  }
+}
+
+template <int M, int kBits>
+inline void Panels(const Rounded& x, const Block& w, int64_t row, int64_t panel, int64_t count) {
+  constexpr int kWide = M == 1 ? 4 : 2;
+  int64_t n = 0;
+  for (; n + kWide <= count; n += kWide) {
+    Tile<M, kWide, kBits>(x, w, row, panel + n);
+  }
+  for (; n < count; ++n) Tile<M, 1, kBits>(x, w, row, panel + n);
+}
+
+constexpr int64_t kStep = 4;  // panels whose weights stay in the cache while all rows go by
+
+template <int kBits>
+void Multiply(const Rounded& x, int64_t rows, const Block& w) {
+  for (int64_t panel = w.begin; panel < w.end; panel += kStep) {
+    const int64_t count = std::min(kStep, w.end - panel);
+    int64_t row = 0;
+    for (; row + 4 <= rows; row += 4) Panels<4, kBits>(x, w, row, panel, count);
+    for (; row + 2 <= rows; row += 2) Panels<2, kBits>(x, w, row, panel, count);
+    if (row < rows) Panels<1, kBits>(x, w, row, panel, count);
+  }
+}
+
+constexpr int64_t kInlineGroups = 512;  // of activations; below, threads do not pay
+
+void RoundAll(ffi::ThreadPool pool, const float* x, int64_t rows, int64_t in_dim, Rounded& rounded) {
+  rounded.Resize(rows, in_dim);
+  const int64_t groups = rows * in_dim / kGroup;
+  const int64_t share = groups < kInlineGroups ? groups : kInlineGroups / 4;
+  ParallelFor(pool, (groups + share - 1) / share, [&](int64_t i) {
+    rounded.Round(x, i * share, std::min(groups, (i + 1) * share));
+  });
+}
+
+ffi::Error QuantizedMatMul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
+                           ffi::Buffer<ffi::S32> num_rows, ffi::RemainingArgs weights,
+                           ffi::RemainingRets results) {
+  // The rows after the first `num_rows` are left as they are: nobody reads them.
+  const int64_t rows = std::clamp<int64_t>(*num_rows.typed_data(), 0, x.dimensions()[0]);
+  const int64_t in_dim = x.dimensions()[1];
+  if (rows == 0) return ffi::Error::Success();
+  int64_t panels = 0;
+  for (size_t i = 0; i < results.size(); ++i) {
+    panels += results.get<ffi::Buffer<ffi::F32>>(i).value()->dimensions()[1] / kPanel;
+  }
+  const int64_t pieces = std::max<int64_t>(pool.num_threads(), 1) * 4;
+  const int64_t size = std::clamp<int64_t>(panels / pieces / kStep, 1, 4) * kStep;
+  std::vector<Block> blocks;
+  for (size_t i = 0; i < results.size(); ++i) {
+    const auto codes = weights.get<ffi::Buffer<ffi::U8>>(2 * i).value();
+    const auto scales = weights.get<ffi::Buffer<ffi::F16>>(2 * i + 1).value();
+    const int64_t count = codes.dimensions()[0], groups = codes.dimensions()[1];
+    if (in_dim != groups * kGroup) return ffi::Error::InvalidArgument("inner dimensions differ");
+    float* y = results.get<ffi::Buffer<ffi::F32>>(i).value()->typed_data();
+    for (int64_t n = 0; n < count; n += size) {
+      blocks.push_back({codes.typed_data(),
+                        reinterpret_cast<const uint16_t*>(scales.untyped_data()), y, groups,
+                        count * kPanel, codes.dimensions()[2] != kQuads, n,
+                        std::min(count, n + size)});
+    }
+  }
+  thread_local Rounded rounded;
+  RoundAll(pool, x.typed_data(), rows, in_dim, rounded);
+  const Rounded& shared = rounded;  // of this thread, for all
+  ParallelFor(pool, static_cast<int64_t>(blocks.size()), [&](int64_t i) {
+    if (blocks[i].is_4_bit) {
+      Multiply<4>(shared, rows, blocks[i]);
+    } else {
+      Multiply<8>(shared, rows, blocks[i]);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jserve
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jserve_quantized_matmul, jserve::QuantizedMatMul,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()  // x
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()  // num_rows
+                                  .RemainingArgs()   // codes and scales of each weight
+                                  .RemainingRets());  // [rows, out] of each weight

@@ -1,0 +1,25 @@
+"""What a product with quantized weights means, in plain jnp."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jserve.pallas_kernels.matmul.reference import dot
+from jserve.pallas_kernels.quantized_matmul.matrix import GROUP, QuantizedMatrix, dequantize
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """Activations as 8-bit codes times a scale per row and group: float32 [rows, in_dim]."""
+    groups = x.astype(jnp.float32).reshape(x.shape[0], -1, GROUP)
+    top = jnp.max(jnp.abs(groups), axis=-1, keepdims=True)
+    codes = jnp.round(groups * jnp.where(top > 0, 127.0 / top, 0.0))
+    return (codes * (top / 127.0)).reshape(x.shape)
+
+
+def quantized_matmul(
+    x: jax.Array, weights: Sequence[QuantizedMatrix], num_rows: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """See `dispatch`."""
+    del num_rows
+    return tuple(dot(rounded(x), dequantize(weight)) for weight in weights)
