@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from jserve.core.step import Admission, Chunk, Program, StepPlan
 from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.pace import Pace
 from jserve.scheduler.policy import window_steps
 from jserve.scheduler.programs import ProgramTable
 from jserve.scheduler.running import RunningSet
@@ -27,6 +28,7 @@ class Step:
 
     plan: StepPlan
     rows: Rows
+    planned_s: float = 0.0
 
 
 # A decode row: its sequence, the index of its first new page, the tokens it yields at most.
@@ -77,6 +79,7 @@ class Planner:
         self._counters = counters
         self._max_processor_rows = max_processor_rows
         self._step_tokens = programs.step_tokens(config.step_tokens)
+        self.pace = Pace()
 
     def enqueue(self, seq: Sequence) -> None:
         """Puts `seq` in its place of the queue."""
@@ -100,6 +103,7 @@ class Planner:
             step = self._window_step()
         if not step.plan.chunks:
             return None
+        step.planned_s = now_s
         self._counters.num_steps += 1
         for seq in step.rows.sequences:
             if seq.num_tokens == seq.max_total:  # its last token is in flight: it needs no more
@@ -109,11 +113,13 @@ class Planner:
 
     def _window_step(self) -> Step:
         running = self.running.sequences
-        most = self._programs.max_window_steps(len(running))
-        if self._config.window_steps is not None:
-            most = min(most, self._config.window_steps)
+        bounds = (
+            self._programs.max_window_steps(len(running)),
+            self._config.window_steps,
+            self.pace.steps_within(self._config.window_wait_s),
+        )
         steps = window_steps(
-            most,
+            min(bound for bound in bounds if bound is not None),
             [seq.max_total - seq.num_tokens for seq in running],
             waiting=bool(self.waiting),
         )

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from jserve.core.errors import EngineError, Overloaded, PromptTooLong, RequestError, Unavailable
 from jserve.core.request import FinishReason, Request, SequenceUpdate
-from jserve.core.step import Program, RowLogprobs, StepPlan, StepResult
+from jserve.core.step import Program, ProgramKind, RowLogprobs, StepPlan, StepResult
 from jserve.scheduler import logprobs
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.planner import Planner, Step
@@ -198,6 +198,8 @@ class Scheduler:
             _collect_prompt_logprobs(step, result.prompt_logprobs)
         tokens: list[list[int]] = result.tokens.tolist()
         num_new: list[int] = result.num_new.tolist()
+        is_window = plan.program.kind is ProgramKind.WINDOW
+        self._planner.pace.committed(step.planned_s, now_s, max(num_new) if is_window else 0)
         codes: list[int] = result.finish.tolist()
         updates: list[SequenceUpdate] = []
         num_output = 0

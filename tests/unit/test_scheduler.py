@@ -271,6 +271,18 @@ def test_configured_windows_are_shorter_than_the_program() -> None:
     assert [plan.num_steps for plan in rig.run()] == [1, 3, 3, 1]
 
 
+@pytest.mark.parametrize(("wait_s", "steps"), [(0.0, 8), (0.25, 2), (0.01, 1)])
+def test_windows_hold_an_arrival_up_no_longer_than_configured(wait_s: float, steps: int) -> None:
+    rig = Rig(SchedulerConfig(window_wait_s=wait_s))
+    rig.add("a", max_tokens=40)
+    rig.step()
+    for _ in range(3):
+        plan = rig.plan()
+        rig.now_s += plan.num_steps * 0.05
+        rig.commit()
+    assert rig.plan().num_steps == steps  # twice as many of 50 ms fit
+
+
 def test_short_pages_shorten_the_window_before_they_preempt() -> None:
     rig = Rig(num_pages=4)
     rig.add("a", prompt=3, max_tokens=9)

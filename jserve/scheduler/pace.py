@@ -1,0 +1,32 @@
+"""How long a decode step takes, learned from the times of commits."""
+
+_NEW = 0.5  # weight of the newest window: rows come and go, and with them the pace
+
+
+class Pace:
+    """Seconds of one decode step. Owned by the scheduler."""
+
+    def __init__(self) -> None:
+        self._step_s: float | None = None
+        self._last_commit_s = float("-inf")
+
+    def committed(self, planned_s: float, now_s: float, num_steps: int) -> None:
+        """Takes in a step of `num_steps` decode steps; 0 if it was none of decodes alone.
+
+        The device began it when it was planned or, if it was busy then, at the commit before.
+        """
+        began_s = max(planned_s, self._last_commit_s)
+        self._last_commit_s = now_s
+        if num_steps:
+            step_s = (now_s - began_s) / num_steps
+            before_s = step_s if self._step_s is None else self._step_s
+            self._step_s = before_s + _NEW * (step_s - before_s)
+
+    def steps_within(self, wait_s: float) -> int | None:
+        """The longest window of which two end within `wait_s`; None while any may.
+
+        Two, because one runs and one is in flight behind it when somebody arrives.
+        """
+        if not self._step_s or not wait_s:
+            return None
+        return max(1, int(wait_s / (2 * self._step_s)))
