@@ -114,10 +114,12 @@ class GrpcEngineClient:
                         reason = "whoever listens there does not answer"
                     except grpc.aio.AioRpcError as error:
                         reason = f"{error.code().name}: {error.details()}"
-                self._disconnect(reason)
+                if self._outgoing is not None:
+                    logger.warning("lost the engine at %s: %s", self._address, reason)
+                self._disconnect()
                 await asyncio.sleep(self._reconnect_s)
         finally:
-            self._disconnect("the gateway is closing")
+            self._disconnect()
 
     async def _session(self, stub: Any) -> None:
         """Serves one connection until it ends."""
@@ -158,10 +160,8 @@ class GrpcEngineClient:
             if stream is not None:
                 stream.fail(error_of_rejection(rejection))
 
-    def _disconnect(self, reason: str) -> None:
+    def _disconnect(self) -> None:
         """Tells everybody who waits, at once; there is nothing to wait for."""
-        if self._outgoing is not None:
-            logger.warning("lost the engine at %s: %s", self._address, reason)
         self._outgoing = None
         self._connected.clear()
         streams = set(self._streams.values())
