@@ -1,0 +1,188 @@
+"""Drives an engine as `EngineLoop.run_once` does, one step in flight ahead, and times each part."""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from jserve.core.errors import ConfigError
+from jserve.core.request import Request, SamplingParams
+from jserve.core.step import ProgramKind, StepPlan
+from jserve.engine.assembly import Engine
+
+_R = TypeVar("_R")
+
+
+class HostTimes(NamedTuple):
+    """CPU seconds of the loop's thread for one plan; waiting for the device is not in them."""
+
+    plan: float
+    submit: float  # pack, and start the program
+    collect: float  # take the result apart, once it is there
+    commit: float
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One plan from its start on the device to its commit."""
+
+    plan: StepPlan
+    num_tokens: int  # sampled
+    started_s: float  # when it was submitted or, if that is later, the step before it ended
+    ended_s: float
+    host: HostTimes
+
+    @property
+    def device_s(self) -> float:
+        """Seconds that the device had for it, and those that it waited for the host."""
+        return self.ended_s - self.started_s
+
+
+class _Submitted(NamedTuple):
+    plan: StepPlan
+    handle: Any
+    at_s: float
+    plan_s: float
+    submit_s: float
+
+
+class Driver:
+    """Owns the scheduler and executor of an engine while it is measured."""
+
+    def __init__(self, engine: Engine, seed: int = 0) -> None:
+        self.engine = engine
+        self._scheduler, self._executor = engine.scheduler, engine.executor
+        self._in_flight: deque[_Submitted] = deque()
+        self._rng = np.random.default_rng(seed)
+        self._live: list[str] = []
+        self._num_added = 0
+        self._ended_s = 0.0  # when the device finished its latest step
+
+    def add(self, count: int, prompt_tokens: int, max_tokens: int) -> None:
+        """Queues greedy requests of random prompts that nothing but their limit ends."""
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, seed=0)
+        for _ in range(count):
+            prompt = self._rng.integers(0, self.engine.info.vocab, prompt_tokens).tolist()
+            request = Request(id=f"r{self._num_added}", prompt=tuple(prompt), sampling=sampling)
+            self._scheduler.add(request, time.monotonic())
+            self._live.append(request.id)
+            self._num_added += 1
+
+    def turns(self) -> Iterator[Turn]:
+        """Steps as they end, until there is no work. Leave it any time; the next call goes on."""
+        while self._scheduler.has_work or self._in_flight:
+            planned = self._submit_next()
+            if not self._in_flight:
+                raise RuntimeError("nothing runs, though there is work")
+            if planned and len(self._in_flight) < 2:
+                continue
+            yield self._finish_oldest()
+
+    def clear(self) -> None:
+        """Ends everything that runs or waits."""
+        for request_id in self._live:
+            self._scheduler.abort(request_id)
+        self._live.clear()
+        for _ in self.turns():
+            pass
+
+    def warm_up(self) -> None:
+        """Runs every program once: the first call of each costs more."""
+        most = self.engine.info.max_model_len - 64
+        for made in self.engine.programs:
+            if made.program.kind is ProgramKind.MIXED:
+                self.add(1, min(made.program.tokens, most), 1)
+            else:
+                self.add(made.program.rows, 8, 2 * made.program.steps + 1)
+            for _ in self.turns():
+                pass
+        self._live.clear()
+
+    def _submit_next(self) -> bool:
+        plan, plan_s = _timed(lambda: self._scheduler.plan(time.monotonic()))
+        if plan is None:
+            return False
+        at_s = time.perf_counter()
+        handle, submit_s = _timed(lambda: self._executor.submit(plan))
+        self._in_flight.append(_Submitted(plan, handle, at_s, plan_s, submit_s))
+        return True
+
+    def _finish_oldest(self) -> Turn:
+        step = self._in_flight.popleft()
+        jax.block_until_ready(step.handle.result.tokens)
+        started_s = max(self._ended_s, step.at_s)
+        self._ended_s = time.perf_counter()
+        result, collect_s = _timed(lambda: self._executor.collect(step.handle))
+        _, commit_s = _timed(lambda: self._scheduler.commit(step.plan, result, time.monotonic()))
+        num_tokens = int(result.num_new.sum())
+        host = HostTimes(step.plan_s, step.submit_s, collect_s, commit_s)
+        return Turn(step.plan, num_tokens, started_s, self._ended_s, host)
+
+
+def decode(
+    driver: Driver, levels: list[int], prompt_tokens: int, num_turns: int
+) -> Iterator[list[Turn]]:
+    """Turns in which nothing but decoding happens, for each number of live rows, ascending.
+
+    Rows are added to those that run, so that each prompt is computed once. By then the older rows
+    are longer than their prompt: a plan's chunks tell where each row stands.
+    """
+    limit = decode_tokens(driver.engine, levels, prompt_tokens, num_turns)
+    live = 0
+    for rows in levels:
+        driver.add(rows - live, prompt_tokens, limit)
+        live = rows
+        turns = (turn for turn in driver.turns() if _only_decodes(turn, rows))
+        timed = list(itertools.islice(turns, num_turns + 1))[1:]  # the first may be slow
+        if len(timed) < num_turns:
+            raise ConfigError(f"{rows} rows ended before {num_turns} turns; lower --turns")
+        yield timed
+    driver.clear()
+
+
+def decode_tokens(engine: Engine, levels: list[int], prompt_tokens: int, num_turns: int) -> int:
+    """Tokens that the oldest row of `decode` gets at most: alone, and beside prompts."""
+    mixed = max(p.program.tokens for p in engine.programs if p.program.kind is ProgramKind.MIXED)
+    steps = max(p.program.steps for p in engine.programs)
+    beside = levels[-1] * prompt_tokens // (mixed - levels[-1]) + 2 * len(levels)
+    return beside + len(levels) * (num_turns + 4) * steps
+
+
+def fitting(engine: Engine, levels: list[int], prompt_tokens: int, num_turns: int) -> list[int]:
+    """The first of `levels` that the pages and the context suffice for."""
+    for count in range(len(levels), 0, -1):
+        oldest = prompt_tokens + decode_tokens(engine, levels[:count], prompt_tokens, num_turns)
+        # Rows that come at a later level have missed the steps of those before.
+        missed = (oldest - prompt_tokens) // count
+        pages, rows_before = 0, 0
+        for level, rows in enumerate(levels[:count]):
+            tokens = oldest - level * missed
+            pages += (rows - rows_before) * (-(-tokens // engine.info.page_size) + 1)
+            rows_before = rows
+        if pages <= engine.info.num_pages and oldest <= engine.info.max_model_len:
+            return levels[:count]
+    return []
+
+
+def prefill(driver: Driver, count: int, prompt_tokens: int) -> list[Turn]:
+    """The turns that `count` prompts take which come at once to an idle engine."""
+    driver.add(count, prompt_tokens, 1)
+    turns = list(driver.turns())
+    driver.clear()
+    return turns
+
+
+def _only_decodes(turn: Turn, rows: int) -> bool:
+    prompts = any(chunk.tokens for chunk in turn.plan.chunks)
+    return not prompts and len(turn.plan.chunks) == rows
+
+
+def _timed(call: Callable[[], _R]) -> tuple[_R, float]:
+    started = time.thread_time()
+    done = call()
+    return done, time.thread_time() - started
