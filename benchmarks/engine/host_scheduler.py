@@ -1,17 +1,17 @@
 """Host time of the scheduler: CPU microseconds of plan and commit, for windows over many slots.
 
-python -m benchmarks.engine.host_scheduler [--slots 256] [--steps 8] [--repeats 200]
+    python -m benchmarks.engine.host_scheduler [--slots 256] [--steps 8] [--repeats 200]
+
+Nothing is computed and JAX is not needed; `host.py` measures the same in a real engine.
 """
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import time
 
 import numpy as np
 
+from benchmarks.serving import report
 from jserve.core.request import Request, SamplingParams
 from jserve.core.step import FinishCode, Program, ProgramKind, StepPlan, StepResult
 from jserve.scheduler.config import SchedulerConfig
@@ -91,31 +91,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=200)
     args = parser.parse_args()
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    print(
-        f"{'slots':>6} {'steps':>6} {'plan µs':>9} {'commit µs':>10} {'both µs':>9} {'p99 µs':>9}"
-    )
-    cells: list[dict[str, float]] = []
-    for slots in args.slots:
-        for steps in args.steps:
-            cell = measure(slots, steps, args.repeats)
-            cells.append({"slots": slots, "steps": steps, **cell})
-            print(
-                f"{slots:>6} {steps:>6} {cell['plan_us']:>9} {cell['commit_us']:>10} "
-                f"{cell['both_us']:>9} {cell['both_p99_us']:>9}"
-            )
-    print(
-        json.dumps(
-            {
-                "benchmark": "host_scheduler",
-                "commit": commit,
-                "python": platform.python_version(),
-                "machine": platform.machine(),
-                "cells": cells,
-            }
-        )
-    )
+    cells: list[dict[str, float]] = [
+        {"slots": slots, "steps": steps, **measure(slots, steps, args.repeats)}
+        for slots in args.slots
+        for steps in args.steps
+    ]
+    header = ["slots", "steps", "plan µs", "commit µs", "both µs", "p99 µs"]
+    print(report.grid(header, [[*map(report.number, cell.values())] for cell in cells]))
+    print(report.json_line("host_scheduler", vars(args), cells=cells))
 
 
 if __name__ == "__main__":
