@@ -74,7 +74,7 @@ def decode_cell(turns: list[Turn], counter: Counter, best: ceilings.Ceilings) ->
     return {
         "rows": len(turns[0].plan.chunks),
         "context": round(float(np.mean(starts)) + float(np.mean(steps)) / 2),
-        "steps_a_run": int(steps[0]),
+        "steps_a_run": round(float(steps.mean()), 1),
         "step_ms": percentiles(seconds / steps * 1e3),
         "tokens_per_s": round(tokens / float(seconds.sum()), 1),
         **used(turns, counter, best),
@@ -144,12 +144,13 @@ def percentiles(values: np.ndarray) -> dict[str, float]:
 def decode_table(cells: list[dict[str, Any]]) -> str:
     """The table of decode steps."""
     header = ["rows", "context", "ms p50", "p90", "tokens/s", "GB/s", "MBU %", "MFU %"]
-    header += ["host µs p50", "p90", "% of run"]
+    header += ["steps a run", "host µs p50", "p90", "% of run"]
     rows = [
         [
             *(report.number(cell[name]) for name in ("rows", "context")),
             *map(report.number, cell["step_ms"].values()),
             *_used_columns(cell),
+            report.number(cell["steps_a_run"]),
             *map(report.number, map(round, cell["host_total_us"].values())),
             f"{cell['host_share']:.1%}".rstrip("%"),
         ]
