@@ -13,6 +13,7 @@ from jserve.engine.config import EngineConfig
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh
 from jserve.model.spec import ModelSpec
+from jserve.pallas_kernels.backend import backend_for
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
 
@@ -41,6 +42,8 @@ CONFIG = EngineConfig(
     window_steps=4,
 )
 
+SCHEDULER = SchedulerConfig(window_wait_s=0.0)  # whole windows, though a turn is a second
+
 
 @dataclass
 class Outcome:
@@ -62,7 +65,9 @@ class Harness:
         params: dict[str, jax.Array] | None = None,
         overlap: bool = True,
     ) -> None:
-        self.model = Model(spec, jnp.float32)
+        # What users get: the native kernels, where they are built.
+        backend = backend_for("cpu", jnp.dtype(jnp.float32))
+        self.model = Model(spec, jnp.float32, backend)
         self.params = self.model.init(0) if params is None else params
         self.config = config
         self.overlap = overlap
@@ -72,7 +77,7 @@ class Harness:
             device_mesh(jax.devices()[:1], model=1),
             lambda: self.params,
             config,
-            SchedulerConfig(),
+            SCHEDULER,
             cache_folder=None,
         )
         self.scheduler = self.engine.scheduler
@@ -80,7 +85,7 @@ class Harness:
     def with_pages(self, num_pages: int) -> None:
         """Lets the scheduler use fewer pages than there are, to force preemptions."""
         self.scheduler = Scheduler(
-            SchedulerConfig(),
+            SCHEDULER,
             num_slots=self.config.num_slots,
             num_pages=num_pages,
             page_size=self.config.page_size,
