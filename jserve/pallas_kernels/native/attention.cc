@@ -80,6 +80,12 @@ inline void ForRuns(const Problem<T>& p, int64_t row, int64_t begin, int64_t end
   }
 }
 
+template <class T>
+inline const T* NextKeys(const Problem<T>& p, const Item& item, int64_t t) {
+  const int32_t page = p.table[item.row * p.pages_per_row + t / p.page_size];
+  return p.Head(page, 0, item.head) + t % p.page_size * p.head_dim;
+}
+
 // out[r] += weights[r] . values for R rows and the tokens of one run.
 template <int R, class T>
 inline void AddValues(const float* weights, const T* values, int64_t count, int64_t head_dim,
@@ -192,6 +198,10 @@ void Attend(const Problem<T>& p, const Item& item, Softmax& s) {
   for (int64_t block = first / kBlock * kBlock; block < last; block += kBlock) {
     const int64_t begin = std::max(block, first), end = std::min(block + kBlock, last);
     ForRuns(p, item.row, begin, end, [&](int64_t t, int32_t page, int64_t at, int64_t count) {
+      // Pages lie anywhere, so the processor cannot guess what comes next: the values of these
+      // tokens, and the keys of the tokens after them.
+      Prefetch(p.Head(page, 1, item.head) + at * dim, count * dim);
+      if (t + count < last) Prefetch(NextKeys(p, item, t + count), p.page_size * dim);
       Dots(s.queries.data(), dim, rows, p.Head(page, 0, item.head) + at * dim, dim, count, dim,
            s.scores.data() + (t - block), kBlock);
     });

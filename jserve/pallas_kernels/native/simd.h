@@ -72,6 +72,15 @@ inline Vec LoadSome(const T* from, int64_t count) {
 
 inline void StoreSome(Vec v, float* to, int64_t count) { std::memcpy(to, &v, count * sizeof(float)); }
 
+// Asks for `count` elements that will be read soon; addresses past the end do no harm.
+template <class T>
+inline void Prefetch(const T* from, int64_t count) {
+  const char* bytes = reinterpret_cast<const char*>(from);
+  for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) {
+    __builtin_prefetch(bytes + i);
+  }
+}
+
 inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
 
 inline Vec AsFloat(IntVec bits) {
