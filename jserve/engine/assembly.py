@@ -80,8 +80,7 @@ def build_engine(
             cache=cache,
             on_ready=on_program,
         )
-        replicated = named_sharding(mesh, ())
-        return programs, jax.jit(lambda: make_state(model, shape), out_shardings=replicated)()
+        return programs, _idle_state(model, mesh, shape, cache)
 
     (params, load_s), ((programs, state), compile_s) = _side_by_side(load_params, compile_all)
     info = EngineInfo(
@@ -117,6 +116,20 @@ def build_engine(
         lambda: counter.count - compiled,
         {"compile": compile_s, "load": load_s},
     )
+
+
+def _idle_state(
+    model: Model, mesh: Mesh, shape: EngineShape, cache: ExecutableCache | None
+) -> DeviceState:
+    """The state of an idle engine, made on the device by a small program that is cached, too."""
+    name = repr(("state", shape, dict(mesh.shape)))
+    program = cache.load(name) if cache else None
+    if program is None:
+        make = jax.jit(lambda: make_state(model, shape), out_shardings=named_sharding(mesh, ()))
+        program = make.lower().compile()
+        if cache:
+            cache.store(name, program)
+    return program()
 
 
 def _cache(folder: Path, model: Model, mesh: Mesh) -> ExecutableCache:
