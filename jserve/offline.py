@@ -79,7 +79,7 @@ class LLM:
     def generate(
         self,
         prompts: PromptLike | Sequence[PromptLike],
-        sampling: SamplingFields | None = None,
+        sampling: SamplingFields | Sequence[SamplingFields] | None = None,
         *,
         stop: str | Sequence[str] | None = None,
         n: int = 1,
@@ -87,11 +87,19 @@ class LLM:
     ) -> list[Completion]:
         """Completes every prompt, `n` times each, in the order of the prompts.
 
-        Fields of `sampling` that are None take the model's defaults. Raises RequestError, before
-        anything runs, when a prompt or a field is wrong.
+        `sampling` is one for all prompts, or one for each; its fields that are None take the
+        model's defaults. Raises RequestError, before anything runs, when a prompt or a field is
+        wrong.
         """
         wanted = _prompts(prompts)
-        generations = [self._prepare(prompt, sampling, stop, n) for prompt in wanted]
+        if sampling is None or isinstance(sampling, SamplingFields):
+            sampling = [sampling or SamplingFields()] * len(wanted)
+        if len(sampling) != len(wanted):
+            raise RequestError(f"sampling has {len(sampling)} entries for {len(wanted)} prompts")
+        generations = [
+            self._prepare(prompt, each, stop, n)
+            for prompt, each in zip(wanted, sampling, strict=True)
+        ]
         answers: dict[tuple[int, int], list[Piece]] = {}
         tokens = 0
         with tqdm(total=len(generations) * n, disable=not use_tqdm, unit="seq") as bar:

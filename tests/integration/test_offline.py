@@ -48,6 +48,14 @@ def test_choices_differ_and_a_seed_repeats_them(llm: LLM) -> None:
     assert llm.generate("choices", fields, n=3, use_tqdm=False) == first
 
 
+def test_a_sampling_for_each_prompt(llm: LLM) -> None:
+    fields = [SamplingFields(temperature=0, max_tokens=n, ignore_eos=True) for n in (3, 5)]
+    found = llm.generate(["one", "two"], fields, use_tqdm=False)
+    assert [len(completion.token_ids) for completion in found] == [3, 5]
+    with pytest.raises(RequestError, match="2 entries for 1 prompts"):
+        llm.generate("one", fields, use_tqdm=False)
+
+
 def test_stop_string_cuts_the_text_and_frees_the_slot(llm: LLM) -> None:
     fields = SamplingFields(temperature=0, max_tokens=64)
     (whole,) = llm.generate("stop here", fields, use_tqdm=False)
