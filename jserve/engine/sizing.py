@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -29,6 +30,7 @@ class EngineShape:
     batch: BatchShape
     num_pages: int
     max_model_len: int
+    kv_dtype: jnp.dtype
 
     @property
     def pages_per_slot(self) -> int:
@@ -55,14 +57,15 @@ def shape_engine(
             f"engine.max_model_len is {max_model_len}; the model's context is {spec.max_context}"
         )
     batch = BatchShape(config.num_slots, spec.vocab, config.page_size, config.processor_rows)
-    least = EngineShape(batch, GRID, max_model_len)
+    kv_dtype = jnp.dtype(config.kv_dtype or model.dtype)
+    least = EngineShape(batch, GRID, max_model_len, kv_dtype)
     if config.num_pages:
         num_pages = config.num_pages
     elif config.kv_bytes:
         on_host = mesh.devices.flat[0].platform == "cpu"
         num_pages = host_pages(
             kv_bytes=config.kv_bytes,
-            page_bytes=page_bytes(model, config.page_size),
+            page_bytes=page_bytes(model, config.page_size, kv_dtype),
             other_bytes=_fixed_bytes(model, mesh, least),
             available_bytes=host_available_bytes() if on_host else None,
         )
@@ -79,7 +82,7 @@ def shape_engine(
         _log.warning(
             "the context is cut from %d to the %d tokens of all pages", max_model_len, held
         )
-    return EngineShape(batch, num_pages, min(max_model_len, held))
+    return EngineShape(batch, num_pages, min(max_model_len, held), kv_dtype)
 
 
 def abstract_params(model: Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -99,6 +102,7 @@ def make_state(model: Model, shape: EngineShape) -> DeviceState:
         num_pages=shape.num_pages,
         page_size=shape.batch.page_size,
         pages_per_slot=shape.pages_per_slot,
+        kv_dtype=shape.kv_dtype,
     )
 
 
@@ -152,7 +156,7 @@ def _measured_pages(
         limit_bytes=limit_bytes,
         params_bytes=_fixed_bytes(model, mesh, least),
         temp_bytes=temp_bytes,
-        page_bytes=page_bytes(model, config.page_size),
+        page_bytes=page_bytes(model, config.page_size, least.kv_dtype),
     )
 
 

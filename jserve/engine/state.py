@@ -36,13 +36,19 @@ class DeviceState(NamedTuple):
 
 
 def init_state(
-    model: Model, *, num_slots: int, num_pages: int, page_size: int, pages_per_slot: int
+    model: Model,
+    *,
+    num_slots: int,
+    num_pages: int,
+    page_size: int,
+    pages_per_slot: int,
+    kv_dtype: jnp.dtype,
 ) -> DeviceState:
     """An empty engine; pure, so that it can be evaluated abstractly or jitted with shardings."""
     spec = model.spec
     shape = kv_pages_shape(num_pages, page_size, spec.kv_heads, spec.head_dim)
     return DeviceState(
-        kv={FULL: tuple(jnp.zeros(shape, model.dtype) for _ in range(spec.layers))},
+        kv={FULL: tuple(jnp.zeros(shape, kv_dtype) for _ in range(spec.layers))},
         page_tables={FULL: jnp.zeros((num_slots, pages_per_slot), jnp.int32)},
         prompt_lens=jnp.zeros(num_slots, jnp.int32),
         lengths=jnp.zeros(num_slots, jnp.int32),
@@ -52,8 +58,8 @@ def init_state(
     )
 
 
-def page_bytes(model: Model, page_size: int) -> int:
+def page_bytes(model: Model, page_size: int, kv_dtype: jnp.dtype) -> int:
     """KV bytes of one page over all layers."""
     spec = model.spec
     elements = 2 * spec.kv_heads * page_size * spec.head_dim * spec.layers
-    return elements * model.dtype.itemsize
+    return elements * kv_dtype.itemsize

@@ -67,7 +67,7 @@ def _summary(config: ServeConfig, engine: Engine) -> dict[str, str]:
         "mesh": ", ".join(f"{axis} {size}" for axis, size in engine.mesh.shape.items()),
         "context": f"{info.max_model_len} tokens",
         "slots": str(info.num_slots),
-        "pages": f"{info.num_pages} of {info.page_size} tokens",
+        "pages": f"{info.num_pages} of {info.page_size} tokens in {engine.shape.kv_dtype}",
         "queue": str(info.max_queue),
         "programs": programs,
     }

@@ -20,12 +20,14 @@ from tests.backends import BACKENDS, INVARIANT_BACKENDS
 class Problem:
     """One case with its memory: contexts in scattered pages, everything unused is NaN."""
 
-    def __init__(self, case: Case, seed: int = 0) -> None:
+    def __init__(self, case: Case, seed: int = 0, kv_dtype: jnp.dtype = jnp.float32) -> None:
         self.case = case
         self.rows = [(done, 1) for done in case.decode] + list(case.prompts)
         rng = np.random.default_rng(seed)
         self.kv = [  # [K|V, tokens, kv_heads, head_dim] of the whole row
-            rng.normal(size=(2, done + new, case.kv_heads, case.head_dim)).astype(np.float32)
+            rng.normal(size=(2, done + new, case.kv_heads, case.head_dim))
+            .astype(kv_dtype)
+            .astype(np.float32)
             for done, new in self.rows
         ]
         self.q = [
@@ -127,6 +129,19 @@ def test_agrees_with_float64(case: Case, backend: Backend) -> None:
     untouched = np.setdiff1d(np.arange(1, len(pages)), problem.tables)
     assert np.isnan(pages[untouched]).all()
     assert np.isfinite(np.asarray(batch.write_pages)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_pages_of_bfloat16(case: Case, backend: Backend) -> None:
+    """K and V that bfloat16 holds exactly give the same outputs from pages of half the size."""
+    problem = Problem(case, seed=1, kv_dtype=jnp.bfloat16)
+    q, k, v, pages, batch = problem.arrays()
+    run = _compiled(case.window, bool(case.prompts), backend)
+    out, pages = run(q, k, v, jnp.asarray(pages, jnp.bfloat16), batch)
+    expected = problem.expected()
+    assert pages.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out[: len(expected)], expected, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)

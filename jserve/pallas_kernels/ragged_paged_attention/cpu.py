@@ -63,6 +63,7 @@ def _attend_tile(
 
     def step(block: jax.Array, carry: _Softmax) -> _Softmax:
         keys, values, position = _load_block(pages, table, block, kv_len)
+        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
         scores = jnp.einsum("kqd,ktd->kqt", q, keys, preferred_element_type=jnp.float32)
         age = q_positions[None, :, None] - position[None, None, :]  # [1, queries, block]
         seen = age >= 0
