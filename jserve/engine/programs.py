@@ -44,7 +44,7 @@ def compile_programs(
     def make(program: Program) -> CompiledProgram:
         started = time.perf_counter()
         # State shapes hold the number of pages, which may differ from start to start.
-        name = repr((program, shape, model.backend, jax.tree.map(_signature, (params, state))))
+        name = repr((program, shape, model.backend, jax.tree.map(signature, (params, state))))
         call = cache.load(name) if cache else None
         cached = call is not None
         if call is None:
@@ -61,7 +61,8 @@ def compile_programs(
         return dict(zip(programs, pool.map(make, programs), strict=True))
 
 
-def _signature(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
+def signature(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
+    """What a compiled program depends on of one argument or result."""
     return f"{leaf.shape}{leaf.dtype}{getattr(leaf, 'sharding', None)}"
 
 

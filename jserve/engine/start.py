@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from jserve.core.errors import ConfigError
 from jserve.engine.assembly import Engine, build_engine
 from jserve.engine.config import EngineConfig
 from jserve.engine.programs import CompiledProgram
@@ -37,7 +38,12 @@ def start_engine(
     spec = model_spec(model_config, on_files)
     mesh = device_mesh(jax.devices()[:1], model=1)
     dtype = jnp.dtype(model_config.dtype)
-    backend = backend_for(mesh.devices.flat[0].platform, dtype)
+    platform = mesh.devices.flat[0].platform
+    if model_config.quantization != "none" and platform != "cpu":
+        raise ConfigError(
+            f"model.quantization is {model_config.quantization!r}, which runs on CPU only so far"
+        )
+    backend = backend_for(platform, dtype)
     model = Model(spec, dtype, backend, model_config.quantization)
     shardings = param_shardings(model.param_specs(), spec, mesh)
     prepare_s = 0.0
@@ -48,7 +54,9 @@ def start_engine(
         prepared = prepare(model_config, on_files)
         prepare_s = time.perf_counter() - started
         on_prepared()
-        on_phase("loading", f"{model_config.name} in {model_config.dtype}")
+        kind = model_config.quantization
+        kind = model_config.dtype if kind == "none" else kind
+        on_phase("loading", f"{model_config.name} in {kind}")
         return load_params(prepared, model, shardings)
 
     def ready(program: CompiledProgram) -> None:

@@ -14,6 +14,7 @@ from jserve.engine import worker
 from jserve.engine.assembly import Engine
 from jserve.engine.start import start_engine
 from jserve.launch.console import Console, FileProgress
+from jserve.pallas_kernels.backend import Backend
 
 
 def serve_engine(config: ServeConfig, address: str) -> int:
@@ -63,7 +64,7 @@ def _summary(config: ServeConfig, engine: Engine) -> dict[str, str]:
         for made in engine.programs
     )
     return {
-        "backend": f"{engine.backend.value}, {config.model.dtype}",
+        "backend": _backend(config, engine),
         "mesh": ", ".join(f"{axis} {size}" for axis, size in engine.mesh.shape.items()),
         "context": f"{info.max_model_len} tokens",
         "slots": str(info.num_slots),
@@ -71,3 +72,12 @@ def _summary(config: ServeConfig, engine: Engine) -> dict[str, str]:
         "queue": str(info.max_queue),
         "programs": programs,
     }
+
+
+def _backend(config: ServeConfig, engine: Engine) -> str:
+    parts = [engine.backend.value, config.model.dtype]
+    if config.model.quantization != "none":
+        parts.append(f"weights {config.model.quantization}")
+    if engine.backend is Backend.CPU:
+        parts[0] = "XLA's own code, without the native CPU kernels"
+    return ", ".join(parts)

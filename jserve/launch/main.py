@@ -12,6 +12,7 @@ from jserve import config as config_lib
 from jserve.config import ServeConfig
 from jserve.core.errors import ConfigError, JserveError
 from jserve.launch import logs, platform
+from jserve.model.config import DTYPES, QUANTIZATIONS
 
 _CONFIG = flags.DEFINE_string("config", None, "A Python file that defines get_config().")
 _SET = flags.DEFINE_multi_string(
@@ -29,11 +30,9 @@ _GRPC_PORT = flags.DEFINE_integer("grpc_port", None, "gateway.grpc_port of the c
 _ENGINE_ADDRESS = flags.DEFINE_string(
     "engine_address", "127.0.0.1:8600", "Where --role=engine listens and --role=gateway connects."
 )
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16", "float16"], "convert: type of the parameters."
-)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "convert: type of the parameters.")
 _QUANTIZATION = flags.DEFINE_enum(
-    "quantization", "none", ["none", "int8", "int4"], "convert: of the weight matrices."
+    "quantization", "none", list(QUANTIZATIONS), "convert: of the weight matrices."
 )
 _FORMAT = flags.DEFINE_enum(
     "format", "native", ["native", "huggingface"], "convert: what FOLDER will be."

@@ -38,6 +38,10 @@ class Model:
             raise ConfigError(
                 f"model family {spec.family!r} is not supported; known: {sorted(FAMILIES)}"
             )
+        if quantization not in QUANTIZATIONS:
+            raise ConfigError(
+                f"quantization is {quantization!r}; it must be one of {list(QUANTIZATIONS)}"
+            )
         self.spec = spec
         self.dtype = jnp.dtype(dtype)
         self.backend = backend

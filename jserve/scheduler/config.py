@@ -20,7 +20,7 @@ class SchedulerConfig:
     # Decode steps of one window, at most. None: as many as the program holds.
     window_steps: int | None = None
     # How long a new request may wait for windows that are in flight: bounds their steps by the
-    # pace that was measured. 0: no bound.
+    # pace of those before, so the very first may be longer. 0: no bound.
     window_wait_s: float = 0.25
     # Prompts that may be half computed at once. 1 finishes one prompt before the next is begun;
     # more let short prompts pass a long one that came first.

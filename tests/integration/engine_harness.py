@@ -13,7 +13,7 @@ from jserve.engine.config import EngineConfig
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh
 from jserve.model.spec import ModelSpec
-from jserve.pallas_kernels.backend import backend_for
+from jserve.pallas_kernels.backend import Backend, backend_for
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
 
@@ -64,10 +64,12 @@ class Harness:
         config: EngineConfig = CONFIG,
         params: dict[str, jax.Array] | None = None,
         overlap: bool = True,
+        backend: Backend | None = None,
+        quantization: str = "none",
     ) -> None:
         # What users get: the native kernels, where they are built.
-        backend = backend_for("cpu", jnp.dtype(jnp.float32))
-        self.model = Model(spec, jnp.float32, backend)
+        backend = backend or backend_for("cpu", jnp.dtype(jnp.float32))
+        self.model = Model(spec, jnp.float32, backend, quantization)
         self.params = self.model.init(0) if params is None else params
         self.config = config
         self.overlap = overlap

@@ -121,3 +121,15 @@ def test_misfits_are_refused(backend: Backend) -> None:
         quantized_matmul(jnp.zeros((2, 64)), [_matrix(np.eye(32), 8)], backend=backend)
     with pytest.raises(ValueError, match="no whole panels"):
         quantize(np.zeros((24, 32), np.float32), 8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tiny_and_broken_activations(backend: Backend) -> None:
+    x, (weight, *_) = _problem(96, (16,), 8)
+    x[0] = 1e-37
+    x[2, 40] = np.nan
+    x[3, 40] = np.inf
+    (y,) = _run(backend)(x, [weight])
+    assert (np.asarray(y[0]) == 0).all()
+    assert np.isnan(np.asarray(y[2:4])).all()
+    assert np.isfinite(np.asarray(y[4:])).all()

@@ -30,7 +30,7 @@ def native_path(config: ModelConfig, source: Path) -> Path:
     """Where the native form of `source` is or would be: itself, or a folder of the cache.
 
     The cache's folder changes with the source (its digest, or else its place, size and time),
-    with the dtype or quantization and with the native format.
+    with the dtype, the quantization and with the native format.
     """
     if is_native(source):
         return source
@@ -42,8 +42,8 @@ def native_path(config: ModelConfig, source: Path) -> Path:
         identity = repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
     key = hashlib.sha256(f"{FORMAT}:{identity}".encode()).hexdigest()[:16]
     name = source.stem if source.is_file() else source.name
-    kind = config.dtype if config.quantization == "none" else config.quantization
-    return _cache_dir(config) / "models" / f"{name}-{kind}-{key}"
+    kind = "" if config.quantization == "none" else f"-{config.quantization}"
+    return _cache_dir(config) / "models" / f"{name}-{config.dtype}{kind}-{key}"
 
 
 def text_assets_of(config: ModelConfig, progress: Progress) -> TextAssets:

@@ -95,8 +95,7 @@ def restore_native(
             f"{folder}: tensors differ from those of the model: {', '.join(differing[:12])}"
         )
     verify(folder, manifest)
-    itemsize = jnp.dtype(manifest.dtype).itemsize
-    stored_bytes = {name: int(np.prod(shape)) * itemsize for name, shape in shapes.items()}
+    stored_bytes = {name: _stored_bytes(spec, manifest.dtype) for name, spec in specs.items()}
     large = [name for name, num_bytes in stored_bytes.items() if num_bytes > READ_AHEAD_BYTES]
     small = [name for name in specs if name not in set(large)]
     restored: dict[str, jax.Array] = {}
@@ -216,6 +215,12 @@ def _save_params(
         tree = {name: _Pending(source, spec, pool) for name, spec in specs.items()}
         save_args = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in specs}
         checkpointer.save(path.resolve(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+
+
+def _stored_bytes(spec: ParamSpec, dtype: str) -> int:
+    """Of a parameter in a folder of `dtype`; codes and their scales have types of their own."""
+    itemsize = jnp.dtype(spec.dtype if spec.encoding else dtype).itemsize
+    return int(np.prod(spec.shape)) * itemsize
 
 
 def _num_bytes(spec: ParamSpec) -> int:

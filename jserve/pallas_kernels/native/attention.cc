@@ -167,7 +167,7 @@ struct Softmax {
     Vec sum = {};
     for (int64_t t = 0; t < kBlock; t += kLanes) {
       const Vec score = Load(s + t);
-      const Vec weight = score > Splat(kMasked) ? Exp(score - found) : Vec{};
+      const Vec weight = score <= Splat(kMasked) ? Vec{} : Exp(score - found);
       sum += weight;
       Store(weight, s + t);
     }
@@ -267,7 +267,8 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::Buffer<
         kv_lens.typed_data(), q_starts.typed_data(), q_lens.typed_data(),
         write_pages.typed_data(), write_offsets.typed_data(), out->typed_data(),
         q.dimensions()[0], q.dimensions()[1], k.dimensions()[1], q.dimensions()[2],
-        pages.dimensions()[3], table.dimensions()[1], *num_rows.typed_data(), window};
+        pages.dimensions()[3], table.dimensions()[1],
+        std::clamp<int64_t>(*num_rows.typed_data(), 0, table.dimensions()[0]), window};
     Run(pool, p);
     return ffi::Error::Success();
   };

@@ -1,4 +1,4 @@
-"""Loads the native CPU kernels into the process and calls them."""
+"""Loads the native CPU kernels into the process."""
 
 import ctypes
 import functools
@@ -22,7 +22,16 @@ def is_loaded() -> bool:
             "XLA's own code runs"
         )
         return False
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:  # built on another system: another C library, a damaged file
+        _log.warning(
+            "the native CPU kernels cannot be loaded, XLA's own code runs: %s. Delete %s and run "
+            "python -m jserve.pallas_kernels.native.build",
+            error,
+            path,
+        )
+        return False
     for name in _KERNELS:
         handler = getattr(library, f"jserve_{name}")
         jax.ffi.register_ffi_target(f"jserve_{name}", jax.ffi.pycapsule(handler), platform="cpu")

@@ -9,10 +9,6 @@
 #include <cstdint>
 #include <vector>
 
-#if defined(__AVX512VNNI__) || defined(__F16C__)
-#include <immintrin.h>
-#endif
-
 #include "parallel.h"
 #include "simd.h"
 #include "xla/ffi/api/ffi.h"
@@ -25,45 +21,58 @@ namespace ffi = xla::ffi;
 constexpr int64_t kPanel = 16;  // outputs side by side
 constexpr int64_t kGroup = 32;  // inputs that share a scale
 constexpr int64_t kQuads = kGroup / 4;
+constexpr float kSmallest = 1e-30f;  // a group whose largest activation is no larger is all zero
 
 typedef float Floats __attribute__((vector_size(kPanel * 4)));
 typedef int32_t Ints __attribute__((vector_size(kPanel * 4)));
 
-inline Ints LoadInts(const uint8_t* from) {
-  Ints v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+// Eight outputs; codes below 16, so that sums of two products fit 16 bits.
+inline __m256i AddSmallQuads(__m256i sums, __m256i codes, __m256i x) {
+  return _mm256_add_epi32(
+      sums, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
 }
+#endif
 
-// sums[n] += code[n][0..3] . x[0..3] for 16 outputs; codes unsigned, x signed bytes.
-inline Ints AddQuad(Ints sums, Ints codes, int32_t x) {
+// sums[n] += code[n][0..3] . x[0..3] for 16 outputs; codes unsigned of kBits, x signed bytes.
+template <int kBits>
+inline void AddQuad(Ints& sums, const Ints& codes, int32_t x) {
 #if defined(__AVX512VNNI__)
-  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(x));
+  sums = (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(x));
+#elif defined(__AVX2__)
+  __m256i halves[2], bytes[2];
+  std::memcpy(halves, &sums, sizeof sums);
+  std::memcpy(bytes, &codes, sizeof codes);
+  const __m256i quad = _mm256_set1_epi32(x), low = _mm256_set1_epi8(15);
+  for (int i = 0; i < 2; ++i) {
+    halves[i] = AddSmallQuads(halves[i], _mm256_and_si256(bytes[i], low), quad);
+    if constexpr (kBits == 8) {
+      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes[i], 4), low);
+      const __m256i tens = AddSmallQuads(_mm256_setzero_si256(), high, quad);
+      halves[i] = _mm256_add_epi32(halves[i], _mm256_slli_epi32(tens, 4));
+    }
+  }
+  std::memcpy(&sums, halves, sizeof sums);
 #else
   for (int i = 0; i < 4; ++i) {
     sums += ((codes >> (8 * i)) & 0xff) * static_cast<int32_t>(static_cast<int8_t>(x >> (8 * i)));
   }
-  return sums;
 #endif
 }
 
-inline Floats LoadHalves(const uint16_t* from) {
+inline void LoadHalves(const uint16_t* from, Floats& to) {
 #if defined(__AVX512F__)
   // Not _mm512_cvtph_ps, whose undefined source operand GCC 12 warns of.
-  return (Floats)_mm512_maskz_cvtph_ps(
+  to = (Floats)_mm512_maskz_cvtph_ps(
       0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #else
-  Floats wide;
   for (int i = 0; i < kPanel; ++i) {
-#if defined(__F16C__)
-    wide[i] = _cvtsh_ss(from[i]);
-#else
-    _Float16 half;
-    std::memcpy(&half, from + i, sizeof half);
-    wide[i] = static_cast<float>(half);
-#endif
+    // A float whose exponent is too small by 112; its product is exact, of denormals, too.
+    const uint32_t bits = static_cast<uint32_t>(from[i] & 0x7fff) << 13;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    to[i] = value * (from[i] & 0x8000 ? -0x1p112f : 0x1p112f);
   }
-  return wide;
 #endif
 }
 
@@ -85,20 +94,23 @@ struct Rounded {
   }
 
   void RoundGroup(const float* x, int64_t g) {
-    float top = 0.0f;
-    for (int i = 0; i < kGroup; ++i) top = std::max(top, std::fabs(x[i]));
-    const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    float top = 0.0f, poison = 0.0f;
+    for (int i = 0; i < kGroup; ++i) {
+      top = std::max(top, std::fabs(x[i]));
+      poison += x[i] * 0.0f;  // NaN if any is NaN or infinite: it must show in the products
+    }
+    const float inverse = top > kSmallest ? 127.0f / top : 0.0f;
     int32_t total = 0;
     for (int i = 0; i < kGroup; ++i) {
       // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
       const float shifted = x[i] * inverse + 12582912.0f;
-      int32_t bits;
+      uint32_t bits;
       std::memcpy(&bits, &shifted, sizeof bits);
-      const int32_t code = bits - 0x4b400000;
-      codes[g * kGroup + i] = static_cast<int8_t>(code);
+      const auto code = static_cast<int8_t>(bits - 0x4b400000u);
+      codes[g * kGroup + i] = code;
       total += code;
     }
-    scales[g] = top / 127.0f;
+    scales[g] = (top > kSmallest ? top / 127.0f : 0.0f) + poison;
     totals[g] = scales[g] * static_cast<float>(total);
   }
 };
@@ -127,21 +139,24 @@ inline void Tile(const Rounded& x, const Block& w, int64_t row, int64_t panel) {
       for (int n = 0; n < N; ++n) {
         const uint8_t* group = w.codes + ((panel + n) * groups + g) * kBytes;
         if constexpr (kBits == 8) {
-          codes[n] = LoadInts(group + j * 64);
+          std::memcpy(&codes[n], group + j * 64, 64);
         } else {  // the first half of the group in the low bits, the second in the high ones
-          const Ints both = LoadInts(group + j % (kQuads / 2) * 64);
+          Ints both;
+          std::memcpy(&both, group + j % (kQuads / 2) * 64, 64);
           codes[n] = (j < kQuads / 2 ? both : both >> 4) & 0x0f0f0f0f;
         }
       }
       for (int m = 0; m < M; ++m) {
         int32_t quad;
         std::memcpy(&quad, xs + m * in_dim + j * 4, sizeof quad);
-        for (int n = 0; n < N; ++n) products[m][n] = AddQuad(products[m][n], codes[n], quad);
+        for (int n = 0; n < N; ++n) AddQuad<kBits>(products[m][n], codes[n], quad);
       }
     }
     for (int n = 0; n < N; ++n) {
       const uint16_t* halves = w.scales + ((panel + n) * groups + g) * 2 * kPanel;
-      const Floats scale = LoadHalves(halves), offset = LoadHalves(halves + kPanel);
+      Floats scale, offset;
+      LoadHalves(halves, scale);
+      LoadHalves(halves + kPanel, offset);
       for (int m = 0; m < M; ++m) {
         const float xscale = x.scales[(row + m) * groups + g];
         const float total = x.totals[(row + m) * groups + g];
@@ -159,7 +174,7 @@ inline void Tile(const Rounded& x, const Block& w, int64_t row, int64_t panel) {
 
 template <int M, int kBits>
 inline void Panels(const Rounded& x, const Block& w, int64_t row, int64_t panel, int64_t count) {
-  constexpr int kWide = M == 1 ? 4 : 2;
+  constexpr int kWide = kLanes < 16 ? 1 : M == 1 ? 4 : 2;  // what the registers hold
   int64_t n = 0;
   for (; n + kWide <= count; n += kWide) {
     Tile<M, kWide, kBits>(x, w, row, panel + n);
@@ -199,6 +214,7 @@ ffi::Error QuantizedMatMul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   const int64_t in_dim = x.dimensions()[1];
   if (rows == 0) return ffi::Error::Success();
   int64_t panels = 0;
+  if (weights.size() != 2 * results.size()) return ffi::Error::InvalidArgument("weights lack");
   for (size_t i = 0; i < results.size(); ++i) {
     panels += results.get<ffi::Buffer<ffi::F32>>(i).value()->dimensions()[1] / kPanel;
   }
@@ -209,7 +225,12 @@ ffi::Error QuantizedMatMul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
     const auto codes = weights.get<ffi::Buffer<ffi::U8>>(2 * i).value();
     const auto scales = weights.get<ffi::Buffer<ffi::F16>>(2 * i + 1).value();
     const int64_t count = codes.dimensions()[0], groups = codes.dimensions()[1];
+    const auto shape = codes.dimensions();
     if (in_dim != groups * kGroup) return ffi::Error::InvalidArgument("inner dimensions differ");
+    if (shape.size() != 5 || (shape[2] != kQuads && shape[2] != kQuads / 2) || shape[3] != kPanel ||
+        scales.element_count() != static_cast<size_t>(count * groups * 2 * kPanel)) {
+      return ffi::Error::InvalidArgument("codes or scales are not laid out as panels and groups");
+    }
     float* y = results.get<ffi::Buffer<ffi::F32>>(i).value()->typed_data();
     for (int64_t n = 0; n < count; n += size) {
       blocks.push_back({codes.typed_data(),

@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 namespace jserve {
 
 #if defined(__AVX512F__)
@@ -91,27 +95,28 @@ inline Vec AsFloat(IntVec bits) {
 
 // The sum of all lanes, always in the same order: halves are added until one lane is left.
 inline float Sum(Vec v) {
-#if defined(__AVX512F__)
-  typedef float Eight __attribute__((vector_size(32)));
-  Eight e = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-            __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-#elif defined(__AVX__)
-  Vec e = v;
-#endif
-  typedef float Four __attribute__((vector_size(16)));
 #if defined(__AVX__)
-  Four f = __builtin_shufflevector(e, e, 0, 1, 2, 3) + __builtin_shufflevector(e, e, 4, 5, 6, 7);
+#if defined(__AVX512F__)
+  // Masked forms, because GCC 12 warns of the undefined operand of the others.
+  const __m512d wide = _mm512_castps_pd((__m512)v);
+  const __m256d low = _mm512_maskz_extractf64x4_pd(0xff, wide, 0);
+  const __m256d high = _mm512_maskz_extractf64x4_pd(0xff, wide, 1);
+  const __m256 eight = _mm256_add_ps(_mm256_castpd_ps(low), _mm256_castpd_ps(high));
 #else
-  Four f = v;
+  const __m256 eight = (__m256)v;
 #endif
-  f += __builtin_shufflevector(f, f, 2, 3, 0, 1);
-  return f[0] + f[1];
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return four[0] + four[1];
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
 }
 
 // e to the x within about one unit in the last place, for x <= 88. Cephes' polynomial after a
 // reduction to |r| <= ln(2) / 2; what would be denormal is the smallest normal number or zero.
 inline Vec Exp(Vec x) {
-  x = Max(x, Splat(-87.0f));
+  x = x < Splat(-87.0f) ? Splat(-87.0f) : x;  // NaN stays
   const Vec shifter = Splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   Vec n = x * 1.44269504f + shifter;
   IntVec exponent;

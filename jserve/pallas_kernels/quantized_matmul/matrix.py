@@ -1,7 +1,8 @@
 """Weights of 4 or 8 bits: their layout, and how floats become them and are got back.
 
 A weight [out, in] is code · scale + offset, with one scale and one offset per output and group of
-32 inputs, as in GGUF's Q4_1; a Q4_1 tensor that was dequantized is quantized again without loss.
+32 inputs, as in GGUF's Q4_1. A Q4_1 tensor that was dequantized is quantized again without loss
+where every group uses the first and the last code, as llama.cpp's plain quantization makes it.
 Codes lie as the inner loop of a product reads them: in panels of 16 outputs, and in each group
 four inputs of an output side by side. Of 4 bits, the low ones hold the first half of a group.
 """

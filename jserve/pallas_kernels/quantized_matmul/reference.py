@@ -8,11 +8,14 @@ import jax.numpy as jnp
 from jserve.pallas_kernels.matmul.reference import dot
 from jserve.pallas_kernels.quantized_matmul.matrix import GROUP, QuantizedMatrix, dequantize
 
+_SMALLEST = 1e-30  # a group whose largest activation is no larger counts as zero
+
 
 def rounded(x: jax.Array) -> jax.Array:
     """Activations as 8-bit codes times a scale per row and group: float32 [rows, in_dim]."""
     groups = x.astype(jnp.float32).reshape(x.shape[0], -1, GROUP)
     top = jnp.max(jnp.abs(groups), axis=-1, keepdims=True)
+    top = jnp.where(top > _SMALLEST, top, 0.0) + 0.0 * jnp.sum(groups, axis=-1, keepdims=True)
     codes = jnp.round(groups * jnp.where(top > 0, 127.0 / top, 0.0))
     return (codes * (top / 127.0)).reshape(x.shape)
 

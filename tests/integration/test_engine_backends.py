@@ -1,0 +1,40 @@
+"""A whole engine on every backend and kind of weight: the same tokens alone and in company."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jserve.core.request import Request, SamplingParams
+from jserve.pallas_kernels.backend import Backend
+from tests.backends import INVARIANT_BACKENDS
+from tests.integration.engine_harness import CONFIG, TINY, Harness
+
+SPEC = dataclasses.replace(TINY, model_dim=64, ffn_dim=96, head_dim=16, eos_token_ids=())
+KINDS = [("none", ""), ("none", "bfloat16"), ("int8", ""), ("int4", "bfloat16")]
+
+
+@pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
+@pytest.mark.parametrize(("quantization", "kv_dtype"), KINDS)
+def test_company_changes_nothing(quantization: str, kv_dtype: str, backend: Backend) -> None:
+    rng = np.random.default_rng(1)
+    config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype)
+    harness = Harness(SPEC, config, backend=backend, quantization=quantization)
+    requests = [
+        Request(
+            id=str(i),
+            prompt=tuple(map(int, rng.integers(2, SPEC.vocab, 3 + 17 * i))),
+            sampling=SamplingParams(
+                max_tokens=9, temperature=float(i % 2), seed=i, logprobs=i, prompt_logprobs=1
+            ),
+        )
+        for i in range(5)
+    ]
+    # Slots are taken again, chunks are cut anew, and rows past the live ones hold what was there.
+    together = harness.run(requests, arrivals=[0, 1, 1, 4, 6])
+    for request in requests:
+        (alone,) = harness.run([request]).values()
+        assert alone == together[request.id]
+        assert len(alone.tokens) == 9
+        assert alone.logprobs is not None
+        assert np.isfinite([entry.logprob for entry in alone.logprobs]).all()
