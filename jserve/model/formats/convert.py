@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from jserve.core.errors import ConfigError
-from jserve.model.config import DTYPES, QUANTIZATIONS
+from jserve.model.config import DTYPES
 from jserve.model.formats.hf_folder import write_hf_folder
 from jserve.model.formats.load import open_source
 from jserve.model.formats.native import write_native
@@ -37,10 +37,6 @@ def convert(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; it must be one of {list(DTYPES)}")
-    if quantization not in QUANTIZATIONS:
-        raise ConfigError(
-            f"quantization is {quantization!r}; it must be one of {list(QUANTIZATIONS)}"
-        )
     if quantization != "none" and to is not Format.NATIVE:
         raise ConfigError(f"quantization {quantization} has no {to.value} form; use native")
     if not source.exists():
