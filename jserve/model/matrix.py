@@ -1,10 +1,11 @@
-"""A weight matrix of a model, dense or quantized: declared once, used without knowing which.
+"""A weight matrix of a model, dense, in panels or quantized: declared once, used without knowing.
 
-The only module that tells the two apart.
+The only module that tells them apart.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,9 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jserve.model.numerics import Numerics
 from jserve.model.params import Encoding, param
-from jserve.pallas_kernels.matmul.dispatch import matmul
+from jserve.pallas_kernels.matmul import panels
+from jserve.pallas_kernels.matmul.dispatch import matmul, wants_panels
+from jserve.pallas_kernels.matmul.panels import PanelMatrix
 from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
 from jserve.pallas_kernels.quantized_matmul.matrix import (
     PANEL,
@@ -48,6 +51,10 @@ def matrix(
     std = shape[1] ** -0.5
     if bits:
         return QuantizedParams(shape, axes, bits, std)
+    if wants_panels(numerics.backend):
+        encoding = Encoding(shape, panels.PANEL, panels.to_panels, at_load=True)
+        spread = (*axes, None)
+        return param(panels.panel_shape(shape), spread, numerics.dtype, std=std, encoding=encoding)
     return param(shape, axes, numerics.dtype, std=std)
 
 
@@ -62,7 +69,7 @@ def products(
     if quantized:
         assert len(quantized) == len(weights)
         return quantized_matmul(x, quantized, num_rows=num_rows, backend=numerics.backend)
-    dense = [weight[...] for weight in weights if isinstance(weight, nnx.Param)]
+    dense = [_dense(weight) for weight in weights if isinstance(weight, nnx.Param)]
     return matmul(x, dense, num_rows=num_rows, backend=numerics.backend)
 
 
@@ -70,7 +77,14 @@ def lookup(weight: Matrix, rows: Int[Array, " rows"]) -> Float[Array, "rows in_d
     """Some rows of a weight: in float32 if it is quantized."""
     if isinstance(weight, QuantizedParams):
         return take_rows(_value(weight), rows)
-    return weight[...][rows]
+    value = _dense(weight)
+    return panels.take_rows(value, rows) if isinstance(value, PanelMatrix) else value[rows]
+
+
+def _dense(weight: nnx.Param) -> Any:
+    """The weight as `matmul` takes it."""
+    encoding: Encoding | None = weight.get_metadata()["encoding"]
+    return PanelMatrix(weight[...], encoding.shape[0]) if encoding else weight[...]
 
 
 def _value(weight: QuantizedParams) -> QuantizedMatrix:

@@ -15,11 +15,16 @@ from jax.sharding import Sharding
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How a parameter is made of a float matrix that is stored: part of a quantized weight."""
+    """How a parameter is made of a float matrix: part of a quantized weight, or another layout.
 
-    shape: tuple[int, int]  # of the stored matrix
+    It is made once, when weights are converted, unless `at_load`: then native folders hold the
+    matrix itself, because the layout is that of one backend.
+    """
+
+    shape: tuple[int, int]  # of the float matrix
     rows: int  # of it that make one row of the parameter
-    encode: Callable[[np.ndarray], np.ndarray]  # of whole such rows, float32
+    encode: Callable[[np.ndarray], np.ndarray]  # of whole such rows, float32; at load: of any float
+    at_load: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +47,19 @@ class ParamSpec:
 
     @property
     def source_shape(self) -> tuple[int, ...]:
-        """Of the stored tensors, concatenated."""
+        """Of the tensors it is read from, concatenated."""
         return self.encoding.shape if self.encoding else self.shape
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """In a native folder."""
+        return self.encoding.shape if self.encoding and self.encoding.at_load else self.shape
+
+    def from_stored(self, stored: np.ndarray) -> np.ndarray:
+        """The parameter, made of what a native folder holds."""
+        if self.encoding and self.encoding.at_load:
+            return self.encoding.encode(stored)
+        return stored
 
 
 def param(
@@ -65,7 +81,7 @@ def param(
 def param_specs(module: nnx.Module) -> dict[str, ParamSpec]:
     """Every parameter declared in `module` by its dotted path, which is its Hugging Face name.
 
-    The parts of an encoded one have a word more.
+    The parts of a quantized one have a word more.
     """
     specs: dict[str, ParamSpec] = {}
     for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
@@ -77,7 +93,7 @@ def param_specs(module: nnx.Module) -> dict[str, ParamSpec]:
             shape=declared.shape,
             dtype=declared.dtype,
             axes=meta["axes"],
-            source=(name.rpartition(".")[0] if encoding else name,),
+            source=(name.rpartition(".")[0] if encoding and not encoding.at_load else name,),
             mean=meta["mean"],
             std=meta["std"],
             encoding=encoding,
@@ -101,7 +117,8 @@ def init_params(
         if spec.encoding:
             floats = _sampler(spec.source_shape, jnp.dtype(jnp.float32), None)
             host = np.asarray(floats(key, spec.mean, spec.std))
-            params[name] = jax.device_put(spec.encoding.encode(host), sharding)
+            encoded = spec.encoding.encode(host).astype(spec.dtype, copy=False)
+            params[name] = jax.device_put(encoded, sharding)
         else:
             sample = _sampler(spec.shape, jnp.dtype(spec.dtype), sharding)
             params[name] = sample(key, spec.mean, spec.std)

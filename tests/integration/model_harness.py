@@ -48,9 +48,10 @@ class Case:
         for file in folder.glob("*.safetensors"):
             stored |= load_file(file)
         expected = np.load(folder / "logits.npz")
+        specs = model.param_specs()
         return cls(
             model,
-            {name: jnp.asarray(array, jnp.float32) for name, array in stored.items()},
+            {n: jnp.asarray(specs[n].from_stored(a), jnp.float32) for n, a in stored.items()},
             expected["token_ids"],
             expected["logits"],
         )

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jserve.pallas_kernels.backend import Backend
-from jserve.pallas_kernels.matmul.dispatch import matmul
+from jserve.pallas_kernels.matmul.dispatch import matmul, wants_panels
+from jserve.pallas_kernels.matmul.panels import PANEL, PanelMatrix, take_rows, to_panels
 from tests.backends import BACKENDS, INVARIANT_BACKENDS
 
 # in_dim, out_dims: one product and several at once, sizes that no vector or tile divides
@@ -16,8 +17,13 @@ SHAPES = [(576, (576, 192, 192)), (1536, (576,)), (90, (211, 66, 22)), (7, (1003
 ROWS = (1, 2, 3, 4, 5, 16, 67)
 
 
-def _run(backend: Backend):
-    return jax.jit(functools.partial(matmul, backend=backend))
+def _run(backend: Backend, weights: list[jax.Array]):
+    """The compiled op of these weights [out, in]: a function of x and, optionally, num_rows."""
+    laid_out = weights
+    if wants_panels(backend):
+        panels = [jnp.asarray(to_panels(np.asarray(weight))) for weight in weights]
+        laid_out = [PanelMatrix(p, len(w)) for p, w in zip(panels, weights, strict=True)]
+    return jax.jit(functools.partial(matmul, weights=laid_out, backend=backend))
 
 
 def _problem(
@@ -35,7 +41,7 @@ def test_agrees_with_float64(
     in_dim: int, out_dims: tuple[int, ...], dtype: jnp.dtype, backend: Backend
 ) -> None:
     x, weights = _problem(in_dim, out_dims, dtype)
-    for y, weight in zip(_run(backend)(x, weights), weights, strict=True):
+    for y, weight in zip(_run(backend, weights)(x), weights, strict=True):
         a, b = np.asarray(x, np.float64), np.asarray(weight, np.float64)
         # A tenth of what a float32 sum of so many products may be off in the worst order.
         bound = (1 + 0.1 * in_dim) * np.finfo(np.float32).eps * (np.abs(a) @ np.abs(b).T)
@@ -50,27 +56,46 @@ def test_a_row_does_not_depend_on_the_others(
     in_dim: int, out_dims: tuple[int, ...], dtype: jnp.dtype, backend: Backend
 ) -> None:
     x, weights = _problem(in_dim, out_dims, dtype)
-    run = _run(backend)
-    whole = run(x, weights)
+    run = _run(backend, weights)
+    whole = run(x)
     for rows in ROWS:
-        for part, all_rows in zip(run(x[-rows:], weights), whole, strict=True):
+        for part, all_rows in zip(run(x[-rows:]), whole, strict=True):
             np.testing.assert_array_equal(part, all_rows[-rows:])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_misfits_are_refused(backend: Backend) -> None:
     with pytest.raises(ValueError, match="does not fit"):
-        matmul(jnp.zeros((2, 3)), [jnp.zeros((4, 5))], backend=backend)
+        _run(backend, [jnp.zeros((4, 5))])(jnp.zeros((2, 3)))
+
+
+def test_the_other_layout_is_refused() -> None:
+    x, weight = jnp.zeros((2, 3)), jnp.zeros((4, 3))
+    with pytest.raises(TypeError, match="takes panels: True"):
+        matmul(x, [weight], backend=Backend.NATIVE)
+    with pytest.raises(TypeError, match="takes panels: False"):
+        matmul(x, [PanelMatrix(jnp.zeros((1, 3, PANEL)), 4)], backend=Backend.CPU)
+
+
+@pytest.mark.parametrize("out_dim", [1, 32, 70])
+def test_panels_hold_the_weight_and_zeros(out_dim: int) -> None:
+    weight = np.random.default_rng(4).normal(size=(out_dim, 5)).astype(np.float32)
+    panels = to_panels(weight)
+    for n in range(len(panels) * PANEL):
+        expected = weight[n] if n < out_dim else np.zeros(5)
+        np.testing.assert_array_equal(panels[n // PANEL, :, n % PANEL], expected)
+    rows = np.array([out_dim - 1, 0, out_dim // 2])
+    taken = take_rows(PanelMatrix(jnp.asarray(panels), out_dim), jnp.asarray(rows))
+    np.testing.assert_array_equal(taken, weight[rows])
 
 
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 def test_rows_past_the_count_change_nothing(backend: Backend) -> None:
     x, weights = _problem(576, (192, 64), jnp.float32)
-    whole = _run(backend)(x, weights)
-    for rows in (0, 1, 5, 16, 67):
+    run = _run(backend, weights)
+    whole = run(x)
+    for rows in (*range(26), 67):  # every height of a tile, alone and after others
         junk = x.at[rows:].set(jnp.nan)
-        some = jax.jit(functools.partial(matmul, backend=backend))(
-            junk, weights, num_rows=jnp.int32(rows)
-        )
+        some = run(junk, num_rows=jnp.int32(rows))
         for part, all_rows in zip(some, whole, strict=True):
             np.testing.assert_array_equal(part[:rows], all_rows[:rows])

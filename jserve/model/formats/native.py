@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jserve.core.errors import ConfigError
 from jserve.model.formats.native_folder import (
@@ -56,6 +56,7 @@ def write_native(
     another process completed meanwhile is left as it is.
     """
     specs = model.param_specs()
+    assert all(spec.shape == spec.stored_shape for spec in specs.values()), model.backend
     check_tensors(source, specs)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -84,7 +85,7 @@ def restore_native(
     its digest or a tensor from its spec, before anything is read.
     """
     manifest = read_manifest(folder)
-    shapes = {name: spec.shape for name, spec in specs.items()}
+    shapes = {name: spec.stored_shape for name, spec in specs.items()}
     if manifest.tensors != shapes:
         differing = sorted(
             name
@@ -122,8 +123,8 @@ def _restore(
     restore_args = {
         name: ocp.ArrayRestoreArgs(
             restore_type=jax.Array,
-            sharding=shardings[name],
-            global_shape=spec.shape,
+            sharding=_of_stored(shardings[name], spec),
+            global_shape=spec.stored_shape,
             dtype=spec.dtype,
         )
         for name, spec in specs.items()
@@ -135,7 +136,23 @@ def _restore(
                 item=dict.fromkeys(specs, 0), restore_args=restore_args, partial_restore=True
             ),
         )
-    return jax.block_until_ready(restored)
+    jax.block_until_ready(restored)
+
+    def arrange(name: str) -> None:
+        arranged = specs[name].from_stored(np.asarray(restored.pop(name)))
+        restored[name] = jax.device_put(arranged, shardings[name])
+
+    with reading_threads() as pool:
+        list(pool.map(arrange, [n for n, spec in specs.items() if spec.shape != spec.stored_shape]))
+    return restored
+
+
+def _of_stored(sharding: Sharding, spec: ParamSpec) -> Sharding:
+    """The sharding of the stored array of a parameter, which may have fewer dimensions."""
+    if isinstance(sharding, NamedSharding):
+        axes = sharding.spec[: len(spec.stored_shape)]
+        return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+    return sharding
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +236,9 @@ def _save_params(
 
 def _stored_bytes(spec: ParamSpec, dtype: str) -> int:
     """Of a parameter in a folder of `dtype`; codes and their scales have types of their own."""
-    itemsize = jnp.dtype(spec.dtype if spec.encoding else dtype).itemsize
-    return int(np.prod(spec.shape)) * itemsize
+    quantized = spec.encoding and not spec.encoding.at_load
+    itemsize = jnp.dtype(spec.dtype if quantized else dtype).itemsize
+    return int(np.prod(spec.stored_shape)) * itemsize
 
 
 def _num_bytes(spec: ParamSpec) -> int:

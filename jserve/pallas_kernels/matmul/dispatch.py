@@ -1,35 +1,45 @@
 """The one entry to matrix products: contract, validation, choice of backend."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jaxtyping import Float, Float32, Int
 
 from jserve.pallas_kernels.backend import Backend
 from jserve.pallas_kernels.matmul import cpu, native, reference
+from jserve.pallas_kernels.matmul.panels import PanelMatrix
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[Backend, Callable[..., tuple[jax.Array, ...]]] = {
     Backend.REFERENCE: reference.matmul,
     Backend.CPU: cpu.matmul,
     Backend.NATIVE: native.matmul,
 }
 
 
+def wants_panels(backend: Backend) -> bool:
+    """Whether the weights given to `matmul` are to be `PanelMatrix`, not arrays [out, in]."""
+    return backend is Backend.NATIVE
+
+
 def matmul(
     x: Float[jax.Array, "rows in_dim"],
-    weights: Sequence[Float[jax.Array, "_ in_dim"]],
+    weights: Sequence[Float[jax.Array, "_ in_dim"]] | Sequence[PanelMatrix],
     *,
     num_rows: Int[jax.Array, ""] | None = None,
     backend: Backend,
 ) -> tuple[Float32[jax.Array, "rows _"], ...]:
     """X · weightᵀ for each weight [out, in], accumulated and returned in float32.
 
+    Weights are laid out as `wants_panels` says of the backend.
+
     With `num_rows` only the first so many rows of the results mean something; a backend may skip
     the others, whose results can then be anything, NaN included. A row is bitwise independent of
     the number of rows and of the others on CPU, unless the backend is the reference.
     """
     for weight in weights:
-        if weight.ndim != 2 or weight.shape[1] != x.shape[1]:
+        if isinstance(weight, PanelMatrix) != wants_panels(backend):
+            raise TypeError(f"{backend} takes panels: {wants_panels(backend)}")
+        if len(weight.shape) != 2 or weight.shape[1] != x.shape[1]:
             raise ValueError(f"a weight {weight.shape} does not fit rows of {x.shape[1]}")
     with jax.named_scope("matmul"):
         return _IMPLEMENTATIONS[backend](x, weights, num_rows)

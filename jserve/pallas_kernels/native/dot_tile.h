@@ -1,4 +1,4 @@
-// Products of a few rows with a few rows: the inner loop of matmul and of attention's scores.
+// Products of a few rows with a few rows: the inner loop of attention's scores.
 #ifndef JSERVE_NATIVE_DOT_TILE_H_
 #define JSERVE_NATIVE_DOT_TILE_H_
 

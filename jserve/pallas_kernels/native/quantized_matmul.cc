@@ -94,24 +94,25 @@ struct Rounded {
   }
 
   void RoundGroup(const float* x, int64_t g) {
-    float top = 0.0f, poison = 0.0f;
-    for (int i = 0; i < kGroup; ++i) {
-      top = std::max(top, std::fabs(x[i]));
-      poison += x[i] * 0.0f;  // NaN if any is NaN or infinite: it must show in the products
+    constexpr int kVecs = kGroup / kLanes;
+    Vec values[kVecs], tops = {}, poisons = {};
+    for (int v = 0; v < kVecs; ++v) {
+      values[v] = Load(x + v * kLanes);
+      tops = Max(tops, Abs(values[v]));
+      poisons += values[v] * 0.0f;  // NaN if any is NaN or infinite: it must show in the products
     }
-    const float inverse = top > kSmallest ? 127.0f / top : 0.0f;
-    int32_t total = 0;
-    for (int i = 0; i < kGroup; ++i) {
+    const float top = Largest(tops);
+    const Vec inverse = Splat(top > kSmallest ? 127.0f / top : 0.0f);
+    Vec total = {};
+    for (int v = 0; v < kVecs; ++v) {
       // Adding 1.5 * 2^23 rounds to the nearest integer, ties to even.
-      const float shifted = x[i] * inverse + 12582912.0f;
-      uint32_t bits;
-      std::memcpy(&bits, &shifted, sizeof bits);
-      const auto code = static_cast<int8_t>(bits - 0x4b400000u);
-      codes[g * kGroup + i] = code;
-      total += code;
+      const IntVec code = AsInt(values[v] * inverse + 12582912.0f) - 0x4b400000;
+      const auto bytes = __builtin_convertvector(code, ByteVec);
+      std::memcpy(codes.data() + g * kGroup + v * kLanes, &bytes, sizeof bytes);
+      total += __builtin_convertvector(code, Vec);
     }
-    scales[g] = (top > kSmallest ? top / 127.0f : 0.0f) + poison;
-    totals[g] = scales[g] * static_cast<float>(total);
+    scales[g] = (top > kSmallest ? top / 127.0f : 0.0f) + Sum(poisons);
+    totals[g] = scales[g] * Sum(total);
   }
 };
 
@@ -182,6 +183,7 @@ inline void Panels(const Rounded& x, const Block& w, int64_t row, int64_t panel,
   for (; n < count; ++n) Tile<M, 1, kBits>(x, w, row, panel + n);
 }
 
+constexpr int64_t kTileRows = kLanes < 16 ? 4 : 6;
 constexpr int64_t kStep = 4;  // panels whose weights stay in the cache while all rows go by
 
 template <int kBits>
@@ -189,7 +191,9 @@ void Multiply(const Rounded& x, int64_t rows, const Block& w) {
   for (int64_t panel = w.begin; panel < w.end; panel += kStep) {
     const int64_t count = std::min(kStep, w.end - panel);
     int64_t row = 0;
-    for (; row + 4 <= rows; row += 4) Panels<4, kBits>(x, w, row, panel, count);
+    for (; row + kTileRows <= rows; row += kTileRows) {
+      Panels<kTileRows, kBits>(x, w, row, panel, count);
+    }
     for (; row + 2 <= rows; row += 2) Panels<2, kBits>(x, w, row, panel, count);
     if (row < rows) Panels<1, kBits>(x, w, row, panel, count);
   }

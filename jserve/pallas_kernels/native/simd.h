@@ -21,6 +21,7 @@ inline constexpr int kLanes = 4;  // SSE, NEON
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef int8_t ByteVec __attribute__((vector_size(kLanes)));
 typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
 
 // A bfloat16: the upper half of a float.
@@ -48,6 +49,17 @@ inline void Put(float x, BFloat16* to) {  // to the nearest, ties to even
 }
 
 inline Vec Splat(float x) { return Vec{} + x; }
+
+// A float from memory in all lanes: by the load itself, where Splat takes a shuffle more.
+inline Vec Broadcast(const float* from) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_set1_ps(*from);
+#elif defined(__AVX__)
+  return (Vec)_mm256_broadcast_ss(from);
+#else
+  return Splat(*from);
+#endif
+}
 
 inline Vec Load(const float* from) {
   Vec v;
@@ -93,24 +105,41 @@ inline Vec AsFloat(IntVec bits) {
   return v;
 }
 
-// The sum of all lanes, always in the same order: halves are added until one lane is left.
-inline float Sum(Vec v) {
+inline IntVec AsInt(Vec v) {
+  IntVec bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+
+inline Vec Abs(Vec v) { return AsFloat(AsInt(v) & 0x7fffffff); }
+
+// All lanes folded into one by `op`, always in the same order: halves until one lane is left.
+template <class Op>
+inline float Fold(Vec v, const Op& op) {
 #if defined(__AVX__)
 #if defined(__AVX512F__)
   // Masked forms, because GCC 12 warns of the undefined operand of the others.
   const __m512d wide = _mm512_castps_pd((__m512)v);
   const __m256d low = _mm512_maskz_extractf64x4_pd(0xff, wide, 0);
   const __m256d high = _mm512_maskz_extractf64x4_pd(0xff, wide, 1);
-  const __m256 eight = _mm256_add_ps(_mm256_castpd_ps(low), _mm256_castpd_ps(high));
+  const __m256 eight = op(_mm256_castpd_ps(low), _mm256_castpd_ps(high));
 #else
   const __m256 eight = (__m256)v;
 #endif
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return four[0] + four[1];
+  __m128 four = op(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = op(four, _mm_movehl_ps(four, four));
+  return op(four[0], four[1]);
 #else
-  return (v[0] + v[2]) + (v[1] + v[3]);
+  return op(op(v[0], v[2]), op(v[1], v[3]));
 #endif
+}
+
+inline float Sum(Vec v) {
+  return Fold(v, [](auto a, auto b) { return a + b; });
+}
+
+inline float Largest(Vec v) {
+  return Fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // e to the x within about one unit in the last place, for x <= 88. Cephes' polynomial after a
