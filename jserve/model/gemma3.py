@@ -5,7 +5,6 @@ Norm weights are stored minus one; the embedding is scaled by sqrt(model_dim).
 
 from functools import partial
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -13,6 +12,7 @@ from jserve.model.decoder import Family
 from jserve.model.layers import KV, Attention, GatedFfn, LayerContext, RMSNorm
 from jserve.model.numerics import Numerics
 from jserve.model.spec import ModelSpec
+from jserve.pallas_kernels.gated_activation.activation import Activation
 
 NORM_OFFSET = 1.0
 
@@ -26,7 +26,7 @@ class Gemma3Layer(nnx.Module):
         self.self_attn = Attention(spec, numerics, qk_norm_offset=NORM_OFFSET)
         self.post_attention_layernorm = norm()
         self.pre_feedforward_layernorm = norm()
-        self.mlp = GatedFfn(spec, numerics, partial(jax.nn.gelu, approximate=True))
+        self.mlp = GatedFfn(spec, numerics, Activation.GELU_TANH)
         self.post_feedforward_layernorm = norm()
 
     def __call__(

@@ -14,16 +14,18 @@ from jaxtyping import Array, Float, Int
 from jserve.model.matrix import lookup, matrix, products
 from jserve.model.numerics import Numerics
 from jserve.model.params import param
-from jserve.model.rope import RopeTables, rotate
+from jserve.model.rope import RopeTables
 from jserve.model.spec import ModelSpec
+from jserve.pallas_kernels.gated_activation.activation import Activation
+from jserve.pallas_kernels.gated_activation.dispatch import gated_activation
 from jserve.pallas_kernels.rms_norm.dispatch import rms_norm
+from jserve.pallas_kernels.rotary.dispatch import rotary
 
 KV = TypeVar("KV")  # one layer's pages: whatever the attention op makes of them
 # attend(q, k, v, pages, window) → (out [tokens, q_heads, head_dim], pages)
 #   q [tokens, q_heads, head_dim] is rotated and scaled; k, v [tokens, kv_heads, head_dim],
 #   k rotated; `window` is static, in tokens, 0 for full attention.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, int], tuple[jax.Array, Any]]
-Activation = Callable[[jax.Array], jax.Array]
 
 
 class LayerContext(NamedTuple):
@@ -107,6 +109,7 @@ class GatedFfn(nnx.Module):
 
     def __init__(self, spec: ModelSpec, numerics: Numerics, activation: Activation) -> None:
         self.activation = activation
+        self.backend = numerics.backend
         self.gate_proj = _ffn_linear(spec, numerics, into=True)
         self.up_proj = _ffn_linear(spec, numerics, into=True)
         self.down_proj = _ffn_linear(spec, numerics, into=False)
@@ -116,7 +119,10 @@ class GatedFfn(nnx.Module):
     ) -> Float[Array, "tokens model_dim"]:
         """The block's output, to be added to the residual stream."""
         gate, up = project(x, num_tokens, self.gate_proj, self.up_proj)
-        return self.down_proj(self.activation(gate) * up, num_tokens)
+        gated = gated_activation(
+            gate, up, self.activation, num_tokens=num_tokens, backend=self.backend
+        )
+        return self.down_proj(gated, num_tokens)
 
 
 def _ffn_linear(spec: ModelSpec, numerics: Numerics, *, into: bool) -> Linear:
@@ -137,6 +143,7 @@ class Attention(nnx.Module):
             spec.kv_heads * spec.head_dim,
         )
         self.spec = spec
+        self.backend = numerics.backend
         self.q_proj = Linear(dim, q_dim, ("q_heads", None), numerics, bias=spec.qkv_bias)
         self.k_proj = Linear(dim, kv_dim, ("kv_heads", None), numerics, bias=spec.qkv_bias)
         self.v_proj = Linear(dim, kv_dim, ("kv_heads", None), numerics, bias=spec.qkv_bias)
@@ -158,9 +165,15 @@ class Attention(nnx.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.astype(jnp.float32), context.rope) * self.spec.attention_scale
-        k = rotate(k.astype(jnp.float32), context.rope)
-        out, kv = context.attend(q.astype(x.dtype), k.astype(x.dtype), v, kv, context.window)
+        q, k = rotary(
+            q,
+            k,
+            *context.rope,
+            q_scale=self.spec.attention_scale,
+            num_tokens=context.num_tokens,
+            backend=self.backend,
+        )
+        out, kv = context.attend(q, k, v, kv, context.window)
         return self.o_proj(out.reshape(x.shape[0], -1), context.num_tokens), kv
 
     def _heads(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens heads head_dim"]:

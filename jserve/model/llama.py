@@ -3,7 +3,6 @@
 Windows, biases and rotary scaling are in the spec, so these families share all the wiring.
 """
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -11,6 +10,7 @@ from jserve.model.decoder import Family
 from jserve.model.layers import KV, Attention, GatedFfn, LayerContext, RMSNorm
 from jserve.model.numerics import Numerics
 from jserve.model.spec import ModelSpec
+from jserve.pallas_kernels.gated_activation.activation import Activation
 
 
 class PreNormLayer(nnx.Module):
@@ -20,7 +20,7 @@ class PreNormLayer(nnx.Module):
         self.input_layernorm = RMSNorm(spec.model_dim, spec.norm_eps, numerics)
         self.self_attn = Attention(spec, numerics, qk_norm_offset=0.0 if qk_norm else None)
         self.post_attention_layernorm = RMSNorm(spec.model_dim, spec.norm_eps, numerics)
-        self.mlp = GatedFfn(spec, numerics, jax.nn.silu)
+        self.mlp = GatedFfn(spec, numerics, Activation.SILU)
 
     def __call__(
         self, x: Float[Array, "tokens model_dim"], kv: KV, context: LayerContext

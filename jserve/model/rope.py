@@ -1,7 +1,4 @@
-"""Rotary position embeddings: frequencies of every supported kind, tables, rotation.
-
-RoFormer (Su et al., 2021) in Hugging Face's half-split order: dimension i turns with i + dim/2.
-"""
+"""Rotary position embeddings (Su et al., 2021): frequencies of every supported kind, tables."""
 
 import math
 from dataclasses import dataclass
@@ -76,15 +73,6 @@ def rope_of(spec: ModelSpec, layer: int) -> Rope:
     if spec.is_local(layer) and spec.local_rope_theta:
         return Rope(spec.head_dim, spec.local_rope_theta)
     return Rope(spec.head_dim, spec.rope_theta, spec.rope_scaling)
-
-
-def rotate(
-    x: Float[Array, "tokens heads head_dim"], tables: RopeTables
-) -> Float[Array, "tokens heads head_dim"]:
-    """Turns each head by its token's angles; float32 in and out."""
-    cos, sin = tables.cos[:, None, :], tables.sin[:, None, :]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
 
 
 def _exponents(head_dim: int) -> np.ndarray:

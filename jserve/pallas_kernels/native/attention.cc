@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
-#include "dot_tile.h"
 #include "parallel.h"
 #include "simd.h"
 #include "xla/ffi/api/ffi.h"
@@ -21,7 +21,9 @@ namespace ffi = xla::ffi;
 
 constexpr int64_t kBlock = 128;      // KV tokens of one softmax update
 constexpr int64_t kTileQueries = 8;  // query tokens of a work item
+constexpr int32_t kNullPage = 0;     // takes what nothing reads
 constexpr float kMasked = -1e30f;    // finite: a fully masked block changes nothing
+constexpr int64_t kFewRows = 8;      // for which values are made floats as they are read
 constexpr int64_t kInlineWork = 1 << 15;  // multiplications below which threads do not pay
 
 template <class T>
@@ -44,26 +46,30 @@ struct Problem {
   }
 };
 
-// A tile of queries of one row that share one KV head.
+// A tile of queries of one row, and the KV heads that one thread walks for it.
 struct Item {
   int32_t row;
-  int32_t head;
+  int32_t first_head, end_head;
   int32_t first;  // query of the row
   int32_t count;
 };
 
+template <class From, class To>
+inline void Convert(const From* from, int64_t count, To* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= count; d += kLanes) Store(Load(from + d), to + d);
+  for (; d < count; ++d) Put(ToFloat(from[d]), to + d);
+}
+
 template <class T>
 void WriteKv(const Problem<T>& p) {
   for (int64_t t = 0; t < p.tokens; ++t) {
+    if (p.write_pages[t] == kNullPage) continue;
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       const int64_t from = (t * p.kv_heads + h) * p.head_dim;
       const int64_t to = p.write_offsets[t] * p.head_dim;
-      T* keys = p.Head(p.write_pages[t], 0, h) + to;
-      T* values = p.Head(p.write_pages[t], 1, h) + to;
-      for (int64_t d = 0; d < p.head_dim; ++d) {
-        Put(p.k[from + d], keys + d);
-        Put(p.v[from + d], values + d);
-      }
+      Convert(p.k + from, p.head_dim, p.Head(p.write_pages[t], 0, h) + to);
+      Convert(p.v + from, p.head_dim, p.Head(p.write_pages[t], 1, h) + to);
     }
   }
 }
@@ -80,10 +86,89 @@ inline void ForRuns(const Problem<T>& p, int64_t row, int64_t begin, int64_t end
   }
 }
 
+// What an item's queries see: positions [first, last).
+struct Span {
+  int64_t position;  // of the first query
+  int64_t first, last;
+
+  template <class T>
+  Span(const Problem<T>& p, const Item& item)
+      : position(p.kv_lens[item.row] - p.q_lens[item.row] + item.first),
+        first(p.window ? std::max<int64_t>(position - p.window + 1, 0) : 0),
+        last(position + item.count) {}
+
+  int64_t FirstBlock() const { return first / kBlock * kBlock; }
+};
+
+// The block that is computed after the one at hand, whose token t stands for t + shift there.
+//
+// Pages lie anywhere, so the processor cannot guess what comes next; asked for a page at a time
+// while one is computed with, memory keeps up.
+struct Coming {
+  int64_t row = 0, head = 0, shift = 0, last = 0;
+
+  template <class T>
+  void AskFor(const Problem<T>& p, int64_t part, int64_t t, int64_t count) const {
+    const int64_t first = t + shift;
+    if (first >= last) return;
+    const int32_t page = p.table[row * p.pages_per_row + first / p.page_size];
+    const int64_t at = first % p.page_size;
+    Prefetch(p.Head(page, part, head) + at * p.head_dim,
+             std::min(count, p.page_size - at) * p.head_dim);
+  }
+};
+
+// The products of a query with as many keys as there are lanes: summed lane by lane, then all their
+// lanes at once, in one order for every key.
+inline Vec ScoreKeys(const float* query, const float* keys, int64_t head_dim) {
+  Vec sums[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) sums[i] = Vec{};
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    const Vec q = Load(query + d);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) sums[i] += q * Load(keys + i * head_dim + d);
+  }
+  return LaneSums(sums);
+}
+
+// The same for `count` keys, and for heads that no vector divides.
+inline Vec ScoreSomeKeys(const float* query, const float* keys, int64_t count, int64_t head_dim) {
+  const int64_t whole = head_dim / kLanes * kLanes;
+  Vec sums[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const float* key = keys + i * head_dim;
+    for (int64_t d = 0; d < whole; d += kLanes) sums[i] += Load(query + d) * Load(key + d);
+    if (whole == head_dim) continue;
+    sums[i] += LoadSome(query + whole, head_dim - whole) * LoadSome(key + whole, head_dim - whole);
+  }
+  return LaneSums(sums);
+}
+
+inline const float* AsFloats(const float* from, int64_t, std::vector<float>&) { return from; }
+inline const float* AsFloats(const BFloat16* from, int64_t count, std::vector<float>& floats) {
+  floats.resize(count);
+  Convert(from, count, floats.data());
+  return floats.data();
+}
+
+// scores[r, n] = queries[r] . keys[n] for the tokens of one run.
 template <class T>
-inline const T* NextKeys(const Problem<T>& p, const Item& item, int64_t t) {
-  const int32_t page = p.table[item.row * p.pages_per_row + t / p.page_size];
-  return p.Head(page, 0, item.head) + t % p.page_size * p.head_dim;
+inline void Score(const float* queries, int64_t rows, const T* keys, int64_t count,
+                  int64_t head_dim, float* scores, std::vector<float>& floats) {
+  for (int64_t n = 0; n < count; n += kLanes) {
+    const int64_t some = std::min<int64_t>(kLanes, count - n);
+    const float* group = AsFloats(keys + n * head_dim, some * head_dim, floats);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* query = queries + r * head_dim;
+      float* to = scores + r * kBlock + n;
+      if (some == kLanes && head_dim % kLanes == 0) {
+        Store(ScoreKeys(query, group, head_dim), to);
+      } else {
+        StoreSome(ScoreSomeKeys(query, group, some, head_dim), to, some);
+      }
+    }
+  }
 }
 
 // out[r] += weights[r] . values for R rows and the tokens of one run.
@@ -101,7 +186,7 @@ inline void AddValues(const float* weights, const T* values, int64_t count, int6
       Vec value[kVecs];
       for (int i = 0; i < kVecs; ++i) value[i] = Load(values + t * head_dim + d + i * kLanes);
       for (int r = 0; r < R; ++r) {
-        const Vec weight = Splat(weights[r * kBlock + t]);
+        const Vec weight = Broadcast(weights + r * kBlock + t);
         for (int i = 0; i < kVecs; ++i) sums[r][i] += weight * value[i];
       }
     }
@@ -121,30 +206,31 @@ inline void AddValues(const float* weights, const T* values, int64_t count, int6
   }
 }
 
+// As many rows as there are, up to R.
+template <int R, class T>
+inline void AddSomeValues(int64_t rows, const float* weights, const T* values, int64_t count,
+                          int64_t head_dim, float* out) {
+  if (rows >= R) {
+    AddValues<R>(weights, values, count, head_dim, out);
+  } else if constexpr (R > 1) {
+    AddSomeValues<R - 1>(rows, weights, values, count, head_dim, out);
+  }
+}
+
 template <class T>
 inline void AddAllValues(const float* weights, int64_t rows, const T* values, int64_t count,
                          int64_t head_dim, float* out) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    AddValues<4>(weights + r * kBlock, values, count, head_dim, out + r * head_dim);
-  }
-  weights += r * kBlock;
-  out += r * head_dim;
-  switch (rows - r) {
-    case 3:
-      return AddValues<3>(weights, values, count, head_dim, out);
-    case 2:
-      return AddValues<2>(weights, values, count, head_dim, out);
-    case 1:
-      return AddValues<1>(weights, values, count, head_dim, out);
-    default:
-      return;
+  constexpr int kRows = kLanes == 16 ? 6 : 4;  // what the registers hold
+  for (int64_t r = 0; r < rows; r += kRows) {
+    AddSomeValues<kRows>(rows - r, weights + r * kBlock, values, count, head_dim,
+                         out + r * head_dim);
   }
 }
 
 // One tile's running softmax; its memory is kept by the thread from item to item.
 struct Softmax {
   std::vector<float> queries, scores, out;  // [rows, head_dim], [rows, kBlock], [rows, head_dim]
+  std::vector<float> floats;                // keys or values of a few tokens
   std::vector<float> peak, total;           // [rows]
 
   void Start(int64_t rows, int64_t head_dim) {
@@ -155,17 +241,18 @@ struct Softmax {
     total.assign(rows, 0.0f);
   }
 
-  // Turns scores of positions [low, high) of a block into weights; the others weigh nothing.
-  void Update(int64_t row, int64_t low, int64_t high, int64_t head_dim) {
+  // Turns scores of positions [low, high) of a block into weights; the others before `end` weigh
+  // nothing, and those after it are not looked at.
+  void Update(int64_t row, int64_t low, int64_t high, int64_t end, int64_t head_dim) {
     float* s = scores.data() + row * kBlock;
+    end = (end + kLanes - 1) / kLanes * kLanes;
     for (int64_t t = 0; t < low; ++t) s[t] = kMasked;
-    for (int64_t t = std::max(low, high); t < kBlock; ++t) s[t] = kMasked;
+    for (int64_t t = std::max(low, high); t < end; ++t) s[t] = kMasked;
     Vec top = Splat(kMasked);
-    for (int64_t t = 0; t < kBlock; t += kLanes) top = Max(top, Load(s + t));
-    float found = peak[row];
-    for (int i = 0; i < kLanes; ++i) found = std::max(found, top[i]);
+    for (int64_t t = 0; t < end; t += kLanes) top = Max(top, Load(s + t));
+    const float found = std::max(peak[row], Largest(top));
     Vec sum = {};
-    for (int64_t t = 0; t < kBlock; t += kLanes) {
+    for (int64_t t = 0; t < end; t += kLanes) {
       const Vec score = Load(s + t);
       const Vec weight = score <= Splat(kMasked) ? Vec{} : Exp(score - found);
       sum += weight;
@@ -182,51 +269,75 @@ struct Softmax {
 };
 
 template <class T>
-void Attend(const Problem<T>& p, const Item& item, Softmax& s) {
+void AttendHead(const Problem<T>& p, const Item& item, int64_t head, const Item& next, Softmax& s) {
   const int64_t group = p.q_heads / p.kv_heads, dim = p.head_dim;
   const int64_t rows = item.count * group;
-  const int64_t kv_len = p.kv_lens[item.row];
   const int64_t token = p.q_starts[item.row] + item.first;
-  const int64_t position = kv_len - p.q_lens[item.row] + item.first;  // of the first query
+  const Span span(p, item), next_span(p, next);
   s.Start(rows, dim);
   for (int64_t r = 0; r < rows; ++r) {
-    const float* from = p.q + ((token + r / group) * p.q_heads + item.head * group + r % group) * dim;
+    const float* from = p.q + ((token + r / group) * p.q_heads + head * group + r % group) * dim;
     std::copy(from, from + dim, s.queries.data() + r * dim);
   }
-  const int64_t last = position + item.count;  // one past what the last query sees
-  const int64_t first = p.window ? std::max<int64_t>(position - p.window + 1, 0) : 0;
-  for (int64_t block = first / kBlock * kBlock; block < last; block += kBlock) {
-    const int64_t begin = std::max(block, first), end = std::min(block + kBlock, last);
-    ForRuns(p, item.row, begin, end, [&](int64_t t, int32_t page, int64_t at, int64_t count) {
-      // Pages lie anywhere, so the processor cannot guess what comes next: the values of these
-      // tokens, and the keys of the tokens after them.
-      Prefetch(p.Head(page, 1, item.head) + at * dim, count * dim);
-      if (t + count < last) Prefetch(NextKeys(p, item, t + count), p.page_size * dim);
-      Dots(s.queries.data(), dim, rows, p.Head(page, 0, item.head) + at * dim, dim, count, dim,
-           s.scores.data() + (t - block), kBlock);
+  for (int64_t block = span.FirstBlock(); block < span.last; block += kBlock) {
+    Coming coming{item.row, head, kBlock, span.last};
+    if (block + kBlock >= span.last) {
+      coming = head + 1 < item.end_head
+                   ? Coming{item.row, head + 1, span.FirstBlock() - block, span.last}
+                   : Coming{next.row, next.first_head, next_span.FirstBlock() - block,
+                            next_span.last};
+    }
+    const int64_t begin = std::max(block, span.first), end = std::min(block + kBlock, span.last);
+    // Whole vectors of keys where pages are made of them: scores of what is not seen are replaced.
+    const int64_t unit = p.page_size % kLanes ? 1 : kLanes;
+    const int64_t from = begin / unit * unit, to = (end + unit - 1) / unit * unit;
+    ForRuns(p, item.row, from, to, [&](int64_t t, int32_t page, int64_t at, int64_t count) {
+      coming.AskFor(p, 0, t, count);
+      Score(s.queries.data(), rows, p.Head(page, 0, head) + at * dim, count, dim,
+            s.scores.data() + (t - block), s.floats);
     });
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t seen = position + r / group;  // the query's own position
+      const int64_t seen = span.position + r / group;  // the query's own position
       const int64_t low = p.window ? std::clamp(seen - p.window + 1, begin, end) : begin;
-      s.Update(r, low - block, std::min(seen + 1, end) - block, dim);
+      s.Update(r, low - block, std::min(seen + 1, end) - block, end - block, dim);
     }
     ForRuns(p, item.row, begin, end, [&](int64_t t, int32_t page, int64_t at, int64_t count) {
-      const T* values = p.Head(page, 1, item.head) + at * dim;
+      coming.AskFor(p, 1, t, count);
+      const T* values = p.Head(page, 1, head) + at * dim;
       const float* weights = s.scores.data() + (t - block);
-      AddAllValues(weights, rows, values, count, dim, s.out.data());
+      if (rows < kFewRows) {
+        AddAllValues(weights, rows, values, count, dim, s.out.data());
+      } else {
+        const float* floats = AsFloats(values, count * dim, s.floats);
+        AddAllValues(weights, rows, floats, count, dim, s.out.data());
+      }
     });
   }
   for (int64_t r = 0; r < rows; ++r) {
-    float* to = p.out + ((token + r / group) * p.q_heads + item.head * group + r % group) * dim;
+    float* to = p.out + ((token + r / group) * p.q_heads + head * group + r % group) * dim;
     const float scale = 1.0f / std::max(s.total[r], 1e-30f);
     for (int64_t d = 0; d < dim; ++d) to[d] = s.out[r * dim + d] * scale;
+  }
+}
+
+// `next` is likely the item that this thread takes after this one.
+template <class T>
+void Attend(const Problem<T>& p, const Item& item, const Item& next, Softmax& s) {
+  for (int64_t head = item.first_head; head < item.end_head; ++head) {
+    AttendHead(p, item, head, next, s);
   }
 }
 
 template <class T>
 void Run(ffi::ThreadPool pool, const Problem<T>& p) {
   WriteKv(p);
-  std::fill(p.out, p.out + p.tokens * p.q_heads * p.head_dim, 0.0f);
+  if (std::accumulate(p.q_lens, p.q_lens + p.num_rows, int64_t{0}) < p.tokens) {
+    // Some tokens belong to no row.
+    std::fill(p.out, p.out + p.tokens * p.q_heads * p.head_dim, 0.0f);
+  }
+  // Head after head of a row is read ahead; fewer of them where there are too few rows to share out.
+  const auto threads = static_cast<int32_t>(std::max<int64_t>(1, pool.num_threads()));
+  const auto heads = p.num_rows >= 4 * threads ? static_cast<int32_t>(p.kv_heads) : 1;
   std::vector<Item> items;
   int64_t work = 0;
   for (int32_t row = 0; row < p.num_rows; ++row) {
@@ -236,12 +347,16 @@ void Run(ffi::ThreadPool pool, const Problem<T>& p) {
     for (int32_t first = (p.q_lens[row] - 1) / kTileQueries * kTileQueries; first >= 0;
          first -= kTileQueries) {
       const auto count = std::min<int32_t>(kTileQueries, p.q_lens[row] - first);
-      for (int32_t head = 0; head < p.kv_heads; ++head) items.push_back({row, head, first, count});
+      for (int32_t head = 0; head < p.kv_heads; head += heads) {
+        const auto end = std::min<int32_t>(p.kv_heads, head + heads);
+        items.push_back({row, head, end, first, count});
+      }
     }
   }
   const auto attend = [&](int64_t i) {
     thread_local Softmax softmax;
-    Attend(p, items[i], softmax);
+    const auto next = std::min(i + threads, static_cast<int64_t>(items.size()) - 1);
+    Attend(p, items[i], items[next], softmax);
   };
   const auto count = static_cast<int64_t>(items.size());
   if (work < kInlineWork) {

@@ -9,7 +9,14 @@ import jax
 from jserve.pallas_kernels.native.build import library_path
 
 _log = logging.getLogger(__name__)
-_KERNELS = ("matmul", "quantized_matmul", "ragged_paged_attention", "rms_norm")
+_KERNELS = (
+    "gated_activation",
+    "matmul",
+    "quantized_matmul",
+    "ragged_paged_attention",
+    "rms_norm",
+    "rotary",
+)
 
 
 @functools.cache

@@ -78,6 +78,15 @@ inline Vec Load(const BFloat16* from) {
 
 inline void Store(Vec v, float* to) { std::memcpy(to, &v, sizeof v); }
 
+inline void Store(Vec v, BFloat16* to) {  // to the nearest, ties to even
+  IntVec bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const IntVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const IntVec quiet = (bits >> 16) | 0x40;  // of a NaN, which rounding could make infinite
+  const HalfVec half = __builtin_convertvector(v == v ? rounded : quiet, HalfVec);
+  std::memcpy(to, &half, sizeof half);
+}
+
 // The first `count` lanes from memory, the others zero.
 template <class T>
 inline Vec LoadSome(const T* from, int64_t count) {
@@ -88,12 +97,12 @@ inline Vec LoadSome(const T* from, int64_t count) {
 
 inline void StoreSome(Vec v, float* to, int64_t count) { std::memcpy(to, &v, count * sizeof(float)); }
 
-// Asks for `count` elements that will be read soon; addresses past the end do no harm.
+// Asks for `count` elements that will be read soon.
 template <class T>
 inline void Prefetch(const T* from, int64_t count) {
   const char* bytes = reinterpret_cast<const char*>(from);
   for (int64_t i = 0; i < count * static_cast<int64_t>(sizeof(T)); i += 64) {
-    __builtin_prefetch(bytes + i);
+    __builtin_prefetch(bytes + i, 0, 2);  // into the second cache
   }
 }
 
@@ -136,6 +145,47 @@ inline float Fold(Vec v, const Op& op) {
 
 inline float Sum(Vec v) {
   return Fold(v, [](auto a, auto b) { return a + b; });
+}
+
+// Lane i of the result is the sum of all lanes of sums[i], in one order for every i.
+inline Vec LaneSums(const Vec (&sums)[kLanes]) {
+#if defined(__AVX512F__)
+  // Masked forms for GCC 12, as in Fold.
+  constexpr __mmask16 kAll = 0xffff;
+  __m512 quads[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const auto a = (__m512)sums[4 * i], b = (__m512)sums[4 * i + 1];
+    const auto c = (__m512)sums[4 * i + 2], d = (__m512)sums[4 * i + 3];
+    const __m512d ab = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(kAll, a, b) +
+                                        _mm512_maskz_unpackhi_ps(kAll, a, b));
+    const __m512d cd = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(kAll, c, d) +
+                                        _mm512_maskz_unpackhi_ps(kAll, c, d));
+    quads[i] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, ab, cd)) +
+               _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, ab, cd));
+  }
+  const auto halves = [](__m512 a, __m512 b) {
+    return _mm512_maskz_shuffle_f32x4(kAll, a, b, 0x88) +
+           _mm512_maskz_shuffle_f32x4(kAll, a, b, 0xdd);
+  };
+  return (Vec)halves(halves(quads[0], quads[1]), halves(quads[2], quads[3]));
+#elif defined(__AVX__)
+  __m256 quads[2];
+  for (int i = 0; i < 2; ++i) {
+    const auto a = (__m256)sums[4 * i], b = (__m256)sums[4 * i + 1];
+    const auto c = (__m256)sums[4 * i + 2], d = (__m256)sums[4 * i + 3];
+    const __m256d ab = _mm256_castps_pd(_mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b));
+    const __m256d cd = _mm256_castps_pd(_mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d));
+    quads[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)) +
+               _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
+  }
+  return (Vec)(_mm256_permute2f128_ps(quads[0], quads[1], 0x20) +
+               _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
+#else
+  Vec all;
+  for (int i = 0; i < kLanes; ++i) all[i] = Sum(sums[i]);
+  return all;
+#endif
 }
 
 inline float Largest(Vec v) {
