@@ -6,7 +6,7 @@ scatters drop them.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -120,7 +120,9 @@ class Batch:
     program: Program
     buffer: np.ndarray  # int32; owned by the device once submitted, never written again
     order: np.ndarray  # [len(plan.chunks)]
+    slots: np.ndarray  # [len(plan.chunks)] of the program's rows
     first_token: np.ndarray  # [len(plan.chunks)] ragged index of each chunk's first token
+    has_targets: bool  # whether log-probabilities of prompt tokens are wanted
 
 
 def pack(plan: StepPlan, shape: BatchShape, eos_token_ids: tuple[int, ...]) -> Batch:
@@ -129,40 +131,47 @@ def pack(plan: StepPlan, shape: BatchShape, eos_token_ids: tuple[int, ...]) -> B
     parts = layout(program, shape)
     buffer = np.zeros(parts.size, np.int32)
     views = parts.views(buffer)
-    order = sorted(range(len(plan.chunks)), key=lambda i: bool(plan.chunks[i].tokens))
-    chunks = [plan.chunks[i] for i in order]
+    order = np.arange(len(plan.chunks))
+    chunks: Sequence[Chunk] = plan.chunks
+    if program.kind is ProgramKind.MIXED:
+        order = np.array(sorted(order, key=lambda i: bool(plan.chunks[i].tokens)))
+        chunks = [plan.chunks[i] for i in order]
     if len(chunks) > program.rows:
         raise ValueError(f"{program.name}: {len(chunks)} rows do not fit")
 
     views["num_rows"][...] = len(chunks)
     views["num_steps"][...] = plan.num_steps
     views["row_slot"].fill(shape.num_slots)
-    views["row_slot"][: len(chunks)] = [chunk.slot for chunk in chunks]
+    slots = np.array([chunk.slot for chunk in chunks])
+    views["row_slot"][: len(chunks)] = slots
     _pack_pages(views, chunks, shape)
-    first = np.arange(len(chunks))
+    first, has_targets = order, False
     if program.kind is ProgramKind.MIXED:
         first = _pack_tokens(views, chunks, program)
-        _pack_targets(views, chunks, first)
+        has_targets = _pack_targets(views, chunks, first)
         _pack_admissions(views, plan.admissions, shape, eos_token_ids)
     first_token = np.empty(len(chunks), np.int64)
     first_token[order] = first
-    return Batch(program, buffer, np.asarray(order), first_token)
+    return Batch(program, buffer, order, slots, first_token, has_targets)
 
 
-def _pack_pages(views: dict[str, np.ndarray], chunks: list[Chunk], shape: BatchShape) -> None:
-    views["page_slot"].fill(shape.num_slots)
-    at = 0
+def _pack_pages(views: dict[str, np.ndarray], chunks: Sequence[Chunk], shape: BatchShape) -> None:
+    slots: list[int] = []
+    places: list[int] = []
+    pages: list[int] = []
     for chunk in chunks:
-        if not chunk.new_pages:
-            continue
-        end = at + len(chunk.new_pages)
-        views["page_slot"][at:end] = chunk.slot
-        views["page_index"][at:end] = np.arange(end - at) + chunk.first_new_page
-        views["page_id"][at:end] = chunk.new_pages
-        at = end
+        if new := chunk.new_pages:
+            slots += [chunk.slot] * len(new)
+            places += range(chunk.first_new_page, chunk.first_new_page + len(new))
+            pages += new
+    views["page_slot"].fill(shape.num_slots)
+    for name, values in (("page_slot", slots), ("page_index", places), ("page_id", pages)):
+        views[name][: len(values)] = values
 
 
-def _pack_tokens(views: dict[str, np.ndarray], chunks: list[Chunk], program: Program) -> np.ndarray:
+def _pack_tokens(
+    views: dict[str, np.ndarray], chunks: Sequence[Chunk], program: Program
+) -> np.ndarray:
     counts = np.array([chunk.num_tokens for chunk in chunks])
     first = np.cumsum(counts) - counts
     if first[-1] + counts[-1] > program.tokens:
@@ -181,12 +190,15 @@ def _pack_tokens(views: dict[str, np.ndarray], chunks: list[Chunk], program: Pro
     return first
 
 
-def _pack_targets(views: dict[str, np.ndarray], chunks: list[Chunk], first: np.ndarray) -> None:
+def _pack_targets(views: dict[str, np.ndarray], chunks: Sequence[Chunk], first: np.ndarray) -> bool:
+    """Whether there were any."""
     views["token_target"].fill(-1)
+    found = False
     for chunk, at in zip(chunks, first, strict=True):
         if chunk.prompt_targets:
-            end = at + len(chunk.prompt_targets)
-            views["token_target"][at:end] = chunk.prompt_targets
+            found = True
+            views["token_target"][at : at + len(chunk.prompt_targets)] = chunk.prompt_targets
+    return found
 
 
 def _pack_admissions(

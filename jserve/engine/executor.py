@@ -51,13 +51,12 @@ class DeviceExecutor:
             self._wants_logprobs[admission.slot] = wanted
         call = self._programs[plan.program]
         self._state, result = call(self._params, (), self._state, batch.buffer)
-        slots = [chunk.slot for chunk in plan.chunks]
         pending = PendingStep(
             plan,
             batch,
             result,
-            wants_logprobs=bool(self._wants_logprobs[slots].any()),
-            wants_prompt_logprobs=any(chunk.prompt_targets for chunk in plan.chunks),
+            wants_logprobs=bool(self._wants_logprobs[batch.slots].any()),
+            wants_prompt_logprobs=batch.has_targets,
         )
         result.tokens.copy_to_host_async()
         if pending.wants_logprobs:
