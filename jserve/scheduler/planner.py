@@ -130,7 +130,8 @@ class Planner:
             left = seq.max_total - seq.num_tokens
             new = left if left < steps else steps
             first_page = len(seq.pages)
-            if self._reserve(seq, new):
+            # Most have room; the test here saves a call for every row.
+            if seq.num_computed + new <= seq.capacity or self._reserve(seq, new):
                 decodes.append((seq, first_page, new))
         rows = _decode_rows(decodes)
         return self._step(self._programs.decode(len(rows.chunks), steps), steps, rows)
