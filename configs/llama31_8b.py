@@ -10,11 +10,7 @@ from jserve.model.config import ModelConfig
 
 
 def get_config(variant: str = "gpu") -> ServeConfig:
-    """`gpu`: one device of 80 GB; `tpu`: the eight chips of a v5e-8, 16 GB each.
-
-    The weights do not fit one chip of a v5e: until a model can be spread over several, the `tpu`
-    variant ends with the error that says so.
-    """
+    """`gpu`: one device of 80 GB; `tpu`: the eight chips of a v5e-8, 16 GB each."""
     engines = {
         "gpu": EngineConfig(
             num_slots=128,
@@ -31,6 +27,7 @@ def get_config(variant: str = "gpu") -> ServeConfig:
             kv_bytes=0,
             mixed_tokens=(128, 1024),
             window_rows=(8, 64),
+            tensor_parallel=8,
         ),
     }
     if variant not in engines:

@@ -27,7 +27,6 @@ from jserve.engine.sizing import (
 from jserve.engine.state import DeviceState
 from jserve.engine.step import Params
 from jserve.model.functional import Model
-from jserve.model.sharding import named_sharding
 from jserve.pallas_kernels.backend import Backend
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
@@ -73,6 +72,7 @@ def build_engine(
     def compile_all() -> tuple[dict[Program, CompiledProgram], DeviceState]:
         programs = compile_programs(
             model,
+            mesh,
             config.programs(),
             shape.batch,
             abstract_params(model, mesh),
@@ -122,10 +122,12 @@ def _idle_state(
     model: Model, mesh: Mesh, shape: EngineShape, cache: ExecutableCache | None
 ) -> DeviceState:
     """The state of an idle engine, made on the device by a small program that is cached, too."""
-    name = repr(("state", jax.tree.map(signature, abstract_state(model, mesh, shape))))
+    abstract = abstract_state(model, mesh, shape)
+    name = repr(("state", jax.tree.map(signature, abstract)))
     program = cache.load(name) if cache else None
     if program is None:
-        make = jax.jit(lambda: make_state(model, shape), out_shardings=named_sharding(mesh, ()))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        make = jax.jit(lambda: make_state(model, shape), out_shardings=shardings)
         program = make.lower().compile()
         if cache:
             cache.store(name, program)

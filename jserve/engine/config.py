@@ -10,6 +10,7 @@ _AT_LEAST = {
     "num_pages": 0,
     "kv_bytes": 0,
     "window_steps": 1,
+    "tensor_parallel": 1,
     "processor_rows": 1,  # or a request with a mask could never be admitted
     "drain_timeout_s": 0,
 }
@@ -31,6 +32,7 @@ class EngineConfig:
     window_steps: int = 8  # decode steps in one program run, at most
     processor_rows: int = 4  # sequences with masks or biases admitted in one step
     cache_executables: bool = True  # keep compiled programs in the model cache folder
+    tensor_parallel: int = 1  # devices that each hold a share of heads, FFN columns and vocabulary
     drain_timeout_s: float = 30.0  # what runs may take after a stop was asked for
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jserve.core.step import Program
 from jserve.engine.batch import BatchShape, layout
@@ -14,6 +15,7 @@ from jserve.engine.executable_cache import ExecutableCache
 from jserve.engine.state import DeviceState
 from jserve.engine.step import make_step
 from jserve.model.functional import Model
+from jserve.model.sharding import named_sharding
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -30,6 +32,7 @@ class CompiledProgram:
 
 def compile_programs(
     model: Model,
+    mesh: Mesh,
     programs: Sequence[Program],
     shape: BatchShape,
     params: Mapping[str, jax.Array | jax.ShapeDtypeStruct],  # with shardings
@@ -40,6 +43,7 @@ def compile_programs(
     threads: int = 2,
 ) -> dict[Program, CompiledProgram]:
     """Compiles or loads every program, several at a time."""
+    everywhere = named_sharding(mesh, ())
 
     def make(program: Program) -> CompiledProgram:
         started = time.perf_counter()
@@ -48,8 +52,14 @@ def compile_programs(
         call = cache.load(name) if cache else None
         cached = call is not None
         if call is None:
-            buffer = jax.ShapeDtypeStruct((layout(program, shape).size,), jnp.int32)
-            step = jax.jit(make_step(model, program, shape), donate_argnums=2)
+            size = (layout(program, shape).size,)
+            buffer = jax.ShapeDtypeStruct(size, jnp.int32, sharding=everywhere)
+            kept = jax.tree.map(lambda leaf: leaf.sharding, state)
+            step = jax.jit(
+                make_step(model, mesh, program, shape),
+                donate_argnums=2,
+                out_shardings=(kept, everywhere),
+            )
             call = step.lower(params, (), state, buffer).compile()
             if cache:
                 cache.store(name, call)

@@ -16,9 +16,9 @@ from jserve.engine.config import EngineConfig
 from jserve.engine.executable_cache import ExecutableCache
 from jserve.engine.memory import GRID, device_pages, host_available_bytes, host_pages
 from jserve.engine.programs import compile_programs
-from jserve.engine.state import DeviceState, init_state, page_bytes
+from jserve.engine.state import DeviceState, init_state, page_bytes, state_shardings
 from jserve.model.functional import Model
-from jserve.model.sharding import named_sharding, param_shardings
+from jserve.model.sharding import param_shardings, stored_kv_heads
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +31,7 @@ class EngineShape:
     num_pages: int
     max_model_len: int
     kv_dtype: jnp.dtype
+    kv_heads: int  # in a page
 
     @property
     def pages_per_slot(self) -> int:
@@ -56,16 +57,17 @@ def shape_engine(
         raise ConfigError(
             f"engine.max_model_len is {max_model_len}; the model's context is {spec.max_context}"
         )
+    kv_heads = stored_kv_heads(spec, mesh)
     batch = BatchShape(config.num_slots, spec.vocab, config.page_size, config.processor_rows)
     kv_dtype = jnp.dtype(config.kv_dtype or model.dtype)
-    least = EngineShape(batch, GRID, max_model_len, kv_dtype)
+    least = EngineShape(batch, GRID, max_model_len, kv_dtype, kv_heads)
     if config.num_pages:
         num_pages = config.num_pages
     elif config.kv_bytes:
         on_host = mesh.devices.flat[0].platform == "cpu"
         num_pages = host_pages(
             kv_bytes=config.kv_bytes,
-            page_bytes=page_bytes(model, config.page_size, kv_dtype),
+            page_bytes=page_bytes(model, config.page_size, kv_dtype, kv_heads),
             other_bytes=_fixed_bytes(model, mesh, least),
             available_bytes=host_available_bytes() if on_host else None,
         )
@@ -82,7 +84,7 @@ def shape_engine(
         _log.warning(
             "the context is cut from %d to the %d tokens of all pages", max_model_len, held
         )
-    return EngineShape(batch, num_pages, min(max_model_len, held), kv_dtype)
+    return EngineShape(batch, num_pages, min(max_model_len, held), kv_dtype, kv_heads)
 
 
 def abstract_params(model: Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -98,6 +100,7 @@ def make_state(model: Model, shape: EngineShape) -> DeviceState:
     """The state of an idle engine."""
     return init_state(
         model,
+        kv_heads=shape.kv_heads,
         num_slots=shape.batch.num_slots,
         num_pages=shape.num_pages,
         page_size=shape.batch.page_size,
@@ -108,10 +111,11 @@ def make_state(model: Model, shape: EngineShape) -> DeviceState:
 
 def abstract_state(model: Model, mesh: Mesh, shape: EngineShape) -> DeviceState:
     """Shapes, types and shardings of `make_state`."""
-    replicated = named_sharding(mesh, ())
+    state = jax.eval_shape(lambda: make_state(model, shape))
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-        jax.eval_shape(lambda: make_state(model, shape)),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_shardings(state, mesh),
     )
 
 
@@ -145,18 +149,19 @@ def _measured_pages(
         [program for program in config.programs() if program.kind is kind][-1]
         for kind in ProgramKind
     ]
-    measured = compile_programs(model, largest, least.batch, params, state, cache=cache)
+    measured = compile_programs(model, mesh, largest, least.batch, params, state, cache=cache)
     temp_bytes = 0
     for made in measured.values():
         memory = made.call.memory_analysis()
         if memory is None:
             raise ConfigError("this backend cannot tell what programs need; set engine.kv_bytes")
         temp_bytes = max(temp_bytes, memory.temp_size_in_bytes)
+    heads_of_device = least.kv_heads // mesh.shape["model"]
     return device_pages(
         limit_bytes=limit_bytes,
         params_bytes=_fixed_bytes(model, mesh, least),
         temp_bytes=temp_bytes,
-        page_bytes=page_bytes(model, config.page_size, least.kv_dtype),
+        page_bytes=page_bytes(model, config.page_size, least.kv_dtype, heads_of_device),
     )
 
 

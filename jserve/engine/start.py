@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jserve.core.errors import ConfigError
 from jserve.engine.assembly import Engine, build_engine
@@ -36,14 +37,14 @@ def start_engine(
     ConfigError.
     """
     spec = model_spec(model_config, on_files)
-    mesh = device_mesh(jax.devices()[:1], model=1)
+    mesh = _mesh(config)
     dtype = jnp.dtype(model_config.dtype)
     platform = mesh.devices.flat[0].platform
     if model_config.quantization != "none" and platform != "cpu":
         raise ConfigError(
             f"model.quantization is {model_config.quantization!r}, which runs on CPU only so far"
         )
-    backend = backend_for(platform, dtype)
+    backend = backend_for(platform, dtype, mesh.size)
     model = Model(spec, dtype, backend, model_config.quantization)
     shardings = param_shardings(model.param_specs(), spec, mesh)
     prepare_s = 0.0
@@ -78,3 +79,15 @@ def start_engine(
     engine.phases["load"] -= prepare_s
     engine.phases["prepare"] = prepare_s
     return engine
+
+
+def _mesh(config: EngineConfig) -> Mesh:
+    """As many of the devices as the engine is spread over. Raises ConfigError."""
+    devices = jax.devices()
+    wanted = config.tensor_parallel
+    if wanted > len(devices):
+        raise ConfigError(
+            f"engine.tensor_parallel is {wanted}, but JAX finds {len(devices)} devices "
+            f"({devices[0].device_kind})"
+        )
+    return device_mesh(devices[:wanted], model=wanted)

@@ -4,9 +4,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jserve.model.functional import Model
 from jserve.model.sampling.state import SamplerState, init_sampler_state
+from jserve.model.sharding import named_sharding
 from jserve.pallas_kernels.ragged_paged_attention.dispatch import kv_pages_shape
 
 FULL = "full"  # the layer group of all attention layers; its pages hold every token
@@ -38,6 +40,7 @@ class DeviceState(NamedTuple):
 def init_state(
     model: Model,
     *,
+    kv_heads: int,
     num_slots: int,
     num_pages: int,
     page_size: int,
@@ -46,7 +49,7 @@ def init_state(
 ) -> DeviceState:
     """An empty engine; pure, so that it can be evaluated abstractly or jitted with shardings."""
     spec = model.spec
-    shape = kv_pages_shape(num_pages, page_size, spec.kv_heads, spec.head_dim)
+    shape = kv_pages_shape(num_pages, page_size, kv_heads, spec.head_dim)
     return DeviceState(
         kv={FULL: tuple(jnp.zeros(shape, kv_dtype) for _ in range(spec.layers))},
         page_tables={FULL: jnp.zeros((num_slots, pages_per_slot), jnp.int32)},
@@ -58,8 +61,15 @@ def init_state(
     )
 
 
-def page_bytes(model: Model, page_size: int, kv_dtype: jnp.dtype) -> int:
-    """KV bytes of one page over all layers."""
+def state_shardings(state: DeviceState, mesh: Mesh) -> DeviceState:
+    """Pages are split by KV heads, where each device of the axis has as many; the rest is not."""
+    heads = named_sharding(mesh, (None, None, "kv_heads", None, None))
+    replicated = named_sharding(mesh, ())
+    shardings = jax.tree.map(lambda _: replicated, state)
+    return shardings._replace(kv=jax.tree.map(lambda _: heads, state.kv))
+
+
+def page_bytes(model: Model, page_size: int, kv_dtype: jnp.dtype, kv_heads: int) -> int:
+    """Bytes of one page of `kv_heads` heads over all layers."""
     spec = model.spec
-    elements = 2 * spec.kv_heads * page_size * spec.head_dim * spec.layers
-    return elements * kv_dtype.itemsize
+    return 2 * kv_heads * page_size * spec.head_dim * spec.layers * kv_dtype.itemsize

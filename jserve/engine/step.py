@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from jserve.core.step import FinishCode, Program, ProgramKind
 from jserve.engine.batch import BatchShape, layout
@@ -28,8 +29,9 @@ from jserve.model.sampling.state import (
     reset,
     stop_code,
 )
+from jserve.model.sharding import on_every_device
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch, make_ragged_batch
-from jserve.pallas_kernels.ragged_paged_attention.dispatch import ragged_paged_attention
+from jserve.pallas_kernels.ragged_paged_attention.sharded import sharded_attention
 
 _PROMPT_LOGPROB_ROWS = 32  # rows of the head at a time when prompt logprobs are asked for
 
@@ -54,14 +56,15 @@ class _Rows(NamedTuple):
     num_used: jax.Array  # rows before it may sample, those after it do not
 
 
-def make_step(model: Model, program: Program, shape: BatchShape):
+def make_step(model: Model, mesh: Mesh, program: Program, shape: BatchShape):
     """The program as `(params, adapters, state, buffer) -> (state, result)`, to be jitted."""
     step = mixed_step if program.kind is ProgramKind.MIXED else window_step
-    return functools.partial(step, model, program, shape)
+    return functools.partial(step, model, mesh, program, shape)
 
 
 def mixed_step(
     model: Model,
+    mesh: Mesh,
     program: Program,
     shape: BatchShape,
     params: Params,
@@ -113,22 +116,23 @@ def mixed_step(
         page_size=shape.page_size,
     )
     state, hidden = _layers(
-        model, params, state, tokens, positions, ragged, batch["num_tokens"], prompts=True
+        model, mesh, params, state, tokens, positions, ragged, batch["num_tokens"], prompts=True
     )
     last = jnp.clip(batch["row_first"] + batch["row_tokens"] - 1, 0, program.tokens - 1)
-    state, tokens_new, finish, logprobs = _advance(model, params, state, hidden[last], rows)
+    state, tokens_new, finish, logprobs = _advance(model, mesh, params, state, hidden[last], rows)
     result = DeviceResult(
         jnp.concatenate(
             [tokens_new[:, None], rows.samples.astype(jnp.int32)[:, None], finish[:, None]], axis=1
         ),
         jax.tree.map(lambda part: part[:, None], logprobs),
-        _prompt_logprobs(model, params, hidden, batch["token_target"]),
+        _prompt_logprobs(model, mesh, params, hidden, batch["token_target"]),
     )
     return state, result
 
 
 def window_step(
     model: Model,
+    mesh: Mesh,
     program: Program,
     shape: BatchShape,
     params: Params,
@@ -172,9 +176,9 @@ def window_step(
         )
         tokens = state.last_tokens[held]
         state, hidden = _layers(
-            model, params, state, tokens, positions, ragged, batch["num_rows"], prompts=False
+            model, mesh, params, state, tokens, positions, ragged, batch["num_rows"], prompts=False
         )
-        state, tokens, finish, logprobs = _advance(model, params, state, hidden, rows)
+        state, tokens, finish, logprobs = _advance(model, mesh, params, state, hidden, rows)
         packed = result.tokens.at[:, n].set(tokens)
         packed = packed.at[:, -2].add(live.astype(jnp.int32))
         packed = packed.at[:, -1].set(jnp.where(live, finish, packed[:, -1]))
@@ -192,6 +196,7 @@ def window_step(
 
 def _layers(
     model: Model,
+    mesh: Mesh,
     params: Params,
     state: DeviceState,
     tokens: jax.Array,
@@ -202,8 +207,8 @@ def _layers(
     prompts: bool,
 ) -> tuple[DeviceState, jax.Array]:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, window: int):
-        return ragged_paged_attention(
-            q, k, v, pages, ragged, window=window, prompts=prompts, backend=model.backend
+        return sharded_attention(
+            q, k, v, pages, ragged, window=window, prompts=prompts, backend=model.backend, mesh=mesh
         )
 
     hidden, kv = model.hidden(params, tokens, positions, state.kv[FULL], attend, num_tokens)
@@ -211,11 +216,12 @@ def _layers(
 
 
 def _advance(
-    model: Model, params: Params, state: DeviceState, hidden: jax.Array, rows: _Rows
+    model: Model, mesh: Mesh, params: Params, state: DeviceState, hidden: jax.Array, rows: _Rows
 ) -> tuple[DeviceState, jax.Array, jax.Array, Logprobs]:
     """From the hidden states of the rows to their tokens, verdicts and the state after them."""
     logits = model.logits(params, hidden, rows.num_used)
-    sampled = sample(logits, state.sampler, rows.slots, rows.lengths, rows.samples)
+    choose = on_every_device(mesh, sample)
+    sampled = choose(logits, state.sampler, rows.slots, rows.lengths, rows.samples)
     lengths = rows.lengths + 1  # with the sampled token
     finish = stop_code(state.sampler, rows.slots, sampled.tokens, lengths, rows.samples)
     # Out of range, so that the scatters below drop what must not change.
@@ -257,7 +263,7 @@ def _no_logprobs(rows: int, steps: int) -> Logprobs:
 
 
 def _prompt_logprobs(
-    model: Model, params: Params, hidden: jax.Array, targets: jax.Array
+    model: Model, mesh: Mesh, params: Params, hidden: jax.Array, targets: jax.Array
 ) -> Logprobs:
     """Log-probabilities of the next prompt token after each token that has a target ≥ 0.
 
@@ -274,7 +280,8 @@ def _prompt_logprobs(
     def head(i: jax.Array, found: Logprobs) -> Logprobs:
         rows = lax.dynamic_slice_in_dim(hidden, i * tile, tile)
         wanted = lax.dynamic_slice_in_dim(targets, i * tile, tile)
-        new = prompt_logprobs(model.logits(params, rows), jnp.maximum(wanted, 0))
+        look_up = on_every_device(mesh, prompt_logprobs)
+        new = look_up(model.logits(params, rows), jnp.maximum(wanted, 0))
         return jax.tree.map(
             lambda all_, part: lax.dynamic_update_slice_in_dim(all_, part[:, None], i * tile, 0),
             found,

@@ -1,14 +1,17 @@
 """How parameters spread over devices: the one table from logical axes to mesh axes."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jserve.core.errors import ConfigError
 from jserve.model.params import ParamSpec
 from jserve.model.spec import ModelSpec
+
+_T = TypeVar("_T")
 
 # Megatron's split (Shoeybi et al., 2019): heads and FFN columns one way in, the other way out,
 # so each block ends in one all-reduce, which the compiler places.
@@ -60,6 +63,19 @@ def axis_rules(spec: ModelSpec, mesh: Mesh) -> dict[str, str | None]:
                 f"axis 'model'; choose a divisor of {value}"
             )
     return rules
+
+
+def stored_kv_heads(spec: ModelSpec, mesh: Mesh) -> int:
+    """KV heads that the pages hold: one for each device of the axis where there are fewer."""
+    return max(spec.kv_heads, mesh.shape["model"])
+
+
+def on_every_device(mesh: Mesh, function: Callable[..., _T]) -> Callable[..., _T]:
+    """`function` of arrays as one device computes it, done by all alike; arguments are gathered."""
+    if mesh.size == 1:
+        return function
+    whole = PartitionSpec()
+    return jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
 
 
 def named_sharding(

@@ -18,12 +18,15 @@ class Backend(enum.Enum):
     NATIVE = "native"  # C++ on CPU, where it was built
 
 
-def backend_for(platform: str, dtype: jnp.dtype) -> Backend:
-    """The best backend there is for a JAX platform name and a model's dtype."""
+def backend_for(platform: str, dtype: jnp.dtype, num_devices: int = 1) -> Backend:
+    """The best backend there is for a JAX platform name, a model's dtype and its devices."""
     if platform != "cpu":
         _log.warning("there is no attention kernel for %s yet; the CPU's XLA loops run", platform)
         return Backend.CPU
     if dtype not in (jnp.float32, jnp.bfloat16):
         _log.warning("the native CPU kernels do not know %s; XLA's own code runs", dtype)
+        return Backend.CPU
+    if num_devices > 1:
+        _log.warning("the native CPU kernels run on one device; XLA's own code runs")
         return Backend.CPU
     return Backend.NATIVE if library.is_loaded() else Backend.CPU

@@ -11,7 +11,7 @@ from jserve.core.request import FinishReason, Request, SequenceUpdate, TokenLogp
 from jserve.engine.assembly import Engine, build_engine
 from jserve.engine.config import EngineConfig
 from jserve.model.functional import Model
-from jserve.model.sharding import device_mesh
+from jserve.model.sharding import device_mesh, param_shardings
 from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.backend import Backend, backend_for
 from jserve.scheduler.config import SchedulerConfig
@@ -66,17 +66,22 @@ class Harness:
         overlap: bool = True,
         backend: Backend | None = None,
         quantization: str = "none",
+        devices: int = 1,
     ) -> None:
         # What users get: the native kernels, where they are built.
         backend = backend or backend_for("cpu", jnp.dtype(jnp.float32))
         self.model = Model(spec, jnp.float32, backend, quantization)
-        self.params = self.model.init(0) if params is None else params
+        mesh = device_mesh(jax.devices()[:devices], model=devices)
+        if params is None:
+            shardings = param_shardings(self.model.param_specs(), spec, mesh)
+            params = self.model.init(0, shardings)
+        self.params = params
         self.config = config
         self.overlap = overlap
         self.engine: Engine = build_engine(
             "tiny",
             self.model,
-            device_mesh(jax.devices()[:1], model=1),
+            mesh,
             lambda: self.params,
             config,
             SCHEDULER,

@@ -28,7 +28,9 @@ def test_pages_of_the_config_come_first() -> None:
 
 
 def test_kv_bytes_are_filled_to_whole_grids() -> None:
-    config = EngineConfig(**SMALL, kv_bytes=300 * page_bytes(MODEL, 8, MODEL.dtype))
+    config = EngineConfig(
+        **SMALL, kv_bytes=300 * page_bytes(MODEL, 8, MODEL.dtype, MODEL.spec.kv_heads)
+    )
     assert shape_engine(MODEL, MESH, config, None).num_pages == 256
 
 
@@ -37,7 +39,7 @@ def test_the_device_is_filled_but_not_overfilled() -> None:
     limit = 64 << 20
     pages = shape_engine(MODEL, MESH, config, None, lambda: limit).num_pages
     params = sum(4 * math.prod(spec.shape) for spec in MODEL.param_specs().values())
-    used = params + pages * page_bytes(MODEL, 8, MODEL.dtype)
+    used = params + pages * page_bytes(MODEL, 8, MODEL.dtype, MODEL.spec.kv_heads)
     assert used < limit
     assert limit - used < 8 << 20  # temporaries, slots and less than a grid of pages
     with pytest.raises(ConfigError, match="no KV page fits"):

@@ -124,5 +124,9 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     # XLA's CPU backend recognizes top_k as a sort whose only uses are two equal slices; the
-    # barrier keeps the callers' own slices out of it. Unrecognized, it sorts everything.
-    return lax.optimization_barrier(lax.top_k(x, k))
+    # barrier keeps the callers' own slices out of it. Unrecognized, it sorts everything. The
+    # indices go first: a barrier on top_k's own tuple crashes XLA when it compiles for several
+    # devices.
+    values, ids = lax.top_k(x, k)
+    ids, values = lax.optimization_barrier((ids, values))
+    return values, ids

@@ -1,0 +1,54 @@
+"""Ragged paged attention over devices: every one attends with its own heads."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float
+
+from jserve.pallas_kernels.backend import Backend
+from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
+from jserve.pallas_kernels.ragged_paged_attention.dispatch import ragged_paged_attention
+
+_HEADS = PartitionSpec(None, "model", None)
+_PAGES = PartitionSpec(None, None, "model", None, None)
+
+
+def sharded_attention(
+    q: Float[jax.Array, "tokens q_heads head_dim"],
+    k: Float[jax.Array, "tokens kv_heads head_dim"],
+    v: Float[jax.Array, "tokens kv_heads head_dim"],
+    pages: Float[jax.Array, "pages 2 stored_kv_heads page_size head_dim"],
+    batch: RaggedBatch,
+    *,
+    window: int,
+    prompts: bool,
+    backend: Backend,
+    mesh: Mesh,
+) -> tuple[
+    Float[jax.Array, "tokens q_heads head_dim"],
+    Float[jax.Array, "pages 2 stored_kv_heads page_size head_dim"],
+]:
+    """`ragged_paged_attention` with heads split over the axis `model` of `mesh`.
+
+    Where the model has fewer KV heads than the axis has devices, the pages hold one for each
+    device: neighbours that share a head have copies of it.
+    """
+    attend = functools.partial(
+        ragged_paged_attention, window=window, prompts=prompts, backend=backend
+    )
+    if mesh.size == 1:
+        return attend(q, k, v, pages, batch)
+    copies = pages.shape[2] // k.shape[1]
+    if copies > 1:
+        k, v = jnp.repeat(k, copies, axis=1), jnp.repeat(v, copies, axis=1)
+    # The batch is the same everywhere, so the kernel runs as on one device; nothing is exchanged.
+    split = jax.shard_map(
+        attend,
+        mesh=mesh,
+        in_specs=(_HEADS, _HEADS, _HEADS, _PAGES, PartitionSpec()),
+        out_specs=(_HEADS, _PAGES),
+        check_vma=False,
+    )
+    return split(q, k, v, pages, batch)
