@@ -16,10 +16,10 @@ compile = $(bin)/uv pip compile $(ARGS) --quiet --universal --generate-hashes --
 	--no-annotate --fork-strategy fewest --python-version 3.11 --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format lint types contracts references lock proto clean
+.PHONY: help serve test check format lint types contracts tpu-compile references lock proto clean
 
 help: ## Shows this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 serve: ## Serves CONFIG on HOST, HTTP_PORT and GRPC_PORT; LOCK=cuda or tpu for an accelerator
 	@scripts/bootstrap.sh $(LOCK)
@@ -48,6 +48,10 @@ format: ## Formats the code and applies safe lint fixes
 	@scripts/bootstrap.sh dev
 	@$(bin)/ruff check --fix $(sources)
 	@$(bin)/ruff format $(sources)
+
+tpu-compile: ## Compiles attention for TPU v5e, v5p and v6e, and reports; needs no TPU
+	@scripts/bootstrap.sh dev
+	@$(bin)/python -m tests.tpu_compile.programs
 
 references: ## Makes the reference fixtures again with PyTorch and compares (ARGS=--write replaces them)
 	@scripts/references.sh $(ARGS)

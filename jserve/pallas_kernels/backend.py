@@ -16,10 +16,13 @@ class Backend(enum.Enum):
     REFERENCE = "reference"  # plain jnp, defines correct; runs anywhere
     CPU = "cpu"  # XLA loops, made for CPU; bounded memory anywhere
     NATIVE = "native"  # C++ on CPU, where it was built
+    TPU = "tpu"  # attention in Pallas; XLA's own code does the rest
 
 
 def backend_for(platform: str, dtype: jnp.dtype, num_devices: int = 1) -> Backend:
     """The best backend there is for a JAX platform name, a model's dtype and its devices."""
+    if platform == "tpu":
+        return Backend.TPU
     if platform != "cpu":
         _log.warning("there is no attention kernel for %s yet; the CPU's XLA loops run", platform)
         return Backend.CPU

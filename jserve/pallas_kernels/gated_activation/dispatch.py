@@ -11,6 +11,7 @@ _IMPLEMENTATIONS = {
     Backend.REFERENCE: reference.gated_activation,
     Backend.CPU: reference.gated_activation,
     Backend.NATIVE: native.gated_activation,
+    Backend.TPU: reference.gated_activation,
 }
 
 
@@ -26,5 +27,7 @@ def gated_activation(
 
     With `num_tokens` only the first so many tokens mean something: a backend may skip the others.
     """
+    if gate.shape != up.shape:
+        raise ValueError(f"a gate {gate.shape} does not fit {up.shape}")
     with jax.named_scope("gated_activation"):
         return _IMPLEMENTATIONS[backend](gate, up, activation, num_tokens)

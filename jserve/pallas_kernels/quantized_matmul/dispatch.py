@@ -13,6 +13,7 @@ _IMPLEMENTATIONS = {
     Backend.REFERENCE: reference.quantized_matmul,
     Backend.CPU: cpu.quantized_matmul,
     Backend.NATIVE: native.quantized_matmul,
+    Backend.TPU: reference.quantized_matmul,
 }
 
 

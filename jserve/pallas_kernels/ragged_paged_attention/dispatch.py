@@ -5,13 +5,14 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from jserve.pallas_kernels.backend import Backend
-from jserve.pallas_kernels.ragged_paged_attention import cpu, native, reference
+from jserve.pallas_kernels.ragged_paged_attention import cpu, native, reference, tpu
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
 
 _IMPLEMENTATIONS = {
     Backend.REFERENCE: reference.ragged_paged_attention,
     Backend.CPU: cpu.ragged_paged_attention,
     Backend.NATIVE: native.ragged_paged_attention,
+    Backend.TPU: tpu.ragged_paged_attention,
 }
 
 

@@ -10,6 +10,7 @@ _IMPLEMENTATIONS = {
     Backend.REFERENCE: reference.rms_norm,
     Backend.CPU: cpu.rms_norm,
     Backend.NATIVE: native.rms_norm,
+    Backend.TPU: reference.rms_norm,
 }
 
 

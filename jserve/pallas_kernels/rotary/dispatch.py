@@ -10,6 +10,7 @@ _IMPLEMENTATIONS = {
     Backend.REFERENCE: reference.rotary,
     Backend.CPU: reference.rotary,
     Backend.NATIVE: native.rotary,
+    Backend.TPU: reference.rotary,
 }
 
 
@@ -30,5 +31,11 @@ def rotary(
     Dimension i turns with i + head_dim / 2 (RoFormer, Su et al., 2021, in Hugging Face's order).
     With `num_tokens` only the first so many tokens mean something: a backend may skip the others.
     """
+    tokens, _, head_dim = q.shape
+    angles = (tokens, head_dim // 2)
+    if head_dim % 2 or k.shape[::2] != q.shape[::2] or cos.shape != angles or sin.shape != angles:
+        raise ValueError(
+            f"queries {q.shape}, keys {k.shape}, angles {cos.shape} and {sin.shape} do not fit"
+        )
     with jax.named_scope("rotary"):
         return _IMPLEMENTATIONS[backend](q, k, cos, sin, q_scale=q_scale, num_tokens=num_tokens)
