@@ -1,6 +1,7 @@
 """Tiny model files for tests, written with the gguf and safetensors packages."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,25 @@ from safetensors.numpy import save_file
 Weights = dict[str, np.ndarray]
 
 LAYERS, MODEL_DIM, FFN_DIM, Q_HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2, 64, 96, 4, 2, 16, 320
+EXPERTS, EXPERTS_PER_TOKEN, EXPERT_FFN_DIM = 3, 2, 32
 _ARCHS = {
     "llama": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "gemma3": gguf.MODEL_ARCH.GEMMA3,
+    "qwen3moe": gguf.MODEL_ARCH.QWEN3MOE,
+}
+_EXPERT_NAMES = {  # of the router, and of an expert's weights into and out of it
+    "mixtral": ("block_sparse_moe.", ("w1", "w3", "w2")),
+    "qwen3moe": ("mlp.", ("gate_proj", "up_proj", "down_proj")),
 }
 
 
 def tiny_weights(arch: str, *, tied: bool = True, seed: int = 0) -> Weights:
-    """Random weights under Hugging Face's names, of the sizes above."""
+    """Random weights under Hugging Face's names, of the sizes above.
+
+    `arch` is one of llama.cpp's, or "mixtral": its llama with experts.
+    """
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, MODEL_DIM)}
     for layer in range(LAYERS):
         p = f"model.layers.{layer}."
@@ -31,14 +41,12 @@ def tiny_weights(arch: str, *, tied: bool = True, seed: int = 0) -> Weights:
             if arch == "qwen2":
                 shapes[f"{p}self_attn.{part}_proj.bias"] = (count * HEAD_DIM,)
         shapes[f"{p}self_attn.o_proj.weight"] = (MODEL_DIM, Q_HEADS * HEAD_DIM)
-        shapes[f"{p}mlp.gate_proj.weight"] = (FFN_DIM, MODEL_DIM)
-        shapes[f"{p}mlp.up_proj.weight"] = (FFN_DIM, MODEL_DIM)
-        shapes[f"{p}mlp.down_proj.weight"] = (MODEL_DIM, FFN_DIM)
+        shapes |= {f"{p}{name}.weight": shape for name, shape in _ffn_shapes(arch).items()}
         norms = ["input_layernorm", "post_attention_layernorm"]
         if arch == "gemma3":
             norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
         shapes |= {f"{p}{norm}.weight": (MODEL_DIM,) for norm in norms}
-        if arch in ("qwen3", "gemma3"):
+        if arch in ("qwen3", "gemma3", "qwen3moe"):
             shapes[f"{p}self_attn.q_norm.weight"] = (HEAD_DIM,)
             shapes[f"{p}self_attn.k_norm.weight"] = (HEAD_DIM,)
     shapes["model.norm.weight"] = (MODEL_DIM,)
@@ -48,6 +56,19 @@ def tiny_weights(arch: str, *, tied: bool = True, seed: int = 0) -> Weights:
     # Halves of small integers: exact in every float type, and after adding one.
     halves = {name: rng.integers(-7, 8, shape) for name, shape in shapes.items()}
     return {name: value.astype(np.float32) / 2 for name, value in halves.items()}
+
+
+def _ffn_shapes(arch: str) -> dict[str, tuple[int, ...]]:
+    if arch not in _EXPERT_NAMES:
+        into = (FFN_DIM, MODEL_DIM)
+        return {"mlp.gate_proj": into, "mlp.up_proj": into, "mlp.down_proj": into[::-1]}
+    block, (gate, up, down) = _EXPERT_NAMES[arch]
+    into = (FFN_DIM if arch == "mixtral" else EXPERT_FFN_DIM, MODEL_DIM)
+    shapes: dict[str, tuple[int, ...]] = {f"{block}gate": (EXPERTS, MODEL_DIM)}
+    for expert in range(EXPERTS):
+        p = f"{block}experts.{expert}."
+        shapes |= {p + gate: into, p + up: into, p + down: into[::-1]}
+    return shapes
 
 
 def gguf_metadata(arch: str) -> dict[str, Any]:
@@ -66,7 +87,17 @@ def gguf_metadata(arch: str) -> dict[str, Any]:
     }
     if arch == "gemma3":
         keys["attention.sliding_window"] = 8
+    if arch in _EXPERT_NAMES:
+        keys |= {"expert_count": EXPERTS, "expert_used_count": EXPERTS_PER_TOKEN}
+    if arch == "qwen3moe":
+        keys["expert_feed_forward_length"] = EXPERT_FFN_DIM
+    arch = gguf_arch(arch)
     return {f"{arch}.{key}": value for key, value in keys.items()} | byte_level_metadata()
+
+
+def gguf_arch(arch: str) -> str:
+    """What `general.architecture` is."""
+    return "llama" if arch == "mixtral" else arch
 
 
 def byte_level_metadata() -> dict[str, Any]:
@@ -99,11 +130,11 @@ def write_gguf(
     extra: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
     """Writes a GGUF file as llama.cpp's convert_hf_to_gguf does; matrices are `quantized`."""
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, gguf_arch(arch))
     for key, value in (gguf_metadata(arch) if metadata is None else metadata).items():
         _add(writer, key, value)
     names = gguf.get_tensor_name_map(_ARCHS.get(arch, gguf.MODEL_ARCH.LLAMA), LAYERS)
-    for name, value in weights.items():
+    for name, value in _merged_experts(weights).items():
         stem, _, kind = name.rpartition(".")
         stored = _as_converted(arch, name, value)
         found = names.get_name(stem)
@@ -141,9 +172,17 @@ def gpt2_alphabet() -> list[str]:
     return [chr(c) for _, c in sorted(zip(bs, cs, strict=True))]
 
 
+def _merged_experts(weights: Mapping[str, np.ndarray]) -> Weights:
+    """The weights with those of all experts in one, as the converter stacks them."""
+    merged: dict[str, list[np.ndarray]] = {}
+    for name, value in weights.items():
+        merged.setdefault(re.sub(r"experts\.\d+\.", "experts.", name), []).append(value)
+    return {n: np.stack(v) if ".experts." in n else v[0] for n, v in merged.items()}
+
+
 def _as_converted(arch: str, name: str, value: np.ndarray) -> np.ndarray:
     """What the converter changes, in its own words (conversion/llama.py, conversion/gemma.py)."""
-    if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+    if arch in ("llama", "mixtral") and ("q_proj" in name or "k_proj" in name):
         n_head = Q_HEADS if "q_proj" in name else KV_HEADS
         return (
             value.reshape(n_head, 2, value.shape[0] // n_head // 2, *value.shape[1:])

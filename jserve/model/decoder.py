@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from jserve.core.errors import ConfigError
 from jserve.model.layers import KV, Attend, Embedding, LayerContext, Linear, RMSNorm
 from jserve.model.matrix import products
 from jserve.model.numerics import Numerics
@@ -38,6 +39,7 @@ class Family:
     """What tells one decoder family from another beyond its spec."""
 
     layer: LayerFactory
+    sparse_layer: LayerFactory | None = None  # one with experts, if the family has such
     norm_offset: float = 0.0  # added to the final norm's stored weight
     scaled_embeddings: bool = False  # by sqrt(model_dim), rounded to the compute dtype
 
@@ -49,7 +51,9 @@ class Decoder(nnx.Module):
         self.spec = spec
         self.embedding_scale = spec.model_dim**0.5 if family.scaled_embeddings else None
         self.embed_tokens = Embedding(spec.vocab, spec.model_dim, numerics)
-        self.layers = nnx.List([family.layer(spec, numerics) for _ in range(spec.layers)])
+        self.layers = nnx.List(
+            [_factory(spec, family, i)(spec, numerics) for i in range(spec.layers)]
+        )
         self.norm = RMSNorm(spec.model_dim, spec.norm_eps, numerics, offset=family.norm_offset)
 
     def __call__(
@@ -88,6 +92,14 @@ class CausalLM(nnx.Module):
         """Logits of the next token, in float32."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return products(hidden, [head.weight], self.numerics, num_rows)[0]
+
+
+def _factory(spec: ModelSpec, family: Family, layer: int) -> LayerFactory:
+    if not spec.is_sparse(layer):
+        return family.layer
+    if family.sparse_layer is None:
+        raise ConfigError(f"model spec: family {spec.family} has no layers with experts")
+    return family.sparse_layer
 
 
 def _head(spec: ModelSpec, numerics: Numerics) -> Linear:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from jserve.model.decoder import Family
 from jserve.model.layers import KV, Attention, GatedFfn, LayerContext, RMSNorm
 from jserve.model.numerics import Numerics
+from jserve.model.sparse_ffn import SparseFfn
 from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.gated_activation.activation import Activation
 
@@ -16,11 +17,14 @@ from jserve.pallas_kernels.gated_activation.activation import Activation
 class PreNormLayer(nnx.Module):
     """x += attention(norm(x)); x += ffn(norm(x))."""
 
-    def __init__(self, spec: ModelSpec, numerics: Numerics, *, qk_norm: bool = False) -> None:
+    def __init__(
+        self, spec: ModelSpec, numerics: Numerics, *, qk_norm: bool = False, sparse: bool = False
+    ) -> None:
         self.input_layernorm = RMSNorm(spec.model_dim, spec.norm_eps, numerics)
         self.self_attn = Attention(spec, numerics, qk_norm_offset=0.0 if qk_norm else None)
         self.post_attention_layernorm = RMSNorm(spec.model_dim, spec.norm_eps, numerics)
-        self.mlp = GatedFfn(spec, numerics, Activation.SILU)
+        ffn = SparseFfn if sparse else GatedFfn
+        self.mlp = ffn(spec, numerics, Activation.SILU)
 
     def __call__(
         self, x: Float[Array, "tokens model_dim"], kv: KV, context: LayerContext

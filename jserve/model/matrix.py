@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jserve.model.numerics import Numerics
 from jserve.model.params import Encoding, param
+from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
 from jserve.pallas_kernels.matmul import panels
 from jserve.pallas_kernels.matmul.dispatch import matmul, wants_panels
 from jserve.pallas_kernels.matmul.panels import PanelMatrix
@@ -58,6 +59,25 @@ def matrix(
     return param(shape, axes, numerics.dtype, std=std)
 
 
+def matrices(
+    shape: tuple[int, int, int],
+    axes: tuple[str | None, str | None, str | None],
+    numerics: Numerics,
+) -> nnx.Param:
+    """Declares a stack of weights [experts, out, in], in files a tensor each.
+
+    Raises ValueError if weights of layers are to be quantized: there is no such product.
+    """
+    if numerics.layer_bits:
+        raise ValueError("weights of experts cannot be quantized yet; choose none")
+    std = shape[2] ** -0.5
+    if wants_panels(numerics.backend):
+        encoding = Encoding(shape, panels.PANEL, panels.to_panels, at_load=True)
+        made, spread = panels.panel_shape(shape), (*axes, None)
+        return param(made, spread, numerics.dtype, std=std, encoding=encoding, stacked=True)
+    return param(shape, axes, numerics.dtype, std=std, stacked=True)
+
+
 def products(
     x: Float[Array, "rows in_dim"],
     weights: Sequence[Matrix],
@@ -73,6 +93,17 @@ def products(
     return matmul(x, dense, num_rows=num_rows, backend=numerics.backend)
 
 
+def grouped_products(
+    x: Float[Array, "rows in_dim"],
+    weights: Sequence[nnx.Param],
+    group_sizes: Int[Array, " experts"],
+    numerics: Numerics,
+) -> tuple[Float32[Array, "rows _"], ...]:
+    """The rows of each expert · its weightᵀ, of stacks of weights; see `grouped_matmul`."""
+    stacks = [_dense(weight) for weight in weights]
+    return grouped_matmul(x, stacks, group_sizes, backend=numerics.backend)
+
+
 def lookup(weight: Matrix, rows: Int[Array, " rows"]) -> Float[Array, "rows in_dim"]:
     """Some rows of a weight: in float32 if it is quantized."""
     if isinstance(weight, QuantizedParams):
@@ -82,9 +113,9 @@ def lookup(weight: Matrix, rows: Int[Array, " rows"]) -> Float[Array, "rows in_d
 
 
 def _dense(weight: nnx.Param) -> Any:
-    """The weight as `matmul` takes it."""
+    """The weight, or the stack of weights, as `matmul` and `grouped_matmul` take it."""
     encoding: Encoding | None = weight.get_metadata()["encoding"]
-    return PanelMatrix(weight[...], encoding.shape[0]) if encoding else weight[...]
+    return PanelMatrix(weight[...], encoding.shape[-2]) if encoding else weight[...]
 
 
 def _value(weight: QuantizedParams) -> QuantizedMatrix:

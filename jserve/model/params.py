@@ -21,7 +21,7 @@ class Encoding:
     matrix itself, because the layout is that of one backend.
     """
 
-    shape: tuple[int, int]  # of the float matrix
+    shape: tuple[int, ...]  # of the float matrix, or of a stack of them
     rows: int  # of it that make one row of the parameter
     encode: Callable[[np.ndarray], np.ndarray]  # of whole such rows, float32; at load: of any float
     at_load: bool = False
@@ -32,9 +32,9 @@ class ParamSpec:
     """One parameter of a model, before there is an array.
 
     `axes` names each dimension logically (None: never sharded); `model.sharding` maps the names
-    to mesh axes. `source` lists the Hugging Face tensors it is read from, concatenated along
-    the first axis if several; with an `encoding` they are its float matrix. `mean` and `std`
-    describe random weights, before encoding.
+    to mesh axes. `source` names the Hugging Face tensor it is read from, or, if `stacked`, the
+    tensors that it holds one after the other along its first axis; with an `encoding` that is
+    its float matrix. `mean` and `std` describe random weights, before encoding.
     """
 
     shape: tuple[int, ...]
@@ -44,11 +44,17 @@ class ParamSpec:
     mean: float
     std: float
     encoding: Encoding | None = None
+    stacked: bool = False
+
+    @property
+    def float_shape(self) -> tuple[int, ...]:
+        """Before encoding."""
+        return self.encoding.shape if self.encoding else self.shape
 
     @property
     def source_shape(self) -> tuple[int, ...]:
-        """Of the tensors it is read from, concatenated."""
-        return self.encoding.shape if self.encoding else self.shape
+        """Of each of the tensors it is read from."""
+        return self.float_shape[1:] if self.stacked else self.float_shape
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -70,18 +76,25 @@ def param(
     mean: float = 0.0,
     std: float,
     encoding: Encoding | None = None,
+    stacked: bool = False,
 ) -> nnx.Param:
     """Declares a parameter inside a module: a variable that holds a shape, not yet an array."""
     assert len(shape) == len(axes), (shape, axes)
     return nnx.Param(
-        jax.ShapeDtypeStruct(shape, dtype), axes=axes, mean=mean, std=std, encoding=encoding
+        jax.ShapeDtypeStruct(shape, dtype),
+        axes=axes,
+        mean=mean,
+        std=std,
+        encoding=encoding,
+        stacked=stacked,
     )
 
 
 def param_specs(module: nnx.Module) -> dict[str, ParamSpec]:
     """Every parameter declared in `module` by its dotted path, which is its Hugging Face name.
 
-    The parts of a quantized one have a word more.
+    The parts of a quantized one have a word more. A stacked one, `experts.up_proj.weight`, is
+    made of `experts.0.up_proj.weight` and so on.
     """
     specs: dict[str, ParamSpec] = {}
     for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
@@ -89,14 +102,19 @@ def param_specs(module: nnx.Module) -> dict[str, ParamSpec]:
         declared: Any = variable.get_value()
         meta = variable.get_metadata()
         encoding: Encoding | None = meta["encoding"]
+        source = (name.rpartition(".")[0] if encoding and not encoding.at_load else name,)
+        if meta["stacked"]:
+            owner, *last = name.rsplit(".", 2)
+            source = tuple(".".join((owner, str(i), *last)) for i in range(declared.shape[0]))
         specs[name] = ParamSpec(
             shape=declared.shape,
             dtype=declared.dtype,
             axes=meta["axes"],
-            source=(name.rpartition(".")[0] if encoding and not encoding.at_load else name,),
+            source=source,
             mean=meta["mean"],
             std=meta["std"],
             encoding=encoding,
+            stacked=meta["stacked"],
         )
     return specs
 
@@ -115,7 +133,7 @@ def init_params(
         key = jax.random.fold_in(root, zlib.crc32(spec.source[0].encode()))
         sharding = shardings[name] if shardings else None
         if spec.encoding:
-            floats = _sampler(spec.source_shape, jnp.dtype(jnp.float32), None)
+            floats = _sampler(spec.float_shape, jnp.dtype(jnp.float32), None)
             host = np.asarray(floats(key, spec.mean, spec.std))
             encoded = spec.encoding.encode(host).astype(spec.dtype, copy=False)
             params[name] = jax.device_put(encoded, sharding)

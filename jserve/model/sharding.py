@@ -53,6 +53,8 @@ def axis_rules(spec: ModelSpec, mesh: Mesh) -> dict[str, str | None]:
         "kv_heads": spec.kv_heads,
         "ffn": spec.ffn_dim,
     }
+    if spec.experts:
+        sizes["expert_ffn"] = spec.expert_ffn_dim
     if spec.kv_heads < size and size % spec.kv_heads == 0:
         rules["kv_heads"] = None
         del sizes["kv_heads"]
@@ -62,6 +64,11 @@ def axis_rules(spec: ModelSpec, mesh: Mesh) -> dict[str, str | None]:
                 f"mesh: {name} ({value}) of the model does not divide over {size} devices of "
                 f"axis 'model'; choose a divisor of {value}"
             )
+    if spec.experts % mesh.shape["expert"]:
+        raise ConfigError(
+            f"mesh: experts ({spec.experts}) of the model do not divide over "
+            f"{mesh.shape['expert']} devices of axis 'expert'; choose a divisor of {spec.experts}"
+        )
     return rules
 
 

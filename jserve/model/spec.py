@@ -32,7 +32,7 @@ class RopeScaling:
 class ModelSpec:
     """One decoder architecture with its sizes; hashable, so it can be a static argument."""
 
-    family: str  # a key of model.registry: llama, mistral, qwen2, qwen3, gemma3
+    family: str  # a key of model.registry: llama, mistral, qwen2, qwen3, gemma3, …
     vocab: int
     layers: int
     model_dim: int
@@ -52,6 +52,11 @@ class ModelSpec:
     local_layers: tuple[bool, ...] = ()  # which layers are local; empty: all of them if windowed
     local_rope_theta: float = 0.0  # gemma3's local layers; 0: rope_theta
     query_scale: float = 0.0  # multiplies q·k; 0: head_dim ** -0.5
+    experts: int = 0  # of a sparse layer; 0: every layer is dense
+    experts_per_token: int = 0  # that a token is sent to
+    expert_ffn_dim: int = 0  # of one expert; ffn_dim is that of dense layers
+    weights_sum_to_one: bool = False  # of a token's experts; else their shares of all experts
+    sparse_layers: tuple[bool, ...] = ()  # which layers have experts; empty: all, if there are any
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -73,6 +78,29 @@ class ModelSpec:
             )
         if any(self.local_layers) and self.sliding_window < 1:
             raise ConfigError("model spec: local_layers are given but sliding_window is not")
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        if self.experts < 0:
+            raise ConfigError(f"model spec: experts must not be negative, got {self.experts}")
+        if not self.experts:
+            if self.experts_per_token or self.expert_ffn_dim or any(self.sparse_layers):
+                raise ConfigError("model spec: there are sizes of experts but experts is 0")
+            return
+        if not 1 <= self.experts_per_token <= self.experts:
+            raise ConfigError(
+                f"model spec: experts_per_token must be between 1 and experts ({self.experts}), "
+                f"got {self.experts_per_token}"
+            )
+        if self.expert_ffn_dim < 1:
+            raise ConfigError(
+                f"model spec: expert_ffn_dim must be positive, got {self.expert_ffn_dim}"
+            )
+        if self.sparse_layers and len(self.sparse_layers) != self.layers:
+            raise ConfigError(
+                f"model spec: sparse_layers has {len(self.sparse_layers)} entries "
+                f"for {self.layers} layers"
+            )
 
     def is_local(self, layer: int) -> bool:
         """Whether a layer sees only its sliding window."""
@@ -82,6 +110,10 @@ class ModelSpec:
         """The sliding window of a layer in tokens, 0 for full attention."""
         local = self.local_layers[layer] if self.local_layers else True
         return self.sliding_window if local else 0
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.experts > 0 and (not self.sparse_layers or self.sparse_layers[layer])
 
     @property
     def max_context(self) -> int:

@@ -1,6 +1,7 @@
 """What the model tests share: a dense attention, and the checkpoints with known logits."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file
 
 from jserve.model.formats.hf_config import spec_from_hf
 from jserve.model.functional import Model
+from jserve.model.params import ParamSpec
 from jserve.pallas_kernels.backend import Backend
 
 CASES = Path(__file__).parent.parent / "fixtures" / "models"
@@ -49,9 +51,24 @@ class Case:
             stored |= load_file(file)
         expected = np.load(folder / "logits.npz")
         specs = model.param_specs()
+        params = from_checkpoint(specs, stored)
         return cls(
             model,
-            {n: jnp.asarray(specs[n].from_stored(a), jnp.float32) for n, a in stored.items()},
+            {n: jnp.asarray(specs[n].from_stored(a), jnp.float32) for n, a in params.items()},
             expected["token_ids"],
             expected["logits"],
         )
+
+
+def from_checkpoint(
+    specs: Mapping[str, ParamSpec], stored: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """A checkpoint's tensors as a native folder would hold them: those of experts in one."""
+    wanted = [name for spec in specs.values() for name in spec.source]
+    assert sorted(wanted) == sorted(stored)
+    return {
+        name: np.stack([stored[part] for part in spec.source])
+        if spec.stacked
+        else stored[spec.source[0]]
+        for name, spec in specs.items()
+    }

@@ -35,7 +35,7 @@ def test_a_config_is_a_spec_and_back(case: str) -> None:
     assert again.query_scale == pytest.approx(spec.query_scale, rel=1e-6)
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3moe"])
 def test_gguf_to_native_to_hugging_face(arch: str, tmp_path: Path) -> None:
     weights = tiny_weights(arch, tied=False)
     gguf = write_gguf(tmp_path / "m.gguf", arch, weights)

@@ -6,24 +6,31 @@ import numpy as np
 import pytest
 
 from jserve.core.request import Request, SamplingParams
+from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.backend import Backend
 from tests.backends import INVARIANT_BACKENDS
 from tests.integration.engine_harness import CONFIG, TINY, Harness
 
 SPEC = dataclasses.replace(TINY, model_dim=64, ffn_dim=96, head_dim=16, eos_token_ids=())
-KINDS = [("none", "bfloat16"), ("int4", "")]
+SPARSE = dataclasses.replace(
+    SPEC, family="mixtral", experts=4, experts_per_token=2, expert_ffn_dim=40
+)
+KINDS = [(SPEC, "none", "bfloat16"), (SPEC, "int4", ""), (SPARSE, "none", "")]
+KIND_NAMES = ["bfloat16 cache", "int4", "experts"]
 
 
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
-@pytest.mark.parametrize(("quantization", "kv_dtype"), KINDS)
-def test_company_changes_nothing(quantization: str, kv_dtype: str, backend: Backend) -> None:
+@pytest.mark.parametrize(("spec", "quantization", "kv_dtype"), KINDS, ids=KIND_NAMES)
+def test_company_changes_nothing(
+    spec: ModelSpec, quantization: str, kv_dtype: str, backend: Backend
+) -> None:
     rng = np.random.default_rng(1)
     config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype)
-    harness = Harness(SPEC, config, backend=backend, quantization=quantization)
+    harness = Harness(spec, config, backend=backend, quantization=quantization)
     requests = [
         Request(
             id=str(i),
-            prompt=tuple(map(int, rng.integers(2, SPEC.vocab, 3 + 17 * i))),
+            prompt=tuple(map(int, rng.integers(2, spec.vocab, 3 + 17 * i))),
             sampling=SamplingParams(
                 max_tokens=9, temperature=float(i % 2), seed=i, logprobs=i, prompt_logprobs=1
             ),

@@ -23,6 +23,7 @@ from jserve.model.formats.native_folder import read_manifest, read_spec
 from jserve.model.formats.text_assets import byte_level_assets
 from jserve.model.functional import Model
 from jserve.model.params import init_params
+from tests.integration.model_harness import from_checkpoint
 from tests.model_files import tiny_weights, write_gguf, write_hf
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "models"
@@ -77,6 +78,7 @@ def test_hugging_face_folders_to_arrays(case: str, tmp_path: Path) -> None:
     expected: dict[str, np.ndarray] = {}
     for file in folder.glob("*.safetensors"):
         expected |= load_file(file)
+    expected = from_checkpoint(model.param_specs(), expected)
     expected = {name: value.astype(np.float32) for name, value in expected.items()}
     assert_equal(load_params(prepared, model, one_device(model)), expected)
 

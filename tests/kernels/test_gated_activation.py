@@ -56,3 +56,9 @@ def test_tokens_past_the_count_change_nothing(activation: Activation, backend: B
         junk[count:] = np.nan
         some = run(junk, up, num_tokens=jnp.int32(count))
         np.testing.assert_array_equal(some[:count], whole[:count])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_misfits_are_refused(backend: Backend) -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        _run(backend, Activation.SILU)(jnp.zeros((4, 8)), jnp.zeros((4, 1)))

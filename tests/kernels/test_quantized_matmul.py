@@ -133,3 +133,15 @@ def test_tiny_and_broken_activations(backend: Backend) -> None:
     assert (np.asarray(y[0]) == 0).all()
     assert np.isnan(np.asarray(y[2:4])).all()
     assert np.isfinite(np.asarray(y[4:])).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("bits", "size"), [(8, 1e-3), (4, 1e-4)])
+def test_scales_too_small_for_a_normal_half(bits: int, size: float, backend: Backend) -> None:
+    rng = np.random.default_rng(8)
+    x = rng.normal(size=(5, 96)).astype(np.float32)
+    weight = _matrix((size * rng.normal(size=(48, 96))).astype(np.float32), bits)
+    assert (np.abs(np.asarray(weight.scales[:, :, 0])) < 6.1e-5).any()
+    expected = _rounded(x) @ _decoded(weight).T
+    (y,) = _run(backend)(x, [weight])
+    np.testing.assert_allclose(y, expected, rtol=0, atol=0.02 * np.abs(expected).max())

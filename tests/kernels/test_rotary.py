@@ -65,3 +65,11 @@ def test_tokens_past_the_count_change_nothing(backend: Backend) -> None:
         some = _run(backend)(junk, k, cos, sin, num_tokens=jnp.int32(count))
         for part, all_tokens in zip(some, whole, strict=True):
             np.testing.assert_array_equal(part[:count], all_tokens[:count])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_misfits_are_refused(backend: Backend) -> None:
+    q, k, cos, sin = _problem(4, 2, 32)
+    for wrong in ((q, k[:5], cos, sin), (q, k, cos[:1], sin[:1]), (q[..., :31], k, cos, sin)):
+        with pytest.raises(ValueError, match="do not fit"):
+            _run(backend)(*wrong)

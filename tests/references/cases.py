@@ -92,6 +92,31 @@ QWEN3 = _config(
 MISTRAL = _config(
     "MistralForCausalLM", "mistral", num_key_value_heads=1, head_dim=16, sliding_window=8
 )
+MIXTRAL = _config(
+    "MixtralForCausalLM",
+    "mixtral",
+    intermediate_size=24,
+    rope_theta=1e6,
+    sliding_window=None,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+)
+QWEN3_MOE = _config(
+    "Qwen3MoeForCausalLM",
+    "qwen3_moe",
+    head_dim=16,
+    rope_theta=1e6,
+    rms_norm_eps=1e-6,
+    attention_bias=False,
+    sliding_window=None,
+    use_sliding_window=False,
+    num_experts=8,
+    num_experts_per_tok=3,
+    moe_intermediate_size=12,
+    norm_topk_prob=True,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+)
 
 CASES = (
     Case("llama", _llama(), weights="llama", ablations=({"rope_theta": 500.0},)),
@@ -153,6 +178,33 @@ CASES = (
         QWEN3 | {"torch_dtype": "bfloat16"},
         weights="qwen3",
         stored="bfloat16",
+    ),
+    Case(
+        "mixtral",
+        MIXTRAL,
+        ablations=({"num_experts_per_tok": 1}, {"num_experts_per_tok": 4}, {"rope_theta": 1e4}),
+    ),
+    Case(
+        "qwen3_moe",
+        QWEN3_MOE,
+        ablations=({"num_experts_per_tok": 2}, {"norm_topk_prob": False}),
+    ),
+    Case(
+        "qwen3_moe_dense_layers",  # one of four has experts; a window in all
+        QWEN3_MOE
+        | {
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": False,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+        },
+        ablations=(
+            {"norm_topk_prob": True},
+            {"use_sliding_window": False},
+            {"sliding_window": 9},
+        ),
     ),
     Case(
         "gemma3",  # local, local, global, local

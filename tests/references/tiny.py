@@ -11,10 +11,12 @@ from cases import CASES, TOKENS, VOCAB, Case
 from float64 import computing
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 FLOAT64_POSITIONS = np.arange(3, TOKENS, 4, dtype=np.int32)
 # An ablation that moves no logit by this much would mean that the fixture cannot see the feature.
 MIN_EFFECT = 1e-2
+EXPERTS = {"num_experts", "num_local_experts"}
 
 
 def make(folder: Path) -> None:
@@ -73,6 +75,8 @@ def _write_weights(case: Case, folder: Path) -> None:
         name: torch.from_numpy(_weight(case, name, tuple(p.shape))).to(torch.bfloat16).to(dtype)
         for name, p in model.named_parameters()  # tied ones once
     }
+    # In memory all experts are one tensor; in files, as on the hub, each has its own.
+    weights = {n: w.contiguous() for n, w in revert_weight_conversion(model, weights).items()}
     if case.shards == 1:
         _save(weights, folder / "model.safetensors")
         return
@@ -103,7 +107,7 @@ def _weight(case: Case, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if "embed_tokens" in name:
         return noise * (0.5 if case.config.get("tie_word_embeddings", True) else 1.0)
     gain = 2.0 if "lm_head" in name else 1.3
-    return noise * np.float32(gain / shape[1] ** 0.5)
+    return noise * np.float32(gain / shape[-1] ** 0.5)
 
 
 def _logits(
@@ -134,6 +138,7 @@ def _load(folder: Path, config: dict[str, Any], dtype: torch.dtype) -> PreTraine
         config=AutoConfig.for_model(config["model_type"], **keys),
         dtype=dtype,
         attn_implementation="eager",
+        experts_implementation="eager" if EXPERTS & config.keys() else None,
         output_loading_info=True,
     )
     if any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):

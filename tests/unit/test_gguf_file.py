@@ -97,8 +97,24 @@ def test_names_are_those_of_the_gguf_package(arch: str) -> None:
     for name in tiny_weights(arch, tied=False):
         stem, _, kind = name.rpartition(".")
         assert hf_name(f"{names.get_name(stem)}.{kind}", arch) == name
-    assert hf_name("blk.0.ffn_gate_exps.weight", arch) is None
+    assert hf_name("blk.0.ffn_gate_shexp.weight", arch) is None
     assert hf_name("rope_freqs.weight", arch) is None
+
+
+@pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0, Kind.Q4_0])
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3moe"])
+def test_each_expert_is_a_tensor(arch: str, kind: Kind, tmp_path: Path) -> None:
+    """One tensor holds all experts of a layer; whole blocks of every row, so it can be cut."""
+    weights = tiny_weights(arch)
+    file = GgufFile(write_gguf(tmp_path / "m.gguf", arch, weights, quantized=kind))
+    assert {name: info.shape for name, info in file.tensors().items()} == {
+        name: weight.shape for name, weight in weights.items()
+    }
+    for name in (name for name in weights if ".experts." in name or ".gate." in name):
+        stored = weights[name]
+        if kind is not Kind.F32:
+            stored = gguf.quants.dequantize(gguf.quants.quantize(stored, kind), kind)
+        np.testing.assert_array_equal(file.read_rows(name, 1, len(stored)), stored[1:], name)
 
 
 def test_a_file_cut_anywhere_is_refused(tiny: Path, tmp_path: Path) -> None:

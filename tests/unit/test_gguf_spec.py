@@ -25,6 +25,7 @@ COMMON: dict[str, Any] = {
     "rope_theta": 5000.0,
     "eos_token_ids": (264, 262),  # <|im_end|>, which metadata names, and <|endoftext|>
 }
+EXPERTS: dict[str, Any] = {"experts": 3, "experts_per_token": 2, "weights_sum_to_one": True}
 EXPECTED = {
     "llama": ModelSpec(family="llama", tied_embeddings=True, **COMMON),
     "qwen2": ModelSpec(family="qwen2", tied_embeddings=True, qkv_bias=True, **COMMON),
@@ -37,6 +38,12 @@ EXPECTED = {
         local_rope_theta=10_000.0,
         query_scale=0.25,
         **COMMON,
+    ),
+    "mixtral": ModelSpec(
+        family="mixtral", tied_embeddings=True, expert_ffn_dim=96, **EXPERTS, **COMMON
+    ),
+    "qwen3moe": ModelSpec(
+        family="qwen3_moe", tied_embeddings=True, expert_ffn_dim=32, **EXPERTS, **COMMON
     ),
 }
 
@@ -135,7 +142,12 @@ def test_rope_freqs_of_a_file(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
-        ({"llama.expert_count": 8}, "expert_count = 8 is not supported"),
+        ({"llama.expert_count": 8}, "expert_used_count must be an integer, got None"),
+        (
+            {"llama.expert_count": 8, "llama.expert_used_count": 9},
+            r"experts_per_token must be between 1 and experts \(8\), got 9",
+        ),
+        ({"llama.expert_shared_count": 1}, "expert_shared_count = 1 is not supported"),
         ({"llama.attention.value_length": 32}, "attention.value_length differs"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count differs"),
         ({"llama.block_count": None}, "block_count must be an integer, got None"),
@@ -149,6 +161,11 @@ def test_what_is_not_supported_or_missing_is_named(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         spec_of(tmp_path, "llama", change)
+
+
+def test_experts_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"qwen2\.expert_count = 8 is not supported"):
+        spec_of(tmp_path, "qwen2", {"qwen2.expert_count": 8})
 
 
 def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:

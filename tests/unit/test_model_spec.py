@@ -109,7 +109,58 @@ MISTRAL_7B_V01 = {
     "hidden_act": "silu",
     "eos_token_id": 2,
 }
-PUBLISHED = [SMOLLM2_135M, LLAMA31_8B, GEMMA3_270M, QWEN25_7B, MISTRAL_7B_V01]
+MIXTRAL_8X7B = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "hidden_act": "silu",
+    "output_router_logits": False,
+    "eos_token_id": 2,
+}
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "hidden_act": "silu",
+    "eos_token_id": 151645,
+}
+PUBLISHED = [
+    SMOLLM2_135M,
+    LLAMA31_8B,
+    GEMMA3_270M,
+    QWEN25_7B,
+    MISTRAL_7B_V01,
+    MIXTRAL_8X7B,
+    QWEN3_30B_A3B,
+]
 
 
 @pytest.mark.parametrize("config", PUBLISHED, ids=lambda config: str(config["model_type"]))
@@ -170,6 +221,31 @@ def test_qwen_windows_only_when_told_and_only_late_layers() -> None:
     assert [spec.window_of(layer) for layer in (0, 1)] == [131072, 0]
 
 
+def test_mixtral_has_experts_in_every_layer() -> None:
+    spec = spec_from_hf(MIXTRAL_8X7B)
+    assert (spec.experts, spec.experts_per_token, spec.expert_ffn_dim) == (8, 2, 14336)
+    assert spec.weights_sum_to_one
+    assert all(spec.is_sparse(layer) for layer in range(32))
+    assert not spec.sliding_window
+
+
+def test_qwen3_moe_has_experts_where_it_says() -> None:
+    spec = spec_from_hf(QWEN3_30B_A3B)
+    assert (spec.experts, spec.experts_per_token, spec.expert_ffn_dim) == (128, 8, 768)
+    assert spec.weights_sum_to_one
+    assert spec.sparse_layers == ()
+    assert all(spec.is_sparse(layer) for layer in range(48))
+    change = {"decoder_sparse_step": 2, "mlp_only_layers": [3, 9], "norm_topk_prob": False}
+    spec = spec_from_hf(QWEN3_30B_A3B | change)
+    assert [layer for layer in range(12) if spec.is_sparse(layer)] == [1, 5, 7, 11]
+    assert not spec.weights_sum_to_one
+    assert spec_from_dict(json.loads(json.dumps(spec_to_dict(spec)))) == spec
+    # transformers 5 writes the key of Mixtral.
+    renamed = {k: v for k, v in QWEN3_30B_A3B.items() if k != "num_experts"}
+    assert spec_from_hf(renamed | {"num_local_experts": 128}) == spec_from_hf(QWEN3_30B_A3B)
+    assert not any(map(spec_from_hf(QWEN3_30B_A3B | {"num_experts": 0}).is_sparse, range(48)))
+
+
 def test_biases_of_each_family() -> None:
     def biases(config: dict[str, Any]) -> tuple[bool, bool, bool]:
         spec = spec_from_hf(config)
@@ -219,7 +295,16 @@ def test_dynamic_scaling_reaches_beyond_the_trained_context() -> None:
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (SMOLLM2_135M, {"model_type": "mixtral"}, "model_type 'mixtral' is not supported"),
+        (SMOLLM2_135M, {"model_type": "olmoe"}, "model_type 'olmoe' is not supported"),
+        (SMOLLM2_135M, {"num_local_experts": 8}, "num_local_experts = 8 is not supported"),
+        (MIXTRAL_8X7B, {"num_experts_per_tok": 9}, r"between 1 and experts \(8\), got 9"),
+        (MIXTRAL_8X7B, {"num_experts_per_tok": 0}, r"between 1 and experts \(8\), got 0"),
+        (MIXTRAL_8X7B, {"num_local_experts": 0}, "num_local_experts must be positive, got 0"),
+        (MIXTRAL_8X7B, {"num_local_experts": "8"}, "num_local_experts must be an integer"),
+        (QWEN3_30B_A3B, {"num_experts": -1}, "experts must not be negative, got -1"),
+        (QWEN3_30B_A3B, {"moe_intermediate_size": 0}, "expert_ffn_dim must be positive, got 0"),
+        (QWEN3_30B_A3B, {"decoder_sparse_step": 0}, "decoder_sparse_step must be positive"),
+        (QWEN3_30B_A3B, {"mlp_only_layers": [1.5]}, "mlp_only_layers must be a list"),
         (SMOLLM2_135M, {"model_type": None}, "model_type None"),
         (SMOLLM2_135M, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
         (SMOLLM2_135M, {"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
@@ -273,6 +358,18 @@ def test_eos_token_ids(eos: Any, expected: tuple[int, ...]) -> None:
         ({"rope_scaling": {"kind": "yarn", "factor": 2.0}}, "kind 'yarn'"),
         ({"rope_scaling": {"kind": "linear"}}, "missing fields"),
         ({"head_dim": 63}, "even"),
+        ({"experts_per_token": 2}, "sizes of experts but experts is 0"),
+        ({"experts": 4, "experts_per_token": 5, "expert_ffn_dim": 8}, "between 1 and experts"),
+        ({"experts": 4, "experts_per_token": 4}, "expert_ffn_dim must be positive"),
+        (
+            {
+                "experts": 4,
+                "experts_per_token": 4,
+                "expert_ffn_dim": 8,
+                "sparse_layers": [True],
+            },
+            "sparse_layers has 1 entries for 30 layers",
+        ),
     ],
 )
 def test_spec_from_dict_refuses(change: dict[str, Any], message: str) -> None:

@@ -1,7 +1,9 @@
 """Tensors of a GGUF file under Hugging Face's names and layouts, dequantized on read. No JAX."""
 
+import dataclasses
 import mmap
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +41,33 @@ _GEMMA3_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+# Of architectures that have experts: the names of the router, and of three weights per expert.
+EXPERT_NAMES = {
+    "llama": {
+        "ffn_gate_inp": "block_sparse_moe.gate",
+        "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+        "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+        "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+    },
+    "qwen3moe": {
+        "ffn_gate_inp": "mlp.gate",
+        "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+        "ffn_up_exps": "mlp.experts.{}.up_proj",
+        "ffn_down_exps": "mlp.experts.{}.down_proj",
+    },
+}
 _BLOCK_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
 def hf_name(name: str, arch: str) -> str | None:
-    """Hugging Face's name of a GGUF tensor; None if the architecture has no such tensor."""
+    """Hugging Face's name of a GGUF tensor; None if the architecture has no such tensor.
+
+    The name of a tensor that holds all experts has {} where one's number is.
+    """
     if match := _BLOCK_NAME.fullmatch(name):
         layer, part, kind = match.groups()
         block = _BLOCK | (_GEMMA3_NORMS if arch == "gemma3" else _NORMS)
+        block |= EXPERT_NAMES.get(arch, {})
         return f"model.layers.{layer}.{block[part]}.{kind}" if part in block else None
     stem, _, kind = name.rpartition(".")
     return f"{_GLOBAL[stem]}.{kind}" if stem in _GLOBAL and kind == "weight" else None
@@ -56,7 +77,8 @@ class GgufFile:
     """A `TensorSource` over one GGUF file, mapped into memory; every read is checked.
 
     Undoes what llama.cpp's converter does to a Hugging Face checkpoint: for `llama` the rows of
-    q and k are interleaved for its rotary kernel, for `gemma3` norm weights are stored plus one.
+    q and k are interleaved for its rotary kernel, for `gemma3` norm weights are stored plus one;
+    experts lie in one tensor.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -72,9 +94,10 @@ class GgufFile:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._check_tensors()
         self._stored = {
-            hf_name(name, self.arch) or name: tensor
-            for name, tensor in self.header.tensors.items()
-            if name != ROPE_FREQS  # part of the spec, see gguf_spec
+            name: part
+            for tensor in self.header.tensors.values()
+            if tensor.name != ROPE_FREQS  # part of the spec, see gguf_spec
+            for name, part in _parts(tensor, hf_name(tensor.name, self.arch) or tensor.name)
         }
         self._infos = {
             name: TensorInfo(tensor.shape, GGMLQuantizationType(tensor.type_id).name)
@@ -157,6 +180,17 @@ class GgufFile:
         if problems:
             more = f"; and {len(problems) - 8} more tensors" if len(problems) > 8 else ""
             raise ConfigError(f"{self.path}: tensor " + "; tensor ".join(problems[:8]) + more)
+
+
+def _parts(tensor: GgufTensor, name: str) -> Iterator[tuple[str, GgufTensor]]:
+    """A tensor under its name; of one that holds all experts, each expert's part."""
+    if "{}" not in name or len(tensor.shape) != 3:
+        yield name, tensor
+        return
+    part = dataclasses.replace(tensor, shape=tensor.shape[1:])
+    for expert in range(tensor.shape[0]):
+        at = tensor.offset + expert * _num_bytes(part)
+        yield name.format(expert), dataclasses.replace(part, offset=at)
 
 
 def _num_bytes(tensor: GgufTensor) -> int:

@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 
 from jserve.core.errors import ConfigError
-from jserve.model.formats.gguf_file import ROPE_FREQS, GgufFile
+from jserve.model.formats.gguf_file import EXPERT_NAMES, ROPE_FREQS, GgufFile
 from jserve.model.formats.gguf_header import GgufHeader
 from jserve.model.formats.gguf_tokenizer import end_token_ids
 from jserve.model.spec import ModelSpec, RopeScaling, RopeScalingKind
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "qwen3moe")
 # Defaults of llama.cpp (llama-hparams.h, llama-model.cpp).
 DEFAULT_ROPE_THETA = 10_000.0
 GEMMA3_LOCAL_ROPE_THETA = 10_000.0
@@ -18,7 +18,8 @@ GEMMA3_WINDOW_PATTERN = 6
 GEMMA3_27B_LAYERS = 62  # the one size whose queries are not scaled by head_dim
 LLAMA3_ORIGINAL_POSITIONS = 8192  # what llama.cpp's converter assumes when it makes rope_freqs
 _UNSUPPORTED = (
-    "expert_count",
+    "expert_shared_count",
+    "expert_weights_scale",
     "attn_logit_softcapping",
     "final_logit_softcapping",
     "logit_scale",
@@ -41,6 +42,8 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
     for key in _UNSUPPORTED:
         if keys.get(key):
             raise keys.error(f"{file.arch}.{key} = {keys.get(key)} is not supported")
+    if file.arch not in EXPERT_NAMES and keys.get("expert_count"):
+        raise keys.error(f"{file.arch}.expert_count = {keys.get('expert_count')} is not supported")
     stored = file.tensors()
     layers, q_heads = keys.integer("block_count"), keys.integer("attention.head_count")
     model_dim = keys.integer("embedding_length")
@@ -52,13 +55,15 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
         raise keys.error("tensor token_embd.weight is missing")
     window, local_layers = _windows(keys, layers)
     theta = keys.number("rope.freq_base", DEFAULT_ROPE_THETA)
+    experts = _experts(keys)
     bias = "model.layers.0.self_attn.q_proj.bias" in stored
     return ModelSpec(
-        family="mistral" if file.arch == "llama" and window else file.arch,
+        family=_family(file.arch, window, bool(experts)),
         vocab=stored["model.embed_tokens.weight"].shape[0],
         layers=layers,
         model_dim=model_dim,
-        ffn_dim=keys.integer("feed_forward_length"),
+        # Absent where every layer has experts.
+        ffn_dim=keys.integer("feed_forward_length", experts.get("expert_ffn_dim")),
         q_heads=q_heads,
         kv_heads=keys.integer("attention.head_count_kv", q_heads),
         head_dim=head_dim,
@@ -78,6 +83,7 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
             else 0.0
         ),
         query_scale=_query_scale(file.arch, layers, model_dim, q_heads, head_dim),
+        **experts,
         eos_token_ids=end_token_ids(file.header),
     )
 
@@ -129,6 +135,29 @@ def _windows(keys: _Keys, layers: int) -> tuple[int, tuple[bool, ...]]:
         return window, ()
     every = keys.integer("attention.sliding_window_pattern", GEMMA3_WINDOW_PATTERN)
     return window, tuple((layer + 1) % every != 0 for layer in range(layers))
+
+
+def _family(arch: str, window: int, sparse: bool) -> str:
+    if arch == "llama":
+        return "mixtral" if sparse else "mistral" if window else "llama"
+    return "qwen3_moe" if arch == "qwen3moe" else arch
+
+
+def _experts(keys: _Keys) -> dict[str, Any]:
+    """The fields of a spec that describe experts; none if there are no experts."""
+    experts = keys.integer("expert_count", 0)
+    if not experts:
+        return {}
+    return {
+        "experts": experts,
+        "experts_per_token": keys.integer("expert_used_count"),
+        "expert_ffn_dim": (
+            keys.integer("expert_feed_forward_length")
+            if keys.arch == "qwen3moe"
+            else keys.integer("feed_forward_length")
+        ),
+        "weights_sum_to_one": True,  # always, in llama.cpp's graphs of these architectures
+    }
 
 
 def _query_scale(arch: str, layers: int, model_dim: int, q_heads: int, head_dim: int) -> float:

@@ -27,6 +27,9 @@ class _Defaults:
     tied_embeddings: bool = False
     sliding_window: int | None = None
     eos: int | None = None
+    norm_eps: float = 1e-6
+    experts: int = 0
+    experts_per_token: int = 0
 
 
 FAMILIES: dict[str, _Defaults] = {
@@ -47,17 +50,35 @@ FAMILIES: dict[str, _Defaults] = {
         sliding_window=4096,
         eos=1,
     ),
+    "mixtral": _Defaults(
+        "mixtral",
+        rope_theta=1_000_000.0,
+        max_position=131_072,
+        kv_heads=8,
+        eos=2,
+        norm_eps=1e-5,
+        experts=8,
+        experts_per_token=2,
+    ),
+    "qwen3_moe": _Defaults(
+        "qwen3_moe",
+        max_position=32_768,
+        kv_heads=4,
+        sliding_window=4096,
+        experts=128,
+        experts_per_token=8,
+    ),
 }
 GEMMA3_LOCAL_ROPE_THETA = 10_000.0
 GEMMA3_WINDOW_PATTERN = 6  # every sixth layer is global
 QWEN_MAX_WINDOW_LAYERS = 28
+QWEN_EXPERT_FFN_DIM = 768
+EXPERT_KEYS = ("num_experts", "num_local_experts")  # transformers 5 writes the second for both
 UNSUPPORTED_IF_SET = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
     "use_bidirectional_attention",
     "quantization_config",
-    "num_experts",
-    "num_local_experts",
 )
 ROPE_KINDS = ("default", *(kind.value for kind in RopeScalingKind))
 
@@ -78,11 +99,13 @@ def spec_from_hf(config: Config) -> ModelSpec:
     sizes = _sizes(config, defaults)
     local_layers, window = _windows(config, defaults, sizes["layers"])
     theta, scaling, local_theta = _rope(config, defaults, sizes["max_position"])
-    attention_bias = model_type != "mistral" and bool(config.get("attention_bias", False))
+    attention_bias = model_type not in ("mistral", "mixtral") and bool(
+        config.get("attention_bias", False)
+    )
     return ModelSpec(
         family=defaults.family,
         **sizes,
-        norm_eps=_number(config, "rms_norm_eps", 1e-6),
+        norm_eps=_number(config, "rms_norm_eps", defaults.norm_eps),
         rope_theta=theta,
         rope_scaling=scaling,
         local_rope_theta=local_theta,
@@ -93,6 +116,7 @@ def spec_from_hf(config: Config) -> ModelSpec:
         sliding_window=window,
         local_layers=local_layers,
         query_scale=_query_scale(config, defaults),
+        **_experts(config, defaults, sizes),
         eos_token_ids=eos_token_ids(config, defaults.eos),
     )
 
@@ -132,10 +156,10 @@ def _windows(config: Config, defaults: _Defaults, layers: int) -> tuple[tuple[bo
     window = _optional_integer(config, "sliding_window", defaults.sliding_window)
     if defaults.family == "llama":
         return (), 0
-    if defaults.family == "mistral":
-        return (), window or 0
-    if defaults.family in ("qwen2", "qwen3") and not config.get("use_sliding_window", False):
+    if defaults.family.startswith("qwen") and not config.get("use_sliding_window", False):
         window = None
+    if defaults.family in ("mistral", "mixtral", "qwen3_moe"):
+        return (), window or 0
     local = _local_layers(config, defaults, layers, window)
     return (local, window or 0) if any(local) else ((), 0)
 
@@ -232,6 +256,39 @@ def _query_scale(config: Config, defaults: _Defaults) -> float:
     return _number(config, "query_pre_attn_scalar", 256.0) ** -0.5
 
 
+def _experts(config: Config, defaults: _Defaults, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The fields of a spec that describe experts; none if no layer has any."""
+    if not defaults.experts:
+        return {}
+    is_mixtral = defaults.family == "mixtral"
+    key = next((key for key in EXPERT_KEYS if key in config), EXPERT_KEYS[is_mixtral])
+    experts, layers = _integer(config, key, defaults.experts), sizes["layers"]
+    if is_mixtral and experts < 1:
+        raise ConfigError(f"config.json: {key} must be positive, got {experts}")
+    sparse = (True,) * layers if is_mixtral else _sparse_layers(config, layers)
+    if not experts or not any(sparse):
+        return {}
+    return {
+        "experts": experts,
+        "experts_per_token": _integer(config, "num_experts_per_tok", defaults.experts_per_token),
+        "expert_ffn_dim": sizes["ffn_dim"]
+        if is_mixtral
+        else _integer(config, "moe_intermediate_size", QWEN_EXPERT_FFN_DIM),
+        "weights_sum_to_one": is_mixtral or bool(config.get("norm_topk_prob", False)),
+        "sparse_layers": () if all(sparse) else sparse,
+    }
+
+
+def _sparse_layers(config: Config, layers: int) -> tuple[bool, ...]:
+    step = _integer(config, "decoder_sparse_step", 1)
+    if step < 1:
+        raise ConfigError(f"config.json: decoder_sparse_step must be positive, got {step}")
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
+        raise ConfigError(f"config.json: mlp_only_layers must be a list of layers, got {dense!r}")
+    return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))
+
+
 def _refuse_unsupported(config: Config, defaults: _Defaults) -> None:
     key = "hidden_activation" if defaults.family == "gemma3" else "hidden_act"
     activation = config.get(key, defaults.activation)
@@ -242,7 +299,7 @@ def _refuse_unsupported(config: Config, defaults: _Defaults) -> None:
         )
     if _number(config, "partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError("config.json: partial_rotary_factor is not supported")
-    for key in UNSUPPORTED_IF_SET:
+    for key in UNSUPPORTED_IF_SET + (() if defaults.experts else EXPERT_KEYS):
         if config.get(key):
             raise ConfigError(f"config.json: {key} = {config[key]!r} is not supported")
 

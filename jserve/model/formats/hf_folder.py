@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jserve.core.errors import ConfigError
-from jserve.model.formats.reading import check_tensors, read_param, reading_threads
+from jserve.model.formats.reading import (
+    check_tensors,
+    found_specs,
+    read_param,
+    reading_threads,
+)
 from jserve.model.formats.safetensors_folder import DTYPES, WHOLE
 from jserve.model.formats.tensor_source import Progress, TensorSource
 from jserve.model.formats.text_assets import CONFIG, TextAssets, save_text_assets
@@ -25,6 +30,8 @@ _CLASSES = {
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+    "mixtral": ("mixtral", "MixtralForCausalLM"),
+    "qwen3_moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
 }
 
 
@@ -38,7 +45,7 @@ def write_hf_folder(
     if folder.exists():
         raise ConfigError(f"{folder}: exists already; choose another folder or delete it")
     specs = model.param_specs()
-    check_tensors(source, specs)
+    check_tensors(source, found_specs(source, specs))
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -60,7 +67,7 @@ def write_hf_folder(
 def hf_config_of(spec: ModelSpec) -> dict[str, Any]:
     """The `config.json` of a spec; `spec_from_hf` gives the spec back.
 
-    Raises ConfigError for a combination of biases that Hugging Face's classes do not have.
+    Raises ConfigError for biases, windows or experts that Hugging Face's classes do not have.
     """
     model_type, architecture = _CLASSES[spec.family]
     config: dict[str, Any] = {
@@ -80,6 +87,7 @@ def hf_config_of(spec: ModelSpec) -> dict[str, Any]:
         "eos_token_id": list(spec.eos_token_ids),
         **_biases(spec),
         **_windows(spec),
+        **_experts(spec),
     }
     if spec.rope_scaling is not None:
         config["rope_scaling"] = _rope_scaling(spec.rope_scaling)
@@ -108,14 +116,45 @@ def _biases(spec: ModelSpec) -> dict[str, bool]:
 def _windows(spec: ModelSpec) -> dict[str, Any]:
     if spec.family == "llama":
         return {}
-    if spec.family == "mistral":
+    if spec.family in ("mistral", "mixtral"):
         return {"sliding_window": spec.sliding_window or None}
+    if spec.family == "qwen3_moe":  # one kind of layer only
+        if spec.local_layers:
+            raise ConfigError("qwen3_moe with local_layers has no Hugging Face form")
+        window = spec.sliding_window or None
+        return {"sliding_window": window, "use_sliding_window": window is not None}
     local = [spec.is_local(layer) for layer in range(spec.layers)]
     kinds = ["sliding_attention" if is_local else "full_attention" for is_local in local]
     config: dict[str, Any] = {"sliding_window": spec.sliding_window or None, "layer_types": kinds}
     if spec.family != "gemma3":
         config["use_sliding_window"] = any(local)
     return config
+
+
+def _experts(spec: ModelSpec) -> dict[str, Any]:
+    if spec.family == "mixtral":
+        one_kind = not spec.sparse_layers and spec.expert_ffn_dim == spec.ffn_dim
+        if not (spec.experts and one_kind and spec.weights_sum_to_one):
+            raise ConfigError(
+                "mixtral has a Hugging Face form only with experts of ffn_dim in every layer "
+                "whose weights_sum_to_one"
+            )
+        return {
+            "num_local_experts": spec.experts,
+            "num_experts_per_tok": spec.experts_per_token,
+        }
+    if spec.family != "qwen3_moe":
+        return {}
+    if not spec.experts:
+        return {"num_experts": 0}
+    return {
+        "num_experts": spec.experts,
+        "num_experts_per_tok": spec.experts_per_token,
+        "moe_intermediate_size": spec.expert_ffn_dim,
+        "norm_topk_prob": spec.weights_sum_to_one,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [i for i in range(spec.layers) if not spec.is_sparse(i)],
+    }
 
 
 def _rope_scaling(scaling: RopeScaling) -> dict[str, Any]:
@@ -134,18 +173,19 @@ def _write_safetensors(
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, spec in specs.items():
+    for spec in specs.values():
         dtype = np.dtype(jnp.dtype(spec.dtype))
-        start, end = end, end + int(np.prod(spec.shape)) * dtype.itemsize
-        header[name] = {
-            "dtype": names[dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [start, end],
-        }
+        for name in spec.source:
+            start, end = end, end + int(np.prod(spec.source_shape)) * dtype.itemsize
+            header[name] = {
+                "dtype": names[dtype],
+                "shape": list(spec.source_shape),
+                "data_offsets": [start, end],
+            }
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file, reading_threads() as pool:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, spec in specs.items():
+        for name, spec in found_specs(source, specs).items():
             file.write(read_param(source, spec, pool).view(np.uint8).data)
-            progress(header[name]["data_offsets"][1], end)
+            progress(header[specs[name].source[-1]]["data_offsets"][1], end)

@@ -28,7 +28,12 @@ from jserve.model.formats.native_folder import (
     write_manifest,
     write_spec,
 )
-from jserve.model.formats.reading import check_tensors, read_param, reading_threads
+from jserve.model.formats.reading import (
+    check_tensors,
+    found_specs,
+    read_param,
+    reading_threads,
+)
 from jserve.model.formats.tensor_source import Progress, TensorSource
 from jserve.model.formats.text_assets import TextAssets, save_text_assets
 from jserve.model.functional import Model
@@ -55,7 +60,7 @@ def write_native(
     Raises ConfigError, before writing, if the tensors are not those of `model`. A folder that
     another process completed meanwhile is left as it is.
     """
-    specs = model.param_specs()
+    specs = found_specs(source, model.param_specs())
     assert all(spec.shape == spec.stored_shape for spec in specs.values()), model.backend
     check_tensors(source, specs)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -136,7 +136,7 @@ def read_spec(folder: Path) -> ModelSpec:
         if scaling := stored.get("rope_scaling"):
             kind = RopeScalingKind(scaling["kind"])
             stored["rope_scaling"] = RopeScaling(**{**scaling, "kind": kind})
-        for name in ("local_layers", "eos_token_ids"):
+        for name in ("local_layers", "sparse_layers", "eos_token_ids"):
             stored[name] = tuple(stored.get(name, ()))
         return ModelSpec(**stored)
     except (KeyError, TypeError, ValueError) as error:

@@ -1,5 +1,6 @@
 """From a `TensorSource` to the parameters of a model: matching names, reading in threads."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,17 @@ _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.(masked_)?bias_mask")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
+def found_specs(source: TensorSource, specs: Mapping[str, ParamSpec]) -> dict[str, ParamSpec]:
+    """`specs`, those read whole whose stack is one tensor of `source`, as in a native folder."""
+    found = source.tensors()
+    return {
+        name: dataclasses.replace(spec, source=(name,), stacked=False)
+        if spec.stacked and name in found
+        else spec
+        for name, spec in specs.items()
+    }
+
+
 def check_tensors(source: TensorSource, specs: Mapping[str, ParamSpec]) -> None:
     """Raises one ConfigError naming every missing, surplus or misshapen tensor of `source`.
 
@@ -32,8 +44,12 @@ def check_tensors(source: TensorSource, specs: Mapping[str, ParamSpec]) -> None:
         if not _IGNORED.fullmatch(name) and not tied_copy:
             problems.append(f"{name} is not part of the model")
     for spec in specs.values():
-        if all(name in found for name in spec.source):
-            problems += _shape_problems(spec, [(name, found[name].shape) for name in spec.source])
+        shapes = {name: found[name].shape for name in spec.source if name in found}
+        problems += [
+            f"{name} has shape {shape}, not {spec.source_shape}"
+            for name, shape in shapes.items()
+            if shape != spec.source_shape
+        ]
     if problems:
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise ConfigError(f"{source.path}: tensor " + "; ".join(problems[:_LISTED]) + more)
@@ -45,23 +61,19 @@ def read_param(source: TensorSource, spec: ParamSpec, pool: Executor) -> np.ndar
     Raises ConfigError if it holds NaN or infinite values.
     """
     out = np.empty(spec.shape, jnp.dtype(spec.dtype))
-    row_elements = max(1, int(np.prod(spec.source_shape[1:])))
+    num_rows, row_elements = spec.source_shape[0], max(1, int(np.prod(spec.source_shape[1:])))
     packed = spec.encoding.rows if spec.encoding else 1
     step = max(1, BLOCK_ELEMENTS // row_elements // packed) * packed
-    first_row = 0
-    shapes = source.tensors()
-    for name in spec.source:
-        num_rows = shapes[name].shape[0]
-        part = out[first_row // packed : (first_row + num_rows) // packed]
 
-        def read(start: int, name: str = name, part: np.ndarray = part) -> None:
-            stop = min(start + step, part.shape[0] * packed)
-            rows = _read_block(source, name, start, stop)
-            encoded = spec.encoding.encode(rows) if spec.encoding else rows
-            part[start // packed : stop // packed] = encoded
+    def read(block: tuple[str, np.ndarray, int]) -> None:
+        name, part, start = block
+        stop = min(start + step, num_rows)
+        rows = _read_block(source, name, start, stop)
+        encoded = spec.encoding.encode(rows) if spec.encoding else rows
+        part[start // packed : stop // packed] = encoded
 
-        list(pool.map(read, range(0, num_rows, step)))
-        first_row += num_rows
+    parts = zip(spec.source, out if spec.stacked else out[None], strict=True)
+    list(pool.map(read, [(*part, start) for part in parts for start in range(0, num_rows, step)]))
     return out
 
 
@@ -77,24 +89,6 @@ def _read_block(source: TensorSource, name: str, start: int, stop: int) -> np.nd
     if not (np.isfinite(rows.min()) and np.isfinite(rows.max())):
         raise ConfigError(f"{source.path}: tensor {name} holds NaN or infinite values")
     return rows
-
-
-def _shape_problems(spec: ParamSpec, parts: list[tuple[str, tuple[int, ...]]]) -> list[str]:
-    """Parts are concatenated along the first axis, so only their sum is fixed there."""
-    if len(parts) == 1:
-        name, shape = parts[0]
-        wanted = spec.source_shape
-        return [] if shape == wanted else [f"{name} has shape {shape}, not {wanted}"]
-    problems = [
-        f"{name} has shape {shape}, not (…, {spec.source_shape[1:]})"
-        for name, shape in parts
-        if shape[1:] != spec.source_shape[1:]
-    ]
-    rows = sum(shape[0] for _, shape in parts)
-    if rows != spec.source_shape[0]:
-        names = " + ".join(name for name, _ in parts)
-        problems.append(f"{names} have {rows} rows, not {spec.source_shape[0]}")
-    return problems
 
 
 def _equal(source: TensorSource, name: str, other: str) -> bool:

@@ -11,28 +11,30 @@ PANEL = 32  # outputs side by side
 
 @dataclass(frozen=True, slots=True)
 class PanelMatrix:
-    """A weight [out, in] in panels; the last one is filled up with zeros."""
+    """A weight [out, in] in panels, the last one filled up with zeros; or a stack of weights."""
 
-    values: Float[jax.Array, "panels in_dim 32"]
+    values: Float[jax.Array, "*experts panels in_dim 32"]
     out_dim: int
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Of the weight: [out, in]."""
-        return self.out_dim, self.values.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight: [out, in]; of a stack: [experts, out, in]."""
+        return *self.values.shape[:-3], self.out_dim, self.values.shape[-2]
 
 
-def panel_shape(shape: tuple[int, int]) -> tuple[int, int, int]:
-    """Of the panels of a weight [out, in]."""
-    return -(-shape[0] // PANEL), shape[1], PANEL
+def panel_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the panels of a weight [out, in], or of a stack of weights."""
+    return *shape[:-2], -(-shape[-2] // PANEL), shape[-1], PANEL
 
 
-def to_panels(weight: np.ndarray) -> Float[np.ndarray, "panels in_dim 32"]:
-    """The panels of a weight [out, in], on the host."""
-    out_dim, in_dim = weight.shape
-    panels = np.empty(panel_shape((out_dim, in_dim)), weight.dtype)
-    for panel, values in enumerate(panels):
-        rows = weight[panel * PANEL : (panel + 1) * PANEL]
+def to_panels(
+    weight: Float[np.ndarray, "*experts out_dim in_dim"],
+) -> Float[np.ndarray, "*experts panels in_dim 32"]:
+    """The panels of a weight, or of a stack of weights, on the host."""
+    panels = np.empty(panel_shape(weight.shape), weight.dtype)
+    for *expert, panel in np.ndindex(*panels.shape[:-2]):
+        rows = weight[(*expert, slice(panel * PANEL, (panel + 1) * PANEL))]
+        values = panels[(*expert, panel)]
         values[:, : len(rows)] = rows.T
         values[:, len(rows) :] = 0
     return panels

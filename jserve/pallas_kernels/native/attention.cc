@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
@@ -171,39 +172,52 @@ inline void Score(const float* queries, int64_t rows, const T* keys, int64_t cou
   }
 }
 
-// out[r] += weights[r] . values for R rows and the tokens of one run.
+// out[r] += weights[r] . values for R rows, kVecs vectors of a head, and the tokens of one run.
+template <int R, int kVecs, class T>
+inline void AddStrip(const float* weights, const T* values, int64_t count, int64_t head_dim,
+                     float* out) {
+  Vec sums[R][kVecs];
+  for (int r = 0; r < R; ++r) {
+    for (int i = 0; i < kVecs; ++i) sums[r][i] = Load(out + r * head_dim + i * kLanes);
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    Vec value[kVecs];
+    for (int i = 0; i < kVecs; ++i) value[i] = Load(values + t * head_dim + i * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const Vec weight = Broadcast(weights + r * kBlock + t);
+      for (int i = 0; i < kVecs; ++i) sums[r][i] += weight * value[i];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int i = 0; i < kVecs; ++i) Store(sums[r][i], out + r * head_dim + i * kLanes);
+  }
+}
+
+// The same for what is left of a head that no vector divides.
+template <int R, class T>
+void AddTail(const float* weights, const T* values, int64_t count, int64_t head_dim, int64_t width,
+             float* out) {
+  Vec sums[R];
+  for (int r = 0; r < R; ++r) sums[r] = LoadSome(out + r * head_dim, width);
+  for (int64_t t = 0; t < count; ++t) {
+    const Vec value = LoadSome(values + t * head_dim, width);
+    for (int r = 0; r < R; ++r) sums[r] += Broadcast(weights + r * kBlock + t) * value;
+  }
+  for (int r = 0; r < R; ++r) StoreSome(sums[r], out + r * head_dim, width);
+}
+
 template <int R, class T>
 inline void AddValues(const float* weights, const T* values, int64_t count, int64_t head_dim,
                       float* out) {
   constexpr int kVecs = kLanes == 16 ? 4 : 2;
   int64_t d = 0;
   for (; d + kVecs * kLanes <= head_dim; d += kVecs * kLanes) {
-    Vec sums[R][kVecs];
-    for (int r = 0; r < R; ++r) {
-      for (int i = 0; i < kVecs; ++i) sums[r][i] = Load(out + r * head_dim + d + i * kLanes);
-    }
-    for (int64_t t = 0; t < count; ++t) {
-      Vec value[kVecs];
-      for (int i = 0; i < kVecs; ++i) value[i] = Load(values + t * head_dim + d + i * kLanes);
-      for (int r = 0; r < R; ++r) {
-        const Vec weight = Broadcast(weights + r * kBlock + t);
-        for (int i = 0; i < kVecs; ++i) sums[r][i] += weight * value[i];
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int i = 0; i < kVecs; ++i) Store(sums[r][i], out + r * head_dim + d + i * kLanes);
-    }
+    AddStrip<R, kVecs>(weights, values + d, count, head_dim, out + d);
   }
-  for (; d < head_dim; d += kLanes) {
-    const int64_t width = std::min<int64_t>(kLanes, head_dim - d);
-    for (int r = 0; r < R; ++r) {
-      Vec sum = LoadSome(out + r * head_dim + d, width);
-      for (int64_t t = 0; t < count; ++t) {
-        sum += Splat(weights[r * kBlock + t]) * LoadSome(values + t * head_dim + d, width);
-      }
-      StoreSome(sum, out + r * head_dim + d, width);
-    }
+  for (; d + kLanes <= head_dim; d += kLanes) {
+    AddStrip<R, 1>(weights, values + d, count, head_dim, out + d);
   }
+  if (d < head_dim) AddTail<R>(weights, values + d, count, head_dim, head_dim - d, out + d);
 }
 
 // As many rows as there are, up to R.

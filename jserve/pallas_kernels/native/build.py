@@ -22,7 +22,10 @@ import jax
 FOLDER = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 # Vectors wider than the registers are split by the compiler, which would warn of it.
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi")
+FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi"),
+    *("-ffp-contract=fast", "-fwrapv"),  # bits of floats are computed with as integers
+)
 
 
 class BuildError(Exception):

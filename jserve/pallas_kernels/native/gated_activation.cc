@@ -38,6 +38,9 @@ ffi::Error GatedActivation(ffi::ThreadPool pool, Floats gate, Floats up,
                            ffi::Result<Floats> out) {
   // The tokens after the first `num_tokens` are left as they are: nobody reads them.
   const int64_t tokens = std::clamp<int64_t>(*num_tokens.typed_data(), 0, gate.dimensions()[0]);
+  if (up.element_count() != gate.element_count()) {
+    return ffi::Error::InvalidArgument("gate and up have different sizes");
+  }
   const int64_t count = tokens * gate.dimensions()[1];
   ParallelFor(pool, (count + kShare - 1) / kShare, [&](int64_t i) {
     const int64_t begin = i * kShare, size = std::min(kShare, count - begin);

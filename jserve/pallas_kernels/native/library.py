@@ -11,6 +11,7 @@ from jserve.pallas_kernels.native.build import library_path
 _log = logging.getLogger(__name__)
 _KERNELS = (
     "gated_activation",
+    "grouped_matmul",
     "matmul",
     "quantized_matmul",
     "ragged_paged_attention",

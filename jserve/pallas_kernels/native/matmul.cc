@@ -1,139 +1,17 @@
-// y = x . weight^T in float32 for one or several weights, float32 or bfloat16, in panels.
-//
-// A panel holds 32 outputs side by side for each input, so that a product adds up no lanes: an
-// activation is broadcast, and a tile of rows and outputs stays in registers for a run of inputs.
-//
-//   for each panel (a thread takes some)
-//     for each run of 192 inputs          24 KiB of the panel: in the first cache
-//       for each tile of 12 rows          sums in registers; the next run comes into the second cache
-//         for each input of the run       2 vectors of weights, 12 broadcasts, 24 multiply-adds
-//
-// Runs are added up in order, so long sums err less, and every output is made in one order whatever
-// the number of rows: results do not depend on what else is in a batch.
+// y = x . weight^T in float32 for one or several weights, float32 or bfloat16, in panels: see
+// panel_product.h.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "panel_product.h"
 #include "parallel.h"
-#include "simd.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jserve {
 namespace {
 
 namespace ffi = xla::ffi;
-
-constexpr int64_t kPanel = 32;  // outputs side by side
-constexpr int64_t kRun = 192;   // inputs that are summed in registers
-constexpr int kColumns = 2;     // vectors of outputs in a tile
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 12;  // with the operands these fill 32 registers
-#else
-constexpr int kTileRows = 6;
-#endif
-constexpr int64_t kLine = 64;  // bytes of a cache line
-
-// What a tile asks for while it computes: `kLines` cache lines for each input of its run.
-template <int kLines>
-inline void Ahead(const char* next, int64_t k) {
-  for (int i = 0; i < kLines; ++i) {
-    __builtin_prefetch(next + (k * kLines + i) * kLine, 0, 2);  // into the second cache
-  }
-}
-
-// y[m, 0..kColumns vectors] (+)= x[m, 0..count] . w for kRows rows; the first run sets y.
-template <int kRows, int kLines, class W>
-void Tile(const float* x, int64_t in_dim, const W* w, int64_t count, float* y, int64_t y_stride,
-          bool first, const char* next) {
-  Vec sums[kRows][kColumns] = {};
-  for (int64_t k = 0; k < count; ++k) {
-    Ahead<kLines>(next, k);
-    Vec ws[kColumns];
-    for (int c = 0; c < kColumns; ++c) ws[c] = Load(w + k * kPanel + c * kLanes);
-    for (int m = 0; m < kRows; ++m) {
-      const Vec xs = Broadcast(x + m * in_dim + k);
-      for (int c = 0; c < kColumns; ++c) sums[m][c] += xs * ws[c];
-    }
-  }
-#pragma GCC unroll 12
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 2
-    for (int c = 0; c < kColumns; ++c) {
-      float* to = y + m * y_stride + c * kLanes;
-      Store(first ? sums[m][c] : Load(to) + sums[m][c], to);
-    }
-  }
-}
-
-// As many rows as there are, up to kTileRows.
-template <int kLines, class W, int kRows = kTileRows>
-void SomeRows(int64_t rows, const float* x, int64_t in_dim, const W* w, int64_t count, float* y,
-              int64_t y_stride, bool first, const char* next) {
-  if (rows >= kRows) {
-    Tile<kRows, kLines>(x, in_dim, w, count, y, y_stride, first, next);
-  } else if constexpr (kRows > 1) {
-    SomeRows<kLines, W, kRows - 1>(rows, x, in_dim, w, count, y, y_stride, first, next);
-  }
-}
-
-// One run of inputs for all rows. `next` follows the run in memory: two lines an input in float32,
-// which the first tiles ask for, no faster than memory delivers, or the processor would wait.
-template <class W>
-void AllRows(const float* x, int64_t rows, int64_t in_dim, const W* w, int64_t count, float* y,
-             int64_t y_stride, bool first, const char* next) {
-  if (rows <= kTileRows) return SomeRows<2>(rows, x, in_dim, w, count, y, y_stride, first, next);
-  for (int64_t m = 0; m < rows; m += kTileRows) {
-    const float* xm = x + m * in_dim;
-    float* ym = y + m * y_stride;
-    if (m < 2 * kTileRows) {
-      SomeRows<1>(rows - m, xm, in_dim, w, count, ym, y_stride, first, next);
-      next += count * kLine;
-    } else {
-      SomeRows<0>(rows - m, xm, in_dim, w, count, ym, y_stride, first, next);
-    }
-  }
-}
-
-// y[rows, 32 outputs] = x . panel^T
-template <class W>
-void WholePanel(const float* x, int64_t rows, int64_t in_dim, const W* panel, float* y,
-                int64_t y_stride) {
-  for (int64_t k = 0; k < in_dim; k += kRun) {
-    const int64_t count = std::min(kRun, in_dim - k);
-    const W* w = panel + k * kPanel;
-    const char* next = reinterpret_cast<const char*>(w + count * kPanel);
-    for (int64_t c = 0; c < kPanel; c += kColumns * kLanes) {
-      AllRows(x + k, rows, in_dim, w + c, count, y + c, y_stride, k == 0, next);
-    }
-  }
-}
-
-// Some panels of one product: what one thread takes at a time.
-struct Block {
-  const void* weight;  // [panels, in_dim, 32]
-  bool is_float32;
-  float* y;  // [rows, out_dim]
-  int64_t out_dim;
-  int64_t begin, end;  // of the panels
-};
-
-template <class W>
-void Multiply(const float* x, int64_t rows, int64_t in_dim, const Block& b) {
-  for (int64_t p = b.begin; p < b.end; ++p) {
-    const W* panel = static_cast<const W*>(b.weight) + p * in_dim * kPanel;
-    const int64_t columns = std::min(kPanel, b.out_dim - p * kPanel);
-    float* y = b.y + p * kPanel;
-    if (columns == kPanel) {
-      WholePanel(x, rows, in_dim, panel, y, b.out_dim);
-      continue;
-    }
-    std::vector<float> whole(rows * kPanel);
-    WholePanel(x, rows, in_dim, panel, whole.data(), kPanel);
-    for (int64_t m = 0; m < rows; ++m) {
-      std::copy_n(whole.data() + m * kPanel, columns, y + m * b.out_dim);
-    }
-  }
-}
 
 ffi::Error MatMul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> num_rows,
                   ffi::RemainingArgs weights, ffi::RemainingRets results) {
@@ -144,7 +22,9 @@ ffi::Error MatMul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
   if (weights.size() != results.size()) return ffi::Error::InvalidArgument("weights lack");
   int64_t panels = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
-    panels += weights.get<ffi::AnyBuffer>(i).value().dimensions()[0];
+    const auto shape = weights.get<ffi::AnyBuffer>(i).value().dimensions();
+    if (shape.size() != 3) return ffi::Error::InvalidArgument("a weight has not three dimensions");
+    panels += shape[0];
   }
   const int64_t pieces = std::max<int64_t>(pool.num_threads(), 1) * 8;
   const int64_t size = std::clamp<int64_t>(panels / pieces, 1, 8);
@@ -154,7 +34,7 @@ ffi::Error MatMul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
     auto y = results.get<ffi::Buffer<ffi::F32>>(i).value();
     const auto shape = weight.dimensions();
     const int64_t out_dim = y->dimensions()[1];
-    if (shape.size() != 3 || shape[0] != (out_dim + kPanel - 1) / kPanel || shape[1] != in_dim ||
+    if (shape[0] != (out_dim + kPanel - 1) / kPanel || shape[1] != in_dim ||
         shape[2] != kPanel) {
       return ffi::Error::InvalidArgument("a weight is not laid out as panels of 32 outputs");
     }
@@ -168,11 +48,7 @@ ffi::Error MatMul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
     }
   }
   ParallelFor(pool, static_cast<int64_t>(blocks.size()), [&](int64_t i) {
-    if (blocks[i].is_float32) {
-      Multiply<float>(x.typed_data(), rows, in_dim, blocks[i]);
-    } else {
-      Multiply<BFloat16>(x.typed_data(), rows, in_dim, blocks[i]);
-    }
+    Multiply(x.typed_data(), rows, in_dim, blocks[i]);
   });
   return ffi::Error::Success();
 }

@@ -65,13 +65,22 @@ inline void LoadHalves(const uint16_t* from, Floats& to) {
   // Not _mm512_cvtph_ps, whose undefined source operand GCC 12 warns of.
   to = (Floats)_mm512_maskz_cvtph_ps(
       0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  for (int i = 0; i < kPanel; i += 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    const __m256 wide = _mm256_cvtph_ps(half);
+    std::memcpy(reinterpret_cast<float*>(&to) + i, &wide, sizeof wide);
+  }
 #else
   for (int i = 0; i < kPanel; ++i) {
-    // A float whose exponent is too small by 112; its product is exact, of denormals, too.
-    const uint32_t bits = static_cast<uint32_t>(from[i] & 0x7fff) << 13;
+    const uint32_t magnitude = from[i] & 0x7fff;
+    // A float whose exponent is too small by 112, or, because XLA's threads take denormal floats
+    // for zero, the integer that a denormal half is.
+    const uint32_t bits = magnitude << 13;
     float value;
     std::memcpy(&value, &bits, sizeof value);
-    to[i] = value * (from[i] & 0x8000 ? -0x1p112f : 0x1p112f);
+    value = magnitude < 0x400 ? static_cast<float>(magnitude) * 0x1p-24f : value * 0x1p112f;
+    to[i] = from[i] & 0x8000 ? -value : value;
   }
 #endif
 }
@@ -228,10 +237,11 @@ ffi::Error QuantizedMatMul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
   for (size_t i = 0; i < results.size(); ++i) {
     const auto codes = weights.get<ffi::Buffer<ffi::U8>>(2 * i).value();
     const auto scales = weights.get<ffi::Buffer<ffi::F16>>(2 * i + 1).value();
-    const int64_t count = codes.dimensions()[0], groups = codes.dimensions()[1];
     const auto shape = codes.dimensions();
+    if (shape.size() != 5) return ffi::Error::InvalidArgument("codes have not five dimensions");
+    const int64_t count = shape[0], groups = shape[1];
     if (in_dim != groups * kGroup) return ffi::Error::InvalidArgument("inner dimensions differ");
-    if (shape.size() != 5 || (shape[2] != kQuads && shape[2] != kQuads / 2) || shape[3] != kPanel ||
+    if (results.get<ffi::Buffer<ffi::F32>>(i).value()->dimensions()[1] != count * kPanel || (shape[2] != kQuads && shape[2] != kQuads / 2) || shape[3] != kPanel ||
         scales.element_count() != static_cast<size_t>(count * groups * 2 * kPanel)) {
       return ffi::Error::InvalidArgument("codes or scales are not laid out as panels and groups");
     }

@@ -40,6 +40,12 @@ ffi::Error Rotary(ffi::ThreadPool pool, Floats q, Floats k, Floats cos, Floats s
   const int64_t tokens = std::clamp<int64_t>(*num_tokens.typed_data(), 0, q.dimensions()[0]);
   const int64_t q_heads = q.dimensions()[1], kv_heads = k.dimensions()[1];
   const int64_t dim = q.dimensions()[2], half = dim / 2;
+  const auto fits = [&](Floats& table) {
+    return table.dimensions()[0] >= tokens && table.dimensions()[1] == half;
+  };
+  if (dim % 2 || k.dimensions()[0] < tokens || k.dimensions()[2] != dim || !fits(cos) || !fits(sin)) {
+    return ffi::Error::InvalidArgument("queries, keys and angles do not fit");
+  }
   const int64_t share = std::max<int64_t>(1, kShare / ((q_heads + kv_heads) * dim));
   ParallelFor(pool, (tokens + share - 1) / share, [&](int64_t i) {
     for (int64_t t = i * share; t < std::min(tokens, (i + 1) * share); ++t) {

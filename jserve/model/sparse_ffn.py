@@ -1,0 +1,142 @@
+"""A mixture of experts: each token goes through a few of many gated feed-forward blocks.
+
+No expert has a capacity: no token is dropped because of others, so none depends on them.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int
+
+from jserve.model.layers import Linear
+from jserve.model.matrix import grouped_products, matrices, products
+from jserve.model.numerics import Numerics
+from jserve.model.spec import ModelSpec
+from jserve.pallas_kernels.gated_activation.activation import Activation
+from jserve.pallas_kernels.gated_activation.dispatch import gated_activation
+
+
+class ExpertNames(NamedTuple):
+    """What a family's checkpoints call the three weights of an expert."""
+
+    gate: str
+    up: str
+    down: str
+
+
+QWEN_NAMES = ExpertNames("gate_proj", "up_proj", "down_proj")
+
+
+class Groups(NamedTuple):
+    """Rows (a token and one of its experts each) in the order of their experts."""
+
+    tokens: Int[Array, " rows"]  # whose row it is
+    places: Int[Array, "tokens chosen"]  # where the rows of a token are
+    sizes: Int[Array, " experts"]  # rows of each expert; rows after them are of no live token
+
+
+class SparseFfn(nnx.Module):
+    """Σ weight · expert(x) over the experts that the router likes best (Shazeer et al., 2017)."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        numerics: Numerics,
+        activation: Activation,
+        names: ExpertNames = QWEN_NAMES,
+    ) -> None:
+        self.spec = spec
+        self.numerics = numerics
+        # The router is small and decides: it is never quantized.
+        self.gate = Linear(spec.model_dim, spec.experts, (None, None), numerics, bits=0)
+        self.experts = Experts(spec, numerics, activation, names)
+
+    def __call__(
+        self, x: Float[Array, "tokens model_dim"], num_tokens: jax.Array | None
+    ) -> Float[Array, "tokens model_dim"]:
+        """The block's output, to be added to the residual stream."""
+        weights, chosen = self._route(x, num_tokens)
+        groups = group_rows(chosen, self.spec.experts, num_tokens)
+        rows = self.experts(x[groups.tokens], groups.sizes)[groups.places]
+        # One after the other: a reduction could take another order for another number of tokens.
+        terms = [weights[:, i, None] * rows[:, i] for i in range(chosen.shape[1])]
+        return sum(terms[1:], start=terms[0]).astype(self.numerics.dtype)
+
+    def _route(
+        self, x: Float[Array, "tokens model_dim"], num_tokens: jax.Array | None
+    ) -> tuple[Float32[Array, "tokens chosen"], Int[Array, "tokens chosen"]]:
+        """The best experts of each token, the best first, and their weights."""
+        (logits,) = products(x, [self.gate.weight], self.numerics, num_tokens)
+        # As if chosen by a softmax's shares, which have the same order. Its maximum is that of
+        # the choice: fused with a reduction, exponentials would depend on the number of tokens.
+        best, chosen = lax.top_k(logits, self.spec.experts_per_token)
+        powers = jnp.exp(best - best[:, :1])
+        among = powers if self.spec.weights_sum_to_one else jnp.exp(logits - best[:, :1])
+        return powers / _sum_in_order(among), chosen
+
+
+class Experts(nnx.Module):
+    """The gated blocks, the same weight of all of them in one array."""
+
+    def __init__(
+        self, spec: ModelSpec, numerics: Numerics, activation: Activation, names: ExpertNames
+    ) -> None:
+        self.numerics = numerics
+        self.activation = activation
+        self.names = names
+        for name in names:
+            setattr(self, name, ExpertWeights(spec, numerics, into=name != names.down))
+
+    def __call__(
+        self, x: Float[Array, "rows model_dim"], group_sizes: Int[Array, " experts"]
+    ) -> Float32[Array, "rows model_dim"]:
+        """The outputs of rows that are grouped by expert."""
+        gate, up = self._products(x, group_sizes, self.names.gate, self.names.up)
+        gated = gated_activation(
+            gate.astype(self.numerics.dtype),
+            up.astype(self.numerics.dtype),
+            self.activation,
+            num_tokens=jnp.sum(group_sizes),
+            backend=self.numerics.backend,
+        )
+        return self._products(gated, group_sizes, self.names.down)[0]
+
+    def _products(self, x: jax.Array, sizes: jax.Array, *names: str) -> tuple[jax.Array, ...]:
+        owners: list[Any] = [getattr(self, name) for name in names]
+        return grouped_products(x, [owner.weight for owner in owners], sizes, self.numerics)
+
+
+class ExpertWeights(nnx.Module):
+    """One weight of every expert."""
+
+    def __init__(self, spec: ModelSpec, numerics: Numerics, *, into: bool) -> None:
+        ffn, dim = spec.expert_ffn_dim, spec.model_dim
+        if into:
+            self.weight = matrices((spec.experts, ffn, dim), ("experts", "ffn", None), numerics)
+        else:
+            self.weight = matrices((spec.experts, dim, ffn), ("experts", None, "ffn"), numerics)
+
+
+def group_rows(
+    chosen: Int[Array, "tokens chosen"], experts: int, num_tokens: jax.Array | None
+) -> Groups:
+    """Sorts rows by expert; those of tokens from `num_tokens` on come last, in no group."""
+    tokens, per_token = chosen.shape
+    if num_tokens is not None:
+        live = jnp.arange(tokens, dtype=jnp.int32) < num_tokens
+        chosen = jnp.where(live[:, None], chosen, experts)
+    order = jnp.argsort(chosen.reshape(-1), stable=True)
+    places = jnp.argsort(order).reshape(tokens, per_token)
+    is_chosen = chosen.reshape(-1, 1) == jnp.arange(experts, dtype=jnp.int32)[None, :]
+    return Groups(order // per_token, places, jnp.sum(is_chosen, axis=0, dtype=jnp.int32))
+
+
+def _sum_in_order(x: Float32[Array, "tokens dim"]) -> Float32[Array, "tokens 1"]:
+    """The sum of each row by halving it, where a reduction's order can depend on the rows."""
+    while (dim := x.shape[1]) > 1:
+        half = dim // 2
+        x = jnp.concatenate((x[:, :half] + x[:, half : 2 * half], x[:, 2 * half :]), axis=1)
+    return x

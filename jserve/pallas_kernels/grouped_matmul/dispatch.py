@@ -1,0 +1,47 @@
+"""The one entry to products with experts: contract, validation, choice of backend."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+from jaxtyping import Float, Float32, Int
+
+from jserve.pallas_kernels.backend import Backend
+from jserve.pallas_kernels.grouped_matmul import cpu, native, reference, tpu
+from jserve.pallas_kernels.matmul.dispatch import wants_panels
+from jserve.pallas_kernels.matmul.panels import PanelMatrix
+
+_IMPLEMENTATIONS: dict[Backend, Callable[..., tuple[jax.Array, ...]]] = {
+    Backend.REFERENCE: reference.grouped_matmul,
+    Backend.CPU: cpu.grouped_matmul,
+    Backend.NATIVE: native.grouped_matmul,
+    Backend.TPU: tpu.grouped_matmul,
+}
+
+
+def grouped_matmul(
+    x: Float[jax.Array, "rows in_dim"],
+    weights: Sequence[Float[jax.Array, "experts _ in_dim"]] | Sequence[PanelMatrix],
+    group_sizes: Int[jax.Array, " experts"],
+    *,
+    backend: Backend,
+) -> tuple[Float32[jax.Array, "rows _"], ...]:
+    """The rows of each expert · its weightᵀ, for each stack of weights [experts, out, in].
+
+    The rows of expert 0 come first, then those of expert 1, and so on; `group_sizes` (int32)
+    counts them, and may be zero for some. The rows after the last group mean nothing: a backend
+    may skip them, and their results can be anything, NaN included. Accumulated and returned in
+    float32; weights, float32 or bfloat16 (or what `x` is, unless the backend is native), are
+    laid out as `matmul` wants them.
+
+    A row is bitwise independent of the others, of their number, and of how many of them share
+    its expert on CPU, unless the backend is the reference.
+    """
+    for weight in weights:
+        if isinstance(weight, PanelMatrix) != wants_panels(backend):
+            raise TypeError(f"{backend} takes panels: {wants_panels(backend)}")
+        if len(weight.shape) != 3 or weight.shape[2] != x.shape[1]:
+            raise ValueError(f"weights {weight.shape} do not fit rows of {x.shape[1]}")
+        if group_sizes.shape != weight.shape[:1]:
+            raise ValueError(f"weights {weight.shape} do not fit {group_sizes.shape} group sizes")
+    with jax.named_scope("grouped_matmul"):
+        return _IMPLEMENTATIONS[backend](x, weights, group_sizes)

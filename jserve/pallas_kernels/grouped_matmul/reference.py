@@ -1,0 +1,23 @@
+"""What the grouped product means, in plain jnp: every expert for every row, then the row's own."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jserve.pallas_kernels.matmul.reference import dot
+
+
+def grouped_matmul(
+    x: jax.Array, weights: Sequence[jax.Array], group_sizes: jax.Array
+) -> tuple[jax.Array, ...]:
+    """See `dispatch`. Rows after the last group are zero."""
+    ends = jnp.cumsum(group_sizes)
+    row = jnp.arange(x.shape[0])[None, :]
+    is_own = (row >= (ends - group_sizes)[:, None]) & (row < ends[:, None])  # [experts, rows]
+
+    def product(weight: jax.Array) -> jax.Array:
+        everything = jax.vmap(dot, in_axes=(None, 0))(x, weight)
+        return jnp.sum(jnp.where(is_own[:, :, None], everything, 0.0), axis=0)
+
+    return tuple(product(weight) for weight in weights)

@@ -1,0 +1,155 @@
+"""Models with experts: their weights through the files, over devices, and what is refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec, SingleDeviceSharding
+from safetensors.numpy import load_file
+
+from jserve.core.errors import ConfigError
+from jserve.model.formats.convert import Format, convert
+from jserve.model.formats.hf_folder import hf_config_of
+from jserve.model.formats.native import restore_native
+from jserve.model.formats.native_folder import read_spec
+from jserve.model.formats.text_assets import byte_level_assets
+from jserve.model.functional import Model
+from jserve.model.sharding import axis_rules, device_mesh, param_shardings
+from jserve.model.spec import ModelSpec
+from jserve.pallas_kernels.backend import Backend
+from jserve.pallas_kernels.matmul.panels import to_panels
+from tests.integration.model_harness import CASES, dense_attend, from_checkpoint
+from tests.model_files import write_hf
+
+SPEC = ModelSpec(
+    family="qwen3_moe",
+    vocab=128,
+    layers=2,
+    model_dim=48,
+    ffn_dim=64,
+    q_heads=16,
+    kv_heads=8,
+    head_dim=8,
+    max_position=64,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    experts=8,
+    experts_per_token=3,
+    expert_ffn_dim=32,
+    sparse_layers=(False, True),
+)
+
+
+def no_progress(done: int, total: int) -> None:
+    assert 0 <= done <= total
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe_dense_layers"])
+def test_hugging_face_to_native_and_back(name: str, tmp_path: Path) -> None:
+    config = json.loads((CASES / name / "config.json").read_text())
+    weights = load_file(CASES / name / "model.safetensors")
+    source = write_hf(tmp_path / "hf", config, weights, byte_level_assets(256, ()).tokenizer_json)
+    native, again = tmp_path / "native", tmp_path / "again"
+    convert(source, native, Format.NATIVE, progress=no_progress)
+    convert(native, tmp_path / "native_again", Format.NATIVE, progress=no_progress)
+    for folder in (native, tmp_path / "native_again"):
+        for backend in (Backend.CPU, Backend.NATIVE):
+            _check_arrays(folder, weights, backend)
+    for start in (source, native):
+        convert(start, again, Format.HUGGING_FACE, progress=no_progress)
+        written = load_file(again / "model.safetensors")
+        assert set(written) == set(weights)
+        for tensor, expected in weights.items():
+            np.testing.assert_array_equal(written[tensor], expected, tensor)
+        again = tmp_path / "once_more"
+
+
+def _check_arrays(folder: Path, weights: dict[str, np.ndarray], backend: Backend) -> None:
+    """The arrays that a native folder gives one backend are made of `weights`."""
+    model = Model(read_spec(folder), jnp.float32, backend)
+    specs = model.param_specs()
+    here = dict.fromkeys(specs, SingleDeviceSharding(jax.devices()[0]))
+    arrays = restore_native(folder, specs, here)
+    for name, expected in from_checkpoint(specs, weights).items():
+        in_panels = arrays[name].ndim > expected.ndim
+        assert in_panels == (backend is Backend.NATIVE and expected.ndim > 1)
+        np.testing.assert_array_equal(arrays[name], to_panels(expected) if in_panels else expected)
+
+
+def test_missing_and_misshapen_experts_are_named(tmp_path: Path) -> None:
+    config = json.loads((CASES / "mixtral" / "config.json").read_text())
+    weights = load_file(CASES / "mixtral" / "model.safetensors")
+    stem = "model.layers.1.block_sparse_moe.experts"
+    del weights[f"{stem}.2.w1.weight"]
+    weights[f"{stem}.3.w2.weight"] = np.zeros((24, 32), np.float32)
+    source = write_hf(tmp_path / "hf", config, weights, byte_level_assets(256, ()).tokenizer_json)
+    with pytest.raises(ConfigError) as caught:
+        convert(source, tmp_path / "native", Format.NATIVE, progress=no_progress)
+    assert f"tensor {stem}.2.w1.weight is missing" in str(caught.value)
+    assert f"{stem}.3.w2.weight has shape (24, 32), not (32, 24)" in str(caught.value)
+
+
+@pytest.mark.parametrize(("model", "expert"), [(4, 2), (1, 8)])
+def test_any_layout_is_the_same_model(model: int, expert: int) -> None:
+    decoder = Model(SPEC, jnp.float32)
+    plain = decoder.init(3)
+    mesh = device_mesh(jax.devices(), model=model, expert=expert)
+    shardings = param_shardings(decoder.param_specs(), SPEC, mesh)
+    layout = shardings["model.layers.1.mlp.experts.down_proj.weight"].spec
+    assert layout == PartitionSpec("expert", None, "model")
+    layout = shardings["model.layers.1.mlp.experts.up_proj.weight"].spec
+    assert layout == PartitionSpec("expert", "model", None)
+    spread = decoder.init(3, shardings)
+    for name, array in spread.items():
+        np.testing.assert_array_equal(array, plain[name], err_msg=name)
+    tokens = np.random.default_rng(0).integers(0, SPEC.vocab, 24).astype(np.int32)
+
+    @jax.jit
+    def logits(params: dict[str, jax.Array]) -> jax.Array:
+        positions = jnp.arange(24, dtype=jnp.int32)
+        hidden, _ = decoder.hidden(params, tokens, positions, (None,) * 2, dense_attend)
+        return decoder.logits(params, hidden)
+
+    np.testing.assert_allclose(logits(spread), logits(plain), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts": 6}, r"mesh: experts \(6\)"),
+        ({"expert_ffn_dim": 31}, r"mesh: expert_ffn \(31\)"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(change: dict[str, int], message: str) -> None:
+    mesh = device_mesh(jax.devices(), model=2, expert=4)
+    with pytest.raises(ConfigError, match=message):
+        axis_rules(dataclasses.replace(SPEC, **change), mesh)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_experts_are_not_quantized(quantization: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{quantization}': weights of experts cannot be"):
+        Model(dataclasses.replace(SPEC, model_dim=64), jnp.float32, quantization=quantization)
+
+
+def test_a_family_without_experts_is_told() -> None:
+    with pytest.raises(ConfigError, match="family llama has no layers with experts"):
+        Model(dataclasses.replace(SPEC, family="llama"), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"family": "mixtral", "expert_ffn_dim": 64},
+        {"family": "mixtral", "weights_sum_to_one": True, "expert_ffn_dim": 64},
+        {"family": "mixtral", "weights_sum_to_one": True, "sparse_layers": ()},
+        {"sliding_window": 8, "local_layers": (True, False)},
+    ],
+)
+def test_what_has_no_hugging_face_form_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="Hugging Face form"):
+        hf_config_of(dataclasses.replace(SPEC, **change))
