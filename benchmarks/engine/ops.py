@@ -81,11 +81,12 @@ def _batch(lengths: list[tuple[int, int]], page_size: int) -> tuple[RaggedBatch,
     starts = np.cumsum(new) - new
     rows = np.repeat(np.arange(len(lengths)), new)
     positions = np.arange(new.sum()) - starts[rows] + (totals - new)[rows]
-    arrays = (jnp.asarray(x, jnp.int32) for x in (table, totals, starts, new))
-    num_decode = int((new == 1).sum())
     batch = make_ragged_batch(
-        *arrays,
-        jnp.int32(num_decode),
+        jnp.asarray(table, jnp.int32),
+        jnp.asarray(totals, jnp.int32),
+        jnp.asarray(starts, jnp.int32),
+        jnp.asarray(new, jnp.int32),
+        jnp.int32(np.count_nonzero(new == 1)),
         jnp.int32(len(lengths)),
         jnp.asarray(rows, jnp.int32),
         jnp.asarray(positions, jnp.int32),
