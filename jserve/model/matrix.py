@@ -18,14 +18,9 @@ from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
 from jserve.pallas_kernels.matmul import panels
 from jserve.pallas_kernels.matmul.dispatch import matmul, wants_panels
 from jserve.pallas_kernels.matmul.panels import PanelMatrix
+from jserve.pallas_kernels.quantized_matmul import matrix as quantized
 from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
-from jserve.pallas_kernels.quantized_matmul.matrix import (
-    PANEL,
-    QuantizedMatrix,
-    quantize,
-    quantized_shapes,
-    take_rows,
-)
+from jserve.pallas_kernels.quantized_matmul.matrix import QuantizedMatrix
 
 
 class QuantizedParams(nnx.Module):
@@ -34,10 +29,10 @@ class QuantizedParams(nnx.Module):
     def __init__(
         self, shape: tuple[int, int], axes: tuple[str | None, str | None], bits: int, std: float
     ) -> None:
-        codes, scales = quantized_shapes(shape, bits)
+        codes, scales = quantized.quantized_shapes(shape, bits)
         # Panels of outputs and groups of inputs are what a mesh may split.
         spread: tuple[str | None, ...] = (*axes, None, None, None)
-        parts = [Encoding(shape, PANEL, partial(_part, bits, part)) for part in (0, 1)]
+        parts = [Encoding(shape, quantized.PANEL, partial(_part, bits, part)) for part in (0, 1)]
         self.codes = param(codes, spread, jnp.uint8, std=std, encoding=parts[0])
         self.scales = param(scales, spread[:4], jnp.float16, std=std, encoding=parts[1])
 
@@ -85,10 +80,10 @@ def products(
     num_rows: Int[Array, ""] | None,
 ) -> tuple[Float32[Array, "rows _"], ...]:
     """X · weightᵀ of weights of one kind, as one op; see `matmul` and `quantized_matmul`."""
-    quantized = [_value(weight) for weight in weights if isinstance(weight, QuantizedParams)]
-    if quantized:
-        assert len(quantized) == len(weights)
-        return quantized_matmul(x, quantized, num_rows=num_rows, backend=numerics.backend)
+    values = [_value(weight) for weight in weights if isinstance(weight, QuantizedParams)]
+    if values:
+        assert len(values) == len(weights)
+        return quantized_matmul(x, values, num_rows=num_rows, backend=numerics.backend)
     dense = [_dense(weight) for weight in weights if isinstance(weight, nnx.Param)]
     return matmul(x, dense, num_rows=num_rows, backend=numerics.backend)
 
@@ -107,7 +102,7 @@ def grouped_products(
 def lookup(weight: Matrix, rows: Int[Array, " rows"]) -> Float[Array, "rows in_dim"]:
     """Some rows of a weight: in float32 if it is quantized."""
     if isinstance(weight, QuantizedParams):
-        return take_rows(_value(weight), rows)
+        return quantized.take_rows(_value(weight), rows)
     value = _dense(weight)
     return panels.take_rows(value, rows) if isinstance(value, PanelMatrix) else value[rows]
 
@@ -123,4 +118,4 @@ def _value(weight: QuantizedParams) -> QuantizedMatrix:
 
 
 def _part(bits: int, part: int, rows: np.ndarray) -> np.ndarray:
-    return quantize(rows, bits)[part]
+    return quantized.quantize(rows, bits)[part]

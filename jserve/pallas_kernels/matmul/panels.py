@@ -43,5 +43,5 @@ def to_panels(
 def take_rows(
     matrix: PanelMatrix, rows: Int[jax.Array, " rows"]
 ) -> Float[jax.Array, "rows in_dim"]:
-    """Some rows of the weight: an embedding's lookup."""
+    """Some rows of the weight, 0 ≤ row < out_dim: an embedding's lookup."""
     return matrix.values[rows // PANEL, :, rows % PANEL]
