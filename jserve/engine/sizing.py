@@ -1,5 +1,6 @@
 """Every static size of an engine, derived once from model, config and measured memory."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from jserve.engine.memory import GRID, device_pages, host_available_bytes, host_
 from jserve.engine.programs import compile_programs
 from jserve.engine.state import DeviceState, init_state, page_bytes, state_shardings
 from jserve.model.functional import Model
-from jserve.model.sharding import param_shardings, stored_kv_heads
+from jserve.model.sharding import AnyMesh, param_shardings, stored_kv_heads
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +41,16 @@ class EngineShape:
         return -(-pages // 128) * 128
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceBytes:
+    """What one device holds, by what takes it."""
+
+    params: int
+    slots: int  # their state, without pages
+    page: int  # one page, over all layers
+    temporaries: int  # of the largest program
+
+
 def shape_engine(
     model: Model,
     mesh: Mesh,
@@ -51,24 +62,16 @@ def shape_engine(
 
     Raises ConfigError for a context that the model, or pages that the memory cannot hold.
     """
-    spec = model.spec
-    max_model_len = config.max_model_len or spec.max_context
-    if max_model_len > spec.max_context:
-        raise ConfigError(
-            f"engine.max_model_len is {max_model_len}; the model's context is {spec.max_context}"
-        )
-    kv_heads = stored_kv_heads(spec, mesh)
-    batch = BatchShape(config.num_slots, spec.vocab, config.page_size, config.processor_rows)
-    kv_dtype = jnp.dtype(config.kv_dtype or model.dtype)
-    least = EngineShape(batch, GRID, max_model_len, kv_dtype, kv_heads)
+    least = least_shape(model, mesh, config)
     if config.num_pages:
         num_pages = config.num_pages
     elif config.kv_bytes:
         on_host = mesh.devices.flat[0].platform == "cpu"
+        need = device_bytes(model, mesh, least, temporaries=0)
         num_pages = host_pages(
             kv_bytes=config.kv_bytes,
-            page_bytes=page_bytes(model, config.page_size, kv_dtype, kv_heads),
-            other_bytes=_fixed_bytes(model, mesh, least),
+            page_bytes=page_bytes(model, config.page_size, least.kv_dtype, least.kv_heads),
+            other_bytes=need.params + need.slots,
             available_bytes=host_available_bytes() if on_host else None,
         )
     else:
@@ -80,14 +83,28 @@ def shape_engine(
             f"engine.max_model_len is {config.max_model_len}, but all {num_pages} pages hold "
             f"{held} tokens; lower it or raise engine.kv_bytes"
         )
-    if max_model_len > held:
+    if least.max_model_len > held:
         _log.warning(
-            "the context is cut from %d to the %d tokens of all pages", max_model_len, held
+            "the context is cut from %d to the %d tokens of all pages", least.max_model_len, held
         )
-    return EngineShape(batch, num_pages, min(max_model_len, held), kv_dtype, kv_heads)
+    max_model_len = min(least.max_model_len, held)
+    return dataclasses.replace(least, num_pages=num_pages, max_model_len=max_model_len)
 
 
-def abstract_params(model: Model, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def least_shape(model: Model, mesh: AnyMesh, config: EngineConfig) -> EngineShape:
+    """The shape with as few pages as there can be. Raises ConfigError for too long a context."""
+    spec = model.spec
+    max_model_len = config.max_model_len or spec.max_context
+    if max_model_len > spec.max_context:
+        raise ConfigError(
+            f"engine.max_model_len is {max_model_len}; the model's context is {spec.max_context}"
+        )
+    batch = BatchShape(config.num_slots, spec.vocab, config.page_size, config.processor_rows)
+    kv_dtype = jnp.dtype(config.kv_dtype or model.dtype)
+    return EngineShape(batch, GRID, max_model_len, kv_dtype, stored_kv_heads(spec, mesh))
+
+
+def abstract_params(model: Model, mesh: AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, types and shardings of the parameters."""
     shardings = param_shardings(model.param_specs(), model.spec, mesh)
     return {
@@ -109,7 +126,7 @@ def make_state(model: Model, shape: EngineShape) -> DeviceState:
     )
 
 
-def abstract_state(model: Model, mesh: Mesh, shape: EngineShape) -> DeviceState:
+def abstract_state(model: Model, mesh: AnyMesh, shape: EngineShape) -> DeviceState:
     """Shapes, types and shardings of `make_state`."""
     state = jax.eval_shape(lambda: make_state(model, shape))
     return jax.tree.map(
@@ -156,22 +173,27 @@ def _measured_pages(
         if memory is None:
             raise ConfigError("this backend cannot tell what programs need; set engine.kv_bytes")
         temp_bytes = max(temp_bytes, memory.temp_size_in_bytes)
-    heads_of_device = least.kv_heads // mesh.shape["model"]
+    need = device_bytes(model, mesh, least, temp_bytes)
     return device_pages(
         limit_bytes=limit_bytes,
-        params_bytes=_fixed_bytes(model, mesh, least),
-        temp_bytes=temp_bytes,
-        page_bytes=page_bytes(model, config.page_size, least.kv_dtype, heads_of_device),
+        params_bytes=need.params + need.slots,
+        temp_bytes=need.temporaries,
+        page_bytes=need.page,
     )
 
 
-def _fixed_bytes(model: Model, mesh: Mesh, shape: EngineShape) -> int:
-    """What one device holds beside pages and temporaries: parameters and the state of slots."""
-    slots = abstract_state(model, mesh, shape)._replace(kv={})
-    return _device_bytes(abstract_params(model, mesh)) + _device_bytes(slots)
+def device_bytes(model: Model, mesh: AnyMesh, shape: EngineShape, temporaries: int) -> DeviceBytes:
+    """What one device of the mesh holds of an engine of this shape."""
+    heads = shape.kv_heads // mesh.shape["model"]
+    return DeviceBytes(
+        params=_shard_bytes(abstract_params(model, mesh)),
+        slots=_shard_bytes(abstract_state(model, mesh, shape)._replace(kv={})),
+        page=page_bytes(model, shape.batch.page_size, shape.kv_dtype, heads),
+        temporaries=temporaries,
+    )
 
 
-def _device_bytes(tree: object) -> int:
+def _shard_bytes(tree: object) -> int:
     """Bytes of the largest shard of every leaf: what one device holds."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize

@@ -4,11 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from jserve.model.functional import Model
 from jserve.model.sampling.state import SamplerState, init_sampler_state
-from jserve.model.sharding import named_sharding
+from jserve.model.sharding import AnyMesh, named_sharding
 from jserve.pallas_kernels.ragged_paged_attention.dispatch import kv_pages_shape
 
 FULL = "full"  # the layer group of all attention layers; its pages hold every token
@@ -61,7 +60,7 @@ def init_state(
     )
 
 
-def state_shardings(state: DeviceState, mesh: Mesh) -> DeviceState:
+def state_shardings(state: DeviceState, mesh: AnyMesh) -> DeviceState:
     """Pages are split by KV heads, where each device of the axis has as many; the rest is not."""
     heads = named_sharding(mesh, (None, None, "kv_heads", None, None))
     replicated = named_sharding(mesh, ())

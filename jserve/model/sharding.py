@@ -5,13 +5,14 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jserve.core.errors import ConfigError
 from jserve.model.params import ParamSpec
 from jserve.model.spec import ModelSpec
 
 _T = TypeVar("_T")
+AnyMesh = Mesh | AbstractMesh  # for what needs names and sizes only
 
 # Megatron's split (Shoeybi et al., 2019): heads and FFN columns one way in, the other way out,
 # so each block ends in one all-reduce, which the compiler places.
@@ -22,6 +23,8 @@ RULES: dict[str, str] = {
     "ffn": "model",
     "experts": "expert",
 }
+_AXES = ("model", "expert")
+_AXIS_TYPES = (AxisType.Auto, AxisType.Auto)
 
 
 def device_mesh(devices: Sequence[Any], *, model: int, expert: int = 1) -> Mesh:
@@ -35,10 +38,15 @@ def device_mesh(devices: Sequence[Any], *, model: int, expert: int = 1) -> Mesh:
             f"({len(devices)})"
         )
     grid = np.asarray(devices, dtype=object).reshape(model, expert)
-    return Mesh(grid, ("model", "expert"), axis_types=(AxisType.Auto, AxisType.Auto))
+    return Mesh(grid, _AXES, axis_types=_AXIS_TYPES)
 
 
-def axis_rules(spec: ModelSpec, mesh: Mesh) -> dict[str, str | None]:
+def abstract_mesh(*, model: int, expert: int = 1) -> AbstractMesh:
+    """A mesh like `device_mesh` without devices: shapes and shardings can be computed with it."""
+    return AbstractMesh((model, expert), _AXES, axis_types=_AXIS_TYPES)
+
+
+def axis_rules(spec: ModelSpec, mesh: AnyMesh) -> dict[str, str | None]:
     """`RULES` for one model on one mesh; None replicates.
 
     KV heads are replicated when there are fewer than devices on the axis; then the query heads
@@ -72,7 +80,7 @@ def axis_rules(spec: ModelSpec, mesh: Mesh) -> dict[str, str | None]:
     return rules
 
 
-def stored_kv_heads(spec: ModelSpec, mesh: Mesh) -> int:
+def stored_kv_heads(spec: ModelSpec, mesh: AnyMesh) -> int:
     """KV heads that the pages hold: one for each device of the axis where there are fewer."""
     return max(spec.kv_heads, mesh.shape["model"])
 
@@ -86,14 +94,14 @@ def on_every_device(mesh: Mesh, function: Callable[..., _T]) -> Callable[..., _T
 
 
 def named_sharding(
-    mesh: Mesh, axes: Sequence[str | None], rules: Mapping[str, str | None] = RULES
+    mesh: AnyMesh, axes: Sequence[str | None], rules: Mapping[str, str | None] = RULES
 ) -> NamedSharding:
     """The sharding of an array whose dimensions have the logical names `axes`."""
     return NamedSharding(mesh, PartitionSpec(*(axis and rules[axis] for axis in axes)))
 
 
 def param_shardings(
-    params: Mapping[str, ParamSpec], spec: ModelSpec, mesh: Mesh
+    params: Mapping[str, ParamSpec], spec: ModelSpec, mesh: AnyMesh
 ) -> dict[str, NamedSharding]:
     """The sharding of every parameter by name; see `axis_rules` for errors."""
     rules = axis_rules(spec, mesh)
