@@ -1,4 +1,4 @@
-"""Llama 3.1 8B Instruct in bfloat16, from a Hugging Face folder: `llama31_8b.py[:gpu|:tpu]`.
+"""Llama 3.1 8B Instruct in bfloat16, from a Hugging Face folder: `llama31_8b.py[:h200|:v5e-8]`.
 
 Set model.source to the folder that the weights were downloaded to.
 """
@@ -9,33 +9,40 @@ from jserve.engine.config import EngineConfig
 from jserve.model.config import ModelConfig
 
 
-def get_config(variant: str = "gpu") -> ServeConfig:
-    """`gpu`: one device of 80 GB; `tpu`: the eight chips of a v5e-8, 16 GB each."""
-    engines = {
-        "gpu": EngineConfig(
-            num_slots=128,
-            max_model_len=16384,
-            page_size=64,
-            kv_bytes=0,
-            mixed_tokens=(256, 2048),
-            window_rows=(8, 128),
+def get_config(variant: str = "h200") -> ServeConfig:
+    """`h200`: one GPU of 141 GB (or, with fewer pages, of 80); `v5e-8`: eight chips of 16 GB."""
+    variants = {
+        "h200": (
+            PlatformConfig(backend="gpu", chip="h200"),
+            EngineConfig(
+                num_slots=256,
+                max_model_len=16384,
+                page_size=64,
+                kv_bytes=0,
+                mixed_tokens=(512, 2048),
+                window_rows=(8, 64, 256),
+            ),
         ),
-        "tpu": EngineConfig(
-            num_slots=64,
-            max_model_len=8192,
-            page_size=128,
-            kv_bytes=0,
-            mixed_tokens=(128, 1024),
-            window_rows=(8, 64),
-            tensor_parallel=8,
+        "v5e-8": (
+            PlatformConfig(backend="tpu", chip="v5e"),
+            EngineConfig(
+                num_slots=64,
+                max_model_len=8192,
+                page_size=128,
+                kv_bytes=0,
+                mixed_tokens=(128, 1024),
+                window_rows=(8, 64),
+                tensor_parallel=8,
+            ),
         ),
     }
-    if variant not in engines:
-        raise ConfigError(f"llama31_8b.py has no variant {variant!r}; one of {list(engines)}")
+    if variant not in variants:
+        raise ConfigError(f"llama31_8b.py has no variant {variant!r}; one of {list(variants)}")
+    platform, engine = variants[variant]
     return ServeConfig(
         model=ModelConfig(
             name="llama-3.1-8b-instruct", source="models/Llama-3.1-8B-Instruct", dtype="bfloat16"
         ),
-        platform=PlatformConfig(backend=variant),
-        engine=engines[variant],
+        platform=platform,
+        engine=engine,
     )

@@ -12,7 +12,7 @@ def get_config() -> ServeConfig:
     """KV pages take what the programs leave of the device."""
     return ServeConfig(
         model=ModelConfig(name="qwen3-8b", source="models/Qwen3-8B", dtype="bfloat16"),
-        platform=PlatformConfig(backend="gpu"),
+        platform=PlatformConfig(backend="gpu", chip="h100"),
         engine=EngineConfig(
             num_slots=128,
             max_model_len=16384,

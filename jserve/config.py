@@ -33,6 +33,7 @@ class PlatformConfig:
     """What JAX runs on, decided before it starts, whatever plugins are installed."""
 
     backend: str = "cpu"  # cpu, gpu or tpu
+    chip: str = ""  # that the config was made for, see engine.chips; for `jserve plan`
     xla_flags: tuple[str, ...] = ()  # added to the launcher's own for this backend
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ def code_digest(sources: Iterable[Path]) -> str:
     """A digest of the source files, and those of packages, that programs are traced from."""
     digest = hashlib.sha256()
     for source in sources:
-        files = (file for file in source.rglob("*") if file.suffix in (".py", ".cc", ".h"))
+        files = (file for file in source.rglob("*") if file.suffix in (".py", ".json", ".cc", ".h"))
         for file in sorted(files) if source.is_dir() else [source]:
             digest.update(str(file.relative_to(source.parent)).encode())
             digest.update(file.read_bytes())

@@ -1,4 +1,4 @@
-"""The command line: `jserve [serve | convert SRC DST | generate PROMPT]` and its flags."""
+"""The command line: `jserve [serve | convert SRC DST | generate PROMPT | plan]` and its flags."""
 
 import dataclasses
 import sys
@@ -44,6 +44,10 @@ _CHAT = flags.DEFINE_bool(
     "chat", True, "generate: wrap the prompt in the model's chat template if it has one."
 )
 
+_ARCHITECTURE = flags.DEFINE_string(
+    "architecture", None, "plan: a model's config.json, where its files are not here."
+)
+
 _MODEL_FLAGS = (_CONFIG, _SET)
 _GATEWAY_FLAGS = (_HOST, _HTTP_PORT, _GRPC_PORT)
 _FLAGS_OF: Mapping[str, Sequence[flags.FlagHolder[Any]]] = {
@@ -52,6 +56,7 @@ _FLAGS_OF: Mapping[str, Sequence[flags.FlagHolder[Any]]] = {
     "serve --role=engine": (*_MODEL_FLAGS, _ROLE, _ENGINE_ADDRESS),
     "convert": (_FORMAT, _DTYPE, _QUANTIZATION),
     "generate": (*_MODEL_FLAGS, _MAX_TOKENS, _TEMPERATURE, _SEED, _CHAT),
+    "plan": (*_MODEL_FLAGS, _ARCHITECTURE),
 }
 
 _USAGE = """LLM serving on JAX.
@@ -59,6 +64,7 @@ _USAGE = """LLM serving on JAX.
   jserve --config=FILE [--set section.field=value …]   serve over HTTP and gRPC
   jserve convert SOURCE FOLDER [--format=…]             weights to the native or another format
   jserve generate PROMPT --config=FILE                  one prompt, streamed to the terminal
+  jserve plan --config=FILE                             whether it fits its chips; needs none
 """
 
 
@@ -72,7 +78,7 @@ def run() -> None:
 
 def _main(argv: Sequence[str]) -> None:
     command, *arguments = argv[1:] or ["serve"]
-    commands = {"serve": _serve, "convert": _convert, "generate": _generate}
+    commands = {"serve": _serve, "convert": _convert, "generate": _generate, "plan": _plan}
     if command not in commands:
         raise app.UsageError(f"unknown command {command!r}; one of {', '.join(commands)}")
     _refuse_strange_flags(f"serve --role={_ROLE.value}" if command == "serve" else command)
@@ -157,3 +163,14 @@ def _generate(arguments: Sequence[str]) -> int:
         seed=_SEED.value,
         chat=_CHAT.value,
     )
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    if arguments:
+        raise app.UsageError(f"plan takes no arguments, got {' '.join(arguments)}")
+    config = _load_config()
+    logs.configure(dataclasses.replace(config.log, level="warning"))
+    platform.pin(config_lib.PlatformConfig())  # plans need no accelerator
+    from jserve.launch.plan import plan
+
+    return plan(config, _ARCHITECTURE.value)

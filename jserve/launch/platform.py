@@ -6,6 +6,7 @@ import resource
 import sys
 
 from jserve.config import PlatformConfig
+from jserve.engine.chips import GPU_SHARE
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ def pin(config: PlatformConfig) -> None:
     flags = (*_XLA_FLAGS[config.backend], *config.xla_flags, *inherited)
     os.environ["JAX_PLATFORMS"] = config.jax_platforms
     os.environ["XLA_FLAGS"] = " ".join(flags)
+    # JAX takes three quarters of a GPU unless told; an engine has it to itself.
+    if config.backend == "gpu" and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_SHARE))
     _log.info("platform pinned", extra={"backend": config.backend, "xla_flags": " ".join(flags)})
 
 

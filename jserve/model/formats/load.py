@@ -52,6 +52,14 @@ def model_spec(config: ModelConfig, progress: Progress) -> ModelSpec:
     return open_source(source)[1] if source.is_dir() else spec_from_gguf(GgufFile(source))
 
 
+def architecture(config: ModelConfig, progress: Progress) -> ModelSpec:
+    """The spec as far as shapes go: of a Hugging Face folder, its config.json will do."""
+    source = locate(config, progress)
+    if source is None or not (source / "config.json").is_file() or is_native(source):
+        return model_spec(config, progress)
+    return spec_from_hf(read_json(source / "config.json"))
+
+
 def prepare(config: ModelConfig, progress: Progress) -> PreparedModel:
     """Fetches and converts whatever is missing; instant when it was done before.
 

@@ -107,7 +107,7 @@ def test_wrong_type_in_a_config_is_found(inner: Inner, name: str) -> None:
 def test_every_config_of_the_repository_loads() -> None:
     names = [path.name for path in sorted(CONFIGS.glob("*.py"))]
     assert "smollm2_135m.py" in names
-    for name in [*names, "llama31_8b.py:tpu"]:
+    for name in [*names, "llama31_8b.py:v5e-8"]:
         config = load(str(CONFIGS / name))
         assert pickle.loads(pickle.dumps(config)) == config
 

@@ -25,6 +25,11 @@ def test_help_lists_commands_and_flags() -> None:
         (["--config=configs/tiny_random.py", "--set", "engine.slots=1"], "it has num_slots"),
         (["--config=configs/tiny_random.py", "--set", "engine.num_slots=x"], "not of type int"),
         (["convert", ".", "."], "exists already"),
+        (["plan", "--config=configs/tiny_random.py"], "platform.chip is not set"),
+        (["plan", "--config=configs/llama33_70b.py"], "--architecture=config.json"),
+        (["plan", "--config=configs/llama33_70b.py", "--architecture=x"], "there is no file x"),
+        (["plan", "--config=configs/llama33_70b.py", "--set=platform.chip=v9"], "v5e, v5p, v6e"),
+        (["plan", "--config=configs/llama33_70b.py", "--set=platform.chip=h200"], "is 'tpu'"),
     ],
 )
 def test_config_errors_exit_with_2(arguments: list[str], message: str) -> None:
@@ -49,6 +54,7 @@ def test_config_errors_exit_with_2(arguments: list[str], message: str) -> None:
         ["convert", "a", "b", "--set=engine.num_slots=8"],
         ["generate", "x", "--role=engine"],
         ["generate", "x", "--http_port=8000"],
+        ["plan", "--max_tokens=3"],
     ],
 )
 def test_a_flag_that_would_do_nothing_is_refused(arguments: list[str]) -> None:
@@ -59,7 +65,9 @@ def test_a_flag_that_would_do_nothing_is_refused(arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["fly"], ["generate"], ["--nonsense"], ["serve", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["fly"], ["plan", "x"], ["generate"], ["--nonsense"], ["serve", "x"]]
+)
 def test_wrong_usage_is_explained(arguments: list[str]) -> None:
     done = _jserve(*arguments, "--config=configs/tiny_random.py")
     assert done.returncode == 1

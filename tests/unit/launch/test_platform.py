@@ -22,6 +22,7 @@ print(json.dumps({
     "flags": os.environ["XLA_FLAGS"].split(),
     "jax": "jax" in sys.modules,
     "limit": soft == hard,
+    "gpu_share": os.environ.get("XLA_CLIENT_MEM_FRACTION"),
 }))
 """
 
@@ -45,6 +46,7 @@ def test_platform_and_flags_are_set_without_starting_jax(backend: str, platforms
     assert said["flags"][-2:] == ["--xla_a=1", "--xla_b=2"]
     assert not said["jax"]
     assert said["limit"]
+    assert said["gpu_share"] == ("0.92" if backend == "gpu" else None)
 
 
 def test_unknown_backend_is_refused() -> None:

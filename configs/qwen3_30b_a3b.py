@@ -1,0 +1,25 @@
+"""Qwen3 30B-A3B, a mixture of 128 experts, in bfloat16 on a TPU v6e-8, from a Hugging Face folder.
+
+Set model.source to the folder that the weights were downloaded to.
+"""
+
+from jserve.config import PlatformConfig, ServeConfig
+from jserve.engine.config import EngineConfig
+from jserve.model.config import ModelConfig
+
+
+def get_config() -> ServeConfig:
+    """Eight chips of 32 GB, each with an eighth of every expert and every layer."""
+    return ServeConfig(
+        model=ModelConfig(name="qwen3-30b-a3b", source="models/Qwen3-30B-A3B", dtype="bfloat16"),
+        platform=PlatformConfig(backend="tpu", chip="v6e"),
+        engine=EngineConfig(
+            num_slots=128,
+            max_model_len=16384,
+            page_size=128,
+            kv_bytes=0,
+            mixed_tokens=(256, 1024),
+            window_rows=(8, 128),
+            tensor_parallel=8,
+        ),
+    )

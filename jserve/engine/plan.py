@@ -1,0 +1,105 @@
+"""Will an engine fit? Counted from shapes alone: no device, no weights, nothing compiled."""
+
+from dataclasses import dataclass
+
+from jserve.core.errors import ConfigError
+from jserve.core.step import Program, ProgramKind
+from jserve.engine.chips import Chip
+from jserve.engine.config import EngineConfig
+from jserve.engine.memory import GRID
+from jserve.engine.sizing import DeviceBytes, EngineShape, device_bytes, least_shape
+from jserve.engine.state import page_bytes
+from jserve.model.functional import Model
+from jserve.model.sharding import AnyMesh
+
+_FLOAT = 4  # bytes of float32 and int32
+# Arrays of [rows, vocab] that sampling holds at once: logits, those with processors applied,
+# counts and masks of the rows, noise, and two that a copy or a comparison makes.
+_VOCAB_ARRAYS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What an engine needs of each chip, and how many pages are left for it."""
+
+    chip: Chip
+    shape: EngineShape  # num_pages as planned
+    need: DeviceBytes
+    largest: Program  # whose temporaries are counted
+
+    @property
+    def used_bytes(self) -> int:
+        """Of one chip."""
+        need = self.need
+        return need.params + need.slots + need.temporaries + self.shape.num_pages * need.page
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens that all pages hold."""
+        return self.shape.num_pages * self.shape.batch.page_size
+
+    @property
+    def full_sequences(self) -> int:
+        """Sequences of the longest context that the pages hold at once."""
+        page_size = self.shape.batch.page_size
+        return self.shape.num_pages // -(-self.shape.max_model_len // page_size)
+
+
+def plan_memory(model: Model, mesh: AnyMesh, config: EngineConfig, chip: Chip) -> MemoryPlan:
+    """Counts what each chip of `mesh` holds. Temporaries are estimated, all else is exact.
+
+    Raises ConfigError with the bytes that are missing where the engine does not fit.
+    """
+    least = least_shape(model, mesh, config)
+    sizes = {program: temporary_bytes(model, mesh, program) for program in config.programs()}
+    largest = max(sizes, key=sizes.__getitem__)
+    need = device_bytes(model, mesh, least, sizes[largest])
+    fixed = need.params + need.slots + need.temporaries
+    # One sequence of the longest context must fit, or of what the config insists on.
+    context = config.max_model_len or config.page_size
+    wanted = config.num_pages or -(-context // config.page_size)
+    if config.kv_bytes and not config.num_pages:
+        of_all = page_bytes(model, config.page_size, least.kv_dtype, least.kv_heads)
+        wanted = max(wanted, config.kv_bytes // of_all)
+    missing = fixed + wanted * need.page - chip.usable_bytes
+    if missing > 0:
+        raise ConfigError(
+            f"{missing / 2**30:.2f} GiB too much for a {chip.name} "
+            f"({chip.usable_bytes / 2**30:.2f} GiB): weights {need.params / 2**30:.2f}, slots "
+            f"{need.slots / 2**30:.2f}, temporaries {need.temporaries / 2**30:.2f} "
+            f"({largest.name}), {wanted} pages {wanted * need.page / 2**30:.2f} GiB; use more "
+            "chips (engine.tensor_parallel), a quantized model, fewer slots or a shorter context"
+        )
+    pages = wanted
+    if not config.num_pages and not config.kv_bytes:
+        pages = max((chip.usable_bytes - fixed) // need.page // GRID * GRID, wanted)
+    held = pages * config.page_size
+    shape = EngineShape(
+        least.batch, pages, min(least.max_model_len, held), least.kv_dtype, least.kv_heads
+    )
+    return MemoryPlan(chip, shape, need, largest)
+
+
+def temporary_bytes(model: Model, mesh: AnyMesh, program: Program) -> int:
+    """An estimate, from above, of what one device needs to run a program beside its arguments.
+
+    Layers come one after the other and reuse memory, so the widest counts: its input, its
+    products in float32 and in the compute dtype, and attention's own copies of q, k and v. The
+    head and the sampler come after them.
+    """
+    spec, chips = model.spec, mesh.shape["model"]
+    tokens, itemsize = program.tokens, model.dtype.itemsize
+    both = _FLOAT + itemsize
+    heads = spec.q_heads // chips + 2 * max(spec.kv_heads // chips, 1)
+    # q, k and v as products, rotated, and laid out for the kernel; its outputs twice.
+    attention = heads * spec.head_dim * 3 * both
+    ffn = 3 * spec.ffn_dim // chips * both
+    if spec.experts:
+        row = 3 * spec.expert_ffn_dim // chips * both + 2 * spec.model_dim * both
+        ffn = max(ffn if spec.sparse_layers else 0, spec.experts_per_token * row)
+    layers = tokens * (3 * spec.model_dim * both + max(attention, ffn))
+    rows = program.rows
+    if program.kind is ProgramKind.MIXED:
+        layers += tokens * spec.model_dim * both  # the hidden states of all tokens, for their rows
+    vocab = -(-spec.vocab // chips)
+    return layers + rows * vocab * _FLOAT * _VOCAB_ARRAYS

@@ -1,0 +1,86 @@
+"""The command `plan`: whether a config fits its chips, told without having any."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from jserve.config import ServeConfig
+from jserve.core.errors import ConfigError
+from jserve.engine.chips import CHIPS, chip_of
+from jserve.engine.plan import MemoryPlan, plan_memory
+from jserve.launch.console import Console, FileProgress
+from jserve.model.formats.hf_config import spec_from_hf
+from jserve.model.formats.json_file import read_json
+from jserve.model.formats.load import architecture
+from jserve.model.functional import Model
+from jserve.model.sharding import abstract_mesh
+from jserve.model.spec import ModelSpec
+from jserve.pallas_kernels.backend import backend_for
+
+_GIB = 1 << 30
+
+
+def plan(config: ServeConfig, architecture_file: str | None) -> int:
+    """Prints what each chip holds; returns the exit code. Raises ConfigError if it does not fit.
+
+    `architecture_file` is a `config.json` to plan for where the model's own files are not here.
+    """
+    if not config.platform.chip:
+        raise ConfigError(
+            f"platform.chip is not set: name what the engine runs on, one of {', '.join(CHIPS)}"
+        )
+    chip = chip_of(config.platform.chip)
+    if chip.platform != config.platform.backend:
+        raise ConfigError(
+            f"platform.chip is {chip.name!r}, a {chip.platform}, but platform.backend is "
+            f"{config.platform.backend!r}"
+        )
+    console = Console()
+    spec = _spec(config, architecture_file, console)
+    chips = config.engine.tensor_parallel
+    mesh = abstract_mesh(model=chips)
+    dtype = jnp.dtype(config.model.dtype)
+    backend = backend_for(chip.platform, dtype, chips)
+    model = Model(spec, dtype, backend, config.model.quantization)
+    _show(console, config, plan_memory(model, mesh, config.engine, chip))
+    return 0
+
+
+def _spec(config: ServeConfig, architecture_file: str | None, console: Console) -> ModelSpec:
+    if architecture_file is not None:
+        if not Path(architecture_file).is_file():
+            raise ConfigError(f"--architecture: there is no file {architecture_file}")
+        return spec_from_hf(read_json(Path(architecture_file)))
+    try:
+        return architecture(config.model, FileProgress("model files", console.say))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; --architecture=config.json plans without") from error
+
+
+def _show(console: Console, config: ServeConfig, plan: MemoryPlan) -> None:
+    shape, need, chip = plan.shape, plan.need, plan.chip
+    slots, longest = shape.batch.num_slots, shape.max_model_len
+    free = chip.usable_bytes - plan.used_bytes
+    kind = config.model.quantization
+    rows = {
+        "weights": f"{_gib(need.params)}  in {config.model.dtype if kind == 'none' else kind}",
+        "slots": f"{_gib(need.slots)}  the state of {slots}",
+        "temporaries": f"{_gib(need.temporaries)}  of {plan.largest.name}, estimated",
+        "KV pages": f"{_gib(shape.num_pages * need.page)}  {shape.num_pages} of "
+        f"{shape.batch.page_size} tokens in {shape.kv_dtype}, {need.page / 2**20:.2f} MiB each",
+        "left": f"{_gib(free)}  of {chip.usable_bytes / _GIB:.2f} GiB",
+    }
+    chips = config.engine.tensor_parallel
+    console.table(f"{config.model.name} on {chips} x {chip.name}, GiB a chip", rows)
+    console.table(
+        "What fits",
+        {
+            "tokens in KV memory": f"{plan.kv_tokens:,}",
+            "a slot's share": f"{plan.kv_tokens // slots:,} tokens ({slots} slots)",
+            "longest contexts": f"{plan.full_sequences} of {longest:,} tokens at once",
+        },
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / _GIB:8.2f}"
