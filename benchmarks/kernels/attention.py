@@ -1,0 +1,173 @@
+"""Attention by itself, beside what memory and matrix units can do in the same run.
+
+    python -m benchmarks.kernels.attention --dtype bfloat16 --page_size 64
+    python -m benchmarks.kernels.attention --backends gpu cpu --kv_dtype float8_e4m3fn
+    python -m benchmarks.kernels.attention --slots 1 8 --contexts 256 --prompts 64 --layers 2
+
+`decode`: every slot has one new token; GB/s are bytes of K and V read and written over time.
+`prompt`: one chunk after so many tokens; TFLOP/s count the keys that each query may see.
+`mixed`: such a chunk beside the largest number of decoding slots. One launch a layer; times are
+of one layer, medians of the turns. Prints one table for each kind, one JSON line.
+"""
+
+import argparse
+from dataclasses import asdict, dataclass
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.engine import ceilings
+from benchmarks.kernels.chained_attention import Heads, time_attention
+from benchmarks.serving import report
+from jserve.pallas_kernels.backend import Backend, backend_for
+
+_GIGA, _TERA = 1e9, 1e12
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One shape on one backend."""
+
+    kind: str
+    backend: str
+    slots: int
+    context: int
+    chunk: int
+    us: float  # a layer
+    bytes_share: float  # of the better stream
+    operations_share: float  # of the matrix product
+
+
+def parse() -> argparse.Namespace:
+    """The flags; sizes of heads are Llama 3.1 8B's unless given."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backends", nargs="+", help="default: the best, and XLA's loops")
+    parser.add_argument("--q_heads", type=int, default=32)
+    parser.add_argument("--kv_heads", type=int, default=8)
+    parser.add_argument("--head_dim", type=int, default=128)
+    parser.add_argument("--page_size", type=int, default=64)
+    parser.add_argument("--window", type=int, default=0)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--kv_dtype", help="default: --dtype")
+    parser.add_argument("--slots", type=int, nargs="*", default=[1, 8, 64, 256])
+    parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 4096, 8192])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048], help="chunks")
+    parser.add_argument("--layers", type=int, default=8, help="in one program")
+    parser.add_argument("--turns", type=int, default=11)
+    parser.add_argument("--most_gib", type=float, default=16.0, help="of K and V in all layers")
+    parser.add_argument("--stream_mib", type=int, default=1024, help="of each streamed array")
+    parser.add_argument("--product_dim", type=int, default=0, help="0: by device")
+    return parser.parse_args()
+
+
+def kv_bytes(heads: Heads, lengths: list[tuple[int, int]]) -> int:
+    """Bytes of K and V that one layer must read, and of new ones that it must write."""
+    window = heads.windows[0] or max(before + new for before, new in lengths)
+    read = sum(min(before + new, window + new - 1) for before, new in lengths)
+    token = 2 * heads.kv_heads * heads.head_dim * jnp.dtype(heads.kv_dtype).itemsize
+    return token * (read + sum(new for _, new in lengths))
+
+
+def operations(heads: Heads, lengths: list[tuple[int, int]]) -> int:
+    """Multiplications and additions of one layer: q·k and p·v of each key that a query sees."""
+    seen = 0
+    for before, new in lengths:
+        window = heads.windows[0] or before + new
+        seen += sum(min(before + i + 1, window) for i in range(new))
+    return 4 * heads.q_heads * heads.head_dim * seen
+
+
+def cells(arguments: argparse.Namespace) -> list[tuple[str, int, int, int]]:
+    """Kind, decoding slots, context and chunk of what is measured."""
+    most = max(arguments.slots, default=0)
+    found = [
+        ("decode", slots, context, 0) for context in arguments.contexts for slots in arguments.slots
+    ]
+    for chunk in arguments.prompts:
+        for before in (0, *arguments.contexts[-1:]):
+            found.append(("prompt", 0, before, chunk))
+        if most and arguments.contexts:
+            found.append(("mixed", most, arguments.contexts[0], chunk))
+    return found
+
+
+def measure(arguments: argparse.Namespace, best: ceilings.Ceilings) -> list[Cell]:
+    """Every cell on every backend; what would take more than `--most_gib` is left out."""
+    dtype = jnp.dtype(arguments.dtype)
+    heads = Heads(
+        arguments.q_heads,
+        arguments.kv_heads,
+        arguments.head_dim,
+        arguments.page_size,
+        dtype,
+        jnp.dtype(arguments.kv_dtype or dtype),
+        (arguments.window,) * arguments.layers,
+    )
+    names = arguments.backends or dict.fromkeys(
+        (backend_for(jax.default_backend(), dtype).value, Backend.CPU.value)
+    )
+    found: list[Cell] = []
+    for kind, slots, context, chunk in cells(arguments):
+        lengths = [(context, 1)] * slots + ([(context, chunk)] if chunk else [])
+        if arguments.layers * kv_bytes(heads, lengths) > arguments.most_gib * 2**30:
+            continue
+        for name in names:
+            ms = time_attention(heads, lengths, Backend(name), arguments.turns)
+            seconds = ms / 1e3 / arguments.layers
+            found.append(
+                Cell(
+                    kind,
+                    name,
+                    slots,
+                    context,
+                    chunk,
+                    seconds * 1e6,
+                    kv_bytes(heads, lengths) / seconds / best.bytes_per_s,
+                    operations(heads, lengths) / seconds / best.operations_per_s,
+                )
+            )
+    return found
+
+
+def show(found: list[Cell], best: ceilings.Ceilings) -> None:
+    """One table: shares are of the ceilings."""
+    print(
+        f"ceilings: {best.bytes_per_s / _GIGA:,.0f} GB/s, "
+        f"{best.operations_per_s / _TERA:,.1f} TFLOP/s\n"
+    )
+    rows = [
+        [
+            f"{cell.kind} {cell.backend}",
+            *(f"{number:,}" for number in (cell.slots, cell.context, cell.chunk)),
+            f"{cell.us:,.0f}",
+            f"{cell.bytes_share:.1%}",
+            f"{cell.operations_share:.1%}",
+        ]
+        for cell in found
+    ]
+    print(report.grid(["", "slots", "context", "chunk", "us", "bandwidth", "matrix rate"], rows))
+
+
+def main() -> None:
+    """Measures and prints."""
+    arguments = parse()
+    dim = arguments.product_dim or ceilings.default_product_dim()
+    best = ceilings.measure(
+        jnp.dtype(arguments.dtype), stream_mib=arguments.stream_mib, product_dim=dim
+    )
+    found = measure(arguments, best)
+    show(found, best)
+    print(
+        report.json_line(
+            "attention",
+            vars(arguments),
+            ceilings=asdict(best),
+            cells=[asdict(cell) for cell in found],
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
