@@ -43,7 +43,6 @@ def compile_programs(
     threads: int = 2,
 ) -> dict[Program, CompiledProgram]:
     """Compiles or loads every program, several at a time."""
-    everywhere = named_sharding(mesh, ())
 
     def make(program: Program) -> CompiledProgram:
         started = time.perf_counter()
@@ -52,15 +51,7 @@ def compile_programs(
         call = cache.load(name) if cache else None
         cached = call is not None
         if call is None:
-            size = (layout(program, shape).size,)
-            buffer = jax.ShapeDtypeStruct(size, jnp.int32, sharding=everywhere)
-            kept = jax.tree.map(lambda leaf: leaf.sharding, state)
-            step = jax.jit(
-                make_step(model, mesh, program, shape),
-                donate_argnums=2,
-                out_shardings=(kept, everywhere),
-            )
-            call = step.lower(params, (), state, buffer).compile()
+            call = lower_step(model, mesh, program, shape, params, state).compile()
             if cache:
                 cache.store(name, call)
         ready = CompiledProgram(program, call, time.perf_counter() - started, cached)
@@ -69,6 +60,26 @@ def compile_programs(
 
     with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
         return dict(zip(programs, pool.map(make, programs), strict=True))
+
+
+def lower_step(
+    model: Model,
+    mesh: Mesh,
+    program: Program,
+    shape: BatchShape,
+    params: Mapping[str, jax.Array | jax.ShapeDtypeStruct],
+    state: DeviceState,
+) -> jax.stages.Lowered:
+    """A program as it is compiled: its state is donated, what it returns is on every device."""
+    everywhere = named_sharding(mesh, ())
+    buffer = jax.ShapeDtypeStruct((layout(program, shape).size,), jnp.int32, sharding=everywhere)
+    kept = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = jax.jit(
+        make_step(model, mesh, program, shape),
+        donate_argnums=2,
+        out_shardings=(kept, everywhere),
+    )
+    return step.lower(params, (), state, buffer)
 
 
 def signature(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
