@@ -14,7 +14,7 @@ _AT_LEAST = {
     "processor_rows": 1,  # or a request with a mask could never be admitted
     "drain_timeout_s": 0,
 }
-_KV_DTYPES = ("", "float32", "bfloat16")
+_KV_DTYPES = ("", "float32", "bfloat16", "float8_e4m3fn")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class EngineConfig:
     max_model_len: int = 0  # prompt and output tokens of one sequence; 0: the model's own limit
     page_size: int = 16  # tokens a page; 16 on CPU, 64-128 on GPU, 128 on TPU
     num_pages: int = 0  # 0: what kv_bytes holds
-    kv_dtype: str = ""  # of K and V in pages: float32 or bfloat16; empty: the model's
+    kv_dtype: str = ""  # of K and V in pages: float32, bfloat16, float8_e4m3fn; empty: the model's
     kv_bytes: int = 1 << 30  # KV memory; on accelerators 0 takes what the programs leave
     mixed_tokens: tuple[int, ...] = (128,)  # sizes of the ragged programs
     window_rows: tuple[int, ...] = (4, 32)  # sizes of the decode programs; the last: all slots

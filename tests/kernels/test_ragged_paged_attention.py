@@ -53,6 +53,25 @@ def test_pages_of_bfloat16(case: Case, backend: Backend) -> None:
     np.testing.assert_allclose(out[: len(expected)], expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["mixed", "window", "dim_64"])
+def test_pages_of_8_bits(name: str, backend: Backend) -> None:
+    """Nothing but the rounding of K and V is lost, and what is too large becomes the largest."""
+    (case,) = (case for case in CASES if case.name == name)
+    problem = Problem(case, seed=2, kv_dtype=jnp.float8_e4m3fn)
+    last = problem.kv[-1]
+    last[1, -1] = 448.0  # in the pages; the op is given more
+    q, k, v, pages, batch = problem.arrays()
+    token = sum(new for _, new in problem.rows) - 1
+    v = v.at[token].set(1e6)
+    run = _compiled(case.window, bool(case.prompts), backend)
+    out, pages = run(q, k, v, jnp.asarray(pages, jnp.float8_e4m3fn), batch)
+    expected = problem.expected()
+    assert pages.dtype == jnp.float8_e4m3fn
+    np.testing.assert_allclose(out[: len(expected)], expected, atol=2e-6, rtol=1e-5)
+    problem.check_pages(np.asarray(pages, np.float32))
+
+
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 def test_chunks_and_neighbours_do_not_change_a_bit(backend: Backend) -> None:
     """The outputs of one prompt are bitwise the same alone, cut anywhere, and among others."""

@@ -82,6 +82,15 @@ def test_pages_of_bfloat16(name: str) -> None:
     _check(problem, *_run(problem, jnp.float32, jnp.bfloat16), atol=2e-6)
 
 
+def test_pages_of_8_bits() -> None:
+    """As bfloat16, over K and V that 8 bits hold exactly."""
+    (case,) = (case for case in CASES if case.name == "dim_64")
+    problem = Problem(case, seed=2, kv_dtype=jnp.float8_e4m3fn)
+    problem.q = [q.astype(jnp.bfloat16).astype(np.float32) for q in problem.q]
+    largest = max(np.abs(kv[1]).max() for kv in problem.kv)
+    _check(problem, *_run(problem, jnp.bfloat16, jnp.float8_e4m3fn), atol=2**-8 * largest)
+
+
 _ROWS, _TOKENS, _PAGES = 6, 160, 160
 
 

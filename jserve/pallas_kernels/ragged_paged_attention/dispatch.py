@@ -42,7 +42,8 @@ def ragged_paged_attention(
     `q` is scaled already. A token at position p sees positions ≤ p of its own row, and with
     `window` > 0 only those > p - window. Outputs of tokens that belong to no row mean nothing
     but are finite. `prompts=False` promises that every row is a decode row. `pages` is updated
-    in place when its buffer is donated.
+    in place when its buffer is donated; its dtype may be narrower than that of K and V, down to
+    float8_e4m3fn, whose range (±448) larger values are cut to.
     """
     q_heads, kv_heads = q.shape[1], k.shape[1]
     if q_heads % kv_heads:
@@ -52,4 +53,20 @@ def ragged_paged_attention(
     if batch.page_table.dtype != jnp.int32:
         raise ValueError(f"page_table is {batch.page_table.dtype}, not int32")
     with jax.named_scope("ragged_paged_attention"):
-        return _IMPLEMENTATIONS[backend](q, k, v, pages, batch, window=window, prompts=prompts)
+        k, v = saturated(k, pages.dtype), saturated(v, pages.dtype)
+        attend = _IMPLEMENTATIONS[backend_of_pages(backend, pages.dtype)]
+        return attend(q, k, v, pages, batch, window=window, prompts=prompts)
+
+
+def backend_of_pages(backend: Backend, dtype: jnp.dtype) -> Backend:
+    """What attends over pages of this dtype: C++ does not know 8-bit floats, XLA's loops do."""
+    narrow = jnp.dtype(dtype).itemsize == 1
+    return Backend.CPU if backend is Backend.NATIVE and narrow else backend
+
+
+def saturated(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` with what an 8-bit float cannot hold set to its largest value, not to NaN."""
+    if jnp.dtype(dtype).itemsize > 1:
+        return x
+    limit = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -limit, limit)

@@ -1,0 +1,12 @@
+"""What libtpu wants to be told where there is no TPU; import it before JAX starts."""
+
+import os
+
+# libtpu asks a cloud machine for these; any valid answer will do.
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+os.environ.pop("XLA_FLAGS", None)
