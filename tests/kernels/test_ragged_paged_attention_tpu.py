@@ -20,11 +20,8 @@ from jserve.pallas_kernels.backend import Backend, backend_for
 from jserve.pallas_kernels.ragged_paged_attention import tpu
 from jserve.pallas_kernels.ragged_paged_attention.cases import CASES, Case
 from jserve.pallas_kernels.ragged_paged_attention.dispatch import ragged_paged_attention
-from jserve.pallas_kernels.ragged_paged_attention.tpu_blocks import (
-    OTHER,
-    blocks_for,
-    generation_in_use,
-)
+from jserve.pallas_kernels.ragged_paged_attention.tpu_blocks import blocks_for
+from jserve.pallas_kernels.tpu_generation import OTHER, generation_in_use
 from tests.kernels.attention_problem import Problem
 
 

@@ -35,11 +35,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
-from jserve.pallas_kernels.ragged_paged_attention.tpu_blocks import (
-    OTHER,
-    blocks_for,
-    generation_in_use,
-)
+from jserve.pallas_kernels.ragged_paged_attention.tpu_blocks import blocks_for
 from jserve.pallas_kernels.ragged_paged_attention.tpu_fill import (
     Memory,
     each_head,
@@ -58,6 +54,7 @@ from jserve.pallas_kernels.ragged_paged_attention.tpu_items import (
     next_live,
     shape_of,
 )
+from jserve.pallas_kernels.tpu_generation import OTHER, generation_in_use
 
 _log = logging.getLogger(__name__)
 

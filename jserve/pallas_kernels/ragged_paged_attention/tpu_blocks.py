@@ -8,18 +8,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-
-# No TPU's row: the interpreter runs it, and generations that nobody has tuned yet.
-OTHER = "other"
-_KINDS = {
-    "TPU v5e": "v5e",
-    "TPU v5 lite": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6e": "v6e",
-    "TPU v6 lite": "v6e",
-}
 _LANES = 128
 
 
@@ -59,16 +47,3 @@ def blocks_for(generation: str) -> Blocks:
     if generation not in table:
         raise ValueError(f"no TPU generation {generation!r}; the table has {', '.join(table)}")
     return table[generation]
-
-
-def generation_in_use() -> str:
-    """The generation that the current mesh is made of, or else the one JAX runs on.
-
-    A mesh counts first: a program may be compiled for a TPU where there is none.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return _KINDS.get(device.device_kind, OTHER)
-    if jax.default_backend() == "tpu":
-        return _KINDS.get(jax.devices()[0].device_kind, OTHER)
-    return OTHER
