@@ -49,9 +49,10 @@ format: ## Formats the code and applies safe lint fixes
 	@$(bin)/ruff check --fix $(sources)
 	@$(bin)/ruff format $(sources)
 
-tpu-compile: ## Compiles attention for TPU v5e, v5p and v6e, and reports; needs no TPU
+tpu-compile: ## Compiles attention and products for TPU v5e, v5p and v6e; needs no TPU
 	@scripts/bootstrap.sh dev
 	@$(bin)/python -m tests.tpu_compile.programs
+	@$(bin)/python -m tests.tpu_compile.matmuls
 
 references: ## Makes the reference fixtures again with PyTorch and compares (ARGS=--write replaces them)
 	@scripts/references.sh $(ARGS)

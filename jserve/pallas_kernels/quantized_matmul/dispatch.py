@@ -6,31 +6,62 @@ import jax
 from jaxtyping import Float, Float32, Int
 
 from jserve.pallas_kernels.backend import Backend
-from jserve.pallas_kernels.quantized_matmul import cpu, native, reference
+from jserve.pallas_kernels.quantized_matmul import cpu, native, reference, tpu
+from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
 from jserve.pallas_kernels.quantized_matmul.matrix import QuantizedMatrix
 
-_IMPLEMENTATIONS = {
+_GROUPS = {
     Backend.REFERENCE: reference.quantized_matmul,
     Backend.CPU: cpu.quantized_matmul,
     Backend.NATIVE: native.quantized_matmul,
-    Backend.TPU: reference.quantized_matmul,
+}
+_CHANNELS = {
+    Backend.REFERENCE: reference.channel_matmul,
+    Backend.CPU: cpu.channel_matmul,
+    Backend.NATIVE: cpu.channel_matmul,
+    Backend.TPU: reference.channel_matmul,  # where the kernel does not fit
 }
 
 
 def quantized_matmul(
     x: Float[jax.Array, "rows in_dim"],
-    weights: Sequence[QuantizedMatrix],
+    weights: Sequence[QuantizedMatrix] | Sequence[ChannelMatrix],
     *,
     num_rows: Int[jax.Array, ""] | None = None,
     backend: Backend,
 ) -> tuple[Float32[jax.Array, "rows _"], ...]:
-    """X · weightᵀ for each weight, the activations rounded to 8 bits per row and group.
+    """X · weightᵀ for each weight, accumulated and returned in float32.
 
-    Accumulated and returned in float32. `num_rows` and the independence of rows are as in
-    `matmul`.
+    With weights in groups, which are for CPUs, activations are rounded to 8 bits per row and
+    group. With one scale per output, activations are not rounded: codes are exact in bfloat16.
+
+    `num_rows` is as in `matmul`. A row is bitwise independent of the number of rows and of the
+    others, unless the backend is the reference, or a TPU without a kernel (see `has_kernel`).
     """
     for weight in weights:
         if weight.shape[1] != x.shape[1]:
             raise ValueError(f"a weight {weight.shape} does not fit rows of {x.shape[1]}")
+    groups = [weight for weight in weights if isinstance(weight, QuantizedMatrix)]
+    channels = [weight for weight in weights if isinstance(weight, ChannelMatrix)]
+    if groups and (channels or backend not in _GROUPS):
+        raise TypeError(f"{backend} takes no weights in groups, or not beside others")
     with jax.named_scope("quantized_matmul"):
-        return _IMPLEMENTATIONS[backend](x, weights, num_rows)
+        if groups:
+            return _GROUPS[backend](x, groups, num_rows)
+        return _channel_matmul(x, channels, num_rows, backend)
+
+
+def has_kernel(backend: Backend, out_dim: int, in_dim: int) -> bool:
+    """Whether a weight with a scale per output has a kernel; else XLA makes it floats first."""
+    return backend is Backend.TPU and tpu.fits(out_dim, in_dim)
+
+
+def _channel_matmul(
+    x: jax.Array,
+    weights: Sequence[ChannelMatrix],
+    num_rows: jax.Array | None,
+    backend: Backend,
+) -> tuple[jax.Array, ...]:
+    if all(has_kernel(backend, *weight.shape) for weight in weights):
+        return tpu.channel_matmul(x, weights, num_rows)
+    return _CHANNELS[backend](x, weights)

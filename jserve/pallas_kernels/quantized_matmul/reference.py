@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jserve.pallas_kernels.matmul.reference import dot
+from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
 from jserve.pallas_kernels.quantized_matmul.matrix import GROUP, QuantizedMatrix, dequantize
 
 _SMALLEST = 1e-30  # a group whose largest activation is no larger counts as zero
@@ -26,3 +27,10 @@ def quantized_matmul(
     """See `dispatch`."""
     del num_rows
     return tuple(dot(rounded(x), dequantize(weight)) for weight in weights)
+
+
+def channel_matmul(x: jax.Array, weights: Sequence[ChannelMatrix]) -> tuple[jax.Array, ...]:
+    """See `dispatch`."""
+    return tuple(
+        dot(x, weight.codes.astype(x.dtype)) * weight.scales[None, :] for weight in weights
+    )

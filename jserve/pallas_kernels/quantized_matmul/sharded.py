@@ -1,0 +1,57 @@
+"""Products with quantized weights over devices: every one multiplies with its part of a weight."""
+
+from collections.abc import Sequence
+
+import jax
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Float, Float32, Int
+
+from jserve.pallas_kernels.backend import Backend
+from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
+from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
+
+SPLIT_BY_XLA = (Backend.REFERENCE, Backend.CPU, Backend.NATIVE)  # by the weights' shardings alone
+Split = tuple[str | None, str | None]  # the mesh axes that outputs and inputs are split over
+
+
+def sharded_matmul(
+    x: Float[jax.Array, "rows in_dim"],
+    weights: Sequence[ChannelMatrix],
+    splits: Sequence[Split],
+    *,
+    num_rows: Int[jax.Array, ""] | None,
+    backend: Backend,
+    mesh: Mesh | AbstractMesh,
+) -> tuple[Float32[jax.Array, "rows _"], ...]:
+    """`quantized_matmul` of weights whose outputs, or inputs, are split over an axis of `mesh`.
+
+    Products of split outputs stay split. Those of split inputs are summed over the axis, in the
+    order of the compiler's all-reduce.
+    """
+    (in_axis,) = {in_axis for _, in_axis in splits}  # one x, so split one way
+
+    def multiply(
+        x: jax.Array,
+        codes: Sequence[jax.Array],
+        scales: Sequence[jax.Array],
+        num_rows: jax.Array | None,
+    ) -> tuple[jax.Array, ...]:
+        parts = list(map(ChannelMatrix, codes, scales))
+        ys = quantized_matmul(x, parts, num_rows=num_rows, backend=backend)
+        return ys if in_axis is None else tuple(lax.psum(y, in_axis) for y in ys)
+
+    split = jax.shard_map(
+        multiply,
+        mesh=mesh,
+        in_specs=(
+            PartitionSpec(None, in_axis),
+            [PartitionSpec(*split) for split in splits],
+            [PartitionSpec(split[0]) for split in splits],
+            PartitionSpec(),
+        ),
+        out_specs=tuple(PartitionSpec(None, out_axis) for out_axis, _ in splits),
+        check_vma=False,
+    )
+    codes, scales = zip(*weights, strict=True)
+    return split(x, list(codes), list(scales), num_rows)

@@ -1,0 +1,42 @@
+"""Block sizes of the TPU kernel, by generation; `tpu_blocks.json` holds the table.
+
+They are chosen from bandwidths, memory sizes and matrix units, not measured yet: a block takes
+one to two microseconds to load, and so many rows make a product that takes longer than loading
+its weights.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+LANES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Sizes in KiB, rows and MiB; there are two buffers of everything that is streamed."""
+
+    weight_block_kib: int  # of codes that one round computes with, if 128 outputs are not more
+    rows: int  # of activations that meet the weights at a time
+    vmem_limit_mib: int
+
+    def outputs(self, out_dim: int, in_dim: int) -> int:
+        """Outputs of a block: the largest multiple of 128 that divides them and fits."""
+        tiles = out_dim // LANES
+        fitting = max(self.weight_block_kib * 1024 // (LANES * in_dim), 1)
+        return LANES * max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= fitting)
+
+
+@functools.cache
+def _table() -> dict[str, Blocks]:
+    text = Path(__file__).with_name("tpu_blocks.json").read_text(encoding="utf-8")
+    return {name: Blocks(**sizes) for name, sizes in json.loads(text).items()}
+
+
+def blocks_for(generation: str) -> Blocks:
+    """The sizes of a generation. Raises ValueError where the table has none."""
+    table = _table()
+    if generation not in table:
+        raise ValueError(f"no TPU generation {generation!r}; the table has {', '.join(table)}")
+    return table[generation]
