@@ -1,5 +1,6 @@
 """From configs to a ready engine: what the worker process and `offline.py` have in common."""
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,15 @@ from jserve.engine.assembly import Engine, build_engine
 from jserve.engine.config import EngineConfig
 from jserve.engine.programs import CompiledProgram
 from jserve.engine.step import Params
-from jserve.model.config import ModelConfig
+from jserve.model.config import ModelConfig, check_platform
 from jserve.model.formats.load import load_params, model_spec, prepare
 from jserve.model.formats.tensor_source import Progress
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh, param_shardings
 from jserve.pallas_kernels.backend import backend_for
 from jserve.scheduler.config import SchedulerConfig
+
+_log = logging.getLogger(__name__)
 
 
 def start_engine(
@@ -40,12 +43,18 @@ def start_engine(
     mesh = _mesh(config)
     dtype = jnp.dtype(model_config.dtype)
     platform = mesh.devices.flat[0].platform
-    if model_config.quantization != "none" and platform != "cpu":
-        raise ConfigError(
-            f"model.quantization is {model_config.quantization!r}, which runs on CPU only so far"
-        )
+    check_platform(model_config.quantization, platform)
     backend = backend_for(platform, dtype, mesh.size)
-    model = Model(spec, dtype, backend, model_config.quantization)
+    model = Model(spec, dtype, backend, model_config.quantization, mesh)
+    for name, shape in list(model.weights_without_kernel().items())[:1]:
+        _log.warning(
+            "%s and others, %s on a device, have no kernel for %s weights on %s: XLA makes floats "
+            "of them in every step",
+            name,
+            shape,
+            model_config.quantization,
+            backend.value,
+        )
     shardings = param_shardings(model.param_specs(), spec, mesh)
     prepare_s = 0.0
 

@@ -9,6 +9,7 @@ from jserve.core.errors import ConfigError
 from jserve.engine.chips import CHIPS, chip_of
 from jserve.engine.plan import MemoryPlan, plan_memory
 from jserve.launch.console import Console, FileProgress
+from jserve.model.config import check_platform
 from jserve.model.formats.hf_config import spec_from_hf
 from jserve.model.formats.json_file import read_json
 from jserve.model.formats.load import architecture
@@ -41,7 +42,8 @@ def plan(config: ServeConfig, architecture_file: str | None) -> int:
     mesh = abstract_mesh(model=chips)
     dtype = jnp.dtype(config.model.dtype)
     backend = backend_for(chip.platform, dtype, chips)
-    model = Model(spec, dtype, backend, config.model.quantization)
+    check_platform(config.model.quantization, chip.platform)
+    model = Model(spec, dtype, backend, config.model.quantization, mesh)
     _show(console, config, plan_memory(model, mesh, config.engine, chip))
     return 0
 

@@ -1,13 +1,44 @@
 """Which model is served and where its files come from. Plain data."""
 
+import enum
 from dataclasses import dataclass
 
 from jserve.core.errors import ConfigError
 from jserve.model.spec import ModelSpec
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Bits of the weights of layers, and of embedding and head; 0: those of the dtype.
-QUANTIZATIONS = {"none": (0, 0), "int8": (8, 8), "int4": (4, 8)}
+
+
+class WeightKind(enum.Enum):
+    """How a weight matrix is held: in the dtype, or in codes of a layout that a backend reads."""
+
+    FLOAT = enum.auto()
+    INT4_GROUPS = enum.auto()  # a scale and an offset per 32 inputs: the CPU's
+    INT8_GROUPS = enum.auto()
+    INT8_CHANNELS = enum.auto()  # a scale per output: that of accelerators
+    FP8_CHANNELS = enum.auto()  # float8_e4m3fn
+
+
+# The kinds of the weights of layers, and of embedding and head, by the name that configs and
+# native folders have for them. A code of 8 bits costs a head as much in either form: int8 is
+# three times as exact there.
+QUANTIZATIONS = {
+    "none": (WeightKind.FLOAT, WeightKind.FLOAT),
+    "int4": (WeightKind.INT4_GROUPS, WeightKind.INT8_GROUPS),
+    "int8": (WeightKind.INT8_GROUPS, WeightKind.INT8_GROUPS),
+    "int8_channel": (WeightKind.INT8_CHANNELS, WeightKind.INT8_CHANNELS),
+    "fp8": (WeightKind.FP8_CHANNELS, WeightKind.INT8_CHANNELS),
+}
+_OF_THE_CPU = ("int4", "int8")  # whose layout only its kernels read
+
+
+def check_platform(quantization: str, platform: str) -> None:
+    """Raises ConfigError if a JAX platform does not read weights of this layout."""
+    if quantization in _OF_THE_CPU and platform != "cpu":
+        raise ConfigError(
+            f"model.quantization is {quantization!r}, of CPUs, but this is a {platform}; "
+            "choose int8_channel or fp8, which are made of float weights"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +77,9 @@ class ModelConfig:
     name: str  # what clients call it
     source: str | PypiFile | RandomWeights
     dtype: str = "float32"  # of the parameters, and so of the computation
-    quantization: str = "none"  # of weight matrices: none, int8, int4 (embedding and head 8 bits)
+    # Of weight matrices. On CPU int4 (embedding and head 8 bits) or int8, in groups of 32 inputs;
+    # on TPU and GPU int8_channel or fp8 (embedding and head int8), with a scale per output.
+    quantization: str = "none"
     cache_dir: str = "~/.cache/jserve"
 
     def __post_init__(self) -> None:

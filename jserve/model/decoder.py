@@ -103,4 +103,4 @@ def _factory(spec: ModelSpec, family: Family, layer: int) -> LayerFactory:
 
 
 def _head(spec: ModelSpec, numerics: Numerics) -> Linear:
-    return Linear(spec.model_dim, spec.vocab, ("vocab", None), numerics, bits=numerics.head_bits)
+    return Linear(spec.model_dim, spec.vocab, ("vocab", None), numerics, kind=numerics.head)

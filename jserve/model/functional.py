@@ -12,9 +12,11 @@ from jserve.core.errors import ConfigError
 from jserve.model.config import QUANTIZATIONS
 from jserve.model.decoder import CausalLM
 from jserve.model.layers import KV, Attend
+from jserve.model.matrix import weights_without_kernel
 from jserve.model.numerics import Numerics
 from jserve.model.params import ParamSpec, init_params, param_specs
 from jserve.model.registry import FAMILIES
+from jserve.model.sharding import AnyMesh, axis_rules
 from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.backend import Backend
 
@@ -32,8 +34,12 @@ class Model:
         dtype: jnp.dtype,
         backend: Backend = Backend.CPU,
         quantization: str = "none",
+        mesh: AnyMesh | None = None,
     ) -> None:
-        """`quantization` is one of `model.config.QUANTIZATIONS`. Raises ConfigError."""
+        """`quantization` is one of `model.config.QUANTIZATIONS`. Raises ConfigError.
+
+        `mesh` is what the parameters are spread over, if it is more than one device.
+        """
         if spec.family not in FAMILIES:
             raise ConfigError(
                 f"model family {spec.family!r} is not supported; known: {sorted(FAMILIES)}"
@@ -46,9 +52,10 @@ class Model:
         self.dtype = jnp.dtype(dtype)
         self.backend = backend
         self.quantization = quantization
-        numerics = Numerics(self.dtype, backend, *QUANTIZATIONS[quantization])
+        rules = axis_rules(spec, mesh) if mesh else {}
+        self._numerics = Numerics(self.dtype, backend, *QUANTIZATIONS[quantization], mesh, rules)
         try:
-            module = CausalLM(spec, FAMILIES[spec.family], numerics)
+            module = CausalLM(spec, FAMILIES[spec.family], self._numerics)
         except ValueError as error:
             raise ConfigError(f"model.quantization is {quantization!r}: {error}") from error
         self._specs = param_specs(module)
@@ -58,6 +65,10 @@ class Model:
     def param_specs(self) -> dict[str, ParamSpec]:
         """Every parameter by name."""
         return dict(self._specs)
+
+    def weights_without_kernel(self) -> dict[str, tuple[int, int]]:
+        """Quantized weights that are made floats in every step, and their shapes on a device."""
+        return weights_without_kernel(self._specs, self._numerics)
 
     def init(
         self, seed: int, shardings: Mapping[str, Sharding] | None = None

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jserve.model.config import WeightKind
 from jserve.model.matrix import lookup, matrix, products
 from jserve.model.numerics import Numerics
 from jserve.model.params import param
@@ -48,12 +49,10 @@ class Linear(nnx.Module):
         numerics: Numerics,
         *,
         bias: bool = False,
-        bits: int | None = None,  # of the weight; None: as layers have
+        kind: WeightKind | None = None,  # of the weight; None: as layers have
     ) -> None:
         self.numerics = numerics
-        self.weight = matrix(
-            (out_dim, in_dim), axes, numerics, bits=numerics.layer_bits if bits is None else bits
-        )
+        self.weight = matrix((out_dim, in_dim), axes, numerics, kind or numerics.layers)
         self.bias = param((out_dim,), axes[:1], numerics.dtype, std=0.02) if bias else None
 
     def __call__(
@@ -83,7 +82,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, vocab: int, dim: int, numerics: Numerics) -> None:
         self.dtype = numerics.dtype
-        self.weight = matrix((vocab, dim), ("vocab", None), numerics, bits=numerics.head_bits)
+        self.weight = matrix((vocab, dim), ("vocab", None), numerics, numerics.head)
 
     def __call__(self, tokens: Int[Array, " tokens"]) -> Float[Array, "tokens model_dim"]:
         """The rows of `tokens`, in the compute dtype."""

@@ -3,7 +3,7 @@
 The only module that tells them apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,19 +12,23 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from jserve.model.config import WeightKind
 from jserve.model.numerics import Numerics
-from jserve.model.params import Encoding, param
+from jserve.model.params import Encoding, ParamSpec, param
 from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
 from jserve.pallas_kernels.matmul import panels
 from jserve.pallas_kernels.matmul.dispatch import matmul, wants_panels
 from jserve.pallas_kernels.matmul.panels import PanelMatrix
+from jserve.pallas_kernels.quantized_matmul import channels
 from jserve.pallas_kernels.quantized_matmul import matrix as quantized
-from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
+from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
+from jserve.pallas_kernels.quantized_matmul.dispatch import has_kernel, quantized_matmul
 from jserve.pallas_kernels.quantized_matmul.matrix import QuantizedMatrix
+from jserve.pallas_kernels.quantized_matmul.sharded import SPLIT_BY_XLA, Split, sharded_matmul
 
 
-class QuantizedParams(nnx.Module):
-    """The two parameters of a quantized weight."""
+class GroupParams(nnx.Module):
+    """The two parameters of a weight in groups."""
 
     def __init__(
         self, shape: tuple[int, int], axes: tuple[str | None, str | None], bits: int, std: float
@@ -36,17 +40,64 @@ class QuantizedParams(nnx.Module):
         self.codes = param(codes, spread, jnp.uint8, std=std, encoding=parts[0])
         self.scales = param(scales, spread[:4], jnp.float16, std=std, encoding=parts[1])
 
+    def value(self) -> QuantizedMatrix:
+        """What `quantized_matmul` takes."""
+        return QuantizedMatrix(self.codes[...], self.scales[...])
 
-Matrix = nnx.Param | QuantizedParams
+    def take_rows(self, rows: Int[Array, " rows"]) -> Float32[Array, "rows in_dim"]:
+        """Some rows of the weight."""
+        return quantized.take_rows(self.value(), rows)
+
+
+class ChannelParams(nnx.Module):
+    """The two parameters of a weight with a scale per output, split as the weight would be."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        axes: tuple[str | None, str | None],
+        dtype: jnp.dtype,
+        std: float,
+    ) -> None:
+        codes = Encoding(shape, 1, partial(channels.channel_codes, dtype=dtype))
+        scales = Encoding(shape, 1, partial(channels.channel_scales, dtype=dtype))
+        self.codes = param(shape, axes, dtype, std=std, encoding=codes)
+        self.scales = param(shape[:1], axes[:1], jnp.float32, std=std, encoding=scales)
+
+    def value(self) -> ChannelMatrix:
+        """What `quantized_matmul` takes."""
+        return ChannelMatrix(self.codes[...], self.scales[...])
+
+    def take_rows(self, rows: Int[Array, " rows"]) -> Float32[Array, "rows in_dim"]:
+        """Some rows of the weight."""
+        return channels.take_rows(self.value(), rows)
+
+    def axes(self) -> tuple[str | None, str | None]:
+        """The logical axes of the weight."""
+        return self.codes.get_metadata()["axes"]
+
+
+Matrix = nnx.Param | GroupParams | ChannelParams
+
+_GROUP_BITS = {WeightKind.INT4_GROUPS: 4, WeightKind.INT8_GROUPS: 8}
+_CHANNEL_CODES = {
+    WeightKind.INT8_CHANNELS: jnp.dtype(jnp.int8),
+    WeightKind.FP8_CHANNELS: jnp.dtype(jnp.float8_e4m3fn),
+}
 
 
 def matrix(
-    shape: tuple[int, int], axes: tuple[str | None, str | None], numerics: Numerics, *, bits: int
+    shape: tuple[int, int],
+    axes: tuple[str | None, str | None],
+    numerics: Numerics,
+    kind: WeightKind,
 ) -> Matrix:
-    """Declares a weight [out, in] of `bits` a weight, 0 for the compute dtype."""
+    """Declares a weight [out, in]."""
     std = shape[1] ** -0.5
-    if bits:
-        return QuantizedParams(shape, axes, bits, std)
+    if kind in _GROUP_BITS:
+        return GroupParams(shape, axes, _GROUP_BITS[kind], std)
+    if kind in _CHANNEL_CODES:
+        return ChannelParams(shape, axes, _CHANNEL_CODES[kind], std)
     if wants_panels(numerics.backend):
         encoding = Encoding(shape, panels.PANEL, panels.to_panels, at_load=True)
         spread = (*axes, None)
@@ -63,7 +114,7 @@ def matrices(
 
     Raises ValueError if weights of layers are to be quantized: there is no such product.
     """
-    if numerics.layer_bits:
+    if numerics.layers is not WeightKind.FLOAT:
         raise ValueError("weights of experts cannot be quantized yet; choose none")
     std = shape[2] ** -0.5
     if wants_panels(numerics.backend):
@@ -80,12 +131,51 @@ def products(
     num_rows: Int[Array, ""] | None,
 ) -> tuple[Float32[Array, "rows _"], ...]:
     """X · weightᵀ of weights of one kind, as one op; see `matmul` and `quantized_matmul`."""
-    values = [_value(weight) for weight in weights if isinstance(weight, QuantizedParams)]
-    if values:
-        assert len(values) == len(weights)
-        return quantized_matmul(x, values, num_rows=num_rows, backend=numerics.backend)
     dense = [_dense(weight) for weight in weights if isinstance(weight, nnx.Param)]
+    groups = [weight.value() for weight in weights if isinstance(weight, GroupParams)]
+    by_channel = [weight for weight in weights if isinstance(weight, ChannelParams)]
+    assert len(weights) in map(len, (dense, groups, by_channel))
+    if by_channel:
+        return _channel_products(x, by_channel, numerics, num_rows)
+    if groups:
+        return quantized_matmul(x, groups, num_rows=num_rows, backend=numerics.backend)
     return matmul(x, dense, num_rows=num_rows, backend=numerics.backend)
+
+
+def _channel_products(
+    x: Array, weights: Sequence[ChannelParams], numerics: Numerics, num_rows: Array | None
+) -> tuple[Array, ...]:
+    values, backend, mesh = [weight.value() for weight in weights], numerics.backend, numerics.mesh
+    if mesh is None or mesh.size == 1 or backend in SPLIT_BY_XLA:
+        return quantized_matmul(x, values, num_rows=num_rows, backend=backend)
+    splits = [_split(weight.axes(), numerics) for weight in weights]
+    return sharded_matmul(x, values, splits, num_rows=num_rows, backend=backend, mesh=mesh)
+
+
+def _split(axes: tuple[str | None, ...], numerics: Numerics) -> Split:
+    """The mesh axes of outputs and inputs of a weight."""
+    out_axis, in_axis = (axis and numerics.rules.get(axis) for axis in axes)
+    return out_axis, in_axis
+
+
+def weights_without_kernel(
+    specs: Mapping[str, ParamSpec], numerics: Numerics
+) -> dict[str, tuple[int, int]]:
+    """The names of weights with a scale per output that the backend has no kernel for.
+
+    And the shape, on one device, that it has none for.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for name, spec in specs.items():
+        if spec.dtype in channels.CODES and len(spec.shape) == 2:
+            sizes = (
+                numerics.mesh.shape[axis] if axis and numerics.mesh else 1
+                for axis in _split(spec.axes, numerics)
+            )
+            out_dim, in_dim = (n // size for n, size in zip(spec.shape, sizes, strict=True))
+            if not has_kernel(numerics.backend, out_dim, in_dim):
+                found[name.removesuffix(".codes")] = (out_dim, in_dim)
+    return found
 
 
 def grouped_products(
@@ -101,8 +191,8 @@ def grouped_products(
 
 def lookup(weight: Matrix, rows: Int[Array, " rows"]) -> Float[Array, "rows in_dim"]:
     """Some rows of a weight: in float32 if it is quantized."""
-    if isinstance(weight, QuantizedParams):
-        return quantized.take_rows(_value(weight), rows)
+    if isinstance(weight, GroupParams | ChannelParams):
+        return weight.take_rows(rows)
     value = _dense(weight)
     return panels.take_rows(value, rows) if isinstance(value, PanelMatrix) else value[rows]
 
@@ -111,10 +201,6 @@ def _dense(weight: nnx.Param) -> Any:
     """The weight, or the stack of weights, as `matmul` and `grouped_matmul` take it."""
     encoding: Encoding | None = weight.get_metadata()["encoding"]
     return PanelMatrix(weight[...], encoding.shape[-2]) if encoding else weight[...]
-
-
-def _value(weight: QuantizedParams) -> QuantizedMatrix:
-    return QuantizedMatrix(weight.codes[...], weight.scales[...])
 
 
 def _part(bits: int, part: int, rows: np.ndarray) -> np.ndarray:

@@ -1,9 +1,12 @@
 """How a model computes: what its layers are built with beside the spec."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 
+from jserve.model.config import WeightKind
+from jserve.model.sharding import AnyMesh
 from jserve.pallas_kernels.backend import Backend
 
 
@@ -11,10 +14,13 @@ from jserve.pallas_kernels.backend import Backend
 class Numerics:
     """The dtype of parameters and activations, and which implementation of each op runs.
 
-    Weights of layers, and of embedding and head, may have fewer bits; 0 is the dtype's.
+    `mesh` is what kernels that the compiler cannot split are split over; `rules` map logical axes
+    to axes of it (see `model.sharding`).
     """
 
     dtype: jnp.dtype
     backend: Backend
-    layer_bits: int = 0
-    head_bits: int = 0
+    layers: WeightKind = WeightKind.FLOAT  # weights of layers
+    head: WeightKind = WeightKind.FLOAT  # of embedding and head
+    mesh: AnyMesh | None = None  # None: one device
+    rules: Mapping[str, str | None] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int
 
+from jserve.model.config import WeightKind
 from jserve.model.layers import Linear
 from jserve.model.matrix import grouped_products, matrices, products
 from jserve.model.numerics import Numerics
@@ -51,7 +52,8 @@ class SparseFfn(nnx.Module):
         self.spec = spec
         self.numerics = numerics
         # The router is small and decides: it is never quantized.
-        self.gate = Linear(spec.model_dim, spec.experts, (None, None), numerics, bits=0)
+        kind = WeightKind.FLOAT
+        self.gate = Linear(spec.model_dim, spec.experts, (None, None), numerics, kind=kind)
         self.experts = Experts(spec, numerics, activation, names)
 
     def __call__(

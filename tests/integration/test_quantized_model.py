@@ -7,18 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec, SingleDeviceSharding
 
 from jserve.config import load
 from jserve.core.errors import ConfigError
-from jserve.model.config import ModelConfig
+from jserve.model.config import ModelConfig, check_platform
 from jserve.model.formats.convert import Format, convert
 from jserve.model.formats.gguf_file import GgufFile
 from jserve.model.formats.load import load_params, open_source, prepare
 from jserve.model.formats.locate import locate
 from jserve.model.functional import Model
+from jserve.model.sharding import device_mesh, param_shardings
 from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.backend import Backend
+from jserve.pallas_kernels.quantized_matmul import channels
+from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
 from jserve.pallas_kernels.quantized_matmul.matrix import QuantizedMatrix, dequantize
 from tests.backends import BACKENDS
 from tests.integration.model_harness import dense_attend
@@ -40,6 +44,7 @@ SPEC = ModelSpec(
     qkv_bias=True,
 )
 BITS = {"int8": 8, "int4": 4}
+BY_CHANNEL = ("int8_channel", "fp8")
 
 
 def no_progress(done: int, total: int) -> None:
@@ -52,7 +57,13 @@ def floats(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
     for name in params:
         if name.endswith(".codes"):
             stem = name.removesuffix(".codes")
-            dense[stem] = dequantize(QuantizedMatrix(params[name], params[f"{stem}.scales"]))
+            parts = params[name], params[f"{stem}.scales"]
+            by_channel = parts[0].dtype in channels.CODES
+            dense[stem] = (
+                channels.dequantize(ChannelMatrix(*parts))
+                if by_channel
+                else dequantize(QuantizedMatrix(*parts))
+            )
     return dense
 
 
@@ -87,7 +98,64 @@ def test_only_activations_are_rounded(quantization: str, backend: Backend, tied:
     assert np.std(found - exact) < 0.03 * np.std(exact)
 
 
-@pytest.mark.parametrize("quantization", BITS)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("quantization", BY_CHANNEL)
+def test_by_channel_no_activation_is_rounded(quantization: str, tied: bool) -> None:
+    spec = dataclasses.replace(SPEC, tied_embeddings=tied)
+    model = Model(spec, jnp.float32, Backend.CPU, quantization)
+    params = model.init(0)
+    kinds = {name: array.dtype for name, array in params.items() if name.endswith(".codes")}
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert kinds[f"{head}.codes"] == jnp.int8
+    assert kinds["model.layers.1.mlp.up_proj.weight.codes"] == channels.CODES[quantization == "fp8"]
+    tokens = np.random.default_rng(0).integers(0, spec.vocab, 24).astype(np.int32)
+    exact = logits(Model(spec, jnp.float32), floats(params), tokens)
+    np.testing.assert_allclose(logits(model, params, tokens), exact, rtol=0, atol=1e-4)
+    assert set(model.weights_without_kernel()) == {name.removesuffix(".codes") for name in kinds}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "backend", "devices"),
+    [("fp8", Backend.CPU, 8), ("int8_channel", Backend.TPU, 2)],
+    ids=["xla", "tpu kernel"],
+)
+def test_over_devices_it_is_the_same_model(
+    quantization: str, backend: Backend, devices: int
+) -> None:
+    sizes: dict[str, int] = {"layers": 1, "model_dim": 128, "ffn_dim": 256, "q_heads": 8}
+    spec = dataclasses.replace(SPEC, kv_heads=8, **sizes)
+    mesh = device_mesh(jax.devices()[:devices], model=devices)
+    model = Model(spec, jnp.float32, backend, quantization, mesh)
+    shardings = param_shardings(model.param_specs(), spec, mesh)
+    layer, axis = "model.layers.0.", "model"
+    for name, codes, scales in (
+        ("self_attn.q_proj", (axis, None), (axis,)),
+        ("self_attn.o_proj", (None, axis), (None,)),
+        ("mlp.down_proj", (None, axis), (None,)),
+    ):
+        assert shardings[f"{layer}{name}.weight.codes"].spec == PartitionSpec(*codes)
+        assert shardings[f"{layer}{name}.weight.scales"].spec == PartitionSpec(*scales)
+    assert bool(model.weights_without_kernel()) == (backend is Backend.CPU)
+    tokens = np.random.default_rng(0).integers(0, spec.vocab, 24).astype(np.int32)
+    alone = Model(spec, jnp.float32, Backend.CPU, quantization)
+    expected = logits(alone, alone.init(1), tokens)
+    # The XLA path needs no interpreter, and takes no notice of one.
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+        found = logits(model, model.init(1, shardings), tokens)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_the_layout_of_the_cpu_is_refused_elsewhere(platform: str) -> None:
+    for quantization in BITS:
+        with pytest.raises(ConfigError, match=f"a {platform}; choose int8_channel or fp8"):
+            check_platform(quantization, platform)
+    for quantization in ("none", *BY_CHANNEL):
+        check_platform(quantization, platform)
+        check_platform(quantization, "cpu")
+
+
+@pytest.mark.parametrize("quantization", [*BITS, *BY_CHANNEL])
 def test_from_file_to_arrays(quantization: str, tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "llama.gguf", "llama", tiny_weights("llama"))
     config = ModelConfig(
@@ -105,6 +173,12 @@ def test_from_file_to_arrays(quantization: str, tmp_path: Path) -> None:
             np.testing.assert_array_equal(params[name], weight, name)
             continue
         found = floats({key: params[key] for key in (f"{name}.codes", f"{name}.scales")})[name]
+        if quantization in BY_CHANNEL:
+            eight_bits = quantization == "int8_channel" or "embed_tokens" in name
+            relative = 0 if eight_bits else 2**-4
+            bound = np.abs(weight).max() / 127 * (0.51 if eight_bits else 0.1)
+            np.testing.assert_allclose(found, weight, rtol=relative, atol=bound)
+            continue
         codes = 2 ** (8 if "embed_tokens" in name else BITS[quantization]) - 1
         np.testing.assert_allclose(found, weight, rtol=0, atol=np.ptp(weight) / codes)
     assert prepared.folder is not None
