@@ -8,5 +8,6 @@ os.environ |= {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a TPU has one owner; several processes may compile
 }
 os.environ.pop("XLA_FLAGS", None)

@@ -26,7 +26,7 @@ from jserve.pallas_kernels.quantized_matmul.channels import CODES, ChannelMatrix
 from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
 from tests.tpu_compile.programs import TOPOLOGIES
 
-_QUICK = ("llama_8b gate_up, 1 rows", "llama_8b down, 256 rows", "llama_8b qkv, 2048 rows")
+_QUICK = ("llama_8b gate_up, 1 rows", "llama_8b down, 256 rows", "llama_8b qkv, 64 rows")
 
 
 def compile_for(generation: str, case: Case, codes: jnp.dtype) -> dict[str, object]:
