@@ -10,7 +10,7 @@ from jserve.engine.memory import GRID
 from jserve.engine.sizing import DeviceBytes, EngineShape, device_bytes, least_shape
 from jserve.engine.state import page_bytes
 from jserve.model.functional import Model
-from jserve.model.sharding import AnyMesh
+from jserve.model.sharding import AnyMesh, vocab_axes
 
 _FLOAT = 4  # bytes of float32 and int32
 # Arrays of [rows, vocab] that sampling holds at once: logits, those with processors applied,
@@ -87,7 +87,7 @@ def temporary_bytes(model: Model, mesh: AnyMesh, program: Program) -> int:
     products in float32 and in the compute dtype, and attention's own copies of q, k and v. The
     head and the sampler come after them.
     """
-    spec, chips = model.spec, mesh.shape["model"]
+    spec, chips = model.spec, mesh.size
     tokens, itemsize = program.tokens, model.dtype.itemsize
     both = _FLOAT + itemsize
     heads = spec.q_heads // chips + 2 * max(spec.kv_heads // chips, 1)
@@ -95,11 +95,12 @@ def temporary_bytes(model: Model, mesh: AnyMesh, program: Program) -> int:
     attention = heads * spec.head_dim * 3 * both
     ffn = 3 * spec.ffn_dim // chips * both
     if spec.experts:
-        row = 3 * spec.expert_ffn_dim // chips * both + 2 * spec.model_dim * both
+        columns = spec.expert_ffn_dim // mesh.shape["model"]  # rows are there for all experts
+        row = 3 * columns * both + 2 * spec.model_dim * both
         ffn = max(ffn if spec.sparse_layers else 0, spec.experts_per_token * row)
     layers = tokens * (3 * spec.model_dim * both + max(attention, ffn))
     rows = program.rows
     if program.kind is ProgramKind.MIXED:
         layers += tokens * spec.model_dim * both  # the hidden states of all tokens, for their rows
-    vocab = -(-spec.vocab // chips)
+    vocab = spec.vocab // (chips if vocab_axes(spec.vocab, mesh) else 1)
     return layers + rows * vocab * _FLOAT * _VOCAB_ARRAYS

@@ -184,7 +184,7 @@ def _measured_pages(
 
 def device_bytes(model: Model, mesh: AnyMesh, shape: EngineShape, temporaries: int) -> DeviceBytes:
     """What one device of the mesh holds of an engine of this shape."""
-    heads = shape.kv_heads // mesh.shape["model"]
+    heads = shape.kv_heads // mesh.size
     return DeviceBytes(
         params=_shard_bytes(abstract_params(model, mesh)),
         slots=_shard_bytes(abstract_state(model, mesh, shape)._replace(kv={})),

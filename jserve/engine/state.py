@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from jserve.model.functional import Model
+from jserve.model.sampling.sharded import ShardedSampler
 from jserve.model.sampling.state import SamplerState, init_sampler_state
 from jserve.model.sharding import AnyMesh, named_sharding
 from jserve.pallas_kernels.ragged_paged_attention.dispatch import kv_pages_shape
@@ -61,11 +63,15 @@ def init_state(
 
 
 def state_shardings(state: DeviceState, mesh: AnyMesh) -> DeviceState:
-    """Pages are split by KV heads, where each device of the axis has as many; the rest is not."""
+    """Pages are split by KV heads, of which each device has as many, counts by token ids."""
     heads = named_sharding(mesh, (None, None, "kv_heads", None, None))
     replicated = named_sharding(mesh, ())
-    shardings = jax.tree.map(lambda _: replicated, state)
-    return shardings._replace(kv=jax.tree.map(lambda _: heads, state.kv))
+    sampler = ShardedSampler(mesh, state.sampler.vocab).state_specs(state.sampler)
+    shardings: DeviceState = jax.tree.map(lambda _: replicated, state)
+    return shardings._replace(
+        kv=jax.tree.map(lambda _: heads, state.kv),
+        sampler=jax.tree.map(lambda spec: NamedSharding(mesh, spec), sampler),
+    )
 
 
 def page_bytes(model: Model, page_size: int, kv_dtype: jnp.dtype, kv_heads: int) -> int:

@@ -19,17 +19,10 @@ from jserve.core.step import FinishCode, Program, ProgramKind
 from jserve.engine.batch import BatchShape, layout
 from jserve.engine.state import FULL, DeviceState
 from jserve.model.functional import Model
-from jserve.model.sampling.logprobs import Logprobs, no_logprobs, prompt_logprobs
-from jserve.model.sampling.sample import sample
-from jserve.model.sampling.state import (
-    admit,
-    admit_processors,
-    count_chunk,
-    observe,
-    reset,
-    stop_code,
-)
-from jserve.model.sharding import on_every_device
+from jserve.model.sampling.logprobs import Logprobs, no_logprobs
+from jserve.model.sampling.sample import sampler_config
+from jserve.model.sampling.sharded import ShardedSampler
+from jserve.model.sampling.state import admit, admit_processors, stop_code
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch, make_ragged_batch
 from jserve.pallas_kernels.ragged_paged_attention.sharded import sharded_attention
 
@@ -75,7 +68,8 @@ def mixed_step(
     """One step over a ragged batch: decode rows first, then prompt chunks."""
     del adapters
     batch = layout(program, shape).unpack(buffer)
-    state = _admit(_grow_tables(state, batch), batch)
+    sampler = ShardedSampler(mesh, shape.vocab)
+    state = _admit(sampler, _grow_tables(state, batch), batch)
     slots = batch["row_slot"]
     row = jnp.arange(program.rows)
     decode = row < batch["num_decode"]
@@ -92,7 +86,7 @@ def mixed_step(
     tokens = jnp.where(decode[owner], state.last_tokens[held][owner], batch["tokens"])
 
     state = state._replace(
-        sampler=count_chunk(
+        sampler=sampler.count_chunk(
             state.sampler,
             slots[owner],
             tokens,
@@ -220,8 +214,9 @@ def _advance(
 ) -> tuple[DeviceState, jax.Array, jax.Array, Logprobs]:
     """From the hidden states of the rows to their tokens, verdicts and the state after them."""
     logits = model.logits(params, hidden, rows.num_used)
-    choose = on_every_device(mesh, sample)
-    sampled = choose(logits, state.sampler, rows.slots, rows.lengths, rows.samples)
+    config = sampler_config(model.backend, rows.slots.shape[0])
+    sampler = ShardedSampler(mesh, model.spec.vocab, config)
+    sampled = sampler.sample(logits, state.sampler, rows.slots, rows.lengths, rows.samples)
     lengths = rows.lengths + 1  # with the sampled token
     finish = stop_code(state.sampler, rows.slots, sampled.tokens, lengths, rows.samples)
     # Out of range, so that the scatters below drop what must not change.
@@ -232,7 +227,7 @@ def _advance(
         lengths=state.lengths.at[ran].set(rows.lengths, mode="drop"),
         last_tokens=state.last_tokens.at[chose].set(sampled.tokens, mode="drop"),
         active=state.active.at[chose].set(finish == FinishCode.RUNNING, mode="drop"),
-        sampler=observe(state.sampler, rows.slots, sampled.tokens, rows.samples),
+        sampler=sampler.observe(state.sampler, rows.slots, sampled.tokens, rows.samples),
     )
     return state, sampled.tokens, finish, sampled.logprobs
 
@@ -243,11 +238,11 @@ def _grow_tables(state: DeviceState, batch: dict[str, jax.Array]) -> DeviceState
     return state._replace(page_tables={FULL: table})
 
 
-def _admit(state: DeviceState, batch: dict[str, jax.Array]) -> DeviceState:
+def _admit(split: ShardedSampler, state: DeviceState, batch: dict[str, jax.Array]) -> DeviceState:
     """Gives slots to new sequences; whatever their predecessors left behind is overwritten."""
     slots = batch["admit_slot"]
     kept = jnp.ones_like(state.active).at[slots].set(False, mode="drop")
-    sampler = reset(state.sampler, kept)
+    sampler = split.reset(state.sampler, kept)
     sampler = admit(sampler, slots, batch["admit_words"])
     sampler = admit_processors(sampler, batch["processor_slot"], batch["processor_words"])
     return state._replace(
@@ -271,6 +266,7 @@ def _prompt_logprobs(
     ragged batch never exist at once.
     """
     tokens = hidden.shape[0]
+    sampler = ShardedSampler(mesh, model.spec.vocab)
     tile = min(_PROMPT_LOGPROB_ROWS, tokens)
     num_tiles = -(-tokens // tile)
     padding = num_tiles * tile - tokens
@@ -280,8 +276,7 @@ def _prompt_logprobs(
     def head(i: jax.Array, found: Logprobs) -> Logprobs:
         rows = lax.dynamic_slice_in_dim(hidden, i * tile, tile)
         wanted = lax.dynamic_slice_in_dim(targets, i * tile, tile)
-        look_up = on_every_device(mesh, prompt_logprobs)
-        new = look_up(model.logits(params, rows), jnp.maximum(wanted, 0))
+        new = sampler.prompt_logprobs(model.logits(params, rows), jnp.maximum(wanted, 0))
         return jax.tree.map(
             lambda all_, part: lax.dynamic_update_slice_in_dim(all_, part[:, None], i * tile, 0),
             found,

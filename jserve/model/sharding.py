@@ -1,9 +1,9 @@
 """How parameters spread over devices: the one table from logical axes to mesh axes."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -11,19 +11,23 @@ from jserve.core.errors import ConfigError
 from jserve.model.params import ParamSpec
 from jserve.model.spec import ModelSpec
 
-_T = TypeVar("_T")
 AnyMesh = Mesh | AbstractMesh  # for what needs names and sizes only
 
+# Of every mesh. Only experts tell the axes apart; all else is split over all devices, so that
+# those of `expert` are no idle copies in attention.
+DEVICES = ("model", "expert")
+
 # Megatron's split (Shoeybi et al., 2019): heads and FFN columns one way in, the other way out,
-# so each block ends in one all-reduce, which the compiler places.
-RULES: dict[str, str] = {
-    "vocab": "model",
-    "q_heads": "model",
-    "kv_heads": "model",
-    "ffn": "model",
+# so each block ends in one all-reduce, which the compiler places. Experts are whole on devices
+# of `expert`, and split over `model` as a dense block is.
+RULES: dict[str, str | tuple[str, ...]] = {
+    "vocab": DEVICES,
+    "q_heads": DEVICES,
+    "kv_heads": DEVICES,
+    "ffn": DEVICES,
     "experts": "expert",
+    "expert_ffn": "model",
 }
-_AXES = ("model", "expert")
 _AXIS_TYPES = (AxisType.Auto, AxisType.Auto)
 
 
@@ -38,71 +42,87 @@ def device_mesh(devices: Sequence[Any], *, model: int, expert: int = 1) -> Mesh:
             f"({len(devices)})"
         )
     grid = np.asarray(devices, dtype=object).reshape(model, expert)
-    return Mesh(grid, _AXES, axis_types=_AXIS_TYPES)
+    return Mesh(grid, DEVICES, axis_types=_AXIS_TYPES)
 
 
 def abstract_mesh(*, model: int, expert: int = 1) -> AbstractMesh:
     """A mesh like `device_mesh` without devices: shapes and shardings can be computed with it."""
-    return AbstractMesh((model, expert), _AXES, axis_types=_AXIS_TYPES)
+    return AbstractMesh((model, expert), DEVICES, axis_types=_AXIS_TYPES)
 
 
-def axis_rules(spec: ModelSpec, mesh: AnyMesh) -> dict[str, str | None]:
+def axis_rules(spec: ModelSpec, mesh: AnyMesh) -> dict[str, str | tuple[str, ...] | None]:
     """`RULES` for one model on one mesh; None replicates.
 
-    KV heads are replicated when there are fewer than devices on the axis; then the query heads
-    of one device share a KV head: head h · kv_heads // q_heads of the whole model.
+    KV heads are replicated when there are fewer than devices; then the query heads of one device
+    share a KV head: head h · kv_heads // q_heads of the whole model. A vocabulary that does not
+    divide is replicated: then every device computes all logits.
     Raises ConfigError naming the size that does not divide.
     """
-    size = mesh.shape["model"]
-    rules: dict[str, str | None] = dict(RULES)
-    sizes = {
-        "vocab": spec.vocab,
-        "q_heads": spec.q_heads,
-        "kv_heads": spec.kv_heads,
-        "ffn": spec.ffn_dim,
+    rules: dict[str, str | tuple[str, ...] | None] = {
+        **RULES,
+        "vocab": vocab_axes(spec.vocab, mesh),
     }
+    sizes = {"q_heads": spec.q_heads, "kv_heads": spec.kv_heads}
+    if not spec.experts or not all(map(spec.is_sparse, range(spec.layers))):
+        sizes["ffn"] = spec.ffn_dim
     if spec.experts:
-        sizes["expert_ffn"] = spec.expert_ffn_dim
-    if spec.kv_heads < size and size % spec.kv_heads == 0:
+        sizes |= {"experts": spec.experts, "expert_ffn": spec.expert_ffn_dim}
+    elif mesh.shape["expert"] > 1:
+        raise ConfigError(
+            f"mesh: {mesh.shape['expert']} devices on axis 'expert', but family {spec.family} "
+            "has no experts; set engine.expert_parallel to 1"
+        )
+    if spec.kv_heads < mesh.size and mesh.size % spec.kv_heads == 0:
         rules["kv_heads"] = None
         del sizes["kv_heads"]
     for name, value in sizes.items():
-        if value % size:
+        axes = RULES[name]
+        if value % (over := _num_devices(mesh, axes)):
+            where = "the mesh" if axes == DEVICES else f"axis '{axes}'"
             raise ConfigError(
-                f"mesh: {name} ({value}) of the model does not divide over {size} devices of "
-                f"axis 'model'; choose a divisor of {value}"
+                f"mesh: {name} ({value}) of the model does not divide over {over} devices of "
+                f"{where}; choose a divisor of {value}"
             )
-    if spec.experts % mesh.shape["expert"]:
-        raise ConfigError(
-            f"mesh: experts ({spec.experts}) of the model do not divide over "
-            f"{mesh.shape['expert']} devices of axis 'expert'; choose a divisor of {spec.experts}"
-        )
     return rules
 
 
+def _num_devices(mesh: AnyMesh, axes: str | Sequence[str]) -> int:
+    return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
+
+
+def vocab_axes(vocab: int, mesh: AnyMesh) -> tuple[str, ...]:
+    """The axes that a vocabulary is split over: none if it does not divide, or on one device."""
+    return () if mesh.size == 1 or vocab % mesh.size else DEVICES
+
+
 def stored_kv_heads(spec: ModelSpec, mesh: AnyMesh) -> int:
-    """KV heads that the pages hold: one for each device of the axis where there are fewer."""
-    return max(spec.kv_heads, mesh.shape["model"])
-
-
-def on_every_device(mesh: Mesh, function: Callable[..., _T]) -> Callable[..., _T]:
-    """`function` of arrays as one device computes it, done by all alike; arguments are gathered."""
-    if mesh.size == 1:
-        return function
-    whole = PartitionSpec()
-    return jax.shard_map(function, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False)
+    """KV heads that the pages hold: one for each device where there are fewer."""
+    return max(spec.kv_heads, mesh.size)
 
 
 def named_sharding(
-    mesh: AnyMesh, axes: Sequence[str | None], rules: Mapping[str, str | None] = RULES
+    mesh: AnyMesh,
+    axes: Sequence[str | None],
+    rules: Mapping[str, str | tuple[str, ...] | None] = RULES,
 ) -> NamedSharding:
     """The sharding of an array whose dimensions have the logical names `axes`."""
-    return NamedSharding(mesh, PartitionSpec(*(axis and rules[axis] for axis in axes)))
+    return NamedSharding(mesh, PartitionSpec(*((axis and rules[axis]) or None for axis in axes)))
 
 
 def param_shardings(
     params: Mapping[str, ParamSpec], spec: ModelSpec, mesh: AnyMesh
 ) -> dict[str, NamedSharding]:
-    """The sharding of every parameter by name; see `axis_rules` for errors."""
+    """The sharding of every parameter by name; see `axis_rules` for errors.
+
+    A quantized weight is split in panels and groups, which must divide, too.
+    """
     rules = axis_rules(spec, mesh)
+    for name, param in params.items():
+        for size, axis in zip(param.shape, param.axes, strict=True):
+            over = _num_devices(mesh, rules[axis] or ()) if axis else 1
+            if size % over:
+                raise ConfigError(
+                    f"mesh: {name}, stored as {param.shape}, does not divide its {size} over "
+                    f"{over} devices; use fewer devices or other weights"
+                )
     return {name: named_sharding(mesh, param.axes, rules) for name, param in params.items()}

@@ -117,9 +117,13 @@ class ExpertWeights(nnx.Module):
     def __init__(self, spec: ModelSpec, numerics: Numerics, *, into: bool) -> None:
         ffn, dim = spec.expert_ffn_dim, spec.model_dim
         if into:
-            self.weight = matrices((spec.experts, ffn, dim), ("experts", "ffn", None), numerics)
+            self.weight = matrices(
+                (spec.experts, ffn, dim), ("experts", "expert_ffn", None), numerics
+            )
         else:
-            self.weight = matrices((spec.experts, dim, ffn), ("experts", None, "ffn"), numerics)
+            self.weight = matrices(
+                (spec.experts, dim, ffn), ("experts", None, "expert_ffn"), numerics
+            )
 
 
 def group_rows(

@@ -24,6 +24,40 @@ _admit, _admit_processors, _count_chunk = map(jax.jit, (admit, admit_processors,
 EOS = (2,)
 PROMPT_LEN = 8
 
+# One request of every kind; the vocabulary has at least 100 ids.
+KINDS = (
+    {"temperature": 0.0},
+    {"temperature": 0.0, "logprobs": 3},
+    {"temperature": 0.0, "repetition_penalty": 1.3},
+    {},
+    {"temperature": 0.7, "logprobs": 20},
+    {"top_k": 5},
+    {"top_k": 50},
+    {"top_p": 0.3},
+    {"top_p": 0.95},
+    {"min_p": 0.1},
+    {"top_k": 40, "top_p": 0.9, "min_p": 0.01, "temperature": 1.5},
+    {"logit_bias": ((3, 5.0), (60, -2.0)), "top_p": 0.8},
+    {"allowed_token_ids": tuple(range(0, 100, 3)), "bad_token_ids": (3, 33)},
+    {"presence_penalty": 1.0, "frequency_penalty": 0.5, "top_k": 20, "logprobs": 0},
+    {"min_tokens": 50, "max_tokens": 60, "stop_token_ids": (1, 5), "top_p": 0.9},
+)
+
+
+def requests_of_every_kind(
+    vocab: int,
+) -> tuple[list[SamplingParams], np.ndarray, list[list[int]], list[list[int]], np.ndarray]:
+    """KINDS with logits [kinds, vocab], prompts, outputs and positions."""
+    rng = np.random.default_rng(vocab)
+    n = len(KINDS)
+    return (
+        [SamplingParams(**{"seed": 1000 + i, **kind}) for i, kind in enumerate(KINDS)],
+        np.float32(rng.normal(size=(n, vocab)) * 2),
+        rng.integers(0, vocab, size=(n, 6)).tolist(),
+        rng.integers(0, vocab, size=(n, 4)).tolist(),
+        np.int32(rng.integers(12, 30, size=n)),
+    )
+
 
 def build(
     params: Sequence[SamplingParams],

@@ -14,50 +14,21 @@ from jserve.model.sampling import noise, rows, truncation
 from jserve.model.sampling.sample import SamplerConfig
 from jserve.model.sampling.truncation import Truncation
 from tests.integration.sampling_reference import (
+    KINDS,
     build,
     distribution,
     draw,
     processed,
+    requests_of_every_kind,
     truncated,
 )
 
 FEW = SamplerConfig(num_candidates=8, tile_rows=2)
 
-# One request of every kind; the vocabulary has at least 100 ids.
-KINDS = (
-    {"temperature": 0.0},
-    {"temperature": 0.0, "logprobs": 3},
-    {"temperature": 0.0, "repetition_penalty": 1.3},
-    {},
-    {"temperature": 0.7, "logprobs": 20},
-    {"top_k": 5},
-    {"top_k": 50},
-    {"top_p": 0.3},
-    {"top_p": 0.95},
-    {"min_p": 0.1},
-    {"top_k": 40, "top_p": 0.9, "min_p": 0.01, "temperature": 1.5},
-    {"logit_bias": ((3, 5.0), (60, -2.0)), "top_p": 0.8},
-    {"allowed_token_ids": tuple(range(0, 100, 3)), "bad_token_ids": (3, 33)},
-    {"presence_penalty": 1.0, "frequency_penalty": 0.5, "top_k": 20, "logprobs": 0},
-    {"min_tokens": 50, "max_tokens": 60, "stop_token_ids": (1, 5), "top_p": 0.9},
-)
-
-
-def _requests(vocab):
-    rng = np.random.default_rng(vocab)
-    n = len(KINDS)
-    return (
-        [SamplingParams(**{"seed": 1000 + i, **kind}) for i, kind in enumerate(KINDS)],
-        np.float32(rng.normal(size=(n, vocab)) * 2),
-        rng.integers(0, vocab, size=(n, 6)).tolist(),
-        rng.integers(0, vocab, size=(n, 4)).tolist(),
-        np.int32(rng.integers(12, 30, size=n)),
-    )
-
 
 def _run(vocab, order, num_rows, config, *, seed=0):
     """Samples the requests `order` in random slots and rows; the other rows hold other requests."""
-    params, logits, prompts, outputs, positions = _requests(vocab)
+    params, logits, prompts, outputs, positions = requests_of_every_kind(vocab)
     rng = np.random.default_rng(seed)
     n, num_slots = len(params), 64
     slots = rng.permutation(num_slots)[:n]
@@ -111,7 +82,7 @@ def test_candidates_and_whole_vocabulary_choose_the_same_tokens():
 
 
 def test_only_tokens_of_the_exact_support_are_drawn_and_greedy_takes_the_best():
-    params, logits, prompts, outputs, _ = _requests(1000)
+    params, logits, prompts, outputs, _ = requests_of_every_kind(1000)
     tokens = _run(1000, np.arange(len(KINDS)), 64, FEW).tokens
     for i, p in enumerate(params):
         chances = distribution(logits[i], p, prompts[i], outputs[i])

@@ -29,22 +29,23 @@ def no_logprobs(rows: int) -> Logprobs:
     )
 
 
-def raw_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
+def raw_logprobs(logits: jax.Array, tokens: jax.Array, axes: tiles.Axes = ()) -> Logprobs:
     """The log-probabilities of `tokens` [rows] under `logits` [rows, vocab] float32.
 
-    The normalizer is an integer sum (`mass`), so the result does not depend on other rows. Give
+    The normalizer is an integer sum (`mass`), so the result depends neither on other rows nor on
+    how the vocabulary is split over the devices of `axes` (see `rows`). Give
     at least 8 rows: XLA's CPU code rounds the logarithm of fewer than 8 numbers differently.
     A vocabulary smaller than MAX_LOGPROBS fills the rest of `top` with -inf.
     """
-    num_top = min(MAX_LOGPROBS, logits.shape[1])
-    top, top_ids = tiles.top_k(logits, num_top)
+    num_top = min(MAX_LOGPROBS, tiles.width(logits, axes))
+    top, top_ids = tiles.top_k(logits, num_top, axes)
     largest = top[:, :1]
     weight = jnp.exp(masses.scaled(logits, largest, jnp.ones_like(largest)))
-    shift = masses.shift_of(weight)
-    sums = masses.total(masses.digits(weight, shift), weight > 0)
+    shift = masses.shift_of(weight, axes)
+    sums = masses.total(masses.digits(weight, shift), weight > 0, axes)
     log_total = masses.log(sums, shift)[:, None]
-    token = tiles.pick(logits, tokens[:, None])
-    (rank,) = tiles.sums((logits >= token).astype(jnp.int32))
+    token = tiles.pick_id(logits, tokens, axes)
+    (rank,) = tiles.sums((logits >= token).astype(jnp.int32), axes=axes)
     spare = ((0, 0), (0, MAX_LOGPROBS - num_top))
     return Logprobs(
         ((token - largest) - log_total)[:, 0],
@@ -54,6 +55,6 @@ def raw_logprobs(logits: jax.Array, tokens: jax.Array) -> Logprobs:
     )
 
 
-def prompt_logprobs(logits: jax.Array, targets: jax.Array) -> Logprobs:
+def prompt_logprobs(logits: jax.Array, targets: jax.Array, axes: tiles.Axes = ()) -> Logprobs:
     """`raw_logprobs` of the next prompt tokens `targets` [rows] of a tile of prompt positions."""
-    return raw_logprobs(logits, targets)
+    return raw_logprobs(logits, targets, axes)

@@ -2,7 +2,7 @@
 
 A weight exp((logit - max) / temperature) becomes two int32 digits of 30 and 13 bits, scaled by a
 power of two so that the whole row fits. Sums of digits are exact: the same for 128 candidates,
-the whole vocabulary, any batch and, later, any split of the vocabulary over devices.
+the whole vocabulary, any batch and any split of the vocabulary over devices.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jserve.model.sampling.rows import sums
+from jserve.model.sampling.rows import Axes, sums
 
 MAX_VOCAB = 1 << 18  # what the digits leave room for
 _LOW_BITS = 13
@@ -45,13 +45,13 @@ def scaled(x: jax.Array, largest: jax.Array, temperature: jax.Array) -> jax.Arra
     )
 
 
-def shift_of(weight: jax.Array) -> jax.Array:
+def shift_of(weight: jax.Array, axes: Axes = ()) -> jax.Array:
     """The shift at which the weights of a row [rows, n] sum to at most 2**30 units: int32 [rows].
 
     Weights that do not belong to the row's set must be zero.
     """
     coarse = jnp.ceil(weight * 2.0**_COARSE_BITS).astype(jnp.int32)
-    (bound,) = sums(coarse)
+    (bound,) = sums(coarse, axes=axes)
     bits = 32 - lax.clz(bound)
     return (_TOTAL_BITS + _COARSE_BITS) - bits
 
@@ -66,9 +66,9 @@ def digits(weight: jax.Array, shift: jax.Array) -> Mass:
     return Mass(high, low)
 
 
-def total(mass: Mass, where: jax.Array) -> Mass:
+def total(mass: Mass, where: jax.Array, axes: Axes = ()) -> Mass:
     """The sum over each row of `mass` [rows, n] of the entries `where`: [rows]."""
-    return Mass(*sums(*(jnp.where(where, digit, 0) for digit in mass)))
+    return Mass(*sums(*(jnp.where(where, digit, 0) for digit in mass), axes=axes))
 
 
 def log(sums: Mass, shift: jax.Array) -> jax.Array:

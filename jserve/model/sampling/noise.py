@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jserve.model.sampling.rows import Axes, first_id
+
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
@@ -69,7 +71,9 @@ def gumbel(keys: jax.Array, ids: jax.Array) -> jax.Array:
     return -jnp.log(-jnp.log1p(-uniform))
 
 
-def vocab_gumbel(keys: jax.Array, vocab: int) -> jax.Array:
-    """`gumbel` of every id below `vocab`: float32 [rows, vocab]."""
+def vocab_gumbel(keys: jax.Array, vocab: int, axes: Axes = ()) -> jax.Array:
+    """`gumbel` of every id below `vocab`, or of a share of so many: float32 [rows, vocab]."""
     ids = lax.broadcasted_iota(jnp.uint32, (keys.shape[0], vocab), 1)
+    if axes:
+        ids = ids + first_id(vocab, axes).astype(jnp.uint32)
     return gumbel(keys, ids)

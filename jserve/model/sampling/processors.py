@@ -11,7 +11,9 @@ Order, as in vLLM V1 (`Sampler.apply_logits_processors` and `apply_penalties`):
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from jserve.model.sampling.rows import Axes, first_id, own
 from jserve.model.sampling.state import Processor, SamplerState
 
 
@@ -23,30 +25,46 @@ def needed(state: SamplerState, slots: jax.Array, positions: jax.Array) -> jax.A
 
 
 def process(
-    logits: jax.Array, state: SamplerState, slots: jax.Array, positions: jax.Array
+    logits: jax.Array,
+    state: SamplerState,
+    slots: jax.Array,
+    positions: jax.Array,
+    axes: Axes = (),
 ) -> jax.Array:
-    """The processed logits of rows [rows, vocab] whose tokens are chosen at `positions` [rows]."""
+    """The processed logits of rows [rows, vocab] whose tokens are chosen at `positions` [rows].
+
+    Or of this device's share of the vocabulary, if it is split over `axes` (see `rows`).
+    """
     bits = state.processors[slots][:, None]
-    x = jnp.where(((bits & Processor.MASK) != 0) & ~_allowed(state, slots), -jnp.inf, logits)
+    x = jnp.where(((bits & Processor.MASK) != 0) & ~_allowed(state, slots, axes), -jnp.inf, logits)
 
     rows = jnp.arange(logits.shape[0])[:, None]
     early = ((bits & Processor.MIN_TOKENS) != 0) & (positions < state.min_total[slots])[:, None]
     stop_ids = state.stop_ids[slots]
     unused = logits.shape[1]  # past the row: dropped; a negative index would wrap
-    stop_ids = jnp.where(early & (stop_ids >= 0), stop_ids, unused)
+    stop_ids = jnp.where(early & (stop_ids >= 0), own(stop_ids, unused, axes), unused)
     x = x.at[rows, stop_ids].set(-jnp.inf, mode="drop")
 
     bias_ids = state.bias_ids[slots]
-    bias_ids = jnp.where(((bits & Processor.BIAS) != 0) & (bias_ids >= 0), bias_ids, unused)
+    biased = ((bits & Processor.BIAS) != 0) & (bias_ids >= 0)
+    bias_ids = jnp.where(biased, own(bias_ids, unused, axes), unused)
     x = x.at[rows, bias_ids].add(state.bias[slots], mode="drop")
     return jnp.where((bits & Processor.PENALTIES) != 0, _penalize(x, state, slots), x)
 
 
-def _allowed(state: SamplerState, slots: jax.Array) -> jax.Array:
+def _allowed(state: SamplerState, slots: jax.Array, axes: Axes) -> jax.Array:
     words = state.mask[slots]
+    first = jnp.int32(0)
+    if axes:  # the words that the share touches; it may begin and end inside of one
+        first = first_id(state.vocab, axes)
+        touched = (state.vocab + 31) // 32 + 1
+        words = jnp.pad(words, ((0, 0), (0, touched)))
+        words = lax.dynamic_slice_in_dim(words, first >> 5, touched, axis=1)
     places = jnp.arange(32, dtype=jnp.uint32)[None, None, :]
-    bits = (words[:, :, None] >> places) & 1
-    return bits.reshape(words.shape[0], -1)[:, : state.vocab] != 0
+    bits = ((words[:, :, None] >> places) & 1).reshape(words.shape[0], -1)
+    if axes:
+        return lax.dynamic_slice_in_dim(bits, first & 31, state.vocab, axis=1) != 0
+    return bits[:, : state.vocab] != 0
 
 
 def _penalize(x: jax.Array, state: SamplerState, slots: jax.Array) -> jax.Array:

@@ -12,6 +12,8 @@ How it is fast without a sort: a plain greedy batch is one argmax. Otherwise the
 truncation, a wide nucleus, a large top_k) is computed over the whole vocabulary, in tiles of such
 rows. Every row's result is a function of its own logits and parameters: which other rows there
 are decides only what is computed besides, and all sums are of integers (see `mass`).
+
+All of it also runs on rows that are split over devices, which is decided in `rows`.
 """
 
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from jserve.model.sampling.logprobs import Logprobs, no_logprobs, raw_logprobs
 from jserve.model.sampling.mass import MAX_VOCAB
 from jserve.model.sampling.state import GREEDY_BELOW, SamplerState
 from jserve.model.sampling.truncation import Total, Truncation
+from jserve.pallas_kernels.backend import Backend
 
 _TILE = 8  # rows of the smaller passes; for log-probabilities see raw_logprobs
 
@@ -36,8 +39,16 @@ class SamplerConfig:
     """Trades time only; results do not depend on it."""
 
     num_candidates: int = 128  # tokens a row is first tried with
-    tile_rows: int = 2  # rows of a pass over the vocabulary: what a core's cache holds; on an
-    # accelerator all rows
+    tile_rows: int = 2  # rows of a pass over the vocabulary: what a core's cache holds
+
+
+def sampler_config(backend: Backend, rows: int) -> SamplerConfig:
+    """What suits a backend and a batch: only a CPU takes the rows that need a pass in tiles.
+
+    An accelerator's memory is as fast for all rows at once, and devices exchange less often.
+    """
+    on_cpu = backend in (Backend.REFERENCE, Backend.CPU, Backend.NATIVE)
+    return SamplerConfig() if on_cpu else SamplerConfig(tile_rows=rows)
 
 
 class Sampled(NamedTuple):
@@ -54,34 +65,37 @@ def sample(
     positions: jax.Array,
     live: jax.Array,
     config: SamplerConfig = SamplerConfig(),
+    axes: tiles.Axes = (),
 ) -> Sampled:
     """Chooses a token for each row.
 
     Args:
-      logits: float32 [rows, vocab], raw.
-      state: the sampling state of all slots.
+      logits: float32 [rows, vocab], raw; or this device's share of the vocabulary.
+      state: the sampling state of all slots; what is as wide as the vocabulary likewise.
       slots: int32 [rows], the slot of each row.
       positions: int32 [rows], absolute position of the token to choose: the length so far.
       live: bool [rows]; the others cost nothing and mean nothing.
       config: how to compute it.
+      axes: of the mesh, that the vocabulary is split over, inside of a `shard_map`.
 
     Raises:
       ValueError: the vocabulary is larger than 2**18.
     """
-    if logits.shape[1] > MAX_VOCAB:
-        raise ValueError(f"vocab is {logits.shape[1]}; the sampler's sums hold {MAX_VOCAB}")
+    vocab = tiles.width(logits, axes)
+    if vocab > MAX_VOCAB:
+        raise ValueError(f"vocab is {vocab}; the sampler's sums hold {MAX_VOCAB}")
     slots = jnp.clip(slots, 0, state.num_slots - 1)
     random = live & (state.temperature[slots] >= GREEDY_BELOW)
     processed = live & processors.needed(state, slots, positions)
     tokens = lax.cond(
         tiles.count(random | processed) > 0,
-        lambda: _choose(logits, state, slots, positions, random, processed, config),
-        lambda: tiles.argmax(logits),
+        lambda: _choose(logits, state, slots, positions, random, processed, config, axes),
+        lambda: tiles.argmax(logits, axes),
     )
     wanted = live & (state.num_logprobs[slots] >= 0)
 
     def add_logprobs(rows: jax.Array, carry: Logprobs) -> Logprobs:
-        found = raw_logprobs(tiles.take(logits, rows), tiles.take(tokens, rows))
+        found = raw_logprobs(tiles.take(logits, rows), tiles.take(tokens, rows), axes)
         return Logprobs(*(tiles.put(x, rows, v) for x, v in zip(carry, found, strict=True)))
 
     none = no_logprobs(logits.shape[0])
@@ -96,20 +110,21 @@ def _choose(
     random: jax.Array,
     processed: jax.Array,
     config: SamplerConfig,
+    axes: tiles.Axes,
 ) -> jax.Array:
     """The general case: tokens int32 [rows] when some row is random or has processors."""
     tile = min(config.tile_rows, logits.shape[0])
 
     def process(rows: jax.Array, x: jax.Array) -> jax.Array:
-        at = tiles.take(slots, rows)
-        done = processors.process(tiles.take(logits, rows), state, at, tiles.take(positions, rows))
+        at, raw = tiles.take(slots, rows), tiles.take(logits, rows)
+        done = processors.process(raw, state, at, tiles.take(positions, rows), axes)
         return tiles.put(x, rows, done)
 
     x = tiles.for_each_tile(processed, tile, process, logits)
-    best = tiles.argmax(x)
+    best = tiles.argmax(x, axes)
     return lax.cond(
         tiles.count(random) > 0,
-        lambda: jnp.where(random, _draw(x, state, slots, positions, random, config), best),
+        lambda: jnp.where(random, _draw(x, state, slots, positions, random, config, axes), best),
         lambda: best,
     )
 
@@ -121,9 +136,10 @@ def _draw(
     positions: jax.Array,
     random: jax.Array,
     config: SamplerConfig,
+    axes: tiles.Axes,
 ) -> jax.Array:
     """Draws a token for the rows where `random`, from processed logits `x` [rows, vocab]."""
-    num_rows, vocab = x.shape
+    num_rows, vocab = x.shape[0], tiles.width(x, axes)
     params = _truncation_of(state, slots, random, vocab)
     keys = noise.token_keys(state.seed[slots], state.choice[slots], positions)
 
@@ -135,6 +151,7 @@ def _draw(
             _take(params, rows),
             tiles.take(keys, rows),
             min(config.num_candidates, vocab),
+            axes,
         )
         return tiles.put(carry[0], rows, found[0]), tiles.put(carry[1], rows, found[1])
 
@@ -147,27 +164,27 @@ def _draw(
     )
 
     def draw_whole(rows: jax.Array, carry: jax.Array) -> jax.Array:
-        keep, scaled = truncation.from_vocab(tiles.take(x, rows), _take(params, rows))
-        noisy = scaled + noise.vocab_gumbel(tiles.take(keys, rows), vocab)
-        return tiles.put(carry, rows, tiles.argmax(jnp.where(keep, noisy, -jnp.inf)))
+        keep, scaled = truncation.from_vocab(tiles.take(x, rows), _take(params, rows), axes)
+        noisy = scaled + noise.vocab_gumbel(tiles.take(keys, rows), x.shape[1], axes)
+        return tiles.put(carry, rows, tiles.argmax(jnp.where(keep, noisy, -jnp.inf), axes))
 
     tile = min(config.tile_rows, num_rows)
     return tiles.for_each_tile(random & ~decided, tile, draw_whole, tokens)
 
 
 def _draw_from_candidates(
-    x: jax.Array, params: Truncation, keys: jax.Array, num_candidates: int
+    x: jax.Array, params: Truncation, keys: jax.Array, num_candidates: int, axes: tiles.Axes
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens int32 [rows] of truncated rows, and for which of them the candidates suffice."""
-    vocab = x.shape[1]
-    values, ids = tiles.top_k(x, num_candidates)
+    vocab = tiles.width(x, axes)
+    values, ids = tiles.top_k(x, num_candidates, axes)
     best = truncation.candidates(values, params, vocab)
     own = truncation.total_of(best.weight)
     # A nucleus of more than the candidates needs the mass of the whole vocabulary.
     whole = ~best.closed & (params.top_p < 1.0) & (params.top_k >= vocab)
     unknown = Total(own.shift, jnp.zeros_like(own.units))
     other = lax.cond(
-        tiles.count(whole) > 0, lambda: truncation.vocab_total(x, params), lambda: unknown
+        tiles.count(whole) > 0, lambda: truncation.vocab_total(x, params, axes), lambda: unknown
     )
     total = Total(
         jnp.where(whole, other.shift, own.shift),

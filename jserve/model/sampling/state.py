@@ -10,6 +10,7 @@ from jax import lax
 
 from jserve.core.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jserve.core.step import FinishCode
+from jserve.model.sampling.rows import Axes, own
 
 GREEDY_BELOW = 1e-5  # temperatures below are greedy, as in vLLM
 
@@ -26,7 +27,11 @@ class Processor(enum.IntFlag):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SamplerState:
-    """One entry per slot. The scalars are small; `mask` and below are read only where needed."""
+    """One entry per slot. The scalars are small; `mask` and below are read only where needed.
+
+    Over several devices each holds its share of the vocabulary of `prompt_seen` and
+    `output_counts`, and all of the rest (see `sharded`).
+    """
 
     temperature: jax.Array  # float32 [slots]; below GREEDY_BELOW is greedy
     top_p: jax.Array  # float32 [slots]; 1 keeps all
@@ -58,7 +63,7 @@ class SamplerState:
 
     @property
     def vocab(self) -> int:
-        """The number of token ids."""
+        """The number of token ids, or of a device's share of them inside of a `shard_map`."""
         return self.output_counts.shape[1]
 
 
@@ -163,10 +168,15 @@ def reset(state: SamplerState, keep: jax.Array) -> SamplerState:
 
 
 def observe(
-    state: SamplerState, slots: jax.Array, tokens: jax.Array, live: jax.Array
+    state: SamplerState,
+    slots: jax.Array,
+    tokens: jax.Array,
+    live: jax.Array,
+    axes: Axes = (),
 ) -> SamplerState:
     """Counts the newly sampled `tokens` of `slots` as output, where `live`; all are [rows]."""
     at = jnp.where(live, slots, state.num_slots)
+    tokens = own(tokens, state.vocab, axes)
     return replace(state, output_counts=state.output_counts.at[at, tokens].add(1, mode="drop"))
 
 
@@ -176,6 +186,7 @@ def count_chunk(
     tokens: jax.Array,
     is_prompt: jax.Array,
     live: jax.Array,
+    axes: Axes = (),
 ) -> SamplerState:
     """Takes note of chunk tokens: of prompts as seen, of recomputed output as generated.
 
@@ -187,7 +198,9 @@ def count_chunk(
       tokens: int32 [tokens], ids.
       is_prompt: bool [tokens], whether the token's position is inside the prompt.
       live: bool [tokens], false for padding and decode tokens.
+      axes: see `rows`.
     """
+    tokens = own(tokens, state.vocab, axes)
     prompt_at = jnp.where(live & is_prompt, token_slots, state.num_slots)
     output_at = jnp.where(live & ~is_prompt, token_slots, state.num_slots)
     return replace(

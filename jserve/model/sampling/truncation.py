@@ -21,7 +21,15 @@ from jax import lax
 
 from jserve.model.sampling import mass as masses
 from jserve.model.sampling.mass import Mass
-from jserve.model.sampling.rows import pick, sums, sums_before
+from jserve.model.sampling.rows import (
+    Axes,
+    largest,
+    pick,
+    sums,
+    sums_before,
+    token_ids,
+    width,
+)
 
 
 class Truncation(NamedTuple):
@@ -44,18 +52,17 @@ class Total(NamedTuple):
     units: jax.Array
 
 
-def total_of(weight: jax.Array) -> Total:
+def total_of(weight: jax.Array, axes: Axes = ()) -> Total:
     """The total of weights [rows, n] that are zero outside of the set."""
-    shift = masses.shift_of(weight)
-    sums = masses.total(masses.digits(weight, shift), weight > 0)
+    shift = masses.shift_of(weight, axes)
+    sums = masses.total(masses.digits(weight, shift), weight > 0, axes)
     return Total(shift, sums.units())
 
 
-def vocab_total(x: jax.Array, params: Truncation) -> Total:
-    """The total of the tokens that min_p leaves of whole rows [rows, vocab]."""
-    largest = jnp.max(x, axis=-1, keepdims=True)
-    weight = jnp.exp(masses.scaled(x, largest, params.temperature[:, None]))
-    return total_of(jnp.where(weight >= params.min_p[:, None], weight, 0.0))
+def vocab_total(x: jax.Array, params: Truncation, axes: Axes = ()) -> Total:
+    """The total of the tokens that min_p leaves of whole rows, `x` [rows, vocab] or a share."""
+    weight = jnp.exp(masses.scaled(x, largest(x, axes), params.temperature[:, None]))
+    return total_of(jnp.where(weight >= params.min_p[:, None], weight, 0.0), axes)
 
 
 def _target(params: Truncation, units: jax.Array) -> jax.Array:
@@ -134,26 +141,28 @@ def _bisect(low: jax.Array, high: jax.Array, holds: Callable[[jax.Array], jax.Ar
     return lax.while_loop(open_rows, halve, (low, high))[1]
 
 
-def from_vocab(x: jax.Array, params: Truncation) -> tuple[jax.Array, jax.Array]:
+def from_vocab(x: jax.Array, params: Truncation, axes: Axes = ()) -> tuple[jax.Array, jax.Array]:
     """Which tokens of whole rows may be drawn.
 
     Args:
-      x: float32 [rows, vocab] processed logits, -inf where masked.
+      x: float32 [rows, vocab] processed logits, -inf where masked; or this device's share of
+        the vocabulary, like both results.
       params: the row's parameters.
+      axes: see `rows`.
 
     Returns:
       keep: bool [rows, vocab].
       scaled: float32 [rows, vocab], (x - max) / temperature.
     """
-    vocab = x.shape[1]
-    largest = jnp.max(x, axis=-1, keepdims=True)
-    scaled = masses.scaled(x, largest, params.temperature[:, None])
+    vocab = width(x, axes)
+    best = largest(x, axes)
+    scaled = masses.scaled(x, best, params.temperature[:, None])
     key = _ordered(x)
-    top = _ordered(largest[:, 0])
+    top = _ordered(best[:, 0])
     bottom = jnp.minimum(_ordered(jnp.float32(-jnp.inf)), top - 1)  # masked tokens stay out
 
     def fewer_above(threshold: jax.Array) -> jax.Array:
-        (above,) = sums((key > threshold[:, None]).astype(jnp.int32))
+        (above,) = sums((key > threshold[:, None]).astype(jnp.int32), axes=axes)
         return above < params.top_k
 
     wants_k = params.top_k < vocab
@@ -163,7 +172,7 @@ def from_vocab(x: jax.Array, params: Truncation) -> tuple[jax.Array, jax.Array]:
     kept = (key >= kth[:, None]) & (weight >= params.min_p[:, None]) & (x > -jnp.inf)
     keep = lax.cond(
         jnp.any(params.top_p < 1.0),
-        lambda: _top_p(key, weight, kept, top, bottom, params),
+        lambda: _top_p(key, weight, kept, top, bottom, params, axes),
         lambda: kept,
     )
     return keep, scaled
@@ -176,23 +185,24 @@ def _top_p(
     top: jax.Array,
     bottom: jax.Array,
     params: Truncation,
+    axes: Axes,
 ) -> jax.Array:
     """The part of `kept` [rows, vocab] that top_p leaves; all of it where top_p is 1."""
-    vocab = key.shape[1]
+    vocab = width(key, axes)
     weight = jnp.where(kept, weight, 0.0)
-    total = total_of(weight)
+    total = total_of(weight, axes)
     digits = masses.digits(weight, total.shift)
     target = _target(params, total.units)
     wants_p = params.top_p < 1.0
 
     def less_above(threshold: jax.Array) -> jax.Array:
-        return masses.total(digits, key > threshold[:, None]).units() < target
+        return masses.total(digits, key > threshold[:, None], axes).units() < target
 
     border = _bisect(jnp.where(wants_p, bottom, top - 1), top, less_above)
-    above = masses.total(digits, key > border[:, None])
+    above = masses.total(digits, key > border[:, None], axes)
     tied = kept & (key == border[:, None])
-    (ties,) = sums(tied.astype(jnp.int32))
-    each = Mass(*(jnp.max(jnp.where(tied, d, 0), axis=-1) for d in digits))
+    (ties,) = sums(tied.astype(jnp.int32), axes=axes)
+    each = Mass(*(largest(jnp.where(tied, d, 0), axes)[:, 0] for d in digits))
 
     def ends_before(n: jax.Array) -> jax.Array:
         return Mass(above.high + n * each.high, above.low + n * each.low).units() >= target
@@ -200,10 +210,10 @@ def _top_p(
     # Of the equal tokens at the border the first `num_tied` stay: find the id where they end.
     zero = jnp.zeros_like(ties)
     num_tied = _bisect(zero, jnp.maximum(ties, 1), ends_before)
-    ids = lax.broadcasted_iota(jnp.int32, key.shape, 1)
+    ids = token_ids(key, axes)
 
     def holds_them(end: jax.Array) -> jax.Array:
-        (tied_before,) = sums((tied & (ids < end[:, None])).astype(jnp.int32))
+        (tied_before,) = sums((tied & (ids < end[:, None])).astype(jnp.int32), axes=axes)
         return tied_before >= num_tied
 
     cuts = wants_p & (num_tied < ties)

@@ -11,9 +11,6 @@ from jserve.pallas_kernels.backend import Backend
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
 from jserve.pallas_kernels.ragged_paged_attention.dispatch import ragged_paged_attention
 
-_HEADS = PartitionSpec(None, "model", None)
-_PAGES = PartitionSpec(None, None, "model", None, None)
-
 
 def sharded_attention(
     q: Float[jax.Array, "tokens q_heads head_dim"],
@@ -30,9 +27,9 @@ def sharded_attention(
     Float[jax.Array, "tokens q_heads head_dim"],
     Float[jax.Array, "pages 2 stored_kv_heads page_size head_dim"],
 ]:
-    """`ragged_paged_attention` with heads split over the axis `model` of `mesh`.
+    """`ragged_paged_attention` with heads split over the devices of `mesh`.
 
-    Where the model has fewer KV heads than the axis has devices, the pages hold one for each
+    Where the model has fewer KV heads than there are devices, the pages hold one for each
     device: neighbours that share a head have copies of it.
     """
     attend = functools.partial(
@@ -43,12 +40,14 @@ def sharded_attention(
     copies = pages.shape[2] // k.shape[1]
     if copies > 1:
         k, v = jnp.repeat(k, copies, axis=1), jnp.repeat(v, copies, axis=1)
+    heads = PartitionSpec(None, mesh.axis_names, None)
+    shares = PartitionSpec(None, None, mesh.axis_names, None, None)
     # The batch is the same everywhere, so the kernel runs as on one device; nothing is exchanged.
     split = jax.shard_map(
         attend,
         mesh=mesh,
-        in_specs=(_HEADS, _HEADS, _HEADS, _PAGES, PartitionSpec()),
-        out_specs=(_HEADS, _PAGES),
+        in_specs=(heads, heads, heads, shares, PartitionSpec()),
+        out_specs=(heads, shares),
         check_vma=False,
     )
     return split(q, k, v, pages, batch)
