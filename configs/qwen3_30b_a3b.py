@@ -9,7 +9,7 @@ from jserve.model.config import ModelConfig
 
 
 def get_config() -> ServeConfig:
-    """Eight chips of 32 GB, each with an eighth of every expert and every layer."""
+    """Eight chips of 32 GB, each with 16 of the experts and an eighth of all else."""
     return ServeConfig(
         model=ModelConfig(name="qwen3-30b-a3b", source="models/Qwen3-30B-A3B", dtype="bfloat16"),
         platform=PlatformConfig(backend="tpu", chip="v6e"),
@@ -21,5 +21,6 @@ def get_config() -> ServeConfig:
             mixed_tokens=(256, 1024),
             window_rows=(8, 128),
             tensor_parallel=8,
+            expert_parallel=8,  # an eighth of an expert's 768 columns would not fill a tile
         ),
     )

@@ -11,6 +11,7 @@ _AT_LEAST = {
     "kv_bytes": 0,
     "window_steps": 1,
     "tensor_parallel": 1,
+    "expert_parallel": 1,
     "processor_rows": 1,  # or a request with a mask could never be admitted
     "drain_timeout_s": 0,
 }
@@ -33,6 +34,9 @@ class EngineConfig:
     processor_rows: int = 4  # sequences with masks or biases admitted in one step
     cache_executables: bool = True  # keep compiled programs in the model cache folder
     tensor_parallel: int = 1  # devices that each hold a share of heads, FFN columns and vocabulary
+    # Of those, devices with experts of their own: attention and dense layers still use all of
+    # them; tensor_parallel // expert_parallel devices share the columns of each expert.
+    expert_parallel: int = 1
     drain_timeout_s: float = 30.0  # what runs may take after a stop was asked for
 
     def __post_init__(self) -> None:
@@ -60,6 +64,18 @@ class EngineConfig:
                 raise ConfigError(
                     f"engine.{name} is {getattr(self, name)}; it must be at least {least}"
                 )
+
+        if self.tensor_parallel % self.expert_parallel:
+            raise ConfigError(
+                f"engine.expert_parallel is {self.expert_parallel}; it must divide "
+                f"engine.tensor_parallel, {self.tensor_parallel}"
+            )
+
+    @property
+    def mesh_axes(self) -> dict[str, int]:
+        """Devices on each axis of the mesh, as `model.sharding` makes it."""
+        experts = self.expert_parallel
+        return {"model": self.tensor_parallel // experts, "expert": experts}
 
     def programs(self) -> tuple[Program, ...]:
         """The programs to compile; sizes beyond the slots collapse into one."""

@@ -18,7 +18,7 @@ from jserve.model.config import ModelConfig, check_platform
 from jserve.model.formats.load import load_params, model_spec, prepare
 from jserve.model.formats.tensor_source import Progress
 from jserve.model.functional import Model
-from jserve.model.sharding import device_mesh, param_shardings
+from jserve.model.sharding import device_mesh, param_shardings, vocab_axes
 from jserve.pallas_kernels.backend import backend_for
 from jserve.scheduler.config import SchedulerConfig
 
@@ -56,6 +56,13 @@ def start_engine(
             backend.value,
         )
     shardings = param_shardings(model.param_specs(), spec, mesh)
+    if mesh.size > 1 and not vocab_axes(spec.vocab, mesh):
+        _log.warning(
+            "the vocabulary of %d does not divide over %d devices: each holds and computes all of "
+            "the embedding and the head",
+            spec.vocab,
+            mesh.size,
+        )
     prepare_s = 0.0
 
     def load() -> Params:
@@ -99,4 +106,4 @@ def _mesh(config: EngineConfig) -> Mesh:
             f"engine.tensor_parallel is {wanted}, but JAX finds {len(devices)} devices "
             f"({devices[0].device_kind})"
         )
-    return device_mesh(devices[:wanted], model=wanted)
+    return device_mesh(devices[:wanted], **config.mesh_axes)

@@ -51,6 +51,8 @@ class _Rows(NamedTuple):
 
 def make_step(model: Model, mesh: Mesh, program: Program, shape: BatchShape):
     """The program as `(params, adapters, state, buffer) -> (state, result)`, to be jitted."""
+    if model.spec.experts and mesh.size > 1 and model.mesh != mesh:
+        raise ValueError(f"experts are spread over {mesh}, but the model was made for {model.mesh}")
     step = mixed_step if program.kind is ProgramKind.MIXED else window_step
     return functools.partial(step, model, mesh, program, shape)
 

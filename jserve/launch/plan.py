@@ -39,7 +39,7 @@ def plan(config: ServeConfig, architecture_file: str | None) -> int:
     console = Console()
     spec = _spec(config, architecture_file, console)
     chips = config.engine.tensor_parallel
-    mesh = abstract_mesh(model=chips)
+    mesh = abstract_mesh(**config.engine.mesh_axes)
     dtype = jnp.dtype(config.model.dtype)
     backend = backend_for(chip.platform, dtype, chips)
     check_platform(config.model.quantization, chip.platform)

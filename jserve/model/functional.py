@@ -38,7 +38,8 @@ class Model:
     ) -> None:
         """`quantization` is one of `model.config.QUANTIZATIONS`. Raises ConfigError.
 
-        `mesh` is what the parameters are spread over, if it is more than one device.
+        `mesh` is what the parameters are spread over, if it is more than one device. Experts are
+        spread by it, quantized weights multiplied.
         """
         if spec.family not in FAMILIES:
             raise ConfigError(
@@ -52,6 +53,7 @@ class Model:
         self.dtype = jnp.dtype(dtype)
         self.backend = backend
         self.quantization = quantization
+        self.mesh = mesh
         rules = axis_rules(spec, mesh) if mesh else {}
         self._numerics = Numerics(self.dtype, backend, *QUANTIZATIONS[quantization], mesh, rules)
         try:

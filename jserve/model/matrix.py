@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Float32, Int
 from jserve.model.config import WeightKind
 from jserve.model.numerics import Numerics
 from jserve.model.params import Encoding, ParamSpec, param
+from jserve.model.sharding import num_devices
 from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
 from jserve.pallas_kernels.matmul import panels
 from jserve.pallas_kernels.matmul.dispatch import matmul, wants_panels
@@ -154,8 +155,8 @@ def _channel_products(
 
 def _split(axes: tuple[str | None, ...], numerics: Numerics) -> Split:
     """The mesh axes of outputs and inputs of a weight."""
-    out_axis, in_axis = (axis and numerics.rules.get(axis) for axis in axes)
-    return out_axis, in_axis
+    out_axes, in_axes = (axis and numerics.rules.get(axis) for axis in axes)
+    return out_axes, in_axes
 
 
 def weights_without_kernel(
@@ -169,8 +170,8 @@ def weights_without_kernel(
     for name, spec in specs.items():
         if spec.dtype in channels.CODES and len(spec.shape) == 2:
             sizes = (
-                numerics.mesh.shape[axis] if axis and numerics.mesh else 1
-                for axis in _split(spec.axes, numerics)
+                num_devices(numerics.mesh, axes) if numerics.mesh else 1
+                for axes in _split(spec.axes, numerics)
             )
             out_dim, in_dim = (n // size for n, size in zip(spec.shape, sizes, strict=True))
             if not has_kernel(numerics.backend, out_dim, in_dim):

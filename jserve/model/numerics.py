@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 
 from jserve.model.config import WeightKind
-from jserve.model.sharding import AnyMesh
+from jserve.model.sharding import AnyMesh, MeshAxes
 from jserve.pallas_kernels.backend import Backend
 
 
@@ -23,4 +23,4 @@ class Numerics:
     layers: WeightKind = WeightKind.FLOAT  # weights of layers
     head: WeightKind = WeightKind.FLOAT  # of embedding and head
     mesh: AnyMesh | None = None  # None: one device
-    rules: Mapping[str, str | None] = field(default_factory=dict)
+    rules: Mapping[str, MeshAxes] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from jserve.model.params import ParamSpec
 from jserve.model.spec import ModelSpec
 
 AnyMesh = Mesh | AbstractMesh  # for what needs names and sizes only
+MeshAxes = str | tuple[str, ...] | None  # that one dimension is split over; None: it is not
 
 # Of every mesh. Only experts tell the axes apart; all else is split over all devices, so that
 # those of `expert` are no idle copies in attention.
@@ -20,7 +21,7 @@ DEVICES = ("model", "expert")
 # Megatron's split (Shoeybi et al., 2019): heads and FFN columns one way in, the other way out,
 # so each block ends in one all-reduce, which the compiler places. Experts are whole on devices
 # of `expert`, and split over `model` as a dense block is.
-RULES: dict[str, str | tuple[str, ...]] = {
+RULES: dict[str, MeshAxes] = {
     "vocab": DEVICES,
     "q_heads": DEVICES,
     "kv_heads": DEVICES,
@@ -50,7 +51,7 @@ def abstract_mesh(*, model: int, expert: int = 1) -> AbstractMesh:
     return AbstractMesh((model, expert), DEVICES, axis_types=_AXIS_TYPES)
 
 
-def axis_rules(spec: ModelSpec, mesh: AnyMesh) -> dict[str, str | tuple[str, ...] | None]:
+def axis_rules(spec: ModelSpec, mesh: AnyMesh) -> dict[str, MeshAxes]:
     """`RULES` for one model on one mesh; None replicates.
 
     KV heads are replicated when there are fewer than devices; then the query heads of one device
@@ -58,9 +59,9 @@ def axis_rules(spec: ModelSpec, mesh: AnyMesh) -> dict[str, str | tuple[str, ...
     divide is replicated: then every device computes all logits.
     Raises ConfigError naming the size that does not divide.
     """
-    rules: dict[str, str | tuple[str, ...] | None] = {
+    rules: dict[str, MeshAxes] = {
         **RULES,
-        "vocab": vocab_axes(spec.vocab, mesh),
+        "vocab": vocab_axes(spec.vocab, mesh) or None,
     }
     sizes = {"q_heads": spec.q_heads, "kv_heads": spec.kv_heads}
     if not spec.experts or not all(map(spec.is_sparse, range(spec.layers))):
@@ -77,7 +78,7 @@ def axis_rules(spec: ModelSpec, mesh: AnyMesh) -> dict[str, str | tuple[str, ...
         del sizes["kv_heads"]
     for name, value in sizes.items():
         axes = RULES[name]
-        if value % (over := _num_devices(mesh, axes)):
+        if value % (over := num_devices(mesh, axes)):
             where = "the mesh" if axes == DEVICES else f"axis '{axes}'"
             raise ConfigError(
                 f"mesh: {name} ({value}) of the model does not divide over {over} devices of "
@@ -86,8 +87,10 @@ def axis_rules(spec: ModelSpec, mesh: AnyMesh) -> dict[str, str | tuple[str, ...
     return rules
 
 
-def _num_devices(mesh: AnyMesh, axes: str | Sequence[str]) -> int:
-    return math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
+def num_devices(mesh: AnyMesh, axes: MeshAxes) -> int:
+    """Over how many devices `axes` split a dimension."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def vocab_axes(vocab: int, mesh: AnyMesh) -> tuple[str, ...]:
@@ -103,10 +106,10 @@ def stored_kv_heads(spec: ModelSpec, mesh: AnyMesh) -> int:
 def named_sharding(
     mesh: AnyMesh,
     axes: Sequence[str | None],
-    rules: Mapping[str, str | tuple[str, ...] | None] = RULES,
+    rules: Mapping[str, MeshAxes] = RULES,
 ) -> NamedSharding:
     """The sharding of an array whose dimensions have the logical names `axes`."""
-    return NamedSharding(mesh, PartitionSpec(*((axis and rules[axis]) or None for axis in axes)))
+    return NamedSharding(mesh, PartitionSpec(*(axis and rules[axis] for axis in axes)))
 
 
 def param_shardings(
@@ -119,7 +122,7 @@ def param_shardings(
     rules = axis_rules(spec, mesh)
     for name, param in params.items():
         for size, axis in zip(param.shape, param.axes, strict=True):
-            over = _num_devices(mesh, rules[axis] or ()) if axis else 1
+            over = num_devices(mesh, axis and rules[axis])
             if size % over:
                 raise ConfigError(
                     f"mesh: {name}, stored as {param.shape}, does not divide its {size} over "

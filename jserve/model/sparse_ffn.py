@@ -1,6 +1,8 @@
 """A mixture of experts: each token goes through a few of many gated feed-forward blocks.
 
 No expert has a capacity: no token is dropped because of others, so none depends on them.
+Over several devices each has all tokens and computes the part of its own experts, or of its own
+columns of them; the parts are added up in one all-reduce, as those of a dense block.
 """
 
 from typing import Any, NamedTuple
@@ -9,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from jserve.model.config import WeightKind
 from jserve.model.layers import Linear
 from jserve.model.matrix import grouped_products, matrices, products
 from jserve.model.numerics import Numerics
+from jserve.model.sharding import AnyMesh, named_sharding
 from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.gated_activation.activation import Activation
 from jserve.pallas_kernels.gated_activation.dispatch import gated_activation
@@ -61,11 +65,14 @@ class SparseFfn(nnx.Module):
     ) -> Float[Array, "tokens model_dim"]:
         """The block's output, to be added to the residual stream."""
         weights, chosen = self._route(x, num_tokens)
-        groups = group_rows(chosen, self.spec.experts, num_tokens)
-        rows = self.experts(x[groups.tokens], groups.sizes)[groups.places]
-        # One after the other: a reduction could take another order for another number of tokens.
-        terms = [weights[:, i, None] * rows[:, i] for i in range(chosen.shape[1])]
-        return sum(terms[1:], start=terms[0]).astype(self.numerics.dtype)
+        mesh = self.numerics.mesh
+        if mesh is None or mesh.size == 1:
+            groups = group_rows(chosen, self.spec.experts, num_tokens)
+            rows = self.experts(x[groups.tokens], groups.sizes)[groups.places]
+            return _mixed(weights, rows).astype(self.numerics.dtype)
+        live = x.shape[0] if num_tokens is None else num_tokens
+        mixed = _mixed_over(mesh, self.experts, x, weights, chosen, jnp.asarray(live, jnp.int32))
+        return mixed.astype(self.numerics.dtype)
 
     def _route(
         self, x: Float[Array, "tokens model_dim"], num_tokens: jax.Array | None
@@ -86,6 +93,7 @@ class Experts(nnx.Module):
     def __init__(
         self, spec: ModelSpec, numerics: Numerics, activation: Activation, names: ExpertNames
     ) -> None:
+        self.num_experts = spec.experts
         self.numerics = numerics
         self.activation = activation
         self.names = names
@@ -138,6 +146,58 @@ def group_rows(
     places = jnp.argsort(order).reshape(tokens, per_token)
     is_chosen = chosen.reshape(-1, 1) == jnp.arange(experts, dtype=jnp.int32)[None, :]
     return Groups(order // per_token, places, jnp.sum(is_chosen, axis=0, dtype=jnp.int32))
+
+
+def _mixed(
+    weights: Float32[Array, "tokens chosen"], rows: Float32[Array, "tokens chosen model_dim"]
+) -> Float32[Array, "tokens model_dim"]:
+    """The weighted sum of the rows of each token."""
+    # One after the other: a reduction could take another order for another number of tokens.
+    terms = [weights[:, i, None] * rows[:, i] for i in range(weights.shape[1])]
+    return sum(terms[1:], start=terms[0])
+
+
+def _mixed_over(
+    mesh: AnyMesh,
+    experts: Experts,
+    x: Float[Array, "tokens model_dim"],
+    weights: Float32[Array, "tokens chosen"],
+    chosen: Int[Array, "tokens chosen"],
+    num_tokens: jax.Array,
+) -> Float32[Array, "tokens model_dim"]:
+    """The block over devices, each with its share of `experts`."""
+    graph, state = nnx.split(experts)
+    flat = nnx.to_flat_state(state)
+    layout = [named_sharding(mesh, part.get_metadata()["axes"]).spec for _, part in flat]
+    whole = PartitionSpec()
+
+    def mix_own(
+        params: list[jax.Array],
+        x: jax.Array,
+        weights: jax.Array,
+        chosen: jax.Array,
+        num_tokens: jax.Array,
+    ) -> jax.Array:
+        leaves = [(path, value) for (path, _), value in zip(flat, params, strict=True)]
+        held = nnx.merge(graph, nnx.from_flat_state(leaves))
+        num_held = experts.num_experts // mesh.shape["expert"]
+        chosen = chosen - lax.axis_index("expert") * num_held
+        is_held = (chosen >= 0) & (chosen < num_held)
+        groups = group_rows(jnp.where(is_held, chosen, num_held), num_held, num_tokens)
+        rows = held(x[groups.tokens], groups.sizes)[groups.places]
+        # Rows of no group can be anything.
+        mixed = _mixed(weights, jnp.where(is_held[:, :, None], rows, 0.0))
+        return lax.psum(mixed, mesh.axis_names)
+
+    split = jax.shard_map(
+        mix_own,
+        mesh=mesh,
+        in_specs=(layout, whole, whole, whole, whole),
+        out_specs=whole,
+        check_vma=False,
+    )
+    params = [part.get_value() for _, part in flat]
+    return split(params, x, weights, chosen, num_tokens)
 
 
 def _sum_in_order(x: Float32[Array, "tokens dim"]) -> Float32[Array, "tokens 1"]:

@@ -39,7 +39,7 @@ CONFIGS = {  # config → its model, and layers · KV heads · head size, by whi
 
 def _plan(config_name: str, architecture: str, *changes: str) -> MemoryPlan:
     config = load(str(ROOT / "configs" / config_name), changes)
-    mesh = abstract_mesh(model=config.engine.tensor_parallel)
+    mesh = abstract_mesh(**config.engine.mesh_axes)
     chip = chip_of(config.platform.chip)
     return plan_memory(_model(architecture), mesh, config.engine, chip)
 

@@ -18,7 +18,7 @@ from jserve.model.formats.gguf_file import GgufFile
 from jserve.model.formats.load import load_params, open_source, prepare
 from jserve.model.formats.locate import locate
 from jserve.model.functional import Model
-from jserve.model.sharding import device_mesh, param_shardings
+from jserve.model.sharding import DEVICES, device_mesh, param_shardings
 from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.backend import Backend
 from jserve.pallas_kernels.quantized_matmul import channels
@@ -127,7 +127,7 @@ def test_over_devices_it_is_the_same_model(
     mesh = device_mesh(jax.devices()[:devices], model=devices)
     model = Model(spec, jnp.float32, backend, quantization, mesh)
     shardings = param_shardings(model.param_specs(), spec, mesh)
-    layer, axis = "model.layers.0.", "model"
+    layer, axis = "model.layers.0.", DEVICES
     for name, codes, scales in (
         ("self_attn.q_proj", (axis, None), (axis,)),
         ("self_attn.o_proj", (None, axis), (None,)),

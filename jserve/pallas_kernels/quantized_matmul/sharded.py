@@ -12,7 +12,8 @@ from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
 from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
 
 SPLIT_BY_XLA = (Backend.REFERENCE, Backend.CPU, Backend.NATIVE)  # by the weights' shardings alone
-Split = tuple[str | None, str | None]  # the mesh axes that outputs and inputs are split over
+Axes = str | tuple[str, ...] | None  # of a mesh
+Split = tuple[Axes, Axes]  # what outputs and inputs are split over
 
 
 def sharded_matmul(
@@ -24,12 +25,12 @@ def sharded_matmul(
     backend: Backend,
     mesh: Mesh | AbstractMesh,
 ) -> tuple[Float32[jax.Array, "rows _"], ...]:
-    """`quantized_matmul` of weights whose outputs, or inputs, are split over an axis of `mesh`.
+    """`quantized_matmul` of weights whose outputs, or inputs, are split over axes of `mesh`.
 
-    Products of split outputs stay split. Those of split inputs are summed over the axis, in the
+    Products of split outputs stay split. Those of split inputs are summed over the axes, in the
     order of the compiler's all-reduce.
     """
-    (in_axis,) = {in_axis for _, in_axis in splits}  # one x, so split one way
+    (in_axes,) = {in_axes for _, in_axes in splits}  # one x, so split one way
 
     def multiply(
         x: jax.Array,
@@ -39,18 +40,18 @@ def sharded_matmul(
     ) -> tuple[jax.Array, ...]:
         parts = list(map(ChannelMatrix, codes, scales))
         ys = quantized_matmul(x, parts, num_rows=num_rows, backend=backend)
-        return ys if in_axis is None else tuple(lax.psum(y, in_axis) for y in ys)
+        return ys if in_axes is None else tuple(lax.psum(y, in_axes) for y in ys)
 
     split = jax.shard_map(
         multiply,
         mesh=mesh,
         in_specs=(
-            PartitionSpec(None, in_axis),
+            PartitionSpec(None, in_axes),
             [PartitionSpec(*split) for split in splits],
             [PartitionSpec(split[0]) for split in splits],
             PartitionSpec(),
         ),
-        out_specs=tuple(PartitionSpec(None, out_axis) for out_axis, _ in splits),
+        out_specs=tuple(PartitionSpec(None, out_axes) for out_axes, _ in splits),
         check_vma=False,
     )
     codes, scales = zip(*weights, strict=True)
