@@ -16,7 +16,7 @@ compile = $(bin)/uv pip compile $(ARGS) --quiet --universal --generate-hashes --
 	--no-annotate --fork-strategy fewest --python-version 3.11 --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format lint types contracts tpu-compile references lock proto clean
+.PHONY: help serve test check format lint types contracts tpu-compile sharding references lock proto clean
 
 help: ## Shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,6 +53,10 @@ tpu-compile: ## Compiles attention and products for TPU v5e, v5p and v6e; needs 
 	@scripts/bootstrap.sh dev
 	@$(bin)/python -m tests.tpu_compile.programs
 	@$(bin)/python -m tests.tpu_compile.matmuls
+
+sharding: ## Checks the tokens of every model family over every mesh of eight fake devices
+	@scripts/bootstrap.sh dev
+	@$(bin)/python -m tests.sharding.families
 
 references: ## Makes the reference fixtures again with PyTorch and compares (ARGS=--write replaces them)
 	@scripts/references.sh $(ARGS)

@@ -1,5 +1,6 @@
 """A tiny engine in this process: real scheduler, real programs, no wire."""
 
+import functools
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.backend import Backend, backend_for
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
+from tests.integration.model_harness import dense_attend
 
 TINY = ModelSpec(
     family="llama",
@@ -66,12 +68,13 @@ class Harness:
         overlap: bool = True,
         backend: Backend | None = None,
         quantization: str = "none",
-        devices: int = 1,
+        mesh_shape: tuple[int, int] = (1, 1),  # model × expert
     ) -> None:
         # What users get: the native kernels, where they are built.
         backend = backend or backend_for("cpu", jnp.dtype(jnp.float32))
-        self.model = Model(spec, jnp.float32, backend, quantization)
-        mesh = device_mesh(jax.devices()[:devices], model=devices)
+        devices = jax.devices()[: mesh_shape[0] * mesh_shape[1]]
+        mesh = device_mesh(devices, model=mesh_shape[0], expert=mesh_shape[1])
+        self.model = Model(spec, jnp.float32, backend, quantization, mesh)
         if params is None:
             shardings = param_shardings(self.model.param_specs(), spec, mesh)
             params = self.model.init(0, shardings)
@@ -129,36 +132,40 @@ class Harness:
 
     def greedy(self, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
         """The expected continuation, from a dense forward over everything at each step."""
-        tokens = list(prompt)
-        for _ in range(num_tokens):
-            tokens.append(int(np.argmax(self.dense_logits(tokens)[-1])))
-        return tokens[len(prompt) :]
+        return greedy_tokens(self.model, self.params, [prompt], num_tokens)[0]
 
     def dense_logits(self, tokens: list[int]) -> np.ndarray:
         """Logits at every position, by whole-context attention without pages."""
-        spec = self.model.spec
         padded = np.zeros(self.engine.info.max_model_len, np.int32)
         padded[: len(tokens)] = tokens
+        return np.asarray(_dense(self.model)(self.params, jnp.asarray(padded)))[: len(tokens)]
 
-        def attend(q, k, v, kv, window):
-            group = spec.q_heads // spec.kv_heads
-            k, v = jnp.repeat(k, group, axis=1), jnp.repeat(v, group, axis=1)
-            place = jnp.arange(q.shape[0])
-            seen = place[None, :] <= place[:, None]
-            if window:
-                seen &= place[None, :] > place[:, None] - window
-            scores = jnp.einsum("qhd,khd->hqk", q, k)
-            scores = jnp.where(seen[None], scores, -jnp.inf)
-            return jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores, axis=-1), v), kv
 
-        def forward(params, tokens):
-            places = jnp.arange(tokens.shape[0])
-            hidden, _ = self.model.hidden(params, tokens, places, (None,) * spec.layers, attend)
-            return self.model.logits(params, hidden)
+def greedy_tokens(
+    model: Model, params: dict[str, jax.Array], prompts: list[tuple[int, ...]], num_tokens: int
+) -> list[list[int]]:
+    """The continuation of each prompt, from a dense forward over everything at each step."""
+    found: list[list[int]] = []
+    padded = np.zeros(max(map(len, prompts)) + num_tokens, np.int32)
+    for prompt in prompts:
+        padded[: len(prompt)] = prompt
+        for at in range(len(prompt), len(prompt) + num_tokens):
+            logits = _dense(model)(params, jnp.asarray(padded))
+            padded[at] = np.argmax(logits[at - 1])
+        found.append(padded[len(prompt) : len(prompt) + num_tokens].tolist())
+    return found
 
-        if not hasattr(self, "_dense"):
-            self._dense = jax.jit(forward)
-        return np.asarray(self._dense(self.params, jnp.asarray(padded)))[: len(tokens)]
+
+@functools.cache
+def _dense(model: Model):
+    """Logits [tokens, vocab] of `(params, tokens)`, jitted."""
+
+    def forward(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
+        places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+        kv = (None,) * model.spec.layers
+        return model.logits(params, model.hidden(params, tokens, places, kv, dense_attend)[0])
+
+    return jax.jit(forward)
 
 
 def _note(outcome: Outcome, update: SequenceUpdate) -> None:

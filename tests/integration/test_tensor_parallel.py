@@ -1,6 +1,8 @@
 """An engine over several devices: the tokens of one device, for every family and kind of split."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,59 +12,85 @@ from jserve.core.request import Request, SamplingParams
 from jserve.engine.assembly import Engine
 from jserve.engine.start import start_engine
 from jserve.model.config import ModelConfig, RandomWeights
-from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.backend import Backend
 from jserve.scheduler.config import SchedulerConfig
 from tests.integration.engine_harness import CONFIG, TINY, Harness
+from tests.sharding.families import SMALL, VOCAB, assert_nothing_gathered, check
 
-# As many KV heads as devices, fewer (copies on neighbours), and one for all.
 WIDE = dataclasses.replace(
-    TINY, vocab=128, model_dim=64, ffn_dim=96, q_heads=8, kv_heads=8, head_dim=16, eos_token_ids=()
+    TINY,
+    vocab=VOCAB,
+    model_dim=64,
+    ffn_dim=96,
+    q_heads=8,
+    kv_heads=2,
+    head_dim=16,
+    eos_token_ids=(),
 )
-SMALL = dataclasses.replace(CONFIG, mixed_tokens=(32,))
-FAMILIES = {
-    "llama": WIDE,
-    "llama, 2 kv heads": dataclasses.replace(WIDE, kv_heads=2, qkv_bias=True),
-    "qwen3": dataclasses.replace(WIDE, family="qwen3", kv_heads=4, tied_embeddings=False),
-    "gemma3, 1 kv head": dataclasses.replace(
-        WIDE,
-        family="gemma3",
-        kv_heads=1,
-        sliding_window=8,
-        local_layers=(True, False),
-        local_rope_theta=1e3,
-    ),
-}
+KINDS = (
+    {"temperature": 0.0, "prompt_logprobs": 3},
+    {"top_p": 0.9},
+    {"temperature": 0.8, "top_k": 50, "logprobs": 2},
+    {"min_p": 0.3, "logit_bias": ((9000, 4.0),), "bad_token_ids": (3, 16000)},
+    {"temperature": 0.3, "repetition_penalty": 1.5, "frequency_penalty": 0.5},
+    {"temperature": 0.0, "presence_penalty": 1.0, "logprobs": 4},
+    {"allowed_token_ids": (5, 4000, 8100, 16383), "logprobs": 0},
+)
 
 
-def _requests(spec: ModelSpec) -> list[Request]:
+def _requests() -> list[Request]:
     rng = np.random.default_rng(2)
     return [
         Request(
             id=str(i),
-            prompt=tuple(map(int, rng.integers(2, spec.vocab, 3 + 11 * i))),
-            sampling=SamplingParams(
-                max_tokens=8, temperature=0.8 * (i % 2), top_p=0.9, seed=i, logprobs=2
-            ),
+            prompt=tuple(map(int, rng.integers(2, VOCAB, 3 + 7 * i))),
+            sampling=SamplingParams(**{"max_tokens": 7, "seed": i, **kind}),
         )
-        for i in range(4)
+        for i, kind in enumerate(KINDS)
     ]
 
 
-@pytest.mark.parametrize(("name", "devices"), list(zip(FAMILIES, (8, 8, 4, 2), strict=True)))
-def test_the_tokens_of_one_device(name: str, devices: int) -> None:
-    spec = FAMILIES[name]
-    one = Harness(spec, SMALL, backend=Backend.CPU)
-    several = Harness(spec, SMALL, backend=Backend.CPU, devices=devices)
-    expected, found = one.run(_requests(spec)), several.run(_requests(spec))
+def test_every_kind_of_sampling_as_on_one_device() -> None:
+    one = Harness(WIDE, SMALL, backend=Backend.CPU)
+    several = Harness(WIDE, SMALL, backend=Backend.CPU, mesh_shape=(8, 1))
+    expected, found = one.run(_requests()), several.run(_requests())
     for request_id, outcome in expected.items():
         assert found[request_id].tokens == outcome.tokens
-        np.testing.assert_allclose(
-            [entry.logprob for entry in found[request_id].logprobs],
-            [entry.logprob for entry in outcome.logprobs],
-            atol=1e-4,
-        )
-    _check_shares(several.engine, one.engine, spec.layers, devices)
+        _check_logprobs(found[request_id].logprobs, outcome.logprobs)
+        prompts = found[request_id].prompt_logprobs, outcome.prompt_logprobs
+        _check_logprobs(*((given or (None,))[1:] for given in prompts))
+    _check_shares(several.engine, one.engine, WIDE.layers, 8)
+    assert_nothing_gathered(several.engine)
+
+
+def _check_logprobs(found: Sequence[Any], expected: Sequence[Any]) -> None:
+    """The same tokens and ranks, and numbers that differ as their logits do."""
+    assert [(e.token_id, e.rank) for e in found] == [(e.token_id, e.rank) for e in expected]
+    for entry, other in zip(found, expected, strict=True):
+        ids, values = zip(*entry.top, strict=True) if entry.top else ((), ())
+        other_ids, other_values = zip(*other.top, strict=True) if other.top else ((), ())
+        assert ids == other_ids
+        np.testing.assert_allclose(values, other_values, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(entry.logprob, other.logprob, rtol=0, atol=1e-5)
+
+
+# Each family, and each kind of mesh; `make sharding` takes the whole product.
+@pytest.mark.parametrize(
+    ("name", "mesh_shape"),
+    [
+        ("mistral", (2, 1)),
+        ("qwen2", (4, 1)),
+        ("qwen3", (8, 1)),
+        ("gemma3", (4, 1)),
+        ("smollm2, odd vocabulary", (2, 1)),
+        ("mixtral", (1, 8)),
+        ("qwen3_moe, dense layers", (2, 4)),
+    ],
+)
+def test_every_family_gives_the_tokens_of_one_device(
+    name: str, mesh_shape: tuple[int, int]
+) -> None:
+    check(name, mesh_shape)
 
 
 def _check_shares(engine: Engine, one: Engine, layers: int, devices: int) -> None:
@@ -93,13 +121,28 @@ def test_more_devices_than_there_are_is_refused() -> None:
         )
 
 
-def test_heads_that_do_not_divide_are_refused() -> None:
-    config = dataclasses.replace(CONFIG, tensor_parallel=8)
-    odd = dataclasses.replace(WIDE, q_heads=12, kv_heads=12, head_dim=8)
-    with pytest.raises(ConfigError, match="q_heads"):
+@pytest.mark.parametrize(
+    ("change", "quantization", "experts", "message"),
+    [
+        ({"q_heads": 9, "kv_heads": 9}, "none", 1, r"q_heads \(9\) .* 8 devices"),
+        ({}, "none", 2, "family llama has no experts"),
+        ({"ffn_dim": 128}, "int8", 1, r"does not divide its 4 over 8 devices"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(
+    change: dict[str, int], quantization: str, experts: int, message: str
+) -> None:
+    config = dataclasses.replace(CONFIG, tensor_parallel=8, expert_parallel=experts)
+    source = RandomWeights(spec=dataclasses.replace(WIDE, **change))
+    with pytest.raises(ConfigError, match=message):
         start_engine(
-            ModelConfig(name="odd", source=RandomWeights(spec=odd)),
+            ModelConfig(name="odd", source=source, quantization=quantization),
             config,
             SchedulerConfig(),
             on_files=lambda done, total: None,
         )
+
+
+def test_experts_are_spread_over_devices_of_the_engine() -> None:
+    with pytest.raises(ConfigError, match="expert_parallel is 3; it must divide"):
+        dataclasses.replace(CONFIG, tensor_parallel=8, expert_parallel=3)
