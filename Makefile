@@ -56,7 +56,7 @@ tpu-compile: ## Compiles attention and products for TPU v5e, v5p and v6e; needs 
 
 sharding: ## Checks the tokens of every model family over every mesh of eight fake devices
 	@scripts/bootstrap.sh dev
-	@$(bin)/python -m tests.sharding.families
+	@$(bin)/python -m tests.sharding.families $(ARGS)
 
 references: ## Makes the reference fixtures again with PyTorch and compares (ARGS=--write replaces them)
 	@scripts/references.sh $(ARGS)

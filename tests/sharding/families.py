@@ -1,6 +1,8 @@
 """Every model family over every mesh of eight devices: the tokens of one device, nothing gathered.
 
-python -m tests.sharding.families    (make sharding); `make test` checks a selection.
+python -m tests.sharding.families [NAME …]    (make sharding ARGS=…)
+
+Without names, all of CASES_BY_NAME. `make test` checks a selection.
 """
 
 import dataclasses
@@ -90,11 +92,13 @@ def check(name: str, mesh_shape: tuple[int, int]) -> None:
         quantization=case.quantization,
         mesh_shape=mesh_shape,
     )
-    greedy = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS)
+    greedy = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, logprobs=2)
     requests = [Request(id=str(i), prompt=p, sampling=greedy) for i, p in enumerate(_prompts(name))]
     found = harness.run(requests)
     for request, expected in zip(requests, _alone(name), strict=True):
         assert found[request.id].tokens == expected, (name, mesh_shape)
+        # Bit for bit without the neighbour, also where its tokens went to the same experts.
+        assert harness.run([request])[request.id] == found[request.id], (name, mesh_shape)
     if case.spec.vocab == VOCAB:
         assert_nothing_gathered(harness.engine)
 
@@ -135,10 +139,11 @@ def largest_exchange(hlo: str) -> int:
     return max(prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
 
 
-def main() -> int:
-    """Checks the whole product; the number of failures."""
+def main(names: list[str]) -> int:
+    """Checks all meshes for some families; the number of failures."""
     failures = 0
-    for name, case in CASES_BY_NAME.items():
+    for name in names or CASES_BY_NAME:
+        case = CASES_BY_NAME[name]
         for mesh_shape in EXPERT_MESHES if case.spec.experts else MESHES:
             started, verdict = time.perf_counter(), "ok"
             try:
@@ -153,4 +158,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main() > 0)
+    sys.exit(main(sys.argv[1:]) > 0)
