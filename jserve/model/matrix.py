@@ -174,7 +174,7 @@ def weights_without_kernel(
                 for axes in _split(spec.axes, numerics)
             )
             out_dim, in_dim = (n // size for n, size in zip(spec.shape, sizes, strict=True))
-            if not has_kernel(numerics.backend, out_dim, in_dim):
+            if not has_kernel(numerics.backend, out_dim, in_dim, numerics.dtype):
                 found[name.removesuffix(".codes")] = (out_dim, in_dim)
     return found
 

@@ -16,7 +16,8 @@ class Backend(enum.Enum):
     REFERENCE = "reference"  # plain jnp, defines correct; runs anywhere
     CPU = "cpu"  # XLA loops, made for CPU; bounded memory anywhere
     NATIVE = "native"  # C++ on CPU, where it was built
-    TPU = "tpu"  # attention in Pallas; XLA's own code does the rest
+    TPU = "tpu"  # attention and quantized products in Pallas; XLA's own code does the rest
+    GPU = "gpu"  # likewise, on Hopper
 
 
 def backend_for(platform: str, dtype: jnp.dtype, num_devices: int = 1) -> Backend:

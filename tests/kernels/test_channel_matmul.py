@@ -1,6 +1,6 @@
-"""Products with a scale per output: every backend against float64, TPU by JAX's interpreter.
+"""Products with a scale per output: every backend against float64, kernels by JAX's interpreters.
 
-The interpreter fills buffers with NaN, rows that pad the last tile among them.
+The interpreter of TPUs fills buffers with NaN, rows that pad the last tile among them.
 """
 
 import functools
@@ -25,16 +25,22 @@ from jserve.pallas_kernels.quantized_matmul.channels import (
     take_rows,
 )
 from jserve.pallas_kernels.quantized_matmul.dispatch import has_kernel, quantized_matmul
+from jserve.pallas_kernels.quantized_matmul.gpu import splits_of, tiling_of
 from jserve.pallas_kernels.quantized_matmul.matrix import QuantizedMatrix, quantize
 from jserve.pallas_kernels.quantized_matmul.tpu_blocks import blocks_for
 from jserve.pallas_kernels.tpu_generation import OTHER
 from tests.backends import BACKENDS, INVARIANT_BACKENDS
+from tests.kernels import gpu_interpreter
 
 ALL = [*BACKENDS, Backend.TPU]
 
 
 @contextmanager
 def _interpreted(backend: Backend) -> Iterator[None]:
+    if backend is Backend.GPU:
+        with gpu_interpreter.interpreted():
+            yield
+        return
     if backend is not Backend.TPU:
         yield
         return
@@ -81,10 +87,28 @@ def test_agrees_with_float64(case: Case, dtype: jnp.dtype, backend: Backend) -> 
     Half of the cases have codes of either type.
     """
     x, weights = _problem(case, CODES[case.rows % 2], dtype)
+    _check(x, weights, backend)
+
+
+# Weights of one launch, a tall one whose inputs are split, and more rows than a tile has.
+_GPU_CASES = (
+    Case("three_weights", 5, 256, (256, 128, 128)),
+    Case("splits", 12, 1024, (256,)),
+    Case("two_tiles", 264, 128, (128,)),
+)
+
+
+@pytest.mark.parametrize("case", _GPU_CASES, ids=lambda case: case.name)
+def test_hopper_agrees_with_float64(case: Case) -> None:
+    x, weights = _problem(case, CODES[case.rows % 2], jnp.dtype(jnp.bfloat16))
+    _check(x, weights, Backend.GPU)
+
+
+def _check(x: jax.Array, weights: list[ChannelMatrix], backend: Backend) -> None:
     a = np.asarray(x, np.float64)
     for y, weight in zip(_run(backend, x, weights), weights, strict=True):
         b = np.asarray(weight.codes, np.float64) * np.asarray(weight.scales, np.float64)[:, None]
-        bound = np.abs(a) @ np.abs(b).T * (2 + 0.1 * case.in_dim) * np.finfo(np.float32).eps
+        bound = np.abs(a) @ np.abs(b).T * (2 + 0.1 * x.shape[1]) * np.finfo(np.float32).eps
         assert y.dtype == np.float32
         assert (np.abs(y - a @ b.T) <= bound).all()
 
@@ -105,6 +129,42 @@ def test_a_row_does_not_depend_on_the_others(codes: jnp.dtype, backend: Backend)
             np.testing.assert_array_equal(part[:rows], all_rows[-rows:])
 
 
+def test_hopper_sums_in_one_order() -> None:
+    """One input of a row in 128 is not zero, so that sums show the order of stages and splits.
+
+    What happens inside of a stage is the chip's, and the same for any number of rows.
+    """
+    x, (weight,) = _problem(Case("", 264, 1024, (128,)), CODES[0], jnp.dtype(jnp.bfloat16))
+    x = x * (jnp.arange(1024) % 128 == 77).astype(x.dtype)[None, :]
+    splits = splits_of(1024, (128,))
+    assert splits == 2
+    assert tiling_of(264, 1024, (128,)).in_registers
+    assert not tiling_of(1, 1024, (128,)).in_registers
+    terms = (
+        np.asarray(weight.codes, np.float32)[:, 77::128]
+        * np.asarray(x, np.float32)[:, None, 77::128]
+    )
+    parts = [functools.reduce(np.add, terms[..., at : at + 4].T) for at in (0, 4)]
+    expected = (parts[0] + parts[1]).T * np.asarray(weight.scales)[None, :]
+    for rows, live in ((1, None), (12, None), (264, 130)):
+        (y,) = _run(Backend.GPU, x[-rows:], [weight], live)
+        np.testing.assert_array_equal(y[:live], expected[-rows:][:live])
+
+
+def test_hopper_tilings() -> None:
+    """What a block needs is there, and splits are those of the weights."""
+    for case in MODEL_CASES:
+        tiling = tiling_of(case.rows, case.in_dim, case.out_dims)
+        assert tiling.rows * tiling.row_tiles >= case.rows
+        assert tiling.stages >= 4
+        assert tiling.stages * tiling.inputs * (tiling.outputs + 2 * tiling.rows) <= 227 * 1024
+        sets = 2 if tiling.in_registers else 1
+        assert tiling.outputs * tiling.rows * sets <= 128 * 256  # 128 registers of 256 threads
+        assert case.in_dim % (tiling.splits * tiling.inputs) == 0
+        assert tiling.splits == tiling_of(1, case.in_dim, case.out_dims).splits
+        assert sum(map(tiling.blocks, case.out_dims)) >= 96
+
+
 @pytest.mark.parametrize("codes", CODES, ids=str)
 def test_the_nearest_codes(codes: jnp.dtype) -> None:
     weight = np.random.default_rng(2).normal(size=(40, 300)).astype(np.float32)
@@ -123,11 +183,15 @@ def test_the_nearest_codes(codes: jnp.dtype) -> None:
 
 
 def test_which_weights_have_a_kernel() -> None:
-    for case in MODEL_CASES:
-        assert all(has_kernel(Backend.TPU, out, case.in_dim) for out in case.out_dims)
-    assert not has_kernel(Backend.TPU, 64, 128)
-    assert not has_kernel(Backend.TPU, 128, 96)
-    assert not has_kernel(Backend.CPU, 128, 128)
+    bfloat16, float32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+    for backend in (Backend.TPU, Backend.GPU):
+        for case in MODEL_CASES:
+            assert all(has_kernel(backend, out, case.in_dim, bfloat16) for out in case.out_dims)
+        assert not has_kernel(backend, 64, 128, bfloat16)
+        assert not has_kernel(backend, 128, 96, bfloat16)
+    assert has_kernel(Backend.TPU, 128, 128, float32)
+    assert not has_kernel(Backend.GPU, 128, 128, float32)
+    assert not has_kernel(Backend.CPU, 128, 128, bfloat16)
     x, weights = _problem(Case("", 3, 96, (64,)), CODES[0], jnp.dtype(jnp.float32))
     (y,) = _compiled(Backend.TPU)(x, weights)  # by XLA: no interpreter is needed
     np.testing.assert_allclose(y, _run(Backend.REFERENCE, x, weights)[0], rtol=1e-6)

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int
 
 from jserve.pallas_kernels.backend import Backend
-from jserve.pallas_kernels.quantized_matmul import cpu, native, reference, tpu
+from jserve.pallas_kernels.quantized_matmul import cpu, gpu, native, reference, tpu
 from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
 from jserve.pallas_kernels.quantized_matmul.matrix import QuantizedMatrix
 
@@ -20,6 +21,7 @@ _CHANNELS = {
     Backend.CPU: cpu.channel_matmul,
     Backend.NATIVE: cpu.channel_matmul,
     Backend.TPU: reference.channel_matmul,  # where the kernel does not fit
+    Backend.GPU: reference.channel_matmul,
 }
 
 
@@ -36,7 +38,8 @@ def quantized_matmul(
     group. With one scale per output, activations are not rounded: codes are exact in bfloat16.
 
     `num_rows` is as in `matmul`. A row is bitwise independent of the number of rows and of the
-    others, unless the backend is the reference, or a TPU without a kernel (see `has_kernel`).
+    others, unless the backend is the reference, or one of an accelerator that has no kernel
+    (see `has_kernel`).
     """
     for weight in weights:
         if weight.shape[1] != x.shape[1]:
@@ -51,9 +54,13 @@ def quantized_matmul(
         return _channel_matmul(x, channels, num_rows, backend)
 
 
-def has_kernel(backend: Backend, out_dim: int, in_dim: int) -> bool:
-    """Whether a weight with a scale per output has a kernel; else XLA makes it floats first."""
-    return backend is Backend.TPU and tpu.fits(out_dim, in_dim)
+def has_kernel(backend: Backend, out_dim: int, in_dim: int, dtype: jnp.dtype) -> bool:
+    """Whether a weight with a scale per output has a kernel; else XLA makes it floats first.
+
+    `dtype` is that of the activations.
+    """
+    fits = {Backend.TPU: tpu.fits, Backend.GPU: gpu.fits}.get(backend)
+    return fits is not None and fits(out_dim, in_dim, dtype)
 
 
 def _channel_matmul(
@@ -62,6 +69,7 @@ def _channel_matmul(
     num_rows: jax.Array | None,
     backend: Backend,
 ) -> tuple[jax.Array, ...]:
-    if all(has_kernel(backend, *weight.shape) for weight in weights):
-        return tpu.channel_matmul(x, weights, num_rows)
+    if all(has_kernel(backend, *weight.shape, x.dtype) for weight in weights):
+        kernel = tpu.channel_matmul if backend is Backend.TPU else gpu.channel_matmul
+        return kernel(x, weights, num_rows)
     return _CHANNELS[backend](x, weights)

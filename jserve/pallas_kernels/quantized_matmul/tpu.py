@@ -31,9 +31,9 @@ from jserve.pallas_kernels.tpu_generation import generation_in_use
 _SUBLANES = 16  # rows of a tile of bfloat16
 
 
-def fits(out_dim: int, in_dim: int) -> bool:
-    """Whether the kernel takes a weight of this shape."""
-    return out_dim % LANES == 0 and in_dim % LANES == 0
+def fits(out_dim: int, in_dim: int, dtype: jnp.dtype) -> bool:
+    """Whether the kernel takes a weight of this shape with rows of this type."""
+    return out_dim % LANES == 0 and in_dim % LANES == 0 and dtype in (jnp.bfloat16, jnp.float32)
 
 
 def channel_matmul(
