@@ -16,7 +16,7 @@ from jserve.model.config import WeightKind
 from jserve.model.numerics import Numerics
 from jserve.model.params import Encoding, ParamSpec, param
 from jserve.model.sharding import num_devices
-from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
+from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul, wants_inputs_first
 from jserve.pallas_kernels.matmul import panels
 from jserve.pallas_kernels.matmul.dispatch import matmul, wants_panels
 from jserve.pallas_kernels.matmul.panels import PanelMatrix
@@ -122,7 +122,16 @@ def matrices(
         encoding = Encoding(shape, panels.PANEL, panels.to_panels, at_load=True)
         made, spread = panels.panel_shape(shape), (*axes, None)
         return param(made, spread, numerics.dtype, std=std, encoding=encoding, stacked=True)
+    if wants_inputs_first(numerics.backend):
+        (experts, outputs, inputs), (of_experts, of_outputs, of_inputs) = shape, axes
+        encoding = Encoding(shape, outputs, _turned, at_load=True, order=(0, 2, 1))
+        made, spread = (experts, inputs, outputs), (of_experts, of_inputs, of_outputs)
+        return param(made, spread, numerics.dtype, std=std, encoding=encoding, stacked=True)
     return param(shape, axes, numerics.dtype, std=std, stacked=True)
+
+
+def _turned(stack: np.ndarray) -> np.ndarray:
+    return stack.swapaxes(-1, -2)
 
 
 def products(
@@ -201,7 +210,11 @@ def lookup(weight: Matrix, rows: Int[Array, " rows"]) -> Float[Array, "rows in_d
 def _dense(weight: nnx.Param) -> Any:
     """The weight, or the stack of weights, as `matmul` and `grouped_matmul` take it."""
     encoding: Encoding | None = weight.get_metadata()["encoding"]
-    return PanelMatrix(weight[...], encoding.shape[-2]) if encoding else weight[...]
+    if encoding is None:
+        return weight[...]
+    if encoding.order:
+        return weight[...].swapaxes(-1, -2)  # for the compiler a name, not a copy
+    return PanelMatrix(weight[...], encoding.shape[-2])
 
 
 def _part(bits: int, part: int, rows: np.ndarray) -> np.ndarray:

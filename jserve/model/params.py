@@ -19,12 +19,15 @@ class Encoding:
 
     It is made once, when weights are converted, unless `at_load`: then native folders hold the
     matrix itself, because the layout is that of one backend.
+    `order` tells which of the parameter's dimensions are those of the float matrix, where `encode`
+    does nothing but order them; it is done on devices then.
     """
 
     shape: tuple[int, ...]  # of the float matrix, or of a stack of them
     rows: int  # of it that make one row of the parameter
     encode: Callable[[np.ndarray], np.ndarray]  # of whole such rows, float32; at load: of any float
     at_load: bool = False
+    order: tuple[int, ...] = ()  # empty: the first ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,12 @@ class ParamSpec:
     def stored_shape(self) -> tuple[int, ...]:
         """In a native folder."""
         return self.encoding.shape if self.encoding and self.encoding.at_load else self.shape
+
+    @property
+    def stored_order(self) -> tuple[int, ...]:
+        """The parameter's dimensions that are those of what a native folder holds."""
+        order = self.encoding.order if self.encoding else ()
+        return order or tuple(range(len(self.stored_shape)))
 
     def from_stored(self, stored: np.ndarray) -> np.ndarray:
         """The parameter, made of what a native folder holds."""

@@ -1,6 +1,7 @@
 """Models with experts: their weights through the files, over devices, and what is refused."""
 
 import dataclasses
+import functools
 import json
 from functools import partial
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_hugging_face_to_native_and_back(name: str, tmp_path: Path) -> None:
     convert(source, native, Format.NATIVE, progress=no_progress)
     convert(native, tmp_path / "native_again", Format.NATIVE, progress=no_progress)
     for folder in (native, tmp_path / "native_again"):
-        for backend in (Backend.CPU, Backend.NATIVE):
+        for backend in (Backend.CPU, Backend.NATIVE, Backend.TPU):
             _check_arrays(folder, weights, backend)
     for start in (source, native):
         convert(start, again, Format.HUGGING_FACE, progress=no_progress)
@@ -76,6 +77,9 @@ def _check_arrays(folder: Path, weights: dict[str, np.ndarray], backend: Backend
     here = dict.fromkeys(specs, SingleDeviceSharding(jax.devices()[0]))
     arrays = restore_native(folder, specs, here)
     for name, expected in from_checkpoint(specs, weights).items():
+        if backend is Backend.TPU and expected.ndim == 3:
+            np.testing.assert_array_equal(arrays[name], expected.swapaxes(1, 2))
+            continue
         in_panels = arrays[name].ndim > expected.ndim
         assert in_panels == (backend is Backend.NATIVE and expected.ndim > 1)
         np.testing.assert_array_equal(arrays[name], to_panels(expected) if in_panels else expected)
@@ -116,6 +120,42 @@ def test_any_layout_is_the_same_model() -> None:
 
     found, expected = logits(decoder, spread), logits(alone, plain)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_experts_are_turned_for_tpus(tmp_path: Path) -> None:
+    """Split as they are named, on the way through a native folder and in products."""
+    sizes: dict[str, int] = {"vocab": 256, "layers": 1, "ffn_dim": 32}
+    spec = dataclasses.replace(
+        SPEC, family="mixtral", sparse_layers=(), weights_sum_to_one=True, **sizes
+    )
+    cpu, tpu = (Model(spec, jnp.float32, backend) for backend in (Backend.CPU, Backend.TPU))
+    mesh = device_mesh(jax.devices(), model=2, expert=4)
+    shardings = param_shardings(tpu.param_specs(), spec, mesh)
+    name = "model.layers.0.block_sparse_moe.experts.w1.weight"
+    assert tpu.param_specs()[name].shape == (8, 48, 32)
+    assert shardings[name].spec == PartitionSpec("expert", None, "model")
+    plain, turned = cpu.init(3), tpu.init(3, shardings)
+    np.testing.assert_array_equal(turned[name], plain[name].swapaxes(1, 2))
+    tokens = np.arange(24, dtype=np.int32)
+
+    def logits(model: Model, params: dict[str, jax.Array]) -> jax.Array:
+        hidden, _ = model.hidden(params, tokens, tokens, (None,), dense_attend)
+        return model.logits(params, hidden)
+
+    ours = jax.jit(functools.partial(logits, tpu))(tpu.init(3))
+    np.testing.assert_allclose(ours, jax.jit(functools.partial(logits, cpu))(plain), atol=1e-4)
+    weights: dict[str, np.ndarray] = {}
+    for key, array in plain.items():
+        source = cpu.param_specs()[key].source
+        parts = np.asarray(array) if len(source) > 1 else [np.asarray(array)]
+        weights |= dict(zip(source, parts, strict=True))
+    assets = byte_level_assets(spec.vocab, ()).tokenizer_json
+    folder = write_hf(tmp_path / "hf", hf_config_of(spec), weights, assets)
+    convert(folder, tmp_path / "native", Format.NATIVE, progress=no_progress)
+    restored = restore_native(tmp_path / "native", tpu.param_specs(), shardings)
+    for key, array in turned.items():
+        assert restored[key].sharding.is_equivalent_to(shardings[key], array.ndim), key
+        np.testing.assert_array_equal(restored[key], array, err_msg=key)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,11 @@ def _operation(eqn: Any, values: list[Any]) -> Any:
         case "while":
             cond, body = params["cond_jaxpr"], params["body_jaxpr"]
             split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-            outer, inner, carry = values[: split[0]], values[split[0] : split[1]], values[split[1] :]
+            outer, inner, carry = (
+                values[: split[0]],
+                values[split[0] : split[1]],
+                values[split[1] :],
+            )
             while _evaluate(cond.jaxpr, cond.consts, *outer, *carry)[0]:
                 carry = _evaluate(body.jaxpr, body.consts, *inner, *carry)
             return carry

@@ -1,15 +1,19 @@
-"""Compiles products with quantized weights for TPUs that are not here: one JSON line each.
+"""Compiles products with quantized weights, and with experts, for TPUs that are not here.
 
     python -m tests.tpu_compile.matmuls [--quick]
 
-Needs libtpu, no TPU. Exits with 1 where a weight is copied, or made floats outside of a kernel.
+Prints one JSON line each. Needs libtpu, no TPU. Exits with 1 where a weight is copied, or made
+floats outside of a kernel.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import tests.tpu_compile.environment  # noqa: F401 - before JAX, which reads it
 
@@ -21,16 +25,54 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jserve.pallas_kernels.backend import Backend
+from jserve.pallas_kernels.grouped_matmul.cases import MODEL_CASES as GROUPED_CASES
+from jserve.pallas_kernels.grouped_matmul.cases import Case as GroupedCase
+from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
 from jserve.pallas_kernels.quantized_matmul.cases import MODEL_CASES, Case
 from jserve.pallas_kernels.quantized_matmul.channels import CODES, ChannelMatrix
 from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
 from tests.tpu_compile.programs import TOPOLOGIES
 
-_QUICK = ("llama_8b gate_up, 1 rows", "llama_8b down, 256 rows", "llama_8b qkv, 64 rows")
+_QUICK = (
+    "llama_8b gate_up, 1 rows",
+    "llama_8b down, 256 rows",
+    "llama_8b qkv, 64 rows",
+    "qwen3_30b gate_up, 64 tokens",
+)
 
 
 def compile_for(generation: str, case: Case, codes: jnp.dtype) -> dict[str, object]:
-    """What the compiler says of one op on a generation of TPU."""
+    """What the compiler says of products with quantized weights on a generation of TPU."""
+    argument, mesh = _arguments(generation)
+    weights = [
+        ChannelMatrix(argument(codes, out, case.in_dim), argument(jnp.dtype(jnp.float32), out))
+        for out in case.out_dims
+    ]
+    x = argument(jnp.dtype(jnp.bfloat16), case.rows, case.in_dim)
+    multiply = functools.partial(quantized_matmul, backend=Backend.TPU)
+    weight_bytes = sum(case.out_dims) * case.in_dim
+    found = {"generation": generation, "name": case.name, "codes": codes.name}
+    return found | _compiled(mesh, multiply, (x, weights), weight_bytes, len(weights))
+
+
+def compile_grouped(generation: str, case: GroupedCase) -> dict[str, object]:
+    """What the compiler says of products with experts; two launches each: a list and a walk."""
+    argument, mesh = _arguments(generation)
+    dtype, experts = jnp.dtype(jnp.bfloat16), len(case.group_sizes)
+    stacks = [argument(dtype, experts, case.in_dim, out) for out in case.out_dims]
+    x, sizes = argument(dtype, case.rows, case.in_dim), argument(jnp.dtype(jnp.int32), experts)
+
+    def multiply(x: jax.Array, stacks: list[jax.Array], sizes: jax.Array) -> Any:
+        weights = [stack.swapaxes(1, 2) for stack in stacks]  # as `matrices` keeps them
+        return grouped_matmul(x, weights, sizes, backend=Backend.TPU)
+
+    weight_bytes = 2 * experts * sum(case.out_dims) * case.in_dim
+    launches = 1 + len(stacks)  # the list is the same for all stacks
+    found = {"generation": generation, "name": case.name, "codes": dtype.name}
+    return found | _compiled(mesh, multiply, (x, stacks, sizes), weight_bytes, launches)
+
+
+def _arguments(generation: str) -> tuple[Callable[..., jax.ShapeDtypeStruct], Mesh]:
     topology = topologies.get_topology_desc(topology_name=TOPOLOGIES[generation], platform="tpu")
     mesh = Mesh(np.array(topology.devices[:1]), ("model",))
     whole = NamedSharding(mesh, PartitionSpec())
@@ -38,22 +80,19 @@ def compile_for(generation: str, case: Case, codes: jnp.dtype) -> dict[str, obje
     def argument(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=whole)
 
-    weights = [
-        ChannelMatrix(argument(codes, out, case.in_dim), argument(jnp.dtype(jnp.float32), out))
-        for out in case.out_dims
-    ]
-    x = argument(jnp.dtype(jnp.bfloat16), case.rows, case.in_dim)
+    return argument, mesh
+
+
+def _compiled(
+    mesh: Mesh, function: Callable[..., Any], arguments: Any, weight_bytes: int, expected: int
+) -> dict[str, object]:
     started = time.perf_counter()
     with jax.set_mesh(mesh):
-        multiply = functools.partial(quantized_matmul, backend=Backend.TPU)
-        compiled = jax.jit(multiply).lower(x, weights).compile()
+        compiled = jax.jit(function).lower(*arguments).compile()
     return {
-        "generation": generation,
-        "name": case.name,
-        "codes": codes.name,
         "launches": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
-        "weights": len(weights),
-        "weight_bytes": sum(case.out_dims) * case.in_dim,
+        "expected": expected,
+        "weight_bytes": weight_bytes,
         "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -64,15 +103,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the few that `make test` compiles")
     quick = parser.parse_args().quick
+    cases = [case for case in MODEL_CASES if not quick or case.name in _QUICK]
+    grouped = [case for case in GROUPED_CASES if not quick or case.name in _QUICK]
     copied = 0
     for generation in TOPOLOGIES:
-        for case in MODEL_CASES:
-            if not quick or case.name in _QUICK:
-                for codes in CODES:
-                    found = compile_for(generation, case, codes)
-                    print(json.dumps(found), flush=True)
-                    in_kernels = found["launches"] == found["weights"]
-                    copied += not in_kernels or 8 * found["temp_bytes"] > found["weight_bytes"]
+        dense = (compile_for(generation, case, codes) for case in cases for codes in CODES)
+        sparse = (compile_grouped(generation, case) for case in grouped)
+        for found in itertools.chain(dense, sparse):
+            print(json.dumps(found), flush=True)
+            in_kernels = found["launches"] == found["expected"]
+            copied += not in_kernels or 8 * found["temp_bytes"] > found["weight_bytes"]
     return 1 if copied else 0
 
 

@@ -147,16 +147,22 @@ def _restore(
         arranged = specs[name].from_stored(np.asarray(restored.pop(name)))
         restored[name] = jax.device_put(arranged, shardings[name])
 
+    made = {n: s.encoding for n, s in specs.items() if s.encoding and s.encoding.at_load}
     with reading_threads() as pool:
-        list(pool.map(arrange, [n for n, spec in specs.items() if spec.shape != spec.stored_shape]))
+        list(pool.map(arrange, [name for name, how in made.items() if not how.order]))
+    for name in (name for name, how in made.items() if how.order):
+        # On its devices, some of which may be other processes'.
+        turn = jax.jit(specs[name].from_stored, out_shardings=shardings[name])
+        restored[name] = turn(restored.pop(name))
     return restored
 
 
 def _of_stored(sharding: Sharding, spec: ParamSpec) -> Sharding:
-    """The sharding of the stored array of a parameter, which may have fewer dimensions."""
+    """The sharding of the stored array of a parameter: fewer dimensions, or in another order."""
     if isinstance(sharding, NamedSharding):
-        axes = sharding.spec[: len(spec.stored_shape)]
-        return NamedSharding(sharding.mesh, PartitionSpec(*axes))
+        axes = [*sharding.spec, *[None] * len(spec.shape)]
+        split = PartitionSpec(*(axes[dimension] for dimension in spec.stored_order))
+        return NamedSharding(sharding.mesh, split)
     return sharding
 
 

@@ -1,4 +1,4 @@
-"""The shapes that matter, named once: for tests, benchmarks and tuning."""
+"""The shapes that matter, named once: for tests, benchmarks, tuning and compilation."""
 
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ class Case:
         return sum(self.group_sizes) + self.padding
 
 
+# Small: what any backend can run.
 CASES = (
     Case("one_row", 64, (96, 96), (0, 0, 1, 0)),
     Case("decode", 64, (96, 96), (2, 0, 1, 0, 0, 3, 1, 1)),
@@ -27,4 +28,22 @@ CASES = (
     Case("no_rows", 32, (32,), (0, 0), padding=3),
     Case("odd", 90, (211, 22), (3, 0, 29, 1, 13), padding=2),
     Case("long", 1536, (33,), (1, 5, 0, 26)),  # longer than a run of any backend
+)
+
+
+def _spread(rows: int, experts: int) -> tuple[int, ...]:
+    """As alike as can be."""
+    return tuple(rows * (e + 1) // experts - rows * e // experts for e in range(experts))
+
+
+# Those of models, on one device: eight of 128 experts a token, and two of eight.
+MODEL_CASES = tuple(
+    Case(f"{name}, {tokens} tokens", in_dim, out_dims, _spread(chosen * tokens, experts))
+    for name, experts, chosen, in_dim, out_dims in (
+        ("qwen3_30b gate_up", 128, 8, 2048, (768, 768)),
+        ("qwen3_30b down", 128, 8, 768, (2048,)),
+        ("mixtral gate_up", 8, 2, 4096, (14336, 14336)),
+        ("mixtral down", 8, 2, 14336, (4096,)),
+    )
+    for tokens in (1, 64, 2048)
 )

@@ -18,6 +18,14 @@ _IMPLEMENTATIONS: dict[Backend, Callable[..., tuple[jax.Array, ...]]] = {
 }
 
 
+def wants_inputs_first(backend: Backend) -> bool:
+    """Whether stacks [experts, out, in] are best views of arrays [experts, in, out].
+
+    They can be any, but this backend copies what is laid out otherwise, in every call.
+    """
+    return backend is Backend.TPU
+
+
 def grouped_matmul(
     x: Float[jax.Array, "rows in_dim"],
     weights: Sequence[Float[jax.Array, "experts _ in_dim"]] | Sequence[PanelMatrix],

@@ -1,4 +1,17 @@
-"""Grouped products on TPU: XLA's own ragged product, which reads an expert's weights once."""
+"""Grouped products on TPU: XLA's own ragged product, which reads an expert's weights once.
+
+For TPUs the compiler makes two Mosaic launches of it: one lists the tiles of rows that each expert
+has, one walks the list and fetches weights by it, as JAX's own megablox does. Compiled for v5e,
+v5p and v6e at the sizes of Qwen3-30B-A3B (128 experts of 768) and Mixtral, it has no temporaries
+and counts the flops of the rows alone, so experts without rows are not read; megablox compiles to
+the same traffic, with some thirty small fusions before it that make the list. So there is no
+kernel of our own here until a measurement says otherwise.
+
+The launch wants weights [experts, in, out] with whole lanes of outputs (128): of any others the
+compiler makes a copy in every call, all experts of it. The stacks that come here are therefore
+views of arrays laid out so (see `dispatch.wants_inputs_first`), and experts are better spread
+over devices whole than cut below 128 outputs.
+"""
 
 from collections.abc import Sequence
 

@@ -229,7 +229,7 @@ def _tile(
                 _each_step(start, start + steps // splits, stages, act)
                 return sums[...]
 
-            return pl.run_scoped(run, plgpu.ACC((half, x.shape[0]), jnp.float32))
+            return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((half, x.shape[0]), jnp.float32))
 
         total = lax.fori_loop(1, splits, lambda i, total: total + split(i), split(0))
         turned = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
