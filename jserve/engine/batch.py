@@ -6,6 +6,7 @@ scatters drop them.
 """
 
 import functools
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,6 +124,11 @@ class Batch:
     slots: np.ndarray  # [len(plan.chunks)] of the program's rows
     first_token: np.ndarray  # [len(plan.chunks)] ragged index of each chunk's first token
     has_targets: bool  # whether log-probabilities of prompt tokens are wanted
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of the buffer: tells whether two processes packed the same."""
+        return zlib.crc32(self.buffer.data)
 
 
 def pack(plan: StepPlan, shape: BatchShape, eos_token_ids: tuple[int, ...]) -> Batch:

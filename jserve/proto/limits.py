@@ -2,3 +2,15 @@
 
 # Prompt log-probabilities of a long prompt are the largest message: 21 entries per token.
 MAX_SESSION_MESSAGE_BYTES = 512 << 20
+
+# A step between processes carries the prompts of all that it admits.
+MAX_STEP_BYTES = 512 << 20
+
+# Between the processes of an engine: a peer that is frozen, or a host that is gone, is noticed.
+KEEPALIVE_OPTIONS = (
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 2_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)

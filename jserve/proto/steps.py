@@ -1,0 +1,140 @@
+"""Plans between the processes of one engine: tokens once, at admission, then only what changes.
+
+A writer and a reader go together: both see every step, in order.
+"""
+
+from collections.abc import Sequence
+from itertools import repeat
+from typing import NamedTuple
+
+from jserve.core.errors import EngineError
+from jserve.core.step import Admission, Chunk, Program, ProgramKind, StepPlan
+from jserve.proto import replica_pb2
+from jserve.proto.convert import request_of_proto, request_to_proto
+
+
+class StepWriter:
+    """The leader's end. Owns the count of steps."""
+
+    def __init__(self, programs: Sequence[Program]) -> None:
+        self._programs = {program: index for index, program in enumerate(programs)}
+        self._number = 0
+
+    def write(self, plan: StepPlan, checksum: int) -> replica_pb2.Step:
+        """The next step; `checksum` is of the buffer that the plan packs to, 32 bits."""
+        chunks = plan.chunks
+        step = replica_pb2.Step(
+            number=self._number,
+            checksum=checksum,
+            program=self._programs[plan.program],
+            num_steps=plan.num_steps,
+            slots=[chunk.slot for chunk in chunks],
+        )
+        self._number += 1
+        if plan.program.kind is ProgramKind.MIXED:
+            step.starts.extend([chunk.start for chunk in chunks])
+            _write_chunks(step, chunks)
+            step.admissions.extend(map(_write_admission, plan.admissions))
+        grown = [(row, chunk) for row, chunk in enumerate(chunks) if chunk.new_pages]
+        step.page_rows.extend([row for row, _ in grown])
+        step.page_firsts.extend([chunk.first_new_page for _, chunk in grown])
+        step.page_counts.extend([len(chunk.new_pages) for _, chunk in grown])
+        step.page_ids.extend([page for _, chunk in grown for page in chunk.new_pages])
+        return step
+
+
+class StepReader:
+    """A follower's end. Owns the contexts of the slots: at most one context a slot."""
+
+    def __init__(self, programs: Sequence[Program]) -> None:
+        self._programs = tuple(programs)
+        self._number = 0
+        self._contexts: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # prompt, all
+
+    def read(self, step: replica_pb2.Step) -> StepPlan:
+        """The plan of `step`, but for request ids, and starts in windows: a buffer has neither.
+
+        Raises EngineError for a step out of order.
+        """
+        if step.number != self._number:
+            raise EngineError(f"step {step.number} came instead of step {self._number}")
+        self._number += 1
+        admissions = tuple(map(_read_admission, step.admissions))
+        for admission in admissions:
+            prompt = admission.request.prompt
+            self._contexts[admission.slot] = (prompt, prompt + admission.output)
+        rows = len(step.slots)
+        columns = _Columns(
+            slots=list(step.slots),
+            starts=list(step.starts) or [0] * rows,
+            num_tokens=[1] * rows,
+            tokens=[()] * rows,
+            samples=[True] * rows,
+            prompt_targets=[()] * rows,
+            first_new_pages=[0] * rows,
+            new_pages=[()] * rows,
+        )
+        self._read_chunks(step, columns)
+        _read_pages(step, columns)
+        program = self._programs[step.program]
+        return StepPlan(step.number, program, step.num_steps, columns.chunks(), admissions)
+
+    def _read_chunks(self, step: replica_pb2.Step, columns: "_Columns") -> None:
+        for row, num_tokens, samples, targets in zip(
+            step.chunk_rows, step.chunk_tokens, step.chunk_samples, step.chunk_targets, strict=True
+        ):
+            start = columns.starts[row]
+            end = start + num_tokens
+            prompt, context = self._contexts[columns.slots[row]]
+            columns.num_tokens[row] = num_tokens
+            columns.tokens[row] = context[start:end]
+            columns.samples[row] = samples
+            if targets:
+                columns.prompt_targets[row] = prompt[start + 1 : end + 1]
+
+
+class _Columns(NamedTuple):
+    """The fields of the chunks that are read, row by row."""
+
+    slots: list[int]
+    starts: list[int]
+    num_tokens: list[int]
+    tokens: list[tuple[int, ...]]
+    samples: list[bool]
+    prompt_targets: list[tuple[int, ...]]
+    first_new_pages: list[int]
+    new_pages: list[tuple[int, ...]]
+
+    def chunks(self) -> tuple[Chunk, ...]:
+        slots, *others = self
+        return tuple(map(Chunk._make, zip(slots, repeat(""), *others, strict=False)))
+
+
+def _write_chunks(step: replica_pb2.Step, chunks: Sequence[Chunk]) -> None:
+    for row, chunk in enumerate(chunks):
+        if chunk.tokens:
+            step.chunk_rows.append(row)
+            step.chunk_tokens.append(chunk.num_tokens)
+            step.chunk_samples.append(chunk.samples)
+            step.chunk_targets.append(bool(chunk.prompt_targets))
+
+
+def _read_pages(step: replica_pb2.Step, columns: _Columns) -> None:
+    ids, taken = tuple(step.page_ids), 0
+    for row, first, count in zip(step.page_rows, step.page_firsts, step.page_counts, strict=True):
+        columns.first_new_pages[row] = first
+        columns.new_pages[row] = ids[taken : taken + count]
+        taken += count
+
+
+def _write_admission(admission: Admission) -> replica_pb2.StepAdmission:
+    return replica_pb2.StepAdmission(
+        slot=admission.slot,
+        request=request_to_proto(admission.request),
+        output=admission.output,
+    )
+
+
+def _read_admission(message: replica_pb2.StepAdmission) -> Admission:
+    request = request_of_proto(message.request)
+    return Admission(message.slot, request, tuple(message.output))
