@@ -12,6 +12,8 @@ _AT_LEAST = {
     "window_steps": 1,
     "tensor_parallel": 1,
     "expert_parallel": 1,
+    "num_processes": 1,
+    "join_timeout_s": 0,
     "processor_rows": 1,  # or a request with a mask could never be admitted
     "drain_timeout_s": 0,
 }
@@ -37,6 +39,8 @@ class EngineConfig:
     # Of those, devices with experts of their own: attention and dense layers still use all of
     # them; tensor_parallel // expert_parallel devices share the columns of each expert.
     expert_parallel: int = 1
+    num_processes: int = 1  # that the devices belong to, as many to each; the first one leads
+    join_timeout_s: float = 600.0  # what the processes may take to find each other
     drain_timeout_s: float = 30.0  # what runs may take after a stop was asked for
 
     def __post_init__(self) -> None:
@@ -64,12 +68,17 @@ class EngineConfig:
                 raise ConfigError(
                     f"engine.{name} is {getattr(self, name)}; it must be at least {least}"
                 )
+        for name in ("expert_parallel", "num_processes"):
+            if self.tensor_parallel % (value := getattr(self, name)):
+                raise ConfigError(
+                    f"engine.{name} is {value}; it must divide engine.tensor_parallel, "
+                    f"{self.tensor_parallel}"
+                )
 
-        if self.tensor_parallel % self.expert_parallel:
-            raise ConfigError(
-                f"engine.expert_parallel is {self.expert_parallel}; it must divide "
-                f"engine.tensor_parallel, {self.tensor_parallel}"
-            )
+    @property
+    def devices_per_process(self) -> int:
+        """Devices that each process contributes."""
+        return self.tensor_parallel // self.num_processes
 
     @property
     def mesh_axes(self) -> dict[str, int]:

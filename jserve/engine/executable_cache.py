@@ -50,6 +50,7 @@ def machine_key() -> str:
             device.device_kind,
             device.client.platform_version,
             jax.device_count(),
+            jax.process_index(),  # each of several processes has devices of its own
             features,
             os.cpu_count(),
             os.environ.get("XLA_FLAGS", ""),

@@ -1,6 +1,6 @@
 """Runs plans on the device: owns the device state, starts steps, copies results back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -45,12 +45,24 @@ class DeviceExecutor:
 
     def submit(self, plan: StepPlan) -> PendingStep:
         """Packs the plan and starts its program; returns while the device works."""
-        batch = pack(plan, self._shape, self._eos)
+        return self.submit_batch(plan, self.pack(plan))
+
+    def pack(self, plan: StepPlan) -> Batch:
+        """The buffer of a plan; pure."""
+        return pack(plan, self._shape, self._eos)
+
+    def run(self, batch: Batch) -> DeviceResult:
+        """Starts the program of a batch; nobody need collect its result."""
+        call = self._programs[batch.program]
+        self._state, result = call(self._params, (), self._state, batch.buffer)
+        return result
+
+    def submit_batch(self, plan: StepPlan, batch: Batch) -> PendingStep:
+        """See `submit`; `batch` is the packed plan."""
         for admission in plan.admissions:
             wanted = admission.request.sampling.logprobs is not None
             self._wants_logprobs[admission.slot] = wanted
-        call = self._programs[plan.program]
-        self._state, result = call(self._params, (), self._state, batch.buffer)
+        result = self.run(batch)
         pending = PendingStep(
             plan,
             batch,
@@ -80,6 +92,27 @@ class DeviceExecutor:
             logprobs=_logprobs(result.logprobs, rows) if handle.wants_logprobs else None,
             prompt_logprobs=prompt_logprobs,
         )
+
+
+class LeadingExecutor:
+    """An executor whose steps other processes run, too; see `core.step.Executor`."""
+
+    def __init__(
+        self, executor: DeviceExecutor, publish: Callable[[StepPlan, Batch], None]
+    ) -> None:
+        """`publish` tells the others of a step before this process starts it."""
+        self._executor = executor
+        self._publish = publish
+
+    def submit(self, plan: StepPlan) -> PendingStep:
+        """Starts the step everywhere."""
+        batch = self._executor.pack(plan)
+        self._publish(plan, batch)
+        return self._executor.submit_batch(plan, batch)
+
+    def collect(self, handle: PendingStep) -> StepResult:
+        """Reads the outcome, which every process has whole."""
+        return self._executor.collect(handle)
 
 
 def _plan_tokens(handle: PendingStep) -> np.ndarray:

@@ -16,6 +16,7 @@ from jserve.engine.batch import BatchShape
 from jserve.engine.config import EngineConfig
 from jserve.engine.executable_cache import ExecutableCache
 from jserve.engine.memory import GRID, device_pages, host_available_bytes, host_pages
+from jserve.engine.processes import least_of_all
 from jserve.engine.programs import compile_programs
 from jserve.engine.state import DeviceState, init_state, page_bytes, state_shardings
 from jserve.model.functional import Model
@@ -77,6 +78,7 @@ def shape_engine(
     else:
         limit = device_limit_bytes or (lambda: _device_limit(mesh))
         num_pages = _measured_pages(model, mesh, config, least, cache, limit())
+    num_pages = least_of_all(num_pages)
     held = num_pages * config.page_size
     if config.max_model_len > held:
         raise ConfigError(

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jserve.core.errors import ConfigError
 from jserve.engine.assembly import Engine, build_engine
 from jserve.engine.config import EngineConfig
+from jserve.engine.processes import engine_devices
 from jserve.engine.programs import CompiledProgram
 from jserve.engine.step import Params
 from jserve.model.config import ModelConfig, check_platform
@@ -99,11 +99,5 @@ def start_engine(
 
 def _mesh(config: EngineConfig) -> Mesh:
     """As many of the devices as the engine is spread over. Raises ConfigError."""
-    devices = jax.devices()
-    wanted = config.tensor_parallel
-    if wanted > len(devices):
-        raise ConfigError(
-            f"engine.tensor_parallel is {wanted}, but JAX finds {len(devices)} devices "
-            f"({devices[0].device_kind})"
-        )
-    return device_mesh(devices[:wanted], **config.mesh_axes)
+    devices = engine_devices(config.tensor_parallel, config.num_processes)
+    return device_mesh(devices, **config.mesh_axes)

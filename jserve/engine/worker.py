@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from jserve.core.clock import WallClock
 from jserve.core.errors import EngineError
+from jserve.core.step import Executor
 from jserve.engine.assembly import Engine
 from jserve.engine.inbox import Inbox, Outbox
 from jserve.engine.loop import EngineLoop
@@ -16,22 +17,30 @@ from jserve.engine.session import serve_sessions
 
 
 def serve(
-    engine: Engine, address: str, *, drain_timeout_s: float, on_ready: Callable[[int], None]
+    engine: Engine,
+    executor: Executor,
+    address: str,
+    *,
+    drain_timeout_s: float,
+    on_ready: Callable[[int], None],
 ) -> None:
     """Serves gateways at `address` until SIGTERM; then finishes what runs, within the timeout.
 
-    `on_ready` gets the port. Raises EngineError when the loop died: the process should end.
+    `executor` is the engine's own, or leads others. `on_ready` gets the port. Raises EngineError
+    when the loop died: the process should end.
     """
-    asyncio.run(_serve(engine, address, drain_timeout_s, on_ready))
+    asyncio.run(_serve(engine, executor, address, drain_timeout_s, on_ready))
 
 
 async def _serve(
-    engine: Engine, address: str, drain_timeout_s: float, on_ready: Callable[[int], None]
+    engine: Engine,
+    executor: Executor,
+    address: str,
+    drain_timeout_s: float,
+    on_ready: Callable[[int], None],
 ) -> None:
     inbox, outbox = Inbox(), Outbox()
-    loop = EngineLoop(
-        engine.scheduler, engine.executor, inbox, outbox, WallClock(), engine.num_compiles
-    )
+    loop = EngineLoop(engine.scheduler, executor, inbox, outbox, WallClock(), engine.num_compiles)
     events = asyncio.get_running_loop()
     ended: asyncio.Future[None] = events.create_future()
     thread = threading.Thread(

@@ -29,10 +29,15 @@ COMMAND = (sys.executable, "-m", "jserve.launch.engine_child")
 
 @dataclass(frozen=True, slots=True)
 class EngineJob:
-    """What the parent sends: the config and where to listen, `host:port` (port 0: any)."""
+    """What the parent sends: the config and where to listen, `host:port` (port 0: any).
+
+    Of an engine of several processes, `process` is which one; see `launch.replica`.
+    """
 
     config: ServeConfig
     address: str
+    process: int = 0
+    leader_address: str | None = None
 
 
 def encode_job(job: EngineJob) -> bytes:
@@ -65,14 +70,18 @@ def main() -> None:
         platform.pin(job.config.platform)
         from jserve.launch import engine_role  # JAX starts here
 
-        engine_role.run_engine(job.config, job.address, report)
+        if job.process:
+            assert job.leader_address is not None
+            engine_role.run_follower(job.config, job.process, job.leader_address, report)
+        else:
+            engine_role.run_engine(job.config, job.address, report, job.leader_address)
     except ConfigError as error:
         report(Failed(str(error), is_config_error=True))
-        sys.exit(2)
+        os._exit(2)  # the exit handlers of JAX wait for its other processes
     except Exception as error:
         _log.exception("engine failed")
         report(Failed(f"{type(error).__name__}: {error}", is_config_error=False))
-        sys.exit(1)
+        os._exit(1)
 
 
 def _take_standard_output() -> Callable[[EngineStatus], None]:

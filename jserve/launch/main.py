@@ -21,14 +21,24 @@ _SET = flags.DEFINE_multi_string(
 _ROLE = flags.DEFINE_enum(
     "role",
     "all",
-    ["all", "engine", "gateway"],
-    "all: gateway here and engine in a child process; engine or gateway: that part alone.",
+    ["all", "engine", "gateway", "follower"],
+    "all: gateway here and engine in a child process; engine or gateway: that part alone; "
+    "follower: one more process of an engine whose leader runs elsewhere.",
 )
 _HOST = flags.DEFINE_string("host", None, "Where the gateway listens; gateway.host of the config.")
 _HTTP_PORT = flags.DEFINE_integer("http_port", None, "gateway.http_port of the config.")
 _GRPC_PORT = flags.DEFINE_integer("grpc_port", None, "gateway.grpc_port of the config.")
 _ENGINE_ADDRESS = flags.DEFINE_string(
     "engine_address", "127.0.0.1:8600", "Where --role=engine listens and --role=gateway connects."
+)
+_LEADER_ADDRESS = flags.DEFINE_string(
+    "leader_address",
+    None,
+    "Where the first process of an engine listens and its followers connect, host:port; without "
+    "it all engine.num_processes run on this machine.",
+)
+_PROCESS = flags.DEFINE_integer(
+    "process", None, "Which process of the engine a follower is, from 1.", lower_bound=1
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "convert: type of the parameters.")
 _QUANTIZATION = flags.DEFINE_enum(
@@ -51,9 +61,10 @@ _ARCHITECTURE = flags.DEFINE_string(
 _MODEL_FLAGS = (_CONFIG, _SET)
 _GATEWAY_FLAGS = (_HOST, _HTTP_PORT, _GRPC_PORT)
 _FLAGS_OF: Mapping[str, Sequence[flags.FlagHolder[Any]]] = {
-    "serve --role=all": (*_MODEL_FLAGS, _ROLE, *_GATEWAY_FLAGS),
+    "serve --role=all": (*_MODEL_FLAGS, _ROLE, *_GATEWAY_FLAGS, _LEADER_ADDRESS),
     "serve --role=gateway": (*_MODEL_FLAGS, _ROLE, *_GATEWAY_FLAGS, _ENGINE_ADDRESS),
-    "serve --role=engine": (*_MODEL_FLAGS, _ROLE, _ENGINE_ADDRESS),
+    "serve --role=engine": (*_MODEL_FLAGS, _ROLE, _ENGINE_ADDRESS, _LEADER_ADDRESS),
+    "serve --role=follower": (*_MODEL_FLAGS, _ROLE, _LEADER_ADDRESS, _PROCESS),
     "convert": (_FORMAT, _DTYPE, _QUANTIZATION),
     "generate": (*_MODEL_FLAGS, _MAX_TOKENS, _TEMPERATURE, _SEED, _CHAT),
     "plan": (*_MODEL_FLAGS, _ARCHITECTURE),
@@ -116,18 +127,38 @@ def _serve(arguments: Sequence[str]) -> int:
     if arguments:
         raise app.UsageError(f"serve takes no arguments, got {' '.join(arguments)}")
     config = _load_config()
+    _check_processes(config)
     logs.configure(config.log)
     platform.raise_file_limit()
     if _ROLE.value == "engine":
         platform.pin(config.platform)
         from jserve.launch.engine_role import serve_engine  # JAX starts here
 
-        return serve_engine(config, _ENGINE_ADDRESS.value)
-    from jserve.launch.serve import serve_all, serve_gateway
+        return serve_engine(config, _ENGINE_ADDRESS.value, _LEADER_ADDRESS.value)
+    from jserve.launch.serve import serve_all, serve_follower, serve_gateway
 
     if _ROLE.value == "gateway":
         return serve_gateway(config, _ENGINE_ADDRESS.value)
-    return serve_all(config)
+    if _ROLE.value == "follower":
+        assert _PROCESS.value is not None
+        assert _LEADER_ADDRESS.value is not None
+        return serve_follower(config, _PROCESS.value, _LEADER_ADDRESS.value)
+    return serve_all(config, _LEADER_ADDRESS.value)
+
+
+def _check_processes(config: ServeConfig) -> None:
+    """Raises ConfigError for flags that do not fit an engine of so many processes."""
+    others = config.engine.num_processes - 1
+    if _LEADER_ADDRESS.present and not others:
+        raise ConfigError("--leader_address: engine.num_processes is 1; there is nobody to lead")
+    if _ROLE.value == "follower":
+        if _LEADER_ADDRESS.value is None or _PROCESS.value is None:
+            raise ConfigError("--role=follower needs --leader_address=HOST:PORT and --process=N")
+        if _PROCESS.value > others:
+            raise ConfigError(
+                f"--process is {_PROCESS.value}; engine.num_processes is {others + 1}, so the "
+                f"followers are 1 to {others}"
+            )
 
 
 def _convert(arguments: Sequence[str]) -> int:

@@ -33,14 +33,22 @@ _ANY_LOOPBACK_PORT = "127.0.0.1:0"
 _EXIT_INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
 
 
-def serve_all(config: ServeConfig) -> int:
-    """Serves until SIGTERM or Ctrl-C; returns the exit code."""
-    return _run(lambda drain: _serve_all(config, drain))
+def serve_all(config: ServeConfig, leader_address: str | None = None) -> int:
+    """Serves until SIGTERM or Ctrl-C; returns the exit code.
+
+    `leader_address` is where the other processes of the engine find it, if they run elsewhere.
+    """
+    return _run(lambda drain: _serve_all(config, leader_address, drain))
 
 
 def serve_gateway(config: ServeConfig, engine_address: str) -> int:
     """Serves with an engine that runs elsewhere; returns the exit code."""
     return _run(lambda drain: _serve_gateway(config, engine_address, drain))
+
+
+def serve_follower(config: ServeConfig, process: int, leader_address: str) -> int:
+    """Keeps one more process of an engine running that is led elsewhere; returns the exit code."""
+    return _run(lambda drain: _serve_follower(config, process, leader_address, drain))
 
 
 def _run(body: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> int:
@@ -112,7 +120,7 @@ def _named(config: ServeConfig) -> GatewayConfig:
     return dataclasses.replace(config.gateway, served_model_name=name)
 
 
-async def _serve_all(config: ServeConfig, drain: asyncio.Event) -> int:
+async def _serve_all(config: ServeConfig, leader_address: str | None, drain: asyncio.Event) -> int:
     _require_free_port(config.gateway.host, config.gateway.http_port, "--http_port")
     _require_free_port(config.gateway.host, config.gateway.grpc_port, "--grpc_port")
     _log_config(config)
@@ -120,7 +128,9 @@ async def _serve_all(config: ServeConfig, drain: asyncio.Event) -> int:
     start_up = _StartUp(console)
     engine = EngineProcess(
         engine_child.COMMAND,
-        engine_child.encode_job(EngineJob(config, _ANY_LOOPBACK_PORT)),
+        engine_child.encode_job(
+            EngineJob(config, _ANY_LOOPBACK_PORT, leader_address=leader_address)
+        ),
         config.control,
         WallClock(),
         start_up.on_status,
@@ -168,6 +178,32 @@ async def _serve_gateway(config: ServeConfig, engine_address: str, drain: asynci
         console.say("draining: nothing new is accepted; Ctrl-C again stops at once")
         await gateway.drain()
     return 0
+
+
+async def _serve_follower(
+    config: ServeConfig, process: int, leader_address: str, drain: asyncio.Event
+) -> int:
+    _log_config(config)
+    console = Console()
+    start_up = _StartUp(console)
+    engine = EngineProcess(
+        engine_child.COMMAND,
+        engine_child.encode_job(EngineJob(config, "", process, leader_address)),
+        config.control,
+        WallClock(),
+        start_up.on_status,
+    )
+    supervision = asyncio.create_task(engine.run())
+    try:
+        if (ready := await _first(start_up.ready, supervision, drain)) is not None:
+            console.table(f"process {process} follows {leader_address}", ready.summary)
+            await _first(asyncio.get_running_loop().create_future(), supervision, drain)
+        console.say("waiting for the leader to drain; Ctrl-C again stops at once")
+        await engine.stop(config.engine.drain_timeout_s + config.control.stop_timeout_s)
+        return 0
+    finally:
+        engine.kill()
+        await asyncio.wait([supervision], timeout=config.control.stop_timeout_s)
 
 
 async def _first(

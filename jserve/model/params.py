@@ -145,11 +145,18 @@ def init_params(
             floats = _sampler(spec.float_shape, jnp.dtype(jnp.float32), None)
             host = np.asarray(floats(key, spec.mean, spec.std))
             encoded = spec.encoding.encode(host).astype(spec.dtype, copy=False)
-            params[name] = jax.device_put(encoded, sharding)
+            params[name] = _place(encoded, sharding)
         else:
             sample = _sampler(spec.shape, jnp.dtype(spec.dtype), sharding)
             params[name] = sample(key, spec.mean, spec.std)
     return params
+
+
+def _place(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    """On this process's devices, its part of an array that every process has whole."""
+    if sharding is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 
 @cache  # compiled once per shape, not once per layer

@@ -1,0 +1,200 @@
+"""An engine of several processes: the leader gathers followers, all end when one does."""
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jserve
+from jserve.config import ServeConfig, flatten
+from jserve.control.engine_process import describe_exit
+from jserve.control.engine_status import EngineStatus, Failed, PhaseStarted
+from jserve.core.errors import ConfigError
+from jserve.core.step import Executor
+from jserve.engine.assembly import Engine
+from jserve.engine.executable_cache import code_digest
+from jserve.engine.executor import LeadingExecutor
+from jserve.engine.follower import Leader, follow
+from jserve.engine.leader import Followers
+from jserve.engine.processes import free_port, join_processes, leave_processes
+from jserve.launch import engine_child
+from jserve.launch.engine_child import EngineJob
+from jserve.proto.steps import StepReader
+
+_log = logging.getLogger(__name__)
+_Report = Callable[[EngineStatus], None]
+
+_STOP_TIMEOUT_S = 10.0  # from the last step to the end of all processes
+_ANY_LOOPBACK_PORT = "127.0.0.1:0"
+# What may differ from process to process.
+_OWN = ("model.cache_dir", "engine.join_timeout_s", "engine.drain_timeout_s")
+
+
+@contextlib.contextmanager
+def leading(
+    config: ServeConfig, address: str | None, report: _Report
+) -> Iterator[Callable[[Engine], Executor]]:
+    """Around the life of an engine: finds its other processes, and ends them in the end.
+
+    Yields what makes the executor that all of them follow of a started engine; it waits until
+    they are ready. When one is lost, this process ends on the spot: its programs would wait for
+    the others for ever. Without `address` the others are started here. Raises ConfigError.
+    """
+    num_processes = config.engine.num_processes
+    if num_processes == 1:
+        yield lambda engine: engine.executor
+        return
+    if address is None and config.platform.backend != "cpu":
+        raise ConfigError(
+            f"engine.num_processes is {num_processes}: on accelerators each process has a host of "
+            "its own; set --leader_address, and start the others with --role=follower"
+        )
+    followers = Followers(
+        address or _ANY_LOOPBACK_PORT,
+        num_processes - 1,
+        _facts(config),
+        config.engine.programs(),
+        on_loss=lambda reason: _end_at_once(reason, report),
+    )
+    children: list[subprocess.Popen[bytes]] = []
+    stopping = threading.Event()
+
+    def on_exit(process: int, code: int) -> None:
+        if not stopping.is_set():
+            reason = f"process {process} of the engine ended: {describe_exit(code)}"
+            _end_at_once(reason, report)
+
+    try:
+        if address is None:
+            children += _start_followers(config, followers.address, on_exit)
+        report(PhaseStarted("waiting", f"for {num_processes - 1} other processes"))
+        coordinator = f"{followers.host}:{free_port(followers.host)}"
+        followers.start(coordinator, config.engine.join_timeout_s)
+        _join(config, 0, coordinator)
+
+        def lead(engine: Engine) -> Executor:
+            followers.wait_ready(_engine_facts(engine))
+            return LeadingExecutor(engine.executor, followers.publish)
+
+        yield lead
+        stopping.set()
+        followers.stop(_STOP_TIMEOUT_S)
+        leave_processes()
+    finally:
+        followers.close()
+    for child in children:
+        child.wait(_STOP_TIMEOUT_S)
+
+
+@contextlib.contextmanager
+def following(
+    config: ServeConfig, process: int, address: str, report: _Report
+) -> Iterator[Callable[[Engine, Callable[[], None]], None]]:
+    """Around the life of a follower's engine.
+
+    Yields what runs the leader's steps on a started engine until the leader stops, and calls back
+    when steps may come. When the leader is lost, this process ends on the spot.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: _end_later(config.engine.drain_timeout_s))
+    with Leader(
+        address,
+        process,
+        _facts(config),
+        join_timeout_s=config.engine.join_timeout_s,
+        on_loss=lambda reason: _end_at_once(reason, report),
+    ) as leader:
+        try:
+            _join(config, process, leader.coordinator_address)
+
+            def run(engine: Engine, on_ready: Callable[[], None]) -> None:
+                leader.ready(_engine_facts(engine))
+                on_ready()
+                follow(engine.executor, StepReader(config.engine.programs()), leader)
+
+            yield run
+        except Exception as error:
+            leader.failed(f"{type(error).__name__}: {error}")
+            raise
+        leave_processes()
+
+
+def _join(config: ServeConfig, index: int, coordinator_address: str) -> None:
+    on_cpu = config.platform.backend == "cpu"
+    join_processes(
+        coordinator_address,
+        index=index,
+        num_processes=config.engine.num_processes,
+        num_cpu_devices=config.engine.devices_per_process if on_cpu else 1,
+        timeout_s=config.engine.join_timeout_s,
+    )
+
+
+def _start_followers(
+    config: ServeConfig, leader_address: str, on_exit: Callable[[int, int], None]
+) -> list[subprocess.Popen[bytes]]:
+    """On this machine. They end when the thread that calls this does.
+
+    `on_exit` gets the number and the exit code of each, from another thread.
+    """
+    children: list[subprocess.Popen[bytes]] = []
+    for process in range(1, config.engine.num_processes):
+        child = subprocess.Popen(
+            engine_child.COMMAND,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,  # the leader learns from its stream what it must know
+            start_new_session=True,
+        )
+        assert child.stdin is not None
+        child.stdin.write(engine_child.encode_job(EngineJob(config, "", process, leader_address)))
+        child.stdin.flush()
+        children.append(child)
+        threading.Thread(
+            target=lambda child, process: on_exit(process, child.wait()),
+            args=(child, process),
+            name=f"watch-{process}",
+            daemon=True,
+        ).start()
+    return children
+
+
+def _end_at_once(reason: str, report: _Report) -> None:
+    _log.error("the engine ends", extra={"reason": reason})
+    report(Failed(reason, is_config_error=False))
+    os._exit(1)
+
+
+def _end_later(timeout_s: float) -> None:
+    """After SIGTERM: the leader, which got one as well, still needs this process to drain."""
+    timer = threading.Timer(timeout_s, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
+
+
+def _facts(config: ServeConfig) -> dict[str, str]:
+    """What must be the same everywhere before anything is built."""
+    packages = ("jax", "jaxlib", "flax", "numpy")
+    fields = {
+        name: repr(value)
+        for name, value in flatten(config).items()
+        if name.startswith(("model.", "engine.", "platform.")) and name not in _OWN
+    }
+    code = code_digest([Path(jserve.__file__).parent])
+    return fields | {"code": code} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def _engine_facts(engine: Engine) -> dict[str, str]:
+    """What must be the same of the engines as built."""
+    programs = ", ".join(made.program.name for made in engine.programs)
+    mesh = repr(dict(engine.mesh.shape))
+    return {
+        "info": repr(engine.info),
+        "shape": repr(engine.shape),
+        "programs": programs,
+        "mesh": mesh,
+        "backend": engine.backend.value,
+    }
