@@ -2,49 +2,15 @@
 
 import signal
 import socket
-import threading
 import time
 from pathlib import Path
 
-import httpx
 import psutil
 
-from tests.e2e.server import Server, events, serving
+from tests.e2e.faults import FOREVER, start_reader
+from tests.e2e.server import Server, serving
 
 CONFIG = "configs/tiny_random.py"
-LONG = {"prompt": "Once", "max_tokens": 400, "ignore_eos": True, "stream": True}
-
-
-class Reader(threading.Thread):
-    """Reads one long stream in the background and keeps what it saw."""
-
-    def __init__(self, server: Server) -> None:
-        super().__init__(daemon=True)
-        self._url = f"{server.url}/v1/completions"
-        self.started = threading.Event()
-        self.finish_reason: str | None = None
-        self.error: object = None
-        self.ended_at_s = 0.0
-
-    def run(self) -> None:
-        try:
-            with httpx.stream("POST", self._url, json=LONG, timeout=60) as reply:
-                for event in events(reply.iter_lines()):
-                    self.started.set()
-                    if "error" in event:
-                        self.error = event["error"]
-                    elif event["choices"]:
-                        self.finish_reason = event["choices"][0]["finish_reason"]
-        except httpx.TransportError as error:
-            self.error = error
-        self.ended_at_s = time.monotonic()
-
-
-def _start_reader(server: Server) -> Reader:
-    reader = Reader(server)
-    reader.start()
-    assert reader.started.wait(30)
-    return reader
 
 
 def _listening_port(pid: int) -> int:
@@ -56,14 +22,16 @@ def _listening_port(pid: int) -> int:
 def test_killed_engine_is_reported_at_once_and_comes_back(tmp_path: Path) -> None:
     with serving(CONFIG, tmp_path / "log") as server:
         pages = server.gauge("jserve_free_pages")
-        reader = _start_reader(server)
         old_pid = server.engine_pid
         old_port = _listening_port(old_pid)
+        reader = start_reader(server, FOREVER)
         killed_at_s = time.monotonic()
-        psutil.Process(old_pid).kill()
+        engine = psutil.Process(old_pid)
+        engine.kill()
         reader.join(10)
         assert reader.error is not None
         assert reader.ended_at_s - killed_at_s < 2.0
+        engine.wait(10)  # its last socket may be closed a moment after the first
         # A stranger that takes the port meanwhile, and says nothing, is no obstacle.
         with socket.create_server(("127.0.0.1", old_port)):
             refused = server.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
@@ -78,7 +46,7 @@ def test_killed_engine_is_reported_at_once_and_comes_back(tmp_path: Path) -> Non
 
 def test_sigterm_finishes_what_runs_and_exits_with_0(tmp_path: Path) -> None:
     with serving(CONFIG, tmp_path / "log") as server:
-        reader = _start_reader(server)
+        reader = start_reader(server)
         engine = psutil.Process(server.engine_pid)
         server.process.send_signal(signal.SIGTERM)
         assert server.wait() == 0
@@ -90,7 +58,7 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(tmp_path: Path) -> None:
 
 def test_second_signal_stops_at_once(tmp_path: Path) -> None:
     with serving(CONFIG, tmp_path / "log") as server:
-        _start_reader(server)
+        start_reader(server)
         engine = psutil.Process(server.engine_pid)
         server.process.send_signal(signal.SIGINT)
         server.until(lambda: "draining" in server.output)
