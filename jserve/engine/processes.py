@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 from jserve.core.errors import ConfigError
 
 # Second nets: a process that dies or freezes breaks its stream to the leader before.
-_HEARTBEAT_TIMEOUT_S = 60
+_HEARTBEAT_TIMEOUT_S = 30
 _SHUTDOWN_TIMEOUT_S = 5
 
 
