@@ -29,7 +29,9 @@ def pin(config: PlatformConfig) -> None:
     if "jax" in sys.modules:
         raise RuntimeError("jax was imported before its platform was pinned")
     inherited = os.environ.get("XLA_FLAGS", "").split()
-    flags = (*_XLA_FLAGS[config.backend], *config.xla_flags, *inherited)
+    own = (*_XLA_FLAGS[config.backend], *config.xla_flags)
+    # Without those of a parent that was pinned, too: compiled programs are kept by their flags.
+    flags = (*(flag for flag in own if flag not in inherited), *inherited)
     os.environ["JAX_PLATFORMS"] = config.jax_platforms
     os.environ["XLA_FLAGS"] = " ".join(flags)
     # JAX takes three quarters of a GPU unless told; an engine has it to itself.

@@ -27,10 +27,10 @@ print(json.dumps({
 """
 
 
-def _run(backend: str) -> dict:
+def _run(backend: str, inherited: str = "--xla_b=2") -> dict:
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, backend],
-        env=os.environ | {"JAX_PLATFORMS": "made_up", "XLA_FLAGS": "--xla_b=2"},
+        env=os.environ | {"JAX_PLATFORMS": "made_up", "XLA_FLAGS": inherited},
         capture_output=True,
         check=True,
     )
@@ -47,6 +47,11 @@ def test_platform_and_flags_are_set_without_starting_jax(backend: str, platforms
     assert not said["jax"]
     assert said["limit"]
     assert said["gpu_share"] == ("0.92" if backend == "gpu" else None)
+
+
+def test_the_flags_of_a_pinned_parent_are_not_repeated() -> None:
+    flags = _run("gpu")["flags"]
+    assert _run("gpu", " ".join(flags))["flags"] == flags
 
 
 def test_unknown_backend_is_refused() -> None:
