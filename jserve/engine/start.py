@@ -8,7 +8,6 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jserve.core.errors import ConfigError
 from jserve.engine.assembly import Engine, build_engine
 from jserve.engine.config import EngineConfig
 from jserve.engine.processes import engine_devices

@@ -31,13 +31,15 @@ COMMAND = (sys.executable, "-m", "jserve.launch.engine_child")
 class EngineJob:
     """What the parent sends: the config and where to listen, `host:port` (port 0: any).
 
-    Of an engine of several processes, `process` is which one; see `launch.replica`.
+    Of an engine of several processes, `process` is which one; see `launch.replica`. With
+    `only_prepare` the model's files are made complete, and that is all.
     """
 
     config: ServeConfig
     address: str
     process: int = 0
     leader_address: str | None = None
+    only_prepare: bool = False
 
 
 def encode_job(job: EngineJob) -> bytes:
@@ -70,7 +72,9 @@ def main() -> None:
         platform.pin(job.config.platform)
         from jserve.launch import engine_role  # JAX starts here
 
-        if job.process:
+        if job.only_prepare:
+            engine_role.prepare_model(job.config, report)
+        elif job.process:
             assert job.leader_address is not None
             engine_role.run_follower(job.config, job.process, job.leader_address, report)
         else:

@@ -15,6 +15,7 @@ from jserve.engine.assembly import Engine
 from jserve.engine.start import start_engine
 from jserve.launch import replica
 from jserve.launch.console import Console, FileProgress
+from jserve.model.formats.load import prepare
 from jserve.pallas_kernels.backend import Backend
 
 
@@ -76,12 +77,21 @@ def run_follower(
         )
 
 
+def prepare_model(config: ServeConfig, report: Callable[[EngineStatus], None]) -> None:
+    """Fetches and converts what is missing of the model's files."""
+    prepare(config.model, _progress(report))
+
+
+def _progress(report: Callable[[EngineStatus], None]) -> FileProgress:
+    return FileProgress("model files", lambda line: report(PhaseProgress(line)))
+
+
 def _start(config: ServeConfig, report: Callable[[EngineStatus], None]) -> Engine:
     return start_engine(
         config.model,
         config.engine,
         config.scheduler,
-        on_files=FileProgress("model files", lambda line: report(PhaseProgress(line))),
+        on_files=_progress(report),
         on_prepared=lambda: report(ModelPrepared()),
         on_phase=lambda phase, detail: report(PhaseStarted(phase, detail)),
     )

@@ -13,8 +13,14 @@ from pathlib import Path
 import jserve
 from jserve.config import ServeConfig, flatten
 from jserve.control.engine_process import describe_exit
-from jserve.control.engine_status import EngineStatus, Failed, PhaseStarted
-from jserve.core.errors import ConfigError
+from jserve.control.engine_status import (
+    EngineStatus,
+    Failed,
+    PhaseProgress,
+    PhaseStarted,
+    decode,
+)
+from jserve.core.errors import ConfigError, EngineError
 from jserve.core.step import Executor
 from jserve.engine.assembly import Engine
 from jserve.engine.executable_cache import code_digest
@@ -23,7 +29,10 @@ from jserve.engine.follower import Leader, follow
 from jserve.engine.leader import Followers
 from jserve.engine.processes import free_port, join_processes, leave_processes
 from jserve.launch import engine_child
+from jserve.launch.console import FileProgress
 from jserve.launch.engine_child import EngineJob
+from jserve.model.formats.locate import locate, native_path
+from jserve.model.formats.native_folder import is_native
 from jserve.proto.steps import StepReader
 
 _log = logging.getLogger(__name__)
@@ -54,6 +63,7 @@ def leading(
             f"engine.num_processes is {num_processes}: on accelerators each process has a host of "
             "its own; set --leader_address, and start the others with --role=follower"
         )
+    _prepare(config, report)
     followers = Followers(
         address or _ANY_LOOPBACK_PORT,
         num_processes - 1,
@@ -101,6 +111,7 @@ def following(
     when steps may come. When the leader is lost, this process ends on the spot.
     """
     signal.signal(signal.SIGTERM, lambda *_: _end_later(config.engine.drain_timeout_s))
+    _prepare(config, report)
     with Leader(
         address,
         process,
@@ -121,6 +132,34 @@ def following(
             leader.failed(f"{type(error).__name__}: {error}")
             raise
         leave_processes()
+
+
+def _prepare(config: ServeConfig, report: _Report) -> None:
+    """Makes the model's files complete, in a process of its own where they must be converted.
+
+    In one that has joined others, weights cannot be written (see `write_native`).
+    """
+    progress = FileProgress("model files", lambda line: report(PhaseProgress(line)))
+    source = locate(config.model, progress)
+    if source is None or is_native(native_path(config.model, source)):
+        return
+    with subprocess.Popen(
+        engine_child.COMMAND,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(engine_child.encode_job(EngineJob(config, "", only_prepare=True)))
+        child.stdin.flush()
+        for line in child.stdout:
+            status = decode(line)
+            if isinstance(status, Failed):
+                raise ConfigError(status.message)
+            report(status)
+        code = child.wait()  # before its standard input is closed, which would end it
+    if code:
+        raise EngineError(f"the model could not be prepared: {describe_exit(code)}")
 
 
 def _join(config: ServeConfig, index: int, coordinator_address: str) -> None:

@@ -57,6 +57,7 @@ def write_native(
 ) -> None:
     """Makes a native folder of `source`, all or nothing, one tensor in host memory at a time.
 
+    Not for a process that `jax.distributed` joined with others: of those, Orbax lets one write.
     Raises ConfigError, before writing, if the tensors are not those of `model`. A folder that
     another process completed meanwhile is left as it is.
     """
@@ -122,8 +123,15 @@ def _restore(
     read_ahead_bytes: int,
 ) -> dict[str, jax.Array]:
     """Some tensors of the checkpoint, at most `read_ahead_bytes` of them being read at a time."""
+    # Of several processes, each reads what its devices hold, and waits for no other.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
     handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False, use_zarr3=True, restore_concurrent_gb=_gigabytes(read_ahead_bytes)
+        use_ocdbt=False,
+        use_zarr3=True,
+        restore_concurrent_gb=_gigabytes(read_ahead_bytes),
+        multiprocessing_options=alone,
     )
     restore_args = {
         name: ocp.ArrayRestoreArgs(
@@ -134,7 +142,7 @@ def _restore(
         )
         for name, spec in specs.items()
     }
-    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
+    with _quiet(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         restored: dict[str, jax.Array] = checkpointer.restore(
             folder.resolve() / PARAMS,
             args=ocp.args.PyTreeRestore(
