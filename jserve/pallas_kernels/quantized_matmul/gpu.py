@@ -1,28 +1,23 @@
 """Products with weights of 8 bits on Hopper GPUs: codes cross the memory, floats only registers.
 
 One launch for all weights of a call. A thread block has 256 outputs of a weight, a share of its
-inputs, and up to 128 rows. Of its three warpgroups one loads, two have half of the outputs each:
+inputs and up to 128 rows. `gpu_tile` draws what overlaps what inside; blocks side by side:
 
-    loader     │ load 0 │ load 1 │ load 2 │ load 3 │ load 4 …      TMA, up to eight stages ahead
-    compute 0           │ codes 0 → bf16 │ wgmma 0 │ codes 1 → bf16 │ wgmma 1 …
-    compute 1           │    codes 0 → bf16 │ wgmma 0 │    codes 1 → bf16 │ wgmma 1 …
+    weight 0   │ split 0: outputs 0… │ 256… │ … │ split 1: outputs 0… │ 256… │ …
+    weight 1       │ split 0: outputs 0… │ 256… │ …
+    XLA                                               │ splits added up, scaled; what comes next
 
-A stage holds 64 or 128 inputs of the weight and of the rows. Weights are the left operand, from
-registers, and never come back to shared memory as floats; rows are the right one, because its
-width may be as small as 8. While one warpgroup converts, the other multiplies.
-
-Where there are fewer tiles of outputs than multiprocessors, the inputs are split, and every split
-has a thread block that writes its own sums; they are added up in order and scaled by the XLA fusion
-that reads them next. Above 256 rows there are tiles enough: a thread block goes
-through the splits one after the other and adds up, in the same order, in registers. Splits depend
-on the weights only, and a split is summed in the order of its inputs: a row's bits depend on
-nothing but the row. Tile sizes are reasoned from memory sizes and traffic, not measured yet.
+Where there are fewer tiles of outputs than multiprocessors, the inputs are split. Each split
+writes its own sums, which the XLA fusion that reads them adds up in order. Above 256 rows there
+are tiles enough: a thread block goes through the splits one after the other and adds up, in the
+same order, in registers. Splits depend on the weights only, and a split is summed in the order of
+its inputs: a row's bits depend on nothing but the row. Sizes of tiles are reasoned from memory
+sizes and traffic, not measured yet.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,18 +25,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jserve.pallas_kernels.gpu_tile import (
+    THREADS,
+    Ref,
+    multiply_tile,
+    num_stages,
+    scratch_types,
+    store_turned,
+)
 from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
 
 _OUTPUTS = 128  # that a weight has a multiple of
-_COMPUTE = 2  # warpgroups; the next one loads
 _INPUTS = 128  # likewise, and of a stage of few rows
 _SHARED_BYTES = 200 * 1024  # for the stages
-_MAX_STAGES = 8
 # Thread blocks that keep the memory busy: Hopper has 132 multiprocessors, an H100 PCIe has 114.
 _BUSY = 96
 _MIN_SHARE = 512  # inputs of a split
-
-Ref = Any  # a Pallas reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ def tiling_of(rows: int, in_dim: int, out_dims: Sequence[int]) -> Tiling:
         row_tiles=-(-rows // width),
         outputs=outputs,
         inputs=inputs,
-        stages=min(_SHARED_BYTES // (inputs * (outputs + 2 * width)), _MAX_STAGES),
+        stages=num_stages(outputs, width, inputs, jnp.dtype(jnp.int8), _SHARED_BYTES),
         splits=splits,
         in_registers=in_registers,
     )
@@ -125,8 +124,6 @@ def _launch(
     """The sums of splits: [parts, rows, out_dim] for each weight."""
     dtype = codes[0].dtype
     assert all(weight.dtype == dtype for weight in codes)
-    narrow = (plgpu.TilingTransform((8, tiling.inputs)), plgpu.SwizzleTransform(tiling.inputs))
-    wide = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     call = plgpu.kernel(
         functools.partial(_body, tiling=tiling, num_weights=len(codes)),
         out_type=[
@@ -135,14 +132,11 @@ def _launch(
         ],
         grid=(sum(tiling.blocks(weight.shape[0]) for weight in codes),),
         grid_names=("block",),
-        num_threads=_COMPUTE + 1,
+        num_threads=THREADS,
         thread_name="role",
-        scratch_types=[
-            plgpu.SMEM((tiling.stages, tiling.outputs, tiling.inputs), dtype, transforms=narrow),
-            plgpu.SMEM((tiling.stages, tiling.rows, tiling.inputs), jnp.bfloat16, transforms=wide),
-            plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
-            plgpu.Barrier(num_arrivals=_COMPUTE, num_barriers=tiling.stages),
-        ],
+        scratch_types=scratch_types(
+            tiling.stages, tiling.outputs, tiling.rows, tiling.inputs, dtype
+        ),
     )
     return call(live, x, *codes)
 
@@ -166,93 +160,14 @@ def _body(live: Ref, x: Ref, *refs: Ref, tiling: Tiling, num_weights: int) -> No
             share = weight.shape[1] // tiling.parts
             rows, inputs = pl.ds(row, tiling.rows), pl.ds(part * share, share)
             outputs = pl.ds(output, tiling.outputs)
-            _tile(
+            into = out.at[part, rows, outputs]
+            multiply_tile(
                 x.at[rows, inputs],
                 weight.at[outputs, inputs],
-                out.at[part, rows, outputs],
                 scratch,
                 role,
+                lambda own, sums: store_turned(into.at[:, own], sums),
                 splits=tiling.splits // tiling.parts,
             )
 
         first = end
-
-
-def _tile(
-    x: Ref, weight: Ref, out: Ref, scratch: Sequence[Ref], role: jax.Array, *, splits: int
-) -> None:
-    """Out = x · weightᵀ, by the three roles."""
-    codes_here, x_here, loaded, done = scratch
-    stages, outputs, inputs = codes_here.shape
-    steps = x.shape[1] // inputs
-
-    @pl.when(role == _COMPUTE)
-    def _() -> None:
-        plgpu.set_max_registers(40, action="decrease")
-
-        def load(step: jax.Array, slot: jax.Array) -> None:
-            part = pl.ds(step * inputs, inputs)
-            plgpu.copy_gmem_to_smem(weight.at[:, part], codes_here.at[slot], loaded.at[slot])
-            plgpu.copy_gmem_to_smem(x.at[:, part], x_here.at[slot], loaded.at[slot])
-
-        def wait(step: jax.Array, slot: jax.Array) -> None:
-            del step
-            plgpu.barrier_wait(done.at[slot])
-
-        def reload(step: jax.Array, slot: jax.Array) -> None:
-            wait(step, slot)
-            load(step, slot)
-
-        ahead = min(stages, steps)
-        _each_step(0, ahead, stages, load)
-        _each_step(ahead, steps, stages, reload)
-        _each_step(steps - ahead, steps, stages, wait)  # barriers are left as they were found
-
-    @pl.when(role < _COMPUTE)
-    def _() -> None:
-        plgpu.set_max_registers(232, action="increase")
-        half = outputs // _COMPUTE
-        own = pl.ds(role * half, half)
-
-        def multiply(step: jax.Array, slot: jax.Array, sums: Ref) -> None:
-            del step
-            plgpu.barrier_wait(loaded.at[slot])
-            floats = _floats(codes_here.at[slot, own])
-            plgpu.wgmma(sums, floats, plgpu.transpose_ref(x_here.at[slot], (1, 0)))
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(done.at[slot])
-
-        def split(i: jax.Array | int) -> jax.Array:
-            def run(sums: Ref) -> jax.Array:
-                act = functools.partial(multiply, sums=sums)
-                start = i * (steps // splits)
-                _each_step(start, start + steps // splits, stages, act)
-                return sums[...]
-
-            return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((half, x.shape[0]), jnp.float32))
-
-        total = lax.fori_loop(1, splits, lambda i, total: total + split(i), split(0))
-        turned = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
-        plgpu.transpose_ref(out.at[:, own], (1, 0))[...] = turned
-
-
-def _each_step(
-    start: jax.Array | int,
-    stop: jax.Array | int,
-    stages: int,
-    act: Callable[[jax.Array, jax.Array], None],
-) -> None:
-    """Acts on a step and the stage that it takes."""
-
-    def step(i: jax.Array, _: None) -> None:
-        act(i, lax.rem(i, jnp.int32(stages)))
-
-    lax.fori_loop(start, stop, step, None)
-
-
-def _floats(codes: Ref) -> jax.Array:
-    """Codes from shared memory to bfloat16, as a left operand of wgmma lies in registers."""
-    packed = plgpu.layout_cast(codes[...], plgpu.Layout.WGMMA_UPCAST_2X)
-    if packed.dtype != jnp.int8:  # the chip converts 8-bit floats to float16 only
-        packed = packed.astype(jnp.float16).astype(jnp.float32)
-    return plgpu.layout_cast(packed.astype(jnp.bfloat16), plgpu.Layout.WGMMA)

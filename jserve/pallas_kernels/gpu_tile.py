@@ -1,0 +1,145 @@
+"""One tile of x · weightᵀ on a Hopper GPU, by a thread block of three warpgroups.
+
+What products with quantized weights and products with experts have in common. One warpgroup
+loads, the other two have half of the outputs each:
+
+    loader     │ load 0 │ load 1 │ load 2 │ load 3 │ load 4 …      TMA, up to eight stages ahead
+    compute 0           │ codes 0 → bf16 │ wgmma 0 │ codes 1 → bf16 │ wgmma 1 …
+    compute 1           │    codes 0 → bf16 │ wgmma 0 │    codes 1 → bf16 │ wgmma 1 …
+
+A stage holds some inputs of the weight and of the rows. The weight is wgmma's left operand, the
+rows are its right one, because the width of that may be as small as 8. Codes of 8 bits become
+bfloat16 in registers and are multiplied from there; while one warpgroup converts, the other
+multiplies. Weights of bfloat16 are multiplied from shared memory.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+COMPUTE = 2  # warpgroups; the next one loads
+THREADS = COMPUTE + 1  # warpgroups of a thread block
+
+Ref = Any  # a Pallas reference
+
+
+def num_stages(outputs: int, rows: int, inputs: int, dtype: jnp.dtype, num_bytes: int) -> int:
+    """As many as fit into `num_bytes` of shared memory, no more than eight."""
+    stage_bytes = inputs * (outputs * dtype.itemsize + rows * 2)
+    return min(num_bytes // stage_bytes, 8)
+
+
+def scratch_types(stages: int, outputs: int, rows: int, inputs: int, dtype: jnp.dtype) -> list[Any]:
+    """What `multiply_tile` needs, for weights of `dtype`: stages, and their barriers."""
+    line = min(128 // dtype.itemsize, inputs)
+    weight = (plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(line * dtype.itemsize))
+    x = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return [
+        plgpu.SMEM((stages, outputs, inputs), dtype, transforms=weight),
+        plgpu.SMEM((stages, rows, inputs), jnp.bfloat16, transforms=x),
+        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+    ]
+
+
+def multiply_tile(
+    x: Ref,  # [rows, in_dim] in global memory
+    weight: Ref,  # [outputs, in_dim]
+    scratch: Sequence[Ref],
+    role: jax.Array,
+    store: Callable[[Any, jax.Array], None],
+    *,
+    splits: int = 1,
+) -> None:
+    """Calls `store` in each compute warpgroup with its slice of outputs and their sums.
+
+    The sums, [outputs of the slice, rows] in wgmma's layout, are those of `splits` shares of the
+    inputs, added up in order; within a share inputs are added in order, too.
+    """
+    weight_here, x_here, loaded, done = scratch
+    stages, outputs, inputs = weight_here.shape
+    steps = x.shape[1] // inputs
+
+    @pl.when(role == COMPUTE)
+    def _() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+
+        def load(step: jax.Array, slot: jax.Array) -> None:
+            part = pl.ds(step * inputs, inputs)
+            plgpu.copy_gmem_to_smem(weight.at[:, part], weight_here.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(x.at[:, part], x_here.at[slot], loaded.at[slot])
+
+        def wait(step: jax.Array, slot: jax.Array) -> None:
+            del step
+            plgpu.barrier_wait(done.at[slot])
+
+        def reload(step: jax.Array, slot: jax.Array) -> None:
+            wait(step, slot)
+            load(step, slot)
+
+        ahead = min(stages, steps)
+        _each_step(0, ahead, stages, load)
+        _each_step(ahead, steps, stages, reload)
+        _each_step(steps - ahead, steps, stages, wait)  # barriers are left as they were found
+
+    @pl.when(role < COMPUTE)
+    def _() -> None:
+        plgpu.set_max_registers(232, action="increase")
+        half = outputs // COMPUTE
+        own = pl.ds(role * half, half)
+
+        def multiply(step: jax.Array, slot: jax.Array, sums: Ref) -> None:
+            del step
+            plgpu.barrier_wait(loaded.at[slot])
+            left = weight_here.at[slot, own]
+            if weight_here.dtype != jnp.bfloat16:
+                left = _floats(left)
+            plgpu.wgmma(sums, left, plgpu.transpose_ref(x_here.at[slot], (1, 0)))
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(done.at[slot])
+
+        def split(i: jax.Array | int) -> jax.Array:
+            def run(sums: Ref) -> jax.Array:
+                act = functools.partial(multiply, sums=sums)
+                start = i * (steps // splits)
+                _each_step(start, start + steps // splits, stages, act)
+                return sums[...]
+
+            accumulator = plgpu.WGMMAAccumulatorRef((half, x.shape[0]), jnp.float32)
+            return pl.run_scoped(run, accumulator)
+
+        store(own, lax.fori_loop(1, splits, lambda i, total: total + split(i), split(0)))
+
+
+def store_turned(target: Ref, sums: jax.Array) -> None:
+    """Stores sums [outputs, rows] to a reference [rows, outputs]."""
+    turned = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
+    plgpu.transpose_ref(target, (1, 0))[...] = turned
+
+
+def _each_step(
+    start: jax.Array | int,
+    stop: jax.Array | int,
+    stages: int,
+    act: Callable[[jax.Array, jax.Array], None],
+) -> None:
+    """Acts on a step and the stage that it takes."""
+
+    def step(i: jax.Array, _: None) -> None:
+        act(i, lax.rem(i, jnp.int32(stages)))
+
+    lax.fori_loop(start, stop, step, None)
+
+
+def _floats(codes: Ref) -> jax.Array:
+    """Codes from shared memory to bfloat16, as a left operand of wgmma lies in registers."""
+    packed = plgpu.layout_cast(codes[...], plgpu.Layout.WGMMA_UPCAST_2X)
+    if packed.dtype != jnp.int8:  # the chip converts 8-bit floats to float16 only
+        packed = packed.astype(jnp.float16).astype(jnp.float32)
+    return plgpu.layout_cast(packed.astype(jnp.bfloat16), plgpu.Layout.WGMMA)
