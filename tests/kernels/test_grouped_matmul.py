@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from jserve.pallas_kernels.backend import Backend
-from jserve.pallas_kernels.grouped_matmul.cases import CASES, Case
+from jserve.pallas_kernels.grouped_matmul import gpu
+from jserve.pallas_kernels.grouped_matmul.cases import CASES, MODEL_CASES, Case
 from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
 from jserve.pallas_kernels.matmul.dispatch import matmul, wants_panels
 from jserve.pallas_kernels.matmul.panels import PANEL, PanelMatrix, to_panels
 from tests.backends import BACKENDS, INVARIANT_BACKENDS
+from tests.kernels import gpu_interpreter
 
 
 def _run(backend: Backend, weights: list[jax.Array]):
@@ -46,6 +48,60 @@ def _problem(case: Case, dtype: jnp.dtype) -> tuple[jax.Array, list[jax.Array], 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_agrees_with_float64(case: Case, dtype: jnp.dtype, backend: Backend) -> None:
+    _check(case, dtype, backend)
+
+
+# Fewer rows than a tile has, several stacks, and items that end anywhere in a tile.
+_GPU_CASES = (
+    Case("few_rows", 128, (128,), (0, 3, 0)),
+    Case("decode", 128, (128, 256), (2, 0, 1, 0, 0, 3, 1, 1), padding=2),
+    Case("prompt", 256, (128,), (17, 40, 0, 71), padding=5),
+)
+
+
+@pytest.mark.parametrize("case", _GPU_CASES, ids=lambda case: case.name)
+def test_hopper_agrees_with_float64(case: Case) -> None:
+    with gpu_interpreter.interpreted():
+        _check(case, jnp.dtype(jnp.bfloat16), Backend.GPU)
+
+
+def test_hopper_without_a_kernel_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    _check(CASES[1], jnp.dtype(jnp.bfloat16), Backend.GPU)
+    assert "have no kernel" in caplog.text
+
+
+def test_hopper_sums_in_one_order() -> None:
+    """One input of a row in 128 is not zero, so that sums show the order of stages."""
+    sizes = (1, 70, 0, 3)
+    x, (weight,), group_sizes = _problem(Case("", 512, (128,), sizes), jnp.dtype(jnp.bfloat16))
+    x = x * (jnp.arange(512) % 128 == 77).astype(x.dtype)[None, :]
+    expert = np.repeat(np.arange(4), sizes)
+    a = np.asarray(x, np.float32)[:, 77::128]
+    terms = a[:, None] * np.asarray(weight, np.float32)[expert][:, :, 77::128]  # [rows, out, 4]
+    expected = functools.reduce(np.add, np.moveaxis(terms, 2, 0))
+    with gpu_interpreter.interpreted():
+        (whole,) = _run(Backend.GPU, [weight])(x, group_sizes)
+        (alone,) = _run(Backend.GPU, [weight])(x[5:6], jnp.array([0, 1, 0, 0], jnp.int32))
+        np.testing.assert_array_equal(whole, expected)
+        np.testing.assert_array_equal(alone, expected[5:6])
+
+
+def test_items_are_the_rows_in_order() -> None:
+    list_items = jax.jit(gpu.list_items, static_argnums=(1, 2))
+    for case in (CASES[1], CASES[3], CASES[4], MODEL_CASES[1]):
+        width = gpu.item_rows(case.rows, len(case.group_sizes))
+        sizes = jnp.asarray(case.group_sizes, jnp.int32)
+        rows = np.concatenate(
+            [
+                np.stack((np.full(count, expert), np.arange(start, start + count)), axis=1)
+                for expert, start, count in np.asarray(list_items(sizes, case.rows, width))
+            ]
+        )
+        experts = np.repeat(np.arange(len(sizes)), case.group_sizes)
+        np.testing.assert_array_equal(rows, np.stack((experts, np.arange(len(experts))), axis=1))
+
+
+def _check(case: Case, dtype: jnp.dtype, backend: Backend) -> None:
     x, weights, sizes = _problem(case, dtype)
     num_rows = sum(case.group_sizes)
     expert = np.repeat(np.arange(len(sizes)), sizes)

@@ -1,20 +1,40 @@
 """The one entry to products with experts: contract, validation, choice of backend."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int
 
 from jserve.pallas_kernels.backend import Backend
-from jserve.pallas_kernels.grouped_matmul import cpu, native, reference, tpu
+from jserve.pallas_kernels.grouped_matmul import cpu, gpu, native, reference, tpu
 from jserve.pallas_kernels.matmul.dispatch import wants_panels
 from jserve.pallas_kernels.matmul.panels import PanelMatrix
+
+_log = logging.getLogger(__name__)
+
+
+def _on_gpu(
+    x: jax.Array, weights: Sequence[jax.Array], group_sizes: jax.Array
+) -> tuple[jax.Array, ...]:
+    fit = all(gpu.fits(*weight.shape[1:], weight.dtype) for weight in weights)
+    if not fit or x.dtype != jnp.bfloat16:
+        _log.warning(
+            "experts of %s have no kernel, which takes bfloat16 and multiples of 128: XLA's loop "
+            "runs",
+            [f"{weight.dtype}{list(weight.shape[1:])}" for weight in weights],
+        )
+        return cpu.grouped_matmul(x, weights, group_sizes)
+    return gpu.grouped_matmul(x, weights, group_sizes)
+
 
 _IMPLEMENTATIONS: dict[Backend, Callable[..., tuple[jax.Array, ...]]] = {
     Backend.REFERENCE: reference.grouped_matmul,
     Backend.CPU: cpu.grouped_matmul,
     Backend.NATIVE: native.grouped_matmul,
     Backend.TPU: tpu.grouped_matmul,
+    Backend.GPU: _on_gpu,
 }
 
 

@@ -1,0 +1,162 @@
+"""Grouped products on Hopper GPUs: only experts that have rows are read.
+
+XLA computes the ragged product there as a dense one over masked copies of the rows, for all
+experts. Here it first lists items: up to so many rows, all of one expert. One launch then has a
+thread block for each item and 128 outputs; `gpu_tile` draws what overlaps what inside. A block
+finds its expert in the list, and the expert is a coordinate of the copies of its weights:
+
+    item 0 (expert 3)   │ outputs 0… │ 128… │ … of all stacks of weights │
+    item 1 (expert 3)      │ outputs 0… │ 128… │ …          the same weights, from the L2 cache
+    item 2 (expert 7)         │ outputs 0… │ 128… │ …
+    none                         │ blocks beyond the list end at once
+
+An item starts anywhere among the rows, so its tile of rows holds some of the neighbours', which
+are computed and not written: products go to shared memory, and from there row by row, in pieces
+of powers of two. An output is one product over all inputs in order, whatever the item: a row's
+bits depend on nothing but the row and its expert.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jserve.pallas_kernels.gpu_tile import (
+    COMPUTE,
+    THREADS,
+    Ref,
+    multiply_tile,
+    num_stages,
+    scratch_types,
+    store_turned,
+)
+
+_OUTPUTS = 128  # of a thread block, and that a weight has a multiple of
+_INPUTS = 128  # likewise, and of a stage of few rows
+_MIN_ROWS, _MAX_ROWS = 8, 128  # of an item: what wgmma takes; what shared memory has room for
+_SHARED_BYTES = 216 * 1024  # for stages and products
+_EXPERT, _START, _COUNT = range(3)  # of an item
+
+
+def fits(out_dim: int, in_dim: int, dtype: jnp.dtype) -> bool:
+    """Whether the kernel takes weights of this shape and type."""
+    return out_dim % _OUTPUTS == 0 and in_dim % _INPUTS == 0 and dtype == jnp.bfloat16
+
+
+def grouped_matmul(
+    x: jax.Array, weights: Sequence[jax.Array], group_sizes: jax.Array
+) -> tuple[jax.Array, ...]:
+    """See `dispatch`; of weights that fit."""
+    rows, experts = x.shape[0], group_sizes.shape[0]
+    width = item_rows(rows, experts)
+    if rows < width:
+        x = jnp.pad(x, ((0, width - rows), (0, 0)))
+    items = list_items(group_sizes, rows, width)
+    ys = _launch(items, x, weights, width)
+    return tuple(y[:rows] for y in ys)
+
+
+def item_rows(rows: int, experts: int) -> int:
+    """Rows of an item: a power of two, about as many as an expert has if all are liked alike."""
+    share = max(rows // experts, 1)
+    return min(max(1 << (share - 1).bit_length(), _MIN_ROWS), _MAX_ROWS)
+
+
+def list_items(group_sizes: jax.Array, rows: int, width: int) -> jax.Array:
+    """Expert, first row and number of rows of each item: int32 [items, 3].
+
+    As many as there can be; those beyond the last one have no rows.
+    """
+    experts = group_sizes.shape[0]
+    num_items = rows // width + min(experts, rows)
+    sizes = group_sizes.astype(jnp.int32)
+    blocks = (sizes + width - 1) // width
+    ends, last_blocks = jnp.cumsum(sizes), jnp.cumsum(blocks)
+    item = jnp.arange(num_items, dtype=jnp.int32)
+    expert = jnp.sum(last_blocks[None, :] <= item[:, None], axis=1, dtype=jnp.int32)
+    held = jnp.minimum(expert, experts - 1)
+    start = (ends - sizes)[held] + (item - (last_blocks - blocks)[held]) * width
+    count = jnp.where(expert < experts, jnp.minimum(ends[held] - start, width), 0)
+    return jnp.stack((held, start, count), axis=1)
+
+
+def _launch(
+    items: jax.Array, x: jax.Array, weights: Sequence[jax.Array], width: int
+) -> Sequence[jax.Array]:
+    half = _OUTPUTS // COMPUTE
+    inputs = _INPUTS if width <= 64 else _INPUTS // 2
+    dtype = weights[0].dtype
+    stages = num_stages(_OUTPUTS, width, inputs, dtype, _SHARED_BYTES - width * _OUTPUTS * 4)
+    tiles = sum(weight.shape[1] // _OUTPUTS for weight in weights)
+    call = plgpu.kernel(
+        functools.partial(_body, width=width, num_weights=len(weights)),
+        out_type=[
+            jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), jnp.float32) for weight in weights
+        ],
+        grid=(items.shape[0] * tiles,),
+        grid_names=("block",),
+        num_threads=THREADS,
+        thread_name="role",
+        scratch_types=[
+            plgpu.SMEM((COMPUTE, width, half), jnp.float32),
+            *scratch_types(stages, _OUTPUTS, width, inputs, dtype),
+        ],
+    )
+    return call(items, x, *weights)
+
+
+def _body(items: Ref, x: Ref, *refs: Ref, width: int, num_weights: int) -> None:
+    """One thread block: finds its item, then its outputs."""
+    weights, outs = refs[:num_weights], refs[num_weights : 2 * num_weights]
+    products, *scratch = refs[2 * num_weights :]
+    role = lax.axis_index("role")
+    tiles = [weight.shape[1] // _OUTPUTS for weight in weights]
+    item = lax.div(lax.axis_index("block"), jnp.int32(sum(tiles)))
+    tile = lax.rem(lax.axis_index("block"), jnp.int32(sum(tiles)))
+    expert, start, count = (items[item, field] for field in (_EXPERT, _START, _COUNT))
+    # The last rows are read from a tile that ends with them.
+    from_row = jnp.minimum(start, x.shape[0] - width)
+    first = 0
+    for weight, out, own_tiles in zip(weights, outs, tiles, strict=True):
+
+        @pl.when((tile >= first) & (tile < first + own_tiles) & (count > 0))
+        def _(weight: Ref = weight, out: Ref = out, first: int = first) -> None:
+            output = (tile - first) * _OUTPUTS
+
+            def store(own: pl.Slice, sums: jax.Array) -> None:
+                store_turned(products.at[role], sums)
+                plgpu.commit_smem()
+                columns = pl.ds(output + own.start, own.size)
+                _store_rows(products.at[role], out.at[:, columns], start - from_row, start, count)
+
+            multiply_tile(
+                x.at[pl.ds(from_row, width)],
+                weight.at[expert, pl.ds(output, _OUTPUTS)],
+                scratch,
+                role,
+                store,
+            )
+
+        first += own_tiles
+
+
+def _store_rows(
+    source: Ref, target: Ref, source_row: jax.Array, target_row: jax.Array, count: jax.Array
+) -> None:
+    """Copies `count` rows, between 1 and all of `source`: the sizes of copies are static."""
+    size = source.shape[0]
+    while size:
+
+        @pl.when(count & size > 0)
+        def _(size: int = size) -> None:
+            done = count & -(2 * size)  # by larger copies
+            plgpu.copy_smem_to_gmem(
+                source.at[pl.ds(source_row + done, size)], target.at[pl.ds(target_row + done, size)]
+            )
+
+        size //= 2
+    plgpu.wait_smem_to_gmem(0)
