@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 def _on_gpu(
     x: jax.Array, weights: Sequence[jax.Array], group_sizes: jax.Array
 ) -> tuple[jax.Array, ...]:
-    fit = all(gpu.fits(*weight.shape[1:], weight.dtype) for weight in weights)
+    fit = all(gpu.fits(weight.shape[1], weight.shape[2], weight.dtype) for weight in weights)
     if not fit or x.dtype != jnp.bfloat16:
         _log.warning(
             "experts of %s have no kernel, which takes bfloat16 and multiples of 128: XLA's loop "
