@@ -16,7 +16,7 @@ compile = $(bin)/uv pip compile $(ARGS) --quiet --universal --generate-hashes --
 	--no-annotate --fork-strategy fewest --python-version 3.11 --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format lint types contracts tpu-compile sharding references lock proto clean
+.PHONY: help serve test check format lint types contracts tpu-compile gpu-compile sharding references lock proto clean
 
 help: ## Shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,10 @@ sharding: ## Checks the tokens of every model family over every mesh of eight fa
 	@scripts/bootstrap.sh dev
 	@$(bin)/python -m tests.sharding.families $(ARGS)
 
+gpu-compile: ## Compiles the GPU kernels for an H200, and reports; needs no GPU, but 4 GB for .venv-cuda
+	@scripts/bootstrap.sh cuda .venv-cuda
+	@.venv-cuda/bin/python -m tests.gpu_compile.programs $(ARGS)
+
 references: ## Makes the reference fixtures again with PyTorch and compares (ARGS=--write replaces them)
 	@scripts/references.sh $(ARGS)
 
@@ -73,5 +77,5 @@ proto: ## Generates the stubs of jserve/proto
 	$(bin)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --pyi_out=. $(protos)
 
 clean: ## Removes what make has made, the weights cache excepted
-	rm -rf .venv .venv-references jserve/pallas_kernels/native/build .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf .venv .venv-cuda .venv-references jserve/pallas_kernels/native/build .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

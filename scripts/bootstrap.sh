@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Makes .venv and installs requirements/<lock>.txt into it, every file checked by hash.
-# Usage: scripts/bootstrap.sh runtime|dev|cuda|tpu. PYTHON=… chooses the interpreter.
+# Makes .venv (or FOLDER) and installs requirements/<lock>.txt into it, every file checked by hash.
+# Usage: scripts/bootstrap.sh runtime|dev|cuda|tpu [FOLDER]. PYTHON=… chooses the interpreter.
 # A stamp makes the second call instant. Needs neither root nor ensurepip.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-lock=${1:?usage: scripts/bootstrap.sh runtime|dev|cuda|tpu}
+lock=${1:?usage: scripts/bootstrap.sh runtime|dev|cuda|tpu [FOLDER]}
+venv=${2:-.venv}
 lock_file=requirements/$lock.txt
-venv_python=.venv/bin/python
+venv_python=$venv/bin/python
 log=.cache/bootstrap.log
 
 say() { printf '==> %s\n' "$*" >&2; }
@@ -16,7 +17,7 @@ die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 # The folder is part of it: a virtual environment does not survive being moved.
 stamp_of() { { pwd; cat "requirements/$1.txt" pyproject.toml; } | sha256sum | cut -d' ' -f1; }
 is_installed() {
-  [[ -x $venv_python && -f .venv/.installed-$1 && $(<".venv/.installed-$1") == "$(stamp_of "$1")" ]]
+  [[ -x $venv_python && -f $venv/.installed-$1 && $(<"$venv/.installed-$1") == "$(stamp_of "$1")" ]]
 }
 
 find_python() {
@@ -31,14 +32,14 @@ find_python() {
     "Install one (Debian, Ubuntu: apt install python3) or name it: make PYTHON=/path/to/python3.11 …"
 }
 
-# Sets `pip` to a command that installs into .venv, without ensurepip where it is missing.
+# Sets `pip` to a command that installs into it, without ensurepip where it is missing.
 make_venv() {
   local python wheel
   python=$(find_python)
   if ! "$venv_python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    say "Making .venv with $("$python" --version)"
-    rm -rf .venv
-    "$python" -m venv --without-pip .venv >"$log" 2>&1 || {
+    say "Making $venv with $("$python" --version)"
+    rm -rf "$venv"
+    "$python" -m venv --without-pip "$venv" >"$log" 2>&1 || {
       cat "$log" >&2
       die "$python cannot make virtual environments. Debian, Ubuntu: apt install python3-venv"
     }
@@ -86,18 +87,18 @@ kernel_log=.cache/kernels.log
 kernel_stamp() {
   {
     pwd
-    cat "$native"/*.cc "$native"/*.h "$native"/build.py .venv/.installed-*
+    cat "$native"/*.cc "$native"/*.h "$native"/build.py "$venv"/.installed-*
     grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null || true
     c++ --version 2>/dev/null || true
   } | sha256sum
 }
 
-# .venv/.kernels holds the stamp of the last attempt and the library that it made, if any.
+# $venv/.kernels holds the stamp of the last attempt and the library that it made, if any.
 build_kernels() {
   local stamp built
   stamp=$(kernel_stamp)
-  if [[ -f .venv/.kernels && $(head -n 1 .venv/.kernels) == "$stamp" ]]; then
-    built=$(tail -n +2 .venv/.kernels)
+  if [[ -f $venv/.kernels && $(head -n 1 "$venv/.kernels") == "$stamp" ]]; then
+    built=$(tail -n +2 "$venv/.kernels")
     if [[ -z $built || -f $built ]]; then return; fi
   fi
   if ! command -v c++ g++ clang++ >/dev/null; then
@@ -109,7 +110,7 @@ build_kernels() {
     say "They could not be built, so XLA's own code will serve on CPU; the compiler's words: $kernel_log"
     built=
   fi
-  printf '%s\n%s\n' "$stamp" "$built" >.venv/.kernels
+  printf '%s\n%s\n' "$stamp" "$built" >"$venv/.kernels"
 }
 
 # dev is a superset of runtime, so either satisfies a call for runtime.
@@ -122,7 +123,7 @@ if command -v flock >/dev/null; then flock 9; fi
 if ! wanted_is_installed; then
   make_venv
   install_lock
-  stamp_of "$lock" >".venv/.installed-$lock"
+  stamp_of "$lock" >"$venv/.installed-$lock"
   say "Installed."
 fi
 build_kernels

@@ -69,7 +69,15 @@ def _random(
     known = [one.value for one in Backend]
     if backend is not None and backend not in known:
         raise ConfigError(f"--backend {backend!r} is not known; one of {known}")
-    chosen = Backend(backend) if backend else backend_for(mesh.devices.flat[0].platform, dtype)
+    device = mesh.devices.flat[0]
+    best = backend_for(
+        device.platform,
+        dtype,
+        device_kind=device.device_kind,
+        head_dim=spec.head_dim,
+        page_size=serve.engine.page_size,
+    )
+    chosen = Backend(backend) if backend else best
     model = Model(spec, dtype, chosen, serve.model.quantization)
     shardings = param_shardings(model.param_specs(), spec, mesh)
     return build_engine(

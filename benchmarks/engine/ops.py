@@ -60,7 +60,14 @@ def main() -> None:
     spec = serve.model.source.spec
     dtype = jnp.dtype(serve.model.dtype)
     chosen = Backend(arguments.backend) if arguments.backend else None
-    backend = chosen or backend_for(jax.devices()[0].platform, dtype)
+    device = jax.devices()[0]
+    backend = chosen or backend_for(
+        device.platform,
+        dtype,
+        device_kind=device.device_kind,
+        head_dim=spec.head_dim,
+        page_size=serve.engine.page_size,
+    )
     model = Model(spec, dtype, backend, serve.model.quantization)
     params = model.init(0)
     kv_dtype = jnp.dtype(serve.engine.kv_dtype or dtype)

@@ -41,9 +41,17 @@ def start_engine(
     spec = model_spec(model_config, on_files)
     mesh = _mesh(config)
     dtype = jnp.dtype(model_config.dtype)
-    platform = mesh.devices.flat[0].platform
+    device = mesh.devices.flat[0]
+    platform = device.platform
     check_platform(model_config.quantization, platform)
-    backend = backend_for(platform, dtype, mesh.size)
+    backend = backend_for(
+        platform,
+        dtype,
+        mesh.size,
+        device_kind=device.device_kind,
+        head_dim=spec.head_dim,
+        page_size=config.page_size,
+    )
     model = Model(spec, dtype, backend, model_config.quantization, mesh)
     for name, shape in list(model.weights_without_kernel().items())[:1]:
         _log.warning(

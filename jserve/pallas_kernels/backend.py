@@ -20,12 +20,35 @@ class Backend(enum.Enum):
     GPU = "gpu"  # likewise, on Hopper
 
 
-def backend_for(platform: str, dtype: jnp.dtype, num_devices: int = 1) -> Backend:
-    """The best backend there is for a JAX platform name, a model's dtype and its devices."""
+# What attention on Hopper knows: wgmma, and tiles that fit its shared memory.
+_HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H800", "NVIDIA H20", "NVIDIA GH200")
+GPU_HEAD_DIMS = (64, 128, 256)
+GPU_PAGE_SIZES = (64, 128)
+
+
+def backend_for(
+    platform: str,
+    dtype: jnp.dtype,
+    num_devices: int = 1,
+    *,
+    device_kind: str = "",
+    head_dim: int = GPU_HEAD_DIMS[0],
+    page_size: int = GPU_PAGE_SIZES[0],
+) -> Backend:
+    """The best backend there is for a JAX platform name, a model's dtype and its devices.
+
+    `device_kind`, `head_dim` and `page_size` count on GPUs only.
+    """
     if platform == "tpu":
         return Backend.TPU
+    if platform in ("gpu", "cuda"):
+        missing = _gpu_misses(dtype, device_kind, head_dim, page_size)
+        if not missing:
+            return Backend.GPU
+        _log.warning("attention by XLA's loops, slow on a GPU: %s", "; ".join(missing))
+        return Backend.CPU
     if platform != "cpu":
-        _log.warning("there is no attention kernel for %s yet; the CPU's XLA loops run", platform)
+        _log.warning("there is no attention kernel for %s; the CPU's XLA loops run", platform)
         return Backend.CPU
     if dtype not in (jnp.float32, jnp.bfloat16):
         _log.warning("the native CPU kernels do not know %s; XLA's own code runs", dtype)
@@ -34,3 +57,17 @@ def backend_for(platform: str, dtype: jnp.dtype, num_devices: int = 1) -> Backen
         _log.warning("the native CPU kernels run on one device; XLA's own code runs")
         return Backend.CPU
     return Backend.NATIVE if library.is_loaded() else Backend.CPU
+
+
+def _gpu_misses(dtype: jnp.dtype, device_kind: str, head_dim: int, page_size: int) -> list[str]:
+    """Why the kernel for Hopper cannot run, in words."""
+    missing = []
+    if not device_kind.startswith(_HOPPER):
+        missing.append(f"the kernel needs a Hopper GPU, not {device_kind or 'an unknown one'}")
+    if dtype != jnp.bfloat16:
+        missing.append(f"it computes in bfloat16, the model in {dtype}")
+    if head_dim not in GPU_HEAD_DIMS:
+        missing.append(f"head_dim {head_dim} is none of {GPU_HEAD_DIMS}")
+    if page_size not in GPU_PAGE_SIZES:
+        missing.append(f"engine.page_size {page_size} is none of {GPU_PAGE_SIZES}")
+    return missing

@@ -7,6 +7,7 @@ race detector sees the reads of `wgmma`, too.
 """
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic.interpret import utils as interpret_utils
 from jax._src.pallas.mosaic_gpu import core as gpu_core
 from jax._src.pallas.mosaic_gpu import primitives as gpu_primitives
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, shared_memory
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
 from jax._src.pallas.mosaic_gpu.interpret.params import (
     InterpretGPUParams,
@@ -104,6 +105,19 @@ def _operation(eqn: Any, values: list[Any]) -> Any:
     return out if eqn.primitive.multiple_results else [out]
 
 
+def _thread(jaxpr: Any, consts: Any, *args: Any) -> None:
+    """One warpgroup; its failure must not leave the others waiting for ever."""
+    try:
+        _evaluate(jaxpr, consts, *args)
+    except BaseException:
+        for barrier in list(gpu_callbacks._get_shared_memory().mem.values()):
+            if isinstance(barrier, shared_memory.Barrier):
+                with barrier.cv:
+                    barrier.phase = sys.maxsize
+                    barrier.cv.notify_all()
+        raise
+
+
 class _Interpreter(jaxpr_interpret.JaxprInterpreter):
     def interpret(self, jaxpr: Any, token: Any, *args: Any) -> Any:
         env = interpret_utils.JaxprEnv(vars=jaxpr.constvars + jaxpr.invars, values=args)
@@ -143,12 +157,12 @@ class _Interpreter(jaxpr_interpret.JaxprInterpreter):
             **self._place(),
         )
 
-    def _set(self, token: Any, key: Any, value: Any) -> Any:
+    def _set(self, token: Any, key: Any, value: Any, transforms: tuple[Any, ...]) -> Any:
         return gpu_callbacks.call_swap(
             token=token,
             result_shape_and_dtype=jax.ShapeDtypeStruct(value.shape, value.dtype),
             allocation_key_as_array=key,
-            transforms=(),
+            transforms=transforms,
             val=value,
             mask=None,
             **self._place(),
@@ -219,22 +233,22 @@ class _Interpreter(jaxpr_interpret.JaxprInterpreter):
         names = ("acc_transforms_tree", "a_transforms_tree", "b_transforms_tree")
         trees = tuple(none if eqn.params[name] is None else eqn.params[name] for name in names)
         transforms = jax.tree.unflatten(jax.tree_util.treedef_tuple(trees), leaves)
-        assert not transforms[0]
+        aval = state_types.TransformedRef(eqn.invars[0].aval, transforms[0]).type
         token, a = self._operand(token, eqn.invars[1], a, transforms[1])
         token, b = self._operand(token, eqn.invars[2], b, transforms[2])
-        aval = eqn.invars[0].aval
-        token, old = self._get(token, acc, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+        shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        token, old = self._get(token, acc, shape, transforms[0])
         added = jnp.dot(
             a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
-        return self._set(token, acc, old + added)
+        return self._set(token, acc, old + added, transforms[0])
 
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
     """GPU kernels that are traced inside run on CPU; afterwards no race may have been found."""
     stock = jaxpr_interpret.JaxprInterpreter, thread_map._run_jaxpr
-    jaxpr_interpret.JaxprInterpreter, thread_map._run_jaxpr = _Interpreter, _evaluate
+    jaxpr_interpret.JaxprInterpreter, thread_map._run_jaxpr = _Interpreter, _thread
     interpreter.reset_gpu_interpret_mode_state()
     try:
         with force_gpu_interpret_mode(InterpretGPUParams(detect_races=True)):

@@ -12,6 +12,7 @@ _IMPLEMENTATIONS = {
     Backend.CPU: reference.gated_activation,
     Backend.NATIVE: native.gated_activation,
     Backend.TPU: reference.gated_activation,
+    Backend.GPU: reference.gated_activation,
 }
 
 

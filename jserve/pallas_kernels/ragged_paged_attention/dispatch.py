@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from jserve.pallas_kernels.backend import Backend
-from jserve.pallas_kernels.ragged_paged_attention import cpu, native, reference, tpu
+from jserve.pallas_kernels.ragged_paged_attention import cpu, gpu, native, reference, tpu
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
 
 _IMPLEMENTATIONS = {
@@ -13,6 +13,7 @@ _IMPLEMENTATIONS = {
     Backend.CPU: cpu.ragged_paged_attention,
     Backend.NATIVE: native.ragged_paged_attention,
     Backend.TPU: tpu.ragged_paged_attention,
+    Backend.GPU: gpu.ragged_paged_attention,
 }
 
 

@@ -11,6 +11,7 @@ _IMPLEMENTATIONS = {
     Backend.CPU: cpu.rms_norm,
     Backend.NATIVE: native.rms_norm,
     Backend.TPU: reference.rms_norm,
+    Backend.GPU: reference.rms_norm,
 }
 
 

@@ -11,6 +11,7 @@ _IMPLEMENTATIONS = {
     Backend.CPU: reference.rotary,
     Backend.NATIVE: native.rotary,
     Backend.TPU: reference.rotary,
+    Backend.GPU: reference.rotary,
 }
 
 

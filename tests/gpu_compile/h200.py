@@ -1,0 +1,164 @@
+"""Compiles programs for an H200 that is not here, and finds out what became of them."""
+
+import dataclasses
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# XLA's GpuTargetConfigProto: what it would ask an H200's driver.
+_TARGET = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448
+  core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: 4814000000000 device_memory_size: 150000000000 l2_cache_size: 62914560
+  clock_rate_ghz: 1.98
+  cuda_compute_capability { major: 9 minor: 0 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H200"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Something to compile. `lower` is called within the mesh of the one device."""
+
+    name: str
+    lower: Callable[[Mesh], jax.stages.Lowered]
+    launches: int  # Mosaic kernels, at most
+    in_place_bytes: int = 0  # donated memory that must be updated in place
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A Mosaic kernel as ptxas made it."""
+
+    registers: int  # at its start; warpgroups then give and take
+    spill_bytes: int  # stored and loaded
+    smem_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a program."""
+
+    kernels: tuple[Kernel, ...]
+    launches: int
+    captured: int  # of the launches, those inside a command buffer (CUDA graph)
+    alias_bytes: int
+    temp_bytes: int
+    copies: tuple[tuple[str, int], ...]  # name and bytes of every copy in the scheduled program
+    seconds: float
+
+
+def h200() -> Mesh:
+    """A mesh of the one device."""
+    topology = topologies.get_topology_desc(
+        topology_name="h200", platform="cuda", topology="1x1x1", target_config=_TARGET
+    )
+    return Mesh(np.array(topology.devices).reshape(1, 1), ("model", "expert"))
+
+
+def argument(mesh: Mesh, dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
+    """An array on the device."""
+    return jax.ShapeDtypeStruct(
+        shape, np.dtype(jax.numpy.dtype(dtype)), sharding=NamedSharding(mesh, PartitionSpec())
+    )
+
+
+@contextmanager
+def _everything_printed(path: Path) -> Iterator[None]:
+    """Puts into a file what this process prints, C++ included."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with path.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept[0], 1)
+            os.dup2(kept[1], 2)
+            os.close(kept[0])
+            os.close(kept[1])
+
+
+_REGISTERS = re.compile(r"ptxas info\s+: Used (\d+) registers")
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_SMEM = re.compile(r"call ptr @mosaic_gpu_get_function\(ptr \S+, ptr \S+, i32 (\d+), i32 \d+\)")
+_COPY = re.compile(r"%(\S*copy\S*) = \(?(\w+?)\[([\d,]*)\]\S* copy(?:-start)?\(")
+
+
+def _kernels(printed: str) -> tuple[Kernel, ...]:
+    registers = [int(found) for found in _REGISTERS.findall(printed)]
+    # "Function properties" come once for each kernel; a warning repeats the numbers before them.
+    properties = [line for line in printed.splitlines() if "stack frame" in line]
+    spills = [sum(map(int, _SPILLS.findall(line)[0])) for line in properties]
+    smem = [int(found) for found in _SMEM.findall(printed)]
+    return tuple(Kernel(*each) for each in zip(registers, spills, smem, strict=True))
+
+
+def _copies(hlo: str) -> Iterator[tuple[str, int]]:
+    for name, dtype, dims in _COPY.findall(hlo):
+        bits = re.search(r"\d+", dtype)
+        size = int(np.prod([int(dim) for dim in dims.split(",") if dim], dtype=np.int64))
+        yield name, size * (int(bits[0]) if bits else 8) // 8
+
+
+def _launches(thunks: str) -> tuple[int, int]:
+    """Custom calls of a dump, and how many of them are indented: inside a command buffer."""
+    lines = [line for line in thunks.splitlines() if ": kCustomCall" in line]
+    return len(lines), sum(line.startswith(" ") for line in lines)
+
+
+def compile_program(mesh: Mesh, program: Program) -> Compiled:
+    """Compiles it and reads what the compilers have left."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        printed = Path(folder) / "printed.txt"
+        with _everything_printed(printed), jax.set_mesh(mesh):
+            compiled = program.lower(mesh).compile(compiler_options={"xla_dump_to": folder})
+        thunks = sorted(Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt"))
+        launches, captured = _launches("\n".join(path.read_text() for path in thunks))
+        kernels = _kernels(printed.read_text(errors="replace"))
+    memory = compiled.memory_analysis()
+    return Compiled(
+        kernels=kernels,
+        launches=launches,
+        captured=captured,
+        alias_bytes=memory.alias_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        copies=tuple(_copies(compiled.as_text())),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+def complaints(program: Program, compiled: Compiled) -> list[str]:
+    """What is not as it must be."""
+    found = []
+    if compiled.alias_bytes < program.in_place_bytes:
+        found.append(f"only {compiled.alias_bytes} bytes are updated in place")
+    for name, size in compiled.copies:
+        if program.in_place_bytes and 4 * size > program.in_place_bytes:
+            found.append(f"{name} copies {size} bytes")
+    if compiled.launches > program.launches:
+        found.append(f"{compiled.launches} kernels are launched, not {program.launches}")
+    if not compiled.kernels:
+        found.append("no Mosaic kernel was compiled")
+    return found
