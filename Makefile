@@ -16,7 +16,7 @@ compile = $(bin)/uv pip compile $(ARGS) --quiet --universal --generate-hashes --
 	--no-annotate --fork-strategy fewest --python-version 3.11 --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format lint types contracts tpu-compile gpu-compile sharding references lock proto clean
+.PHONY: help serve test check format lint types contracts tpu-compile gpu-compile gpu-check sharding references lock proto clean
 
 help: ## Shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,10 +49,11 @@ format: ## Formats the code and applies safe lint fixes
 	@$(bin)/ruff check --fix $(sources)
 	@$(bin)/ruff format $(sources)
 
-tpu-compile: ## Compiles attention and products for TPU v5e, v5p and v6e; needs no TPU
+tpu-compile: ## Compiles kernels and whole engines for TPU v5e, v5p and v6e; needs no TPU
 	@scripts/bootstrap.sh dev
 	@$(bin)/python -m tests.tpu_compile.programs
 	@$(bin)/python -m tests.tpu_compile.matmuls
+	@$(bin)/python -m tests.tpu_compile.engines
 
 sharding: ## Checks the tokens of every model family over every mesh of eight fake devices
 	@scripts/bootstrap.sh dev
@@ -61,6 +62,9 @@ sharding: ## Checks the tokens of every model family over every mesh of eight fa
 gpu-compile: ## Compiles the GPU kernels for an H200, and reports; needs no GPU, but 4 GB for .venv-cuda
 	@scripts/bootstrap.sh cuda .venv-cuda
 	@.venv-cuda/bin/python -m tests.gpu_compile.programs $(ARGS)
+
+gpu-check: ## On a Hopper GPU: checks every kernel, measures kernels and engine; needs no .venv
+	@python3 -m tests.gpu_check $(ARGS)
 
 references: ## Makes the reference fixtures again with PyTorch and compares (ARGS=--write replaces them)
 	@scripts/references.sh $(ARGS)

@@ -1,0 +1,65 @@
+"""Reads a compiled program's text for what must not be in it: copies of large arrays."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+
+_BITS = {"pred": 8, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s32": 32, "u32": 32, "f32": 32}
+_BITS |= {"f8e4m3fn": 8, "s4": 4, "u4": 4, "s16": 16, "u16": 16}
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*{$")
+_OP = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = \(?(\w+)\[([\d,]*)\](\{[^}]*\})?[^=]*? ([\w\-]+)\(")
+_CALLED = re.compile(r"calls=%?([\w.\-]+)")
+# Memory space 1 is on the chip: what is fetched there is read once, as it must be.
+_ON_CHIP = re.compile(r"S\(1\)")
+_COPYING = {"copy", "copy-start", "copy-done", "transpose", "all-gather", "all-gather-start"}
+
+
+class Op(NamedTuple):
+    """One operation outside fusions, with its (first) result on one device."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    on_chip: bool
+
+    @property
+    def size_bytes(self) -> int:
+        """Without the padding of tiled layouts."""
+        return math.prod(self.shape) * _BITS.get(self.dtype, 64) // 8
+
+
+def operations(text: str) -> Iterator[Op]:
+    """The operations that write memory; what is inside a fusion does not."""
+    fused = set(_CALLED.findall(text))
+    inside = False
+    for line in text.splitlines():
+        if found := _COMPUTATION.match(line):
+            inside = found[1] in fused
+        elif not inside and (found := _OP.match(line)):
+            name, dtype, dims, layout, kind = found.groups()
+            shape = tuple(int(size) for size in dims.split(",") if size)
+            yield Op(name, kind, shape, dtype, bool(_ON_CHIP.search(layout or "")))
+
+
+def copies_of(text: str, leaves: Iterable[jax.ShapeDtypeStruct], least_bytes: int) -> list[Op]:
+    """Copies, transpositions and gatherings of arrays as large as one device's part of a leaf.
+
+    Arrays below `least_bytes` are small change.
+    """
+    parts = set()
+    for leaf in leaves:
+        whole = tuple(leaf.shape)
+        shard = leaf.sharding.shard_shape(whole) if leaf.sharding else whole
+        parts |= {tuple(sorted(whole)), tuple(sorted(shard))}
+    return [
+        op
+        for op in operations(text)
+        if op.kind in _COPYING
+        and not op.on_chip
+        and op.size_bytes >= least_bytes
+        and tuple(sorted(op.shape)) in parts
+    ]
