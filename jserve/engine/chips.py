@@ -14,6 +14,7 @@ class Chip:
 
     name: str
     platform: str  # gpu or tpu
+    device_kind: str  # as JAX calls it
     usable_bytes: int  # of its memory, after what runtime and compiler keep for themselves
 
 
@@ -22,11 +23,11 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", "tpu", int(15.75 * _GIB)),
-        Chip("v5p", "tpu", int(95.74 * _GIB)),
-        Chip("v6e", "tpu", int(31.25 * _GIB)),
-        Chip("h100", "gpu", int(79.6 * _GIB * GPU_SHARE)),
-        Chip("h200", "gpu", int(140.4 * _GIB * GPU_SHARE)),
+        Chip("v5e", "tpu", "TPU v5 lite", int(15.75 * _GIB)),
+        Chip("v5p", "tpu", "TPU v5", int(95.74 * _GIB)),
+        Chip("v6e", "tpu", "TPU v6 lite", int(31.25 * _GIB)),
+        Chip("h100", "gpu", "NVIDIA H100", int(79.6 * _GIB * GPU_SHARE)),
+        Chip("h200", "gpu", "NVIDIA H200", int(140.4 * _GIB * GPU_SHARE)),
     )
 }
 

@@ -38,10 +38,16 @@ def plan(config: ServeConfig, architecture_file: str | None) -> int:
         )
     console = Console()
     spec = _spec(config, architecture_file, console)
-    chips = config.engine.tensor_parallel
     mesh = abstract_mesh(**config.engine.mesh_axes)
     dtype = jnp.dtype(config.model.dtype)
-    backend = backend_for(chip.platform, dtype, chips)
+    backend = backend_for(
+        chip.platform,
+        dtype,
+        mesh.size,
+        device_kind=chip.device_kind,
+        head_dim=spec.head_dim,
+        page_size=config.engine.page_size,
+    )
     check_platform(config.model.quantization, chip.platform)
     model = Model(spec, dtype, backend, config.model.quantization, mesh)
     _show(console, config, plan_memory(model, mesh, config.engine, chip))

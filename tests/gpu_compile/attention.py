@@ -88,4 +88,13 @@ _LAYERS = (
 )
 
 # Attention, and the combination of splits.
-PROGRAMS = tuple(Program(layer.name, layer.lower, 2, layer.page_bytes) for layer in _LAYERS)
+PROGRAMS = tuple(
+    Program(
+        layer.name,
+        layer.lower,
+        2,
+        layer.page_bytes,
+        frozenset({layer.page_bytes, layer.page_bytes // 2}),  # K and V, or one of them
+    )
+    for layer in _LAYERS
+)

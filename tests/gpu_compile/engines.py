@@ -1,0 +1,74 @@
+"""Whole step programs of engines to compile for GPUs: every layer, the head and the sampler."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jserve.core.step import Program as StepProgram
+from jserve.engine.config import EngineConfig
+from jserve.engine.programs import lower_step
+from jserve.engine.sizing import abstract_params, abstract_state, shape_engine
+from jserve.model.formats.hf_config import spec_from_hf
+from jserve.model.formats.json_file import read_json
+from jserve.model.functional import Model
+from jserve.model.sharding import abstract_mesh
+from jserve.pallas_kernels.backend import Backend
+from tests.gpu_compile.h200 import Program
+
+_ARCHITECTURES = Path(__file__).parents[1] / "fixtures" / "architectures"
+_LARGE_BYTES = 2 << 20  # the weights of K and V have more; norms may be copied
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """A model on one H200 with the sizes of `configs/llama31_8b.py:h200`."""
+
+    architecture: str
+    quantization: str = "none"
+    kv_dtype: str = "bfloat16"
+    config: EngineConfig = dataclasses.field(
+        default_factory=lambda: EngineConfig(
+            num_slots=256,
+            max_model_len=16384,
+            page_size=64,
+            num_pages=4096,
+            mixed_tokens=(2048,),
+            window_rows=(256,),
+        )
+    )
+
+    def programs(self) -> tuple[Program, ...]:
+        """One to compile for each of its step programs."""
+        return tuple(self._program(program) for program in self.config.programs())
+
+    def _program(self, program: StepProgram) -> Program:
+        config = dataclasses.replace(self.config, kv_dtype=self.kv_dtype)
+        spec = spec_from_hf(read_json(_ARCHITECTURES / f"{self.architecture}.json"))
+        dtype = jnp.dtype(jnp.bfloat16)
+
+        def lower(mesh: Mesh) -> jax.stages.Lowered:
+            model = Model(spec, dtype, Backend.GPU, self.quantization, mesh)
+            shape = shape_engine(model, mesh, config, None)
+            params, state = abstract_params(model, mesh), abstract_state(model, mesh, shape)
+            return lower_step(model, mesh, program, shape.batch, params, state)
+
+        one = abstract_mesh(model=1)
+        model = Model(spec, dtype, Backend.GPU, self.quantization, one)
+        pages = abstract_state(model, one, shape_engine(model, one, config, None)).kv
+        page_bytes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages)]
+        sizes = [leaf.size * leaf.dtype.itemsize for leaf in abstract_params(model, one).values()]
+        watched = {size for size in (*page_bytes, *sizes) if size >= _LARGE_BYTES}
+        name = f"{self.architecture} {program.name}, weights {self.quantization}"
+        # Attention and the combination of its splits; seven products where weights are quantized.
+        launches = (2 if self.quantization == "none" else 9) * spec.layers + 1
+        kept = sum(page_bytes)
+        return Program(f"{name}, KV {self.kv_dtype}", lower, launches, kept, frozenset(watched))
+
+
+PROGRAMS = (
+    *Engine("llama-3.1-8b").programs(),
+    *Engine("llama-3.1-8b", "fp8", "float8_e4m3fn").programs(),
+)
