@@ -128,8 +128,8 @@ def test_experts_are_turned_for_tpus(tmp_path: Path) -> None:
     spec = dataclasses.replace(
         SPEC, family="mixtral", sparse_layers=(), weights_sum_to_one=True, **sizes
     )
-    cpu, tpu = (Model(spec, jnp.float32, backend) for backend in (Backend.CPU, Backend.TPU))
     mesh = device_mesh(jax.devices(), model=2, expert=4)
+    cpu, tpu = Model(spec, jnp.float32), Model(spec, jnp.float32, Backend.TPU, mesh=mesh)
     shardings = param_shardings(tpu.param_specs(), spec, mesh)
     name = "model.layers.0.block_sparse_moe.experts.w1.weight"
     assert tpu.param_specs()[name].shape == (8, 48, 32)
@@ -142,7 +142,7 @@ def test_experts_are_turned_for_tpus(tmp_path: Path) -> None:
         hidden, _ = model.hidden(params, tokens, tokens, (None,), dense_attend)
         return model.logits(params, hidden)
 
-    ours = jax.jit(functools.partial(logits, tpu))(tpu.init(3))
+    ours = jax.jit(functools.partial(logits, tpu))(turned)
     np.testing.assert_allclose(ours, jax.jit(functools.partial(logits, cpu))(plain), atol=1e-4)
     weights: dict[str, np.ndarray] = {}
     for key, array in plain.items():
