@@ -155,9 +155,10 @@ def _restore(
         arranged = specs[name].from_stored(np.asarray(restored.pop(name)))
         restored[name] = jax.device_put(arranged, shardings[name])
 
-    made = {n: s.encoding for n, s in specs.items() if s.encoding and s.encoding.at_load}
+    made = {name: spec.encoding for name, spec in specs.items() if spec.encoding}
+    here = [name for name, how in made.items() if how.at_load and not how.order]
     with reading_threads() as pool:
-        list(pool.map(arrange, [name for name, how in made.items() if not how.order]))
+        list(pool.map(arrange, here))
     for name in (name for name, how in made.items() if how.order):
         # On its devices, some of which may be other processes'.
         turn = jax.jit(specs[name].from_stored, out_shardings=shardings[name])
@@ -167,7 +168,8 @@ def _restore(
 
 def _of_stored(sharding: Sharding, spec: ParamSpec) -> Sharding:
     """The sharding of the stored array of a parameter: fewer dimensions, or in another order."""
-    if isinstance(sharding, NamedSharding):
+    is_as_stored = spec.stored_order == tuple(range(len(spec.shape)))
+    if isinstance(sharding, NamedSharding) and not is_as_stored:
         axes = [*sharding.spec, *[None] * len(spec.shape)]
         split = PartitionSpec(*(axes[dimension] for dimension in spec.stored_order))
         return NamedSharding(sharding.mesh, split)
