@@ -79,6 +79,7 @@ class ModelConfig:
     dtype: str = "float32"  # of the parameters, and so of the computation
     # Of weight matrices. On CPU int4 (embedding and head 8 bits) or int8, in groups of 32 inputs;
     # on TPU and GPU int8_channel or fp8 (embedding and head int8), with a scale per output.
+    # Models with experts: int8_channel.
     quantization: str = "none"
     cache_dir: str = "~/.cache/jserve"
 

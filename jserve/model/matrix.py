@@ -22,7 +22,7 @@ from jserve.pallas_kernels.matmul.dispatch import matmul, wants_panels
 from jserve.pallas_kernels.matmul.panels import PanelMatrix
 from jserve.pallas_kernels.quantized_matmul import channels
 from jserve.pallas_kernels.quantized_matmul import matrix as quantized
-from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
+from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix, ChannelStack
 from jserve.pallas_kernels.quantized_matmul.dispatch import has_kernel, quantized_matmul
 from jserve.pallas_kernels.quantized_matmul.matrix import QuantizedMatrix
 from jserve.pallas_kernels.quantized_matmul.sharded import SPLIT_BY_XLA, Split, sharded_matmul
@@ -78,7 +78,36 @@ class ChannelParams(nnx.Module):
         return self.codes.get_metadata()["axes"]
 
 
+class ExpertParams(nnx.Module):
+    """The two parameters of a stack of weights of experts, with a scale per output."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        axes: tuple[str | None, str | None, str | None],
+        dtype: jnp.dtype,
+        std: float,
+        order: tuple[int, ...],  # of the dimensions of the codes; empty: as they are
+    ) -> None:
+        self.turned = bool(order)
+        encode, measure = (
+            partial(part, dtype=dtype) for part in (channels.channel_codes, channels.channel_scales)
+        )
+        codes, scales = Encoding(shape, 1, encode, order=order), Encoding(shape, 1, measure)
+        made, spread = _ordered(shape, order), _ordered(axes, order)
+        self.codes = param(made, spread, dtype, std=std, encoding=codes, stacked=True)
+        self.scales = param(
+            shape[:2], axes[:2], jnp.float32, std=std, encoding=scales, stacked=True
+        )
+
+    def value(self) -> ChannelStack:
+        """What `grouped_matmul` takes."""
+        codes = self.codes[...]
+        return ChannelStack(codes.swapaxes(1, 2) if self.turned else codes, self.scales[...])
+
+
 Matrix = nnx.Param | GroupParams | ChannelParams
+Matrices = nnx.Param | ExpertParams
 
 _GROUP_BITS = {WeightKind.INT4_GROUPS: 4, WeightKind.INT8_GROUPS: 8}
 _CHANNEL_CODES = {
@@ -110,28 +139,32 @@ def matrices(
     shape: tuple[int, int, int],
     axes: tuple[str | None, str | None, str | None],
     numerics: Numerics,
-) -> nnx.Param:
+) -> Matrices:
     """Declares a stack of weights [experts, out, in], in files a tensor each.
 
-    Raises ValueError if weights of layers are to be quantized: there is no such product.
+    Raises ValueError if weights of layers are of a kind that experts cannot be.
     """
-    if numerics.layers is not WeightKind.FLOAT:
-        raise ValueError("weights of experts cannot be quantized yet; choose none")
     std = shape[2] ** -0.5
+    order = (0, 2, 1) if wants_inputs_first(numerics.backend) else ()
+    if numerics.layers is WeightKind.INT8_CHANNELS:
+        return ExpertParams(shape, axes, _CHANNEL_CODES[numerics.layers], std, order)
+    if numerics.layers is not WeightKind.FLOAT:
+        raise ValueError("weights of experts cannot be quantized so; choose int8_channel or none")
     if wants_panels(numerics.backend):
         encoding = Encoding(shape, panels.PANEL, panels.to_panels, at_load=True)
         made, spread = panels.panel_shape(shape), (*axes, None)
         return param(made, spread, numerics.dtype, std=std, encoding=encoding, stacked=True)
-    if wants_inputs_first(numerics.backend):
-        (experts, outputs, inputs), (of_experts, of_outputs, of_inputs) = shape, axes
-        encoding = Encoding(shape, outputs, _turned, at_load=True, order=(0, 2, 1))
-        made, spread = (experts, inputs, outputs), (of_experts, of_inputs, of_outputs)
-        return param(made, spread, numerics.dtype, std=std, encoding=encoding, stacked=True)
-    return param(shape, axes, numerics.dtype, std=std, stacked=True)
+    encoding = Encoding(shape, shape[1], _same, at_load=True, order=order) if order else None
+    made, spread = _ordered(shape, order), _ordered(axes, order)
+    return param(made, spread, numerics.dtype, std=std, encoding=encoding, stacked=True)
 
 
-def _turned(stack: np.ndarray) -> np.ndarray:
-    return stack.swapaxes(-1, -2)
+def _ordered(values: tuple[Any, ...], order: tuple[int, ...]) -> tuple[Any, ...]:
+    return tuple(values[order.index(at)] for at in range(len(values))) if order else values
+
+
+def _same(stack: np.ndarray) -> np.ndarray:
+    return stack
 
 
 def products(
@@ -190,12 +223,14 @@ def weights_without_kernel(
 
 def grouped_products(
     x: Float[Array, "rows in_dim"],
-    weights: Sequence[nnx.Param],
+    weights: Sequence[Matrices],
     group_sizes: Int[Array, " experts"],
     numerics: Numerics,
 ) -> tuple[Float32[Array, "rows _"], ...]:
     """The rows of each expert · its weightᵀ, of stacks of weights; see `grouped_matmul`."""
-    stacks = [_dense(weight) for weight in weights]
+    stacks: list[Any] = [
+        weight.value() if isinstance(weight, ExpertParams) else _dense(weight) for weight in weights
+    ]
     return grouped_matmul(x, stacks, group_sizes, backend=numerics.backend)
 
 

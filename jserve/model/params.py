@@ -18,16 +18,15 @@ class Encoding:
     """How a parameter is made of a float matrix: part of a quantized weight, or another layout.
 
     It is made once, when weights are converted, unless `at_load`: then native folders hold the
-    matrix itself, because the layout is that of one backend.
-    `order` tells which of the parameter's dimensions are those of the float matrix, where `encode`
-    does nothing but order them; it is done on devices then.
+    matrix itself, because the layout is that of one backend. With an `order` dimensions are put in
+    another one at load, on devices: it tells which of the parameter's are those before.
     """
 
     shape: tuple[int, ...]  # of the float matrix, or of a stack of them
     rows: int  # of it that make one row of the parameter
     encode: Callable[[np.ndarray], np.ndarray]  # of whole such rows, float32; at load: of any float
     at_load: bool = False
-    order: tuple[int, ...] = ()  # empty: the first ones
+    order: tuple[int, ...] = ()  # empty: the same ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +61,31 @@ class ParamSpec:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """In a native folder."""
-        return self.encoding.shape if self.encoding and self.encoding.at_load else self.shape
+        if self.encoding and self.encoding.at_load:
+            return self.encoding.shape
+        return tuple(self.shape[dimension] for dimension in self.stored_order)
 
     @property
     def stored_order(self) -> tuple[int, ...]:
         """The parameter's dimensions that are those of what a native folder holds."""
-        order = self.encoding.order if self.encoding else ()
-        return order or tuple(range(len(self.stored_shape)))
+        if self.encoding and self.encoding.order:
+            return self.encoding.order
+        stored = self.encoding.shape if self.encoding and self.encoding.at_load else self.shape
+        return tuple(range(len(stored)))
+
+    def from_floats(self, floats: np.ndarray) -> np.ndarray:
+        """The parameter, made of the float matrix, or of the stack of them."""
+        return self._ordered(self.encoding.encode(floats)) if self.encoding else floats
 
     def from_stored(self, stored: np.ndarray) -> np.ndarray:
         """The parameter, made of what a native folder holds."""
         if self.encoding and self.encoding.at_load:
-            return self.encoding.encode(stored)
+            return self.from_floats(stored)
+        return self._ordered(stored)
+
+    def _ordered(self, stored: np.ndarray) -> np.ndarray:
+        if self.encoding and self.encoding.order:
+            return stored.transpose([int(at) for at in np.argsort(self.encoding.order)])
         return stored
 
 
@@ -103,7 +115,7 @@ def param_specs(module: nnx.Module) -> dict[str, ParamSpec]:
     """Every parameter declared in `module` by its dotted path, which is its Hugging Face name.
 
     The parts of a quantized one have a word more. A stacked one, `experts.up_proj.weight`, is
-    made of `experts.0.up_proj.weight` and so on.
+    made of `experts.0.up_proj.weight` and so on, in parts or not.
     """
     specs: dict[str, ParamSpec] = {}
     for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
@@ -113,7 +125,7 @@ def param_specs(module: nnx.Module) -> dict[str, ParamSpec]:
         encoding: Encoding | None = meta["encoding"]
         source = (name.rpartition(".")[0] if encoding and not encoding.at_load else name,)
         if meta["stacked"]:
-            owner, *last = name.rsplit(".", 2)
+            owner, *last = source[0].rsplit(".", 2)
             source = tuple(".".join((owner, str(i), *last)) for i in range(declared.shape[0]))
         specs[name] = ParamSpec(
             shape=declared.shape,
@@ -144,8 +156,8 @@ def init_params(
         if spec.encoding:
             floats = _sampler(spec.float_shape, jnp.dtype(jnp.float32), None)
             host = np.asarray(floats(key, spec.mean, spec.std))
-            encoded = spec.encoding.encode(host).astype(spec.dtype, copy=False)
-            params[name] = _place(encoded, sharding)
+            made = spec.from_floats(host).astype(spec.dtype, copy=False)
+            params[name] = _place(made, sharding)
         else:
             sample = _sampler(spec.shape, jnp.dtype(spec.dtype), sharding)
             params[name] = sample(key, spec.mean, spec.std)

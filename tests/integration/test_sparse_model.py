@@ -24,6 +24,7 @@ from jserve.model.sharding import axis_rules, device_mesh, param_shardings
 from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.backend import Backend
 from jserve.pallas_kernels.matmul.panels import to_panels
+from jserve.pallas_kernels.quantized_matmul.channels import channel_codes, channel_scales
 from tests.integration.model_harness import CASES, dense_attend, from_checkpoint
 from tests.model_files import write_hf
 
@@ -171,10 +172,77 @@ def test_sizes_that_do_not_divide_are_refused(change: dict[str, int], message: s
         axis_rules(dataclasses.replace(SPEC, **change), mesh)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
-def test_experts_are_not_quantized(quantization: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{quantization}': weights of experts cannot be"):
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+def test_experts_are_not_quantized_so(quantization: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{quantization}': .* choose int8_channel or none"):
         Model(dataclasses.replace(SPEC, model_dim=64), jnp.float32, quantization=quantization)
+
+
+def _dequantized(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """As the model without quantization has them."""
+    floats = {name: p for name, p in params.items() if not name.endswith((".codes", ".scales"))}
+    for name in params.keys() - floats.keys():
+        stem = name.rpartition(".")[0]
+        codes, scales = params[f"{stem}.codes"], params[f"{stem}.scales"]
+        floats[stem] = codes.astype(jnp.float32) * scales[..., None]
+    return floats
+
+
+def _logits(model: Model, params: dict[str, jax.Array]) -> np.ndarray:
+    @jax.jit
+    def run(params: dict[str, jax.Array]) -> jax.Array:
+        tokens = jnp.arange(24, dtype=jnp.int32)
+        kv = (None,) * model.spec.layers
+        hidden, _ = model.hidden(params, tokens, tokens, kv, dense_attend)
+        return model.logits(params, hidden)
+
+    return np.asarray(run(params))
+
+
+def test_experts_of_codes() -> None:
+    """The same model on one device and on eight, and turned for TPUs."""
+    quantized = Model(SPEC, jnp.float32, quantization="int8_channel")
+    params = quantized.init(3)
+    name = "model.layers.1.mlp.experts.down_proj.weight"
+    assert params[f"{name}.codes"].dtype == jnp.int8
+    assert params[f"{name}.codes"].shape == (8, 48, 32)
+    assert params[f"{name}.scales"].shape == (8, 48)
+    expected = _logits(Model(SPEC, jnp.float32), _dequantized(params))
+    np.testing.assert_allclose(_logits(quantized, params), expected, rtol=0, atol=1e-4)
+    mesh = device_mesh(jax.devices(), model=2, expert=4)
+    spread = Model(SPEC, jnp.float32, Backend.CPU, "int8_channel", mesh)
+    shardings = param_shardings(spread.param_specs(), SPEC, mesh)
+    assert shardings[f"{name}.codes"].spec == PartitionSpec("expert", None, "model")
+    assert shardings[f"{name}.scales"].spec == PartitionSpec("expert", None)
+    found = _logits(spread, spread.init(3, shardings))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    turned = Model(SPEC, jnp.float32, Backend.TPU, "int8_channel").init(3)
+    np.testing.assert_array_equal(turned[f"{name}.codes"], params[f"{name}.codes"].swapaxes(1, 2))
+
+
+def test_experts_of_codes_through_files(tmp_path: Path) -> None:
+    """Of a Hugging Face folder and of a native one, for CPU and TPU."""
+    config = json.loads((CASES / "mixtral" / "config.json").read_text())
+    weights = load_file(CASES / "mixtral" / "model.safetensors")
+    source = write_hf(tmp_path / "hf", config, weights, byte_level_assets(256, ()).tokenizer_json)
+    convert(source, tmp_path / "floats", Format.NATIVE, progress=no_progress)
+    for start in (source, tmp_path / "floats"):
+        folder = tmp_path / f"{start.name}_codes"
+        convert(start, folder, Format.NATIVE, quantization="int8_channel", progress=no_progress)
+        for backend in (Backend.CPU, Backend.TPU):
+            model = Model(read_spec(folder), jnp.float32, backend, "int8_channel")
+            specs = model.param_specs()
+            here = dict.fromkeys(specs, SingleDeviceSharding(jax.devices()[0]))
+            arrays = restore_native(folder, specs, here)
+            for name, spec in specs.items():
+                stack = np.stack([weights[part] for part in spec.source])
+                if not spec.stacked or not name.endswith(".codes"):
+                    continue
+                codes = channel_codes(stack, jnp.dtype(jnp.int8))
+                turned = codes.swapaxes(1, 2) if backend is Backend.TPU else codes
+                np.testing.assert_array_equal(arrays[name], turned, name)
+                scales = channel_scales(stack, jnp.dtype(jnp.int8))
+                np.testing.assert_array_equal(arrays[name.replace(".codes", ".scales")], scales)
 
 
 def test_a_family_without_experts_is_told() -> None:

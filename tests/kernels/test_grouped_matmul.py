@@ -1,5 +1,6 @@
 """Products with experts: every backend against float64; rows bitwise alone as in company."""
 
+import contextlib
 import functools
 
 import jax
@@ -13,6 +14,12 @@ from jserve.pallas_kernels.grouped_matmul.cases import CASES, MODEL_CASES, Case
 from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
 from jserve.pallas_kernels.matmul.dispatch import matmul, wants_panels
 from jserve.pallas_kernels.matmul.panels import PANEL, PanelMatrix, to_panels
+from jserve.pallas_kernels.quantized_matmul.channels import (
+    CODES,
+    ChannelStack,
+    channel_codes,
+    channel_scales,
+)
 from tests.backends import BACKENDS, INVARIANT_BACKENDS
 from tests.kernels import gpu_interpreter
 
@@ -166,6 +173,26 @@ def test_an_expert_is_a_plain_product_bitwise(backend: Backend) -> None:
         rows = slice(first, first + sizes[expert])
         (expected,) = matmul(x[rows], [plain], backend=backend)
         np.testing.assert_array_equal(y[rows], expected)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, Backend.TPU, Backend.GPU])
+def test_codes_with_a_scale_per_output(backend: Backend) -> None:
+    case = Case("", 128, (256, 128), (3, 0, 9, 1), padding=2)
+    x, weights, sizes = _problem(case, jnp.dtype(jnp.bfloat16))
+    made = []
+    for weight in weights:
+        floats = np.nan_to_num(np.asarray(weight, np.float32))
+        parts = (part(floats, CODES[0]) for part in (channel_codes, channel_scales))
+        made.append(ChannelStack(*map(jnp.asarray, parts)))
+    x = jnp.nan_to_num(x)
+    with gpu_interpreter.interpreted() if backend is Backend.GPU else contextlib.nullcontext():
+        ys = jax.jit(functools.partial(grouped_matmul, backend=backend))(x, made, sizes)
+        jax.block_until_ready(ys)
+    expert = np.repeat(np.arange(4), case.group_sizes)
+    for y, stack in zip(ys, made, strict=True):
+        floats = np.asarray(stack.codes, np.float64) * np.asarray(stack.scales)[:, :, None]
+        expected = np.einsum("ri,roi->ro", np.asarray(x, np.float64)[:13], floats[expert])
+        np.testing.assert_allclose(y[:13], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -29,7 +29,7 @@ from jserve.pallas_kernels.grouped_matmul.cases import MODEL_CASES as GROUPED_CA
 from jserve.pallas_kernels.grouped_matmul.cases import Case as GroupedCase
 from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
 from jserve.pallas_kernels.quantized_matmul.cases import MODEL_CASES, Case
-from jserve.pallas_kernels.quantized_matmul.channels import CODES, ChannelMatrix
+from jserve.pallas_kernels.quantized_matmul.channels import CODES, ChannelMatrix, ChannelStack
 from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
 from tests.tpu_compile.programs import TOPOLOGIES
 
@@ -55,21 +55,30 @@ def compile_for(generation: str, case: Case, codes: jnp.dtype) -> dict[str, obje
     return found | _compiled(mesh, multiply, (x, weights), weight_bytes, len(weights))
 
 
-def compile_grouped(generation: str, case: GroupedCase) -> dict[str, object]:
-    """What the compiler says of products with experts; two launches each: a list and a walk."""
-    argument, mesh = _arguments(generation)
-    dtype, experts = jnp.dtype(jnp.bfloat16), len(case.group_sizes)
-    stacks = [argument(dtype, experts, case.in_dim, out) for out in case.out_dims]
-    x, sizes = argument(dtype, case.rows, case.in_dim), argument(jnp.dtype(jnp.int32), experts)
+def compile_grouped(generation: str, case: GroupedCase, dtype: jnp.dtype) -> dict[str, object]:
+    """What the compiler says of products with experts of bfloat16, or of codes of int8.
 
-    def multiply(x: jax.Array, stacks: list[jax.Array], sizes: jax.Array) -> Any:
-        weights = [stack.swapaxes(1, 2) for stack in stacks]  # as `matrices` keeps them
+    Two launches each: a list and a walk.
+    """
+    argument, mesh = _arguments(generation)
+    experts = len(case.group_sizes)
+    stacks = [argument(dtype, experts, case.in_dim, out) for out in case.out_dims]
+    scales = [argument(jnp.dtype(jnp.float32), experts, out) for out in case.out_dims]
+    x = argument(jnp.dtype(jnp.bfloat16), case.rows, case.in_dim)
+    sizes = argument(jnp.dtype(jnp.int32), experts)
+
+    def multiply(
+        x: jax.Array, stacks: list[jax.Array], scales: list[jax.Array], sizes: jax.Array
+    ) -> Any:
+        weights: Any = [stack.swapaxes(1, 2) for stack in stacks]  # as `matrices` keeps them
+        if dtype == jnp.int8:
+            weights = list(map(ChannelStack, weights, scales))
         return grouped_matmul(x, weights, sizes, backend=Backend.TPU)
 
-    weight_bytes = 2 * experts * sum(case.out_dims) * case.in_dim
+    weight_bytes = dtype.itemsize * experts * sum(case.out_dims) * case.in_dim
     launches = 1 + len(stacks)  # the list is the same for all stacks
     found = {"generation": generation, "name": case.name, "codes": dtype.name}
-    return found | _compiled(mesh, multiply, (x, stacks, sizes), weight_bytes, launches)
+    return found | _compiled(mesh, multiply, (x, stacks, scales, sizes), weight_bytes, launches)
 
 
 def _arguments(generation: str) -> tuple[Callable[..., jax.ShapeDtypeStruct], Mesh]:
@@ -108,7 +117,8 @@ def main() -> int:
     copied = 0
     for generation in TOPOLOGIES:
         dense = (compile_for(generation, case, codes) for case in cases for codes in CODES)
-        sparse = (compile_grouped(generation, case) for case in grouped)
+        kinds = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int8))
+        sparse = (compile_grouped(generation, case, kind) for case in grouped for kind in kinds)
         for found in itertools.chain(dense, sparse):
             print(json.dumps(found), flush=True)
             in_kernels = found["launches"] == found["expected"]

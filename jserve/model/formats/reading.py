@@ -23,12 +23,15 @@ _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 def found_specs(source: TensorSource, specs: Mapping[str, ParamSpec]) -> dict[str, ParamSpec]:
     """`specs`, those read whole whose stack is one tensor of `source`, as in a native folder."""
     found = source.tensors()
-    return {
-        name: dataclasses.replace(spec, source=(name,), stacked=False)
-        if spec.stacked and name in found
-        else spec
-        for name, spec in specs.items()
-    }
+
+    def whole(name: str, spec: ParamSpec) -> ParamSpec:
+        if spec.encoding and not spec.encoding.at_load:
+            name = name.rpartition(".")[0]  # of the stack that it is a part of
+        if spec.stacked and name in found:
+            return dataclasses.replace(spec, source=(name,), stacked=False)
+        return spec
+
+    return {name: whole(name, spec) for name, spec in specs.items()}
 
 
 def check_tensors(source: TensorSource, specs: Mapping[str, ParamSpec]) -> None:

@@ -11,6 +11,7 @@ from jserve.pallas_kernels.backend import Backend
 from jserve.pallas_kernels.grouped_matmul import cpu, gpu, native, reference, tpu
 from jserve.pallas_kernels.matmul.dispatch import wants_panels
 from jserve.pallas_kernels.matmul.panels import PanelMatrix
+from jserve.pallas_kernels.quantized_matmul.channels import ChannelStack
 
 _log = logging.getLogger(__name__)
 
@@ -21,8 +22,8 @@ def _on_gpu(
     fit = all(gpu.fits(weight.shape[1], weight.shape[2], weight.dtype) for weight in weights)
     if not fit or x.dtype != jnp.bfloat16:
         _log.warning(
-            "experts of %s have no kernel, which takes bfloat16 and multiples of 128: XLA's loop "
-            "runs",
+            "experts of %s have no kernel: it takes rows of bfloat16, and multiples of 128; XLA's "
+            "loop runs",
             [f"{weight.dtype}{list(weight.shape[1:])}" for weight in weights],
         )
         return cpu.grouped_matmul(x, weights, group_sizes)
@@ -48,7 +49,9 @@ def wants_inputs_first(backend: Backend) -> bool:
 
 def grouped_matmul(
     x: Float[jax.Array, "rows in_dim"],
-    weights: Sequence[Float[jax.Array, "experts _ in_dim"]] | Sequence[PanelMatrix],
+    weights: Sequence[Float[jax.Array, "experts _ in_dim"]]
+    | Sequence[PanelMatrix]
+    | Sequence[ChannelStack],
     group_sizes: Int[jax.Array, " experts"],
     *,
     backend: Backend,
@@ -59,17 +62,31 @@ def grouped_matmul(
     counts them, and may be zero for some. The rows after the last group mean nothing: a backend
     may skip them, and their results can be anything, NaN included. Accumulated and returned in
     float32; weights, float32 or bfloat16 (or what `x` is, unless the backend is native), are
-    laid out as `matmul` wants them.
+    laid out as `matmul` wants them, or all of them are codes with a scale per output.
 
     A row is bitwise independent of the others, of their number, and of how many of them share
     its expert on CPU, unless the backend is the reference.
     """
     for weight in weights:
-        if isinstance(weight, PanelMatrix) != wants_panels(backend):
+        is_panels, is_codes = (isinstance(weight, kind) for kind in (PanelMatrix, ChannelStack))
+        if not is_codes and is_panels != wants_panels(backend):
             raise TypeError(f"{backend} takes panels: {wants_panels(backend)}")
         if len(weight.shape) != 3 or weight.shape[2] != x.shape[1]:
             raise ValueError(f"weights {weight.shape} do not fit rows of {x.shape[1]}")
         if group_sizes.shape != weight.shape[:1]:
             raise ValueError(f"weights {weight.shape} do not fit {group_sizes.shape} group sizes")
+    stacks = [weight for weight in weights if isinstance(weight, ChannelStack)]
     with jax.named_scope("grouped_matmul"):
-        return _IMPLEMENTATIONS[backend](x, weights, group_sizes)
+        if not stacks:
+            return _IMPLEMENTATIONS[backend](x, weights, group_sizes)
+        # The C++ kernels read no codes; XLA makes floats of those of experts that have rows.
+        multiply = _IMPLEMENTATIONS[Backend.CPU if backend is Backend.NATIVE else backend]
+        ys = multiply(x, [stack.codes for stack in stacks], group_sizes)
+        expert = _experts_of_rows(group_sizes, x.shape[0])
+        return tuple(y * stack.scales[expert] for y, stack in zip(ys, stacks, strict=True))
+
+
+def _experts_of_rows(group_sizes: jax.Array, rows: int) -> jax.Array:
+    """The last one for rows that are of none."""
+    row, ends = jnp.arange(rows, dtype=jnp.int32), jnp.cumsum(group_sizes)
+    return jnp.sum(ends[None, :-1] <= row[:, None], axis=1, dtype=jnp.int32)

@@ -44,7 +44,7 @@ _EXPERT, _START, _COUNT = range(3)  # of an item
 
 def fits(out_dim: int, in_dim: int, dtype: jnp.dtype) -> bool:
     """Whether the kernel takes weights of this shape and type."""
-    return out_dim % _OUTPUTS == 0 and in_dim % _INPUTS == 0 and dtype == jnp.bfloat16
+    return out_dim % _OUTPUTS == 0 and in_dim % _INPUTS == 0 and dtype in (jnp.bfloat16, jnp.int8)
 
 
 def grouped_matmul(

@@ -17,6 +17,8 @@ def grouped_matmul(
     is_own = (row >= (ends - group_sizes)[:, None]) & (row < ends[:, None])  # [experts, rows]
 
     def product(weight: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(weight.dtype, jnp.floating):
+            weight = weight.astype(x.dtype)  # codes
         everything = jax.vmap(dot, in_axes=(None, 0))(x, weight)
         return jnp.sum(jnp.where(is_own[:, :, None], everything, 0.0), axis=0)
 

@@ -10,7 +10,8 @@ kernel of our own here until a measurement says otherwise.
 The launch wants weights [experts, in, out] with whole lanes of outputs (128): of any others the
 compiler makes a copy in every call, all experts of it. The stacks that come here are therefore
 views of arrays laid out so (see `dispatch.wants_inputs_first`), and experts are better spread
-over devices whole than cut below 128 outputs.
+over devices whole than cut below 128 outputs. Codes of int8 go into the launch as they are; of
+fp8 the compiler would make floats first, of all experts, so there are no such experts.
 """
 
 from collections.abc import Sequence

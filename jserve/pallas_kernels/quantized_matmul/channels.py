@@ -29,20 +29,33 @@ class ChannelMatrix(NamedTuple):
         return out_dim, in_dim
 
 
+class ChannelStack(NamedTuple):
+    """Weights of experts in codes; where they are best laid out otherwise, `codes` is a view."""
+
+    codes: Num[jax.Array, "experts out_dim in_dim"]  # one of CODES
+    scales: Float32[jax.Array, "experts out_dim"]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the stack: [experts, out, in]."""
+        experts, out_dim, in_dim = self.codes.shape
+        return experts, out_dim, in_dim
+
+
 def channel_scales(
-    rows: Float32[np.ndarray, "out_dim in_dim"], dtype: jnp.dtype
-) -> Float32[np.ndarray, " out_dim"]:
+    rows: Float32[np.ndarray, "*experts out_dim in_dim"], dtype: jnp.dtype
+) -> Float32[np.ndarray, "*experts out_dim"]:
     """The largest weight of an output becomes the largest code; zero for an output of zeros."""
-    return np.abs(rows).max(axis=1) / np.float32(_LARGEST[dtype])
+    return np.abs(rows).max(axis=-1) / np.float32(_LARGEST[dtype])
 
 
 def channel_codes(
-    rows: Float32[np.ndarray, "out_dim in_dim"], dtype: jnp.dtype
-) -> Num[np.ndarray, "out_dim in_dim"]:
+    rows: Float32[np.ndarray, "*experts out_dim in_dim"], dtype: jnp.dtype
+) -> Num[np.ndarray, "*experts out_dim in_dim"]:
     """The codes that go with `channel_scales`, the nearest ones, on the host."""
     largest, scales = _LARGEST[dtype], channel_scales(rows, dtype)
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
-    codes = (rows * inverse[:, None]).clip(-largest, largest)
+    codes = (rows * inverse[..., None]).clip(-largest, largest)
     return (np.rint(codes, out=codes) if dtype == jnp.int8 else codes).astype(dtype)
 
 
