@@ -10,11 +10,11 @@ import argparse
 import json
 import sys
 
-from tests.gpu_compile import attention, engines
+from tests.gpu_compile import attention, engines, matmuls
 from tests.gpu_compile.h200 import Compiled, Program, compile_program, complaints, h200
 
 # One list for each kind of program.
-PROGRAMS: tuple[Program, ...] = (*attention.PROGRAMS, *engines.PROGRAMS)
+PROGRAMS: tuple[Program, ...] = (*attention.PROGRAMS, *matmuls.PROGRAMS, *engines.PROGRAMS)
 
 _TITLES = ("kernels in graphs", "registers", "spills, B", "smem, KiB", "temp, MiB", "s")
 
