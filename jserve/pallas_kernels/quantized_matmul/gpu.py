@@ -35,8 +35,9 @@ from jserve.pallas_kernels.gpu_tile import (
 )
 from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
 
-_OUTPUTS = 128  # that a weight has a multiple of
-_INPUTS = 128  # likewise, and of a stage of few rows
+_OUTPUTS = 128  # that a weight has at least
+_LINE = 8  # floats: outputs come in so many
+_INPUTS = 128  # that a weight has a multiple of, and of a stage of few rows
 _SHARED_BYTES = 200 * 1024  # for the stages
 # Thread blocks that keep the memory busy: Hopper has 132 multiprocessors, an H100 PCIe has 114.
 _BUSY = 96
@@ -62,7 +63,11 @@ class Tiling:
 
     def blocks(self, out_dim: int) -> int:
         """Thread blocks of a weight."""
-        return out_dim // self.outputs * self.parts * self.row_tiles
+        return self.tiles(out_dim) * self.parts * self.row_tiles
+
+    def tiles(self, out_dim: int) -> int:
+        """Of outputs; the last one ends with them, so it has some of the one before again."""
+        return -(-out_dim // self.outputs)
 
 
 def tiling_of(rows: int, in_dim: int, out_dims: Sequence[int]) -> Tiling:
@@ -71,7 +76,7 @@ def tiling_of(rows: int, in_dim: int, out_dims: Sequence[int]) -> Tiling:
     in_registers = splits > 1 and rows > 256
     # Accumulators take 128 registers of a thread at most; two sets of them where splits add up.
     width = min(-(-rows // 8) * 8, 128 if in_registers else 256)
-    tall = rows <= 128 and all(out_dim % (2 * _OUTPUTS) == 0 for out_dim in out_dims)
+    tall = rows <= 128 and all(out_dim >= 2 * _OUTPUTS for out_dim in out_dims)
     outputs = (2 if tall else 1) * _OUTPUTS
     inputs = _INPUTS if width <= 64 else _INPUTS // 2
     return Tiling(
@@ -98,7 +103,8 @@ def splits_of(in_dim: int, out_dims: Sequence[int]) -> int:
 
 def fits(out_dim: int, in_dim: int, dtype: jnp.dtype) -> bool:
     """Whether the kernel takes a weight of this shape with rows of this type."""
-    return out_dim % _OUTPUTS == 0 and in_dim % _INPUTS == 0 and dtype == jnp.bfloat16
+    whole = out_dim >= _OUTPUTS and out_dim % _LINE == 0 and in_dim % _INPUTS == 0
+    return whole and dtype == jnp.bfloat16
 
 
 def channel_matmul(
@@ -114,6 +120,10 @@ def channel_matmul(
     for weight, parts in zip(weights, sums, strict=True):
         # One after the other: a reduction could take another order for another number of rows.
         total = functools.reduce(jnp.add, [parts[i] for i in range(tiling.parts)])
+        own = weight.shape[0] % tiling.outputs  # of the last tile's, where they do not divide
+        if own:
+            first, last = jnp.split(total, [total.shape[1] - tiling.outputs], axis=1)
+            total = jnp.concatenate((first, last[:, -own:]), axis=1)
         ys.append(total[:rows] * weight.scales[None, :])
     return tuple(ys)
 
@@ -121,13 +131,16 @@ def channel_matmul(
 def _launch(
     live: jax.Array, x: jax.Array, codes: Sequence[jax.Array], tiling: Tiling
 ) -> Sequence[jax.Array]:
-    """The sums of splits: [parts, rows, out_dim] for each weight."""
+    """The sums of splits: [parts, rows, all tiles of outputs] for each weight."""
     dtype = codes[0].dtype
     assert all(weight.dtype == dtype for weight in codes)
     call = plgpu.kernel(
         functools.partial(_body, tiling=tiling, num_weights=len(codes)),
         out_type=[
-            jax.ShapeDtypeStruct((tiling.parts, x.shape[0], weight.shape[0]), jnp.float32)
+            jax.ShapeDtypeStruct(
+                (tiling.parts, x.shape[0], tiling.tiles(weight.shape[0]) * tiling.outputs),
+                jnp.float32,
+            )
             for weight in codes
         ],
         grid=(sum(tiling.blocks(weight.shape[0]) for weight in codes),),
@@ -155,12 +168,13 @@ def _body(live: Ref, x: Ref, *refs: Ref, tiling: Tiling, num_weights: int) -> No
         @pl.when((block >= first) & (block < end) & is_live)
         def _(weight: Ref = weight, out: Ref = out, first: int = first) -> None:
             tile = lax.div(block - first, jnp.int32(tiling.row_tiles))
-            tiles = jnp.int32(weight.shape[0] // tiling.outputs)
-            output, part = lax.rem(tile, tiles) * tiling.outputs, lax.div(tile, tiles)
+            tiles = jnp.int32(tiling.tiles(weight.shape[0]))
+            column, part = lax.rem(tile, tiles) * tiling.outputs, lax.div(tile, tiles)
+            output = jnp.minimum(column, weight.shape[0] - tiling.outputs)
             share = weight.shape[1] // tiling.parts
             rows, inputs = pl.ds(row, tiling.rows), pl.ds(part * share, share)
             outputs = pl.ds(output, tiling.outputs)
-            into = out.at[part, rows, outputs]
+            into = out.at[part, rows, pl.ds(column, tiling.outputs)]
             multiply_tile(
                 x.at[rows, inputs],
                 weight.at[outputs, inputs],

@@ -29,11 +29,13 @@ from jserve.pallas_kernels.quantized_matmul.tpu_blocks import LANES, blocks_for
 from jserve.pallas_kernels.tpu_generation import generation_in_use
 
 _SUBLANES = 16  # rows of a tile of bfloat16
+_SUBLANES_8 = 32  # of a tile of 8 bits
 
 
 def fits(out_dim: int, in_dim: int, dtype: jnp.dtype) -> bool:
     """Whether the kernel takes a weight of this shape with rows of this type."""
-    return out_dim % LANES == 0 and in_dim % LANES == 0 and dtype in (jnp.bfloat16, jnp.float32)
+    whole = out_dim % _SUBLANES_8 == 0 and in_dim % LANES == 0
+    return whole and dtype in (jnp.bfloat16, jnp.float32)
 
 
 def channel_matmul(
@@ -48,7 +50,7 @@ def _product(x: jax.Array, weight: ChannelMatrix, num_rows: jax.Array | None) ->
     blocks = blocks_for(generation_in_use())
     outputs = blocks.outputs(out_dim, in_dim)
     tile = min(blocks.rows, -(-rows // _SUBLANES) * _SUBLANES)
-    num_blocks, num_tiles = out_dim // outputs, -(-rows // tile)
+    num_blocks, num_tiles = -(-out_dim // outputs), -(-rows // tile)
 
     def block(at: jax.Array, i: jax.Array, live: jax.Array) -> jax.Array:
         """Of the weight: a round that computes nothing keeps what the one before it has loaded."""

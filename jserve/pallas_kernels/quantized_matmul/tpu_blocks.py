@@ -22,10 +22,15 @@ class Blocks:
     vmem_limit_mib: int
 
     def outputs(self, out_dim: int, in_dim: int) -> int:
-        """Outputs of a block: the largest multiple of 128 that divides them and fits."""
-        tiles = out_dim // LANES
-        fitting = max(self.weight_block_kib * 1024 // (LANES * in_dim), 1)
-        return LANES * max(n for n in range(1, tiles + 1) if tiles % n == 0 and n <= fitting)
+        """Outputs of a block: the largest multiple of 128 that fits, if it may be one that divides.
+
+        Of outputs that 128 does not divide the last block has fewer.
+        """
+        tiles = -(-out_dim // LANES)
+        fitting = min(max(self.weight_block_kib * 1024 // (LANES * in_dim), 1), tiles)
+        if out_dim % LANES:
+            return LANES * fitting
+        return LANES * max(n for n in range(1, fitting + 1) if tiles % n == 0)
 
 
 @functools.cache
