@@ -32,7 +32,7 @@ from jserve.launch import engine_child
 from jserve.launch.console import FileProgress
 from jserve.launch.engine_child import EngineJob
 from jserve.model.formats.locate import locate, native_path
-from jserve.model.formats.native_folder import is_native
+from jserve.model.formats.native_folder import is_native, weights_digest
 from jserve.proto.steps import StepReader
 
 _log = logging.getLogger(__name__)
@@ -63,11 +63,11 @@ def leading(
             f"engine.num_processes is {num_processes}: on accelerators each process has a host of "
             "its own; set --leader_address, and start the others with --role=follower"
         )
-    _prepare(config, report)
+    weights = _prepare(config, report)
     followers = Followers(
         address or _ANY_LOOPBACK_PORT,
         num_processes - 1,
-        _facts(config),
+        _facts(config, weights),
         config.engine.programs(),
         on_loss=lambda reason: _end_at_once(reason, report),
     )
@@ -110,15 +110,16 @@ def following(
     Yields what runs the leader's steps on a started engine until the leader stops, and calls back
     when steps may come. When the leader is lost, this process ends on the spot.
     """
-    signal.signal(signal.SIGTERM, lambda *_: _end_later(config.engine.drain_timeout_s))
-    _prepare(config, report)
+    weights = _prepare(config, report)
     with Leader(
         address,
         process,
-        _facts(config),
+        _facts(config, weights),
         join_timeout_s=config.engine.join_timeout_s,
         on_loss=lambda reason: _end_at_once(reason, report),
     ) as leader:
+        # From now on the end of the leader is the end of this process, too.
+        signal.signal(signal.SIGTERM, lambda *_: _end_later(config.engine.drain_timeout_s))
         try:
             _join(config, process, leader.coordinator_address)
 
@@ -134,15 +135,23 @@ def following(
         leave_processes()
 
 
-def _prepare(config: ServeConfig, report: _Report) -> None:
-    """Makes the model's files complete, in a process of its own where they must be converted.
+def _prepare(config: ServeConfig, report: _Report) -> str:
+    """Makes the model's files complete and returns a digest of its weights.
 
-    In one that has joined others, weights cannot be written (see `write_native`).
+    They are converted in a process of its own: in one that has joined others they cannot be
+    written (see `write_native`).
     """
     progress = FileProgress("model files", lambda line: report(PhaseProgress(line)))
     source = locate(config.model, progress)
-    if source is None or is_native(native_path(config.model, source)):
-        return
+    if source is None:
+        return "random"
+    folder = native_path(config.model, source)
+    if not is_native(folder):
+        _convert(config, report)
+    return weights_digest(folder)
+
+
+def _convert(config: ServeConfig, report: _Report) -> None:
     with subprocess.Popen(
         engine_child.COMMAND,
         stdin=subprocess.PIPE,
@@ -214,7 +223,7 @@ def _end_later(timeout_s: float) -> None:
     timer.start()
 
 
-def _facts(config: ServeConfig) -> dict[str, str]:
+def _facts(config: ServeConfig, weights: str) -> dict[str, str]:
     """What must be the same everywhere before anything is built."""
     packages = ("jax", "jaxlib", "flax", "numpy")
     fields = {
@@ -223,7 +232,8 @@ def _facts(config: ServeConfig) -> dict[str, str]:
         if name.startswith(("model.", "engine.", "platform.")) and name not in _OWN
     }
     code = code_digest([Path(jserve.__file__).parent])
-    return fields | {"code": code} | {name: importlib.metadata.version(name) for name in packages}
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return fields | versions | {"code": code, "weights": weights}
 
 
 def _engine_facts(engine: Engine) -> dict[str, str]:

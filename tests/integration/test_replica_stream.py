@@ -10,6 +10,7 @@ import pytest
 
 from jserve.core.errors import ConfigError, EngineError
 from jserve.core.step import Chunk, Program, ProgramKind, StepPlan
+from jserve.engine import leader as leader_module
 from jserve.engine.batch import Batch, BatchShape, pack
 from jserve.engine.follower import Leader, follow
 from jserve.engine.leader import Followers
@@ -154,6 +155,15 @@ def test_a_follower_hears_that_the_leader_is_gone() -> None:
             next(leader.steps())
         assert lost_leader.heard.wait(5)
     assert lost_follower.reasons == []
+
+
+def test_a_follower_that_stays_behind_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leader_module, "_SEND_TIMEOUT_S", 0.01)
+    follower = leader_module._Follower(1)
+    for _ in range(64):
+        follower.send(None)
+    with pytest.raises(EngineError, match="process 1 is 64 steps behind"):
+        follower.send(None)
 
 
 def test_a_step_that_is_not_the_leaders_is_fatal() -> None:

@@ -69,6 +69,13 @@ def read_manifest(folder: Path) -> Manifest:
         raise ConfigError(f"{path}: is corrupt: {error!r}; convert the model again") from error
 
 
+def weights_digest(folder: Path) -> str:
+    """Tells whether two native folders hold the same weights, wherever they were made."""
+    # Not the files around the tensors' chunks, which hold times.
+    chunks = {name: file for name, file in read_manifest(folder).files.items() if "/c/" in name}
+    return xxhash.xxh3_128_hexdigest(repr(sorted(chunks.items())).encode())
+
+
 def write_manifest(
     folder: Path,
     dtype: str,
