@@ -51,7 +51,7 @@ class Server:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "jserve", f"--config={config}"),
-                    *(() if "--role=engine" in flags else ports),
+                    *(() if {"--role=engine", "--role=follower"} & set(flags) else ports),
                     *flags,
                 ],
                 cwd=REPOSITORY,

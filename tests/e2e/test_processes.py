@@ -3,12 +3,13 @@
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.e2e.faults import FOREVER, start_reader
-from tests.e2e.server import Server, serving
+from tests.e2e.server import Server, free_port, serving
 
 CONFIG = "configs/tiny_random.py"
 FLAGS = (
@@ -58,35 +59,21 @@ def test_the_tokens_of_one_process(server: Server, replica: Server) -> None:
     assert "over 2 processes" in replica.output
 
 
-def _check_all_end_and_come_back(
-    replica: Server, killed: psutil.Process, others: list[psutil.Process]
-) -> None:
-    reader = start_reader(replica, FOREVER)
-    killed.kill()
-    reader.join(10)
-    assert reader.error is not None
-    psutil.wait_procs([killed, *others], timeout=10)
-    assert not any(process.is_running() for process in others)
-    replica.until(replica.is_ready)
-    assert _follower(replica).pid not in {process.pid for process in (killed, *others)}
-    answer = replica.post("/v1/completions", REQUESTS[0])
-    assert answer.status_code == 200
-
-
-def test_killed_follower_takes_all_down_and_all_come_back(replica: Server) -> None:
+def test_killed_follower_takes_the_leader_along_and_both_come_back(replica: Server) -> None:
     before = _answers(replica)[0]["text"]
     leader, follower = psutil.Process(replica.engine_pid), _follower(replica)
-    _check_all_end_and_come_back(replica, follower, [leader])
+    reader = start_reader(replica, FOREVER)
+    follower.kill()
+    reader.join(10)
+    assert reader.error is not None
+    leader.wait(10)
+    replica.until(replica.is_ready)
+    assert _follower(replica).pid != follower.pid
     assert _answers(replica)[0]["text"] == before
 
 
-def test_killed_leader_takes_the_follower_along(replica: Server) -> None:
-    leader, follower = psutil.Process(replica.engine_pid), _follower(replica)
-    _check_all_end_and_come_back(replica, leader, [follower])
-
-
 def test_sigterm_finishes_what_runs_and_ends_all(replica: Server) -> None:
-    """The last test: it ends the server."""
+    """The last test of this server: it ends it."""
     leader, follower = psutil.Process(replica.engine_pid), _follower(replica)
     reader = start_reader(replica, 200)
     replica.process.send_signal(signal.SIGTERM)
@@ -97,3 +84,23 @@ def test_sigterm_finishes_what_runs_and_ends_all(replica: Server) -> None:
     assert not leader.is_running()
     assert not follower.is_running()
     assert "Traceback" not in replica.output
+
+
+def test_with_launchers_of_their_own(tmp_path: Path) -> None:
+    """As on several hosts: a leader's end is the follower's, and a restart can be stopped."""
+    flags = (*FLAGS, f"--leader_address=127.0.0.1:{free_port()}")
+    follower = Server(CONFIG, tmp_path / "follower", *flags, "--role=follower", "--process=1")
+    try:
+        with serving(CONFIG, tmp_path / "leader", *flags) as leader:
+            running = [psutil.Process(server.engine_pid) for server in (leader, follower)]
+            reader = start_reader(leader, FOREVER)
+            running[0].kill()
+            reader.join(10)
+            assert reader.error is not None
+            running[1].wait(10)
+            for server in (follower, leader):  # whose engines are being started again
+                server.process.send_signal(signal.SIGTERM)
+            assert leader.wait(30) == 0
+            assert follower.wait(30) == 0
+    finally:
+        follower.close()
