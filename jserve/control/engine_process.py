@@ -100,7 +100,9 @@ class EngineProcess:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            # A RuntimeError is uvloop's word for a pipe that broke before the first write. Without
+            # its job the child ends, and counts as a crash like any other.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError, RuntimeError):
                 process.stdin.write(self._payload)
                 await process.stdin.drain()
             async for line in process.stdout:
