@@ -16,7 +16,7 @@ compile = $(bin)/uv pip compile $(ARGS) --quiet --universal --generate-hashes --
 	--no-annotate --fork-strategy fewest --python-version 3.11 --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format lint types contracts tpu-compile gpu-compile gpu-check sharding references lock proto clean
+.PHONY: help serve test check format lint types contracts tpu-compile gpu-compile gpu-check sweep sharding references lock proto clean
 
 help: ## Shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,10 @@ tpu-compile: ## Compiles kernels and whole engines for TPU v5e, v5p and v6e; nee
 sharding: ## Checks the tokens of every model family over every mesh of eight fake devices
 	@scripts/bootstrap.sh dev
 	@$(bin)/python -m tests.sharding.families $(ARGS)
+
+sweep: ## Runs the tests that go deeper than `make test` does
+	@scripts/bootstrap.sh dev
+	@$(bin)/python -m pytest -m sweep $(PYTEST_ARGS)
 
 gpu-compile: ## Compiles the GPU kernels for an H200, and reports; needs no GPU, but 4 GB for .venv-cuda
 	@scripts/bootstrap.sh cuda .venv-cuda

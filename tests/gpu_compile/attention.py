@@ -85,6 +85,10 @@ _LAYERS = (
     Layer("gemma_4b", 8, 4, 256, 64, 64, 2048),
     Layer("gemma_4b, sliding", 8, 4, 256, 64, 64, 2048, window=1024),
     Layer("llama_2_7b", 32, 32, 128, 64, 64, 2048, context=4096),
+    Layer("llama_8b", 32, 8, 128, 64, 64, kv_dtype="float8_e4m3fn"),
+    Layer("llama_8b", 32, 8, 128, 64, 256, 2048, kv_dtype="float8_e4m3fn"),
+    Layer("llama_1b", 32, 8, 64, 128, 64, 2048, kv_dtype="float8_e4m3fn"),
+    Layer("gemma_4b, sliding", 8, 4, 256, 64, 64, 2048, window=1024, kv_dtype="float8_e4m3fn"),
 )
 
 # Attention, and the combination of splits.

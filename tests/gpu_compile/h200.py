@@ -15,7 +15,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# XLA's GpuTargetConfigProto: what it would ask an H200's driver.
+# XLA's GpuTargetConfigProto: what it would ask an H200's driver. Without versions of the driver
+# and of CUDA it takes them to be too old to capture custom calls in command buffers.
 _TARGET = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -27,6 +28,7 @@ gpu_device_info {
   memory_bandwidth: 4814000000000 device_memory_size: 150000000000 l2_cache_size: 62914560
   clock_rate_ghz: 1.98
   cuda_compute_capability { major: 9 minor: 0 }
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
@@ -44,6 +46,7 @@ class Program:
     in_place_bytes: int = 0  # donated memory that must be updated in place
     # A copy of so much is one of pages, or of a weight, in whatever shape.
     watched_bytes: frozenset[int] = frozenset()
+    captured: bool = True  # all launches must be inside command buffers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Kernel:
 class Compiled:
     """What the compiler says of a program."""
 
-    kernels: tuple[Kernel, ...]
+    kernels: tuple[Kernel, ...]  # but those that this process had compiled before
     launches: int
     captured: int  # of the launches, those inside a command buffer (CUDA graph)
     alias_bytes: int
@@ -163,6 +166,8 @@ def complaints(program: Program, compiled: Compiled) -> list[str]:
             found.append(f"{name} copies {size} bytes")
     if compiled.launches > program.launches:
         found.append(f"{compiled.launches} kernels are launched, not {program.launches}")
-    if not compiled.kernels:
-        found.append("no Mosaic kernel was compiled")
+    if program.captured and compiled.captured < compiled.launches:
+        found.append(f"only {compiled.captured} launches are inside command buffers")
+    if not compiled.launches:
+        found.append("no kernel is launched")
     return found

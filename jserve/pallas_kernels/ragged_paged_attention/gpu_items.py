@@ -48,6 +48,21 @@ class Shape:
     kv_dtype: jnp.dtype
 
     @property
+    def widens(self) -> bool:
+        """Whether K and V are made wider before the tensor cores take them."""
+        return self.kv_dtype.itemsize == 1
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What the tensor cores take: every float8_e4m3fn is a float16, and cheap to make one."""
+        return jnp.dtype(jnp.float16 if self.widens else jnp.bfloat16)
+
+    @property
+    def lines(self) -> int:
+        """Columns of K and V that stand together in shared memory: 128 bytes, if there are."""
+        return min(128 // self.kv_dtype.itemsize, self.head_dim)
+
+    @property
     def tile(self) -> int:
         """Query tokens of a warpgroup."""
         return ROWS // self.group
@@ -81,8 +96,8 @@ def shape_of(
         raise ValueError(f"page_size {page_size} is none of {GPU_PAGE_SIZES}")
     if q.dtype != jnp.bfloat16:
         raise ValueError(f"queries are {q.dtype}; the tensor cores take bfloat16 here")
-    if pages.dtype != jnp.bfloat16:
-        raise ValueError(f"pages are {pages.dtype}; the tensor cores take bfloat16 here")
+    if pages.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
+        raise ValueError(f"pages are {pages.dtype}, neither bfloat16 nor float8_e4m3fn")
     group = q_heads // kv_heads
     if group > ROWS or q_heads > 256 or kv_heads > 256 or (q_heads > ROWS and q_heads % 8):
         raise ValueError(f"{q_heads} query heads over {kv_heads} KV heads do not fit")
@@ -127,10 +142,10 @@ def smem_bytes(shape: Shape) -> int:
     queries = 2 * ROWS * shape.head_dim * 2
     stages = shape.stages * 2 * shape.block * shape.head_dim * wide
     outputs = 2 * ROWS * (shape.columns * 2 + shape.wide_columns * 4 + 8 * 4)
-    fresh = 2 * 2 * shape.head_dim * wide
+    fresh = 2 * 2 * shape.head_dim * 2
     writes = shape.writes * shape.kv_heads * shape.head_dim * wide
     blank = (shape.kv_heads * shape.group + 7) * BLANK * 2
-    widened = 2 * 2 * shape.block * shape.head_dim * 2 if wide == 1 else 0
+    widened = 2 * shape.block * shape.head_dim * 2 if shape.widens else 0
     parts = (queries, stages, outputs, fresh, writes, blank, widened)
     return sum(math.ceil(part / 1024) * 1024 for part in parts) + _SMEM_RESERVE
 

@@ -36,6 +36,10 @@ def gpu_kernel(
         scoped,
         out_type=tuple(out_type),
         mesh=mesh,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            # The kernels name the layouts of their arrays; JAX 0.11 would infer them by default.
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
         name=name,
     )

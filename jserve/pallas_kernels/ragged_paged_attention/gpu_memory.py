@@ -41,6 +41,8 @@ class Memory(NamedTuple):
     q: Ref  # [kv_heads, tokens · group, head_dim]
     k: Ref  # [block + tokens + block, kv_heads, head_dim]
     v: Ref
+    fresh_k: Ref  # [decode tokens, kv_heads, head_dim], rounded to the type of pages
+    fresh_v: Ref
     pages: Ref  # [pages · 2 · kv_heads, page_size, head_dim]
     out: Ref  # [tokens, q_heads, head_dim]
     part_out: Ref  # [split items, part_heads, head_dim]
@@ -63,22 +65,24 @@ class Memory(NamedTuple):
     patched: Ref
     turn: Ref
     writes_here: Ref
+    widened: Ref = None  # K, then V of a block for each compute warpgroup, if pages are narrower
 
 
 def scratch(shape: Shape) -> list[Any]:
     """As `Memory` names them."""
-    lines = 128 // shape.kv_dtype.itemsize
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    kv = (plgpu.TilingTransform((8, lines)), plgpu.SwizzleTransform(128))
+    line_bytes = shape.lines * shape.kv_dtype.itemsize
+    kv = (plgpu.TilingTransform((8, shape.lines)), plgpu.SwizzleTransform(line_bytes))
+    widened = plgpu.SMEM((COMPUTE, shape.block, shape.head_dim), shape.dtype, transforms=swizzled)
     stage = plgpu.SMEM((shape.stages, shape.block, shape.head_dim), shape.kv_dtype, transforms=kv)
     full = plgpu.Barrier(num_arrivals=shape.pieces, num_barriers=shape.stages)
     free = plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=shape.stages)
     q_heads = shape.kv_heads * shape.group
     return [
-        plgpu.SMEM((COMPUTE, ROWS, shape.head_dim), jnp.bfloat16, transforms=swizzled),
+        plgpu.SMEM((COMPUTE, ROWS, shape.head_dim), shape.dtype, transforms=swizzled),
         stage,
         stage,
-        plgpu.SMEM((COMPUTE, 2, shape.head_dim), shape.kv_dtype),
+        plgpu.SMEM((COMPUTE, 2, shape.head_dim), shape.dtype),
         plgpu.SMEM((COMPUTE, ROWS, shape.columns), jnp.bfloat16),
         plgpu.SMEM((COMPUTE, ROWS, shape.wide_columns), jnp.float32),
         plgpu.SMEM((COMPUTE, ROWS, 8), jnp.float32),
@@ -93,6 +97,7 @@ def scratch(shape: Shape) -> list[Any]:
         plgpu.Barrier(),
         plgpu.Barrier(num_arrivals=COMPUTE),
         plgpu.Barrier(num_barriers=shape.writes),
+        *([widened] if shape.widens else []),
     ]
 
 
