@@ -107,6 +107,7 @@ def _everything_printed(path: Path) -> Iterator[None]:
 _REGISTERS = re.compile(r"ptxas info\s+: Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _SMEM = re.compile(r"call ptr @mosaic_gpu_get_function\(ptr \S+, ptr \S+, i32 (\d+), i32 \d+\)")
+_THUNK = re.compile(r"^( *)\d+: (k\w+)")
 _COPY = re.compile(r"%(\S*copy\S*) = \(?(\w+?)\[([\d,]*)\]\S* copy(?:-start)?\(")
 
 
@@ -127,9 +128,23 @@ def _copies(hlo: str) -> Iterator[tuple[str, int]]:
 
 
 def _launches(thunks: str) -> tuple[int, int]:
-    """Custom calls of a dump, and how many of them are indented: inside a command buffer."""
-    lines = [line for line in thunks.splitlines() if ": kCustomCall" in line]
-    return len(lines), sum(line.startswith(" ") for line in lines)
+    """Custom calls of a dump, and how many of them are inside a command buffer.
+
+    A thunk's own are indented deeper than it; loops and branches have some, too.
+    """
+    found = captured = 0
+    around: list[tuple[int, str]] = []  # indentation and kind of the thunks that enclose a line
+    for line in thunks.splitlines():
+        if not (thunk := _THUNK.match(line)):
+            continue
+        indentation, kind = len(thunk[1]), thunk[2]
+        while around and around[-1][0] >= indentation:
+            around.pop()
+        if kind == "kCustomCall":
+            found += 1
+            captured += any(other == "kCommandBuffer" for _, other in around)
+        around.append((indentation, kind))
+    return found, captured
 
 
 def compile_program(mesh: Mesh, program: Program) -> Compiled:
