@@ -29,14 +29,16 @@ def host_available_bytes(
     return min(found, default=None)
 
 
-def device_pages(*, limit_bytes: int, params_bytes: int, temp_bytes: int, page_bytes: int) -> int:
-    """Pages that fit a device beside the parameters and the largest program's temporaries."""
-    left = limit_bytes - params_bytes - temp_bytes
+def device_pages(
+    *, limit_bytes: int, params_bytes: int, program_bytes: int, page_bytes: int
+) -> int:
+    """Pages that fit a device beside parameters, programs and what programs need to run."""
+    left = limit_bytes - params_bytes - program_bytes
     pages = left // page_bytes // GRID * GRID
     if pages <= 0:
         raise ConfigError(
             f"no KV page fits: the device has {limit_bytes} bytes, parameters and slots take "
-            f"{params_bytes}, the programs {temp_bytes}; use more devices or a smaller model"
+            f"{params_bytes}, the programs {program_bytes}; use more devices or a smaller model"
         )
     return int(pages)
 

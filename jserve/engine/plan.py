@@ -12,7 +12,12 @@ from jserve.engine.state import page_bytes
 from jserve.model.functional import Model
 from jserve.model.sharding import AnyMesh, vocab_axes
 
+_GIB = 1 << 30
 _FLOAT = 4  # bytes of float32 and int32
+# Code of a program on TPU, where it lies in the same memory: the sampler's, and a layer's with
+# prompts and without.
+_CODE_BYTES = 24 << 20
+_LAYER_CODE_BYTES = {ProgramKind.MIXED: 8 << 20, ProgramKind.WINDOW: 2 << 20}
 # Arrays of [rows, vocab] that sampling holds at once: logits, those with processors applied,
 # counts and masks of the rows, noise, and two that a copy or a comparison makes.
 _VOCAB_ARRAYS = 8
@@ -31,7 +36,8 @@ class MemoryPlan:
     def used_bytes(self) -> int:
         """Of one chip."""
         need = self.need
-        return need.params + need.slots + need.temporaries + self.shape.num_pages * need.page
+        fixed = need.params + need.slots + need.temporaries + need.code
+        return fixed + self.shape.num_pages * need.page
 
     @property
     def kv_tokens(self) -> int:
@@ -46,15 +52,16 @@ class MemoryPlan:
 
 
 def plan_memory(model: Model, mesh: AnyMesh, config: EngineConfig, chip: Chip) -> MemoryPlan:
-    """Counts what each chip of `mesh` holds. Temporaries are estimated, all else is exact.
+    """Counts what each chip of `mesh` holds: programs are estimated, all else is exact.
 
     Raises ConfigError with the bytes that are missing where the engine does not fit.
     """
     least = least_shape(model, mesh, config)
     sizes = {program: temporary_bytes(model, mesh, program) for program in config.programs()}
     largest = max(sizes, key=sizes.__getitem__)
-    need = device_bytes(model, mesh, least, sizes[largest])
-    fixed = need.params + need.slots + need.temporaries
+    code = sum(code_bytes(model, program) for program in sizes) if chip.platform == "tpu" else 0
+    need = device_bytes(model, mesh, least, temporaries=sizes[largest], code=code)
+    fixed = need.params + need.slots + need.temporaries + need.code
     # One sequence of the longest context must fit, or of what the config insists on.
     context = config.max_model_len or config.page_size
     wanted = config.num_pages or -(-context // config.page_size)
@@ -63,12 +70,18 @@ def plan_memory(model: Model, mesh: AnyMesh, config: EngineConfig, chip: Chip) -
         wanted = max(wanted, config.kv_bytes // of_all)
     missing = fixed + wanted * need.page - chip.usable_bytes
     if missing > 0:
+        taken = {
+            "weights": need.params,
+            "slots": need.slots,
+            f"temporaries ({largest.name})": need.temporaries,
+            "code": need.code,
+            f"{wanted} pages": wanted * need.page,
+        }
+        parts = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in taken.items() if size)
         raise ConfigError(
-            f"{missing / 2**30:.2f} GiB too much for a {chip.name} "
-            f"({chip.usable_bytes / 2**30:.2f} GiB): weights {need.params / 2**30:.2f}, slots "
-            f"{need.slots / 2**30:.2f}, temporaries {need.temporaries / 2**30:.2f} "
-            f"({largest.name}), {wanted} pages {wanted * need.page / 2**30:.2f} GiB; use more "
-            "chips (engine.tensor_parallel), a quantized model, fewer slots or a shorter context"
+            f"{missing / _GIB:.2f} GiB too much for a {chip.name} "
+            f"({chip.usable_bytes / _GIB:.2f} GiB): {parts} GiB; use more chips "
+            "(engine.tensor_parallel), a quantized model, fewer slots or a shorter context"
         )
     pages = wanted
     if not config.num_pages and not config.kv_bytes:
@@ -78,6 +91,11 @@ def plan_memory(model: Model, mesh: AnyMesh, config: EngineConfig, chip: Chip) -
         least.batch, pages, min(least.max_model_len, held), least.kv_dtype, least.kv_heads
     )
     return MemoryPlan(chip, shape, need, largest)
+
+
+def code_bytes(model: Model, program: Program) -> int:
+    """An estimate, from above, of a program's code on TPU."""
+    return _CODE_BYTES + model.spec.layers * _LAYER_CODE_BYTES[program.kind]
 
 
 def temporary_bytes(model: Model, mesh: AnyMesh, program: Program) -> int:

@@ -49,7 +49,8 @@ class DeviceBytes:
     params: int
     slots: int  # their state, without pages
     page: int  # one page, over all layers
-    temporaries: int  # of the largest program
+    temporaries: int = 0  # of the largest program
+    code: int = 0  # of all programs
 
 
 def shape_engine(
@@ -68,7 +69,7 @@ def shape_engine(
         num_pages = config.num_pages
     elif config.kv_bytes:
         on_host = mesh.devices.flat[0].platform == "cpu"
-        need = device_bytes(model, mesh, least, temporaries=0)
+        need = device_bytes(model, mesh, least)
         num_pages = host_pages(
             kv_bytes=config.kv_bytes,
             page_bytes=page_bytes(model, config.page_size, least.kv_dtype, least.kv_heads),
@@ -157,7 +158,7 @@ def _measured_pages(
     cache: ExecutableCache | None,
     limit_bytes: int,
 ) -> int:
-    """Pages beside the parameters, the rest of the state and the largest program's temporaries.
+    """Pages beside parameters, the rest of the state, programs and the largest one's temporaries.
 
     The largest program of each kind is compiled once with few pages to measure it; the cache
     keeps it for the next start.
@@ -170,21 +171,26 @@ def _measured_pages(
     ]
     measured = compile_programs(model, mesh, largest, least.batch, params, state, cache=cache)
     temp_bytes = 0
-    for made in measured.values():
+    code_bytes: dict[ProgramKind, int] = {}
+    for program, made in measured.items():
         memory = made.call.memory_analysis()
         if memory is None:
             raise ConfigError("this backend cannot tell what programs need; set engine.kv_bytes")
         temp_bytes = max(temp_bytes, memory.temp_size_in_bytes)
-    need = device_bytes(model, mesh, least, temp_bytes)
+        code_bytes[program.kind] = memory.generated_code_size_in_bytes
+    code = sum(code_bytes[program.kind] for program in config.programs())
+    need = device_bytes(model, mesh, least, temporaries=temp_bytes, code=code)
     return device_pages(
         limit_bytes=limit_bytes,
         params_bytes=need.params + need.slots,
-        temp_bytes=need.temporaries,
+        program_bytes=need.temporaries + need.code,
         page_bytes=need.page,
     )
 
 
-def device_bytes(model: Model, mesh: AnyMesh, shape: EngineShape, temporaries: int) -> DeviceBytes:
+def device_bytes(
+    model: Model, mesh: AnyMesh, shape: EngineShape, *, temporaries: int = 0, code: int = 0
+) -> DeviceBytes:
     """What one device of the mesh holds of an engine of this shape."""
     heads = shape.kv_heads // mesh.size
     return DeviceBytes(
@@ -192,6 +198,7 @@ def device_bytes(model: Model, mesh: AnyMesh, shape: EngineShape, temporaries: i
         slots=_shard_bytes(abstract_state(model, mesh, shape)._replace(kv={})),
         page=page_bytes(model, shape.batch.page_size, shape.kv_dtype, heads),
         temporaries=temporaries,
+        code=code,
     )
 
 

@@ -74,6 +74,7 @@ def _show(console: Console, config: ServeConfig, plan: MemoryPlan) -> None:
         "weights": f"{_gib(need.params)}  in {config.model.dtype if kind == 'none' else kind}",
         "slots": f"{_gib(need.slots)}  the state of {slots}",
         "temporaries": f"{_gib(need.temporaries)}  of {plan.largest.name}, estimated",
+        "programs": f"{_gib(need.code)}  their code, estimated",
         "KV pages": f"{_gib(shape.num_pages * need.page)}  {shape.num_pages} of "
         f"{shape.batch.page_size} tokens in {shape.kv_dtype}, {need.page / 2**20:.2f} MiB each",
         "left": f"{_gib(free)}  of {chip.usable_bytes / _GIB:.2f} GiB",

@@ -53,7 +53,7 @@ def _model(architecture: str) -> Model:
 def test_a_model_has_the_published_number_of_parameters(architecture: str) -> None:
     model = _model(architecture)
     shape = least_shape(model, abstract_mesh(model=1), EngineConfig())
-    need = device_bytes(model, abstract_mesh(model=1), shape, temporaries=0)
+    need = device_bytes(model, abstract_mesh(model=1), shape)
     assert need.params == 2 * PARAMETERS[architecture]
 
 
