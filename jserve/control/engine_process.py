@@ -100,11 +100,14 @@ class EngineProcess:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            # A RuntimeError is uvloop's word for a pipe that broke before the first write. Without
-            # its job the child ends, and counts as a crash like any other.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError, RuntimeError):
+            try:
                 process.stdin.write(self._payload)
                 await process.stdin.drain()
+            except (BrokenPipeError, ConnectionResetError, RuntimeError):
+                # The last is uvloop's word for a pipe that broke before the first write. A child
+                # without its job is of no use; its end counts as a crash like any other.
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
             async for line in process.stdout:
                 self._receive(line)
             return await process.wait()
