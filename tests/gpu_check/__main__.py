@@ -25,6 +25,7 @@ for device in jax.devices("gpu"):
 _ENGINE = ("benchmarks.engine.steps", "--model", "llama-3.1-8b", "--dtype", "bfloat16")
 PARTS: dict[str, tuple[str, ...]] = {
     "correct": ("tests.gpu_check.correctness",),
+    "products are correct": ("tests.gpu_check.products",),
     "attention": ("benchmarks.kernels.attention",),
     "attention in 8 bits": ("benchmarks.kernels.attention", "--kv_dtype", "float8_e4m3fn"),
     "attention, heads of 64": ("benchmarks.kernels.attention", "--head_dim", "64"),
@@ -32,6 +33,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         *("benchmarks.kernels.attention", "--q_heads", "8", "--kv_heads", "4"),
         *("--head_dim", "256", "--window", "1024"),
     ),
+    "products": ("benchmarks.kernels.products",),
     "engine": (
         *(*_ENGINE, "--rows", "1", "8", "64", "128", "--contexts", "1024"),
         *("--prompts", "512", "2048", "--at_once", "1"),
