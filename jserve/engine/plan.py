@@ -1,5 +1,6 @@
 """Will an engine fit? Counted from shapes alone: no device, no weights, nothing compiled."""
 
+import dataclasses
 from dataclasses import dataclass
 
 from jserve.core.errors import ConfigError
@@ -87,8 +88,8 @@ def plan_memory(model: Model, mesh: AnyMesh, config: EngineConfig, chip: Chip) -
     if not config.num_pages and not config.kv_bytes:
         pages = max((chip.usable_bytes - fixed) // need.page // GRID * GRID, wanted)
     held = pages * config.page_size
-    shape = EngineShape(
-        least.batch, pages, min(least.max_model_len, held), least.kv_dtype, least.kv_heads
+    shape = dataclasses.replace(
+        least, num_pages=pages, max_model_len=min(least.max_model_len, held)
     )
     return MemoryPlan(chip, shape, need, largest)
 

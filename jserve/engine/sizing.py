@@ -34,6 +34,7 @@ class EngineShape:
     max_model_len: int
     kv_dtype: jnp.dtype
     kv_heads: int  # in a page
+    kv_scale: float
 
     @property
     def pages_per_slot(self) -> int:
@@ -104,7 +105,8 @@ def least_shape(model: Model, mesh: AnyMesh, config: EngineConfig) -> EngineShap
         )
     batch = BatchShape(config.num_slots, spec.vocab, config.page_size, config.processor_rows)
     kv_dtype = jnp.dtype(config.kv_dtype or model.dtype)
-    return EngineShape(batch, GRID, max_model_len, kv_dtype, stored_kv_heads(spec, mesh))
+    kv_heads = stored_kv_heads(spec, mesh)
+    return EngineShape(batch, GRID, max_model_len, kv_dtype, kv_heads, config.kv_scale)
 
 
 def abstract_params(model: Model, mesh: AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -126,6 +128,7 @@ def make_state(model: Model, shape: EngineShape) -> DeviceState:
         page_size=shape.batch.page_size,
         pages_per_slot=shape.pages_per_slot,
         kv_dtype=shape.kv_dtype,
+        kv_scale=shape.kv_scale,
     )
 
 

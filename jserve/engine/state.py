@@ -20,6 +20,7 @@ class DeviceState(NamedTuple):
 
     Attributes:
       kv: per layer group, the pages of each of its layers.
+      kv_scale: what K and V were divided by before 8 bits took them; other pages know none.
       page_tables: per layer group, [slots, pages_per_slot] page ids in order; a mirror of the
         host's, fed by deltas. Entries past a sequence's pages are stale.
       prompt_lens: [slots] tokens of the prompt; tokens past them are output.
@@ -30,6 +31,7 @@ class DeviceState(NamedTuple):
     """
 
     kv: dict[str, tuple[jax.Array, ...]]
+    kv_scale: jax.Array
     page_tables: dict[str, jax.Array]
     prompt_lens: jax.Array
     lengths: jax.Array
@@ -47,12 +49,14 @@ def init_state(
     page_size: int,
     pages_per_slot: int,
     kv_dtype: jnp.dtype,
+    kv_scale: float,
 ) -> DeviceState:
     """An empty engine; pure, so that it can be evaluated abstractly or jitted with shardings."""
     spec = model.spec
     shape = kv_pages_shape(num_pages, page_size, kv_heads, spec.head_dim)
     return DeviceState(
         kv={FULL: tuple(jnp.zeros(shape, kv_dtype) for _ in range(spec.layers))},
+        kv_scale=jnp.float32(kv_scale),
         page_tables={FULL: jnp.zeros((num_slots, pages_per_slot), jnp.int32)},
         prompt_lens=jnp.zeros(num_slots, jnp.int32),
         lengths=jnp.zeros(num_slots, jnp.int32),

@@ -204,7 +204,12 @@ def _layers(
 ) -> tuple[DeviceState, jax.Array]:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, window: int):
         return sharded_attention(
-            q, k, v, pages, ragged, window=window, prompts=prompts, backend=model.backend, mesh=mesh
+            *(q, k, v, pages, ragged),
+            window=window,
+            prompts=prompts,
+            backend=model.backend,
+            mesh=mesh,
+            kv_scale=state.kv_scale,
         )
 
     hidden, kv = model.hidden(params, tokens, positions, state.kv[FULL], attend, num_tokens)

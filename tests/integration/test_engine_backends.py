@@ -15,8 +15,8 @@ SPEC = dataclasses.replace(TINY, model_dim=64, ffn_dim=96, head_dim=16, eos_toke
 SPARSE = dataclasses.replace(
     SPEC, family="mixtral", experts=4, experts_per_token=2, expert_ffn_dim=40
 )
-KINDS = [(SPEC, "none", "bfloat16"), (SPEC, "int4", ""), (SPARSE, "none", "")]
-KIND_NAMES = ["bfloat16 cache", "int4", "experts"]
+KINDS = [(SPEC, "none", "bfloat16"), (SPEC, "int4", "float8_e4m3fn"), (SPARSE, "none", "")]
+KIND_NAMES = ["bfloat16 cache", "int4, 8-bit cache", "experts"]
 
 
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)

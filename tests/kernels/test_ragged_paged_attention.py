@@ -65,10 +65,15 @@ def test_pages_of_8_bits(name: str, backend: Backend) -> None:
     token = sum(new for _, new in problem.rows) - 1
     v = v.at[token].set(1e6)
     run = _compiled(case.window, bool(case.prompts), backend)
-    out, pages = run(q, k, v, jnp.asarray(pages, jnp.float8_e4m3fn), batch)
-    expected = problem.expected()
+    # K and V four times what the pages hold; scores are the same with a fourth of the queries.
+    scale = 4.0
+    out, pages = run(
+        *(q / scale, k * scale, v * scale, jnp.asarray(pages, jnp.float8_e4m3fn), batch),
+        kv_scale=jnp.float32(scale),
+    )
+    expected = scale * problem.expected()
     assert pages.dtype == jnp.float8_e4m3fn
-    np.testing.assert_allclose(out[: len(expected)], expected, atol=2e-6, rtol=1e-5)
+    np.testing.assert_allclose(out[: len(expected)], expected, atol=8e-6, rtol=1e-5)
     problem.check_pages(np.asarray(pages, np.float32))
 
 

@@ -34,6 +34,7 @@ def ragged_paged_attention(
     window: int,
     prompts: bool,
     backend: Backend,
+    kv_scale: Float[jax.Array, ""] | None = None,
 ) -> tuple[
     Float[jax.Array, "tokens q_heads head_dim"],
     Float[jax.Array, "pages 2 kv_heads page_size head_dim"],
@@ -44,7 +45,8 @@ def ragged_paged_attention(
     `window` > 0 only those > p - window. Outputs of tokens that belong to no row mean nothing
     but are finite. `prompts=False` promises that every row is a decode row. `pages` is updated
     in place when its buffer is donated; its dtype may be narrower than that of K and V, down to
-    float8_e4m3fn, whose range (±448) larger values are cut to.
+    float8_e4m3fn, whose range (±448) larger values are cut to. `kv_scale`, for such pages: they
+    hold K and V divided by it. Queries and outputs take it, so powers of two lose nothing.
     """
     q_heads, kv_heads = q.shape[1], k.shape[1]
     if q_heads % kv_heads:
@@ -54,9 +56,14 @@ def ragged_paged_attention(
     if batch.page_table.dtype != jnp.int32:
         raise ValueError(f"page_table is {batch.page_table.dtype}, not int32")
     with jax.named_scope("ragged_paged_attention"):
-        k, v = saturated(k, pages.dtype), saturated(v, pages.dtype)
         attend = _IMPLEMENTATIONS[backend_of_pages(backend, pages.dtype)]
-        return attend(q, k, v, pages, batch, window=window, prompts=prompts)
+        if pages.dtype.itemsize > 1:
+            return attend(q, k, v, pages, batch, window=window, prompts=prompts)
+        scale = jnp.float32(1) if kv_scale is None else kv_scale
+        k, v = (saturated((x / scale).astype(x.dtype), pages.dtype) for x in (k, v))
+        q = (q * scale).astype(q.dtype)
+        out, pages = attend(q, k, v, pages, batch, window=window, prompts=prompts)
+        return (out * scale).astype(out.dtype), pages
 
 
 def backend_of_pages(backend: Backend, dtype: jnp.dtype) -> Backend:
@@ -67,7 +74,5 @@ def backend_of_pages(backend: Backend, dtype: jnp.dtype) -> Backend:
 
 def saturated(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`x` with what an 8-bit float cannot hold set to its largest value, not to NaN."""
-    if jnp.dtype(dtype).itemsize > 1:
-        return x
     limit = float(jnp.finfo(dtype).max)
     return jnp.clip(x, -limit, limit)

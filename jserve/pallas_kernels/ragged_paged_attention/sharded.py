@@ -1,7 +1,5 @@
 """Ragged paged attention over devices: every one attends with its own heads."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
@@ -23,6 +21,7 @@ def sharded_attention(
     prompts: bool,
     backend: Backend,
     mesh: Mesh,
+    kv_scale: Float[jax.Array, ""] | None = None,
 ) -> tuple[
     Float[jax.Array, "tokens q_heads head_dim"],
     Float[jax.Array, "pages 2 stored_kv_heads page_size head_dim"],
@@ -32,11 +31,25 @@ def sharded_attention(
     Where the model has fewer KV heads than there are devices, the pages hold one for each
     device: neighbours that share a head have copies of it.
     """
-    attend = functools.partial(
-        ragged_paged_attention, window=window, prompts=prompts, backend=backend
-    )
+
+    def attend(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        pages: jax.Array,
+        batch: RaggedBatch,
+        kv_scale: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        return ragged_paged_attention(
+            *(q, k, v, pages, batch),
+            window=window,
+            prompts=prompts,
+            backend=backend,
+            kv_scale=kv_scale,
+        )
+
     if mesh.size == 1:
-        return attend(q, k, v, pages, batch)
+        return attend(q, k, v, pages, batch, kv_scale)
     copies = pages.shape[2] // k.shape[1]
     if copies > 1:
         k, v = jnp.repeat(k, copies, axis=1), jnp.repeat(v, copies, axis=1)
@@ -46,8 +59,8 @@ def sharded_attention(
     split = jax.shard_map(
         attend,
         mesh=mesh,
-        in_specs=(heads, heads, heads, shares, PartitionSpec()),
+        in_specs=(heads, heads, heads, shares, PartitionSpec(), PartitionSpec()),
         out_specs=(heads, shares),
         check_vma=False,
     )
-    return split(q, k, v, pages, batch)
+    return split(q, k, v, pages, batch, kv_scale)
