@@ -30,6 +30,7 @@ class Layer:
     window: int = 0
     context: int = 8192
     kv_dtype: str = "bfloat16"
+    devices: int = 1
 
     @property
     def name(self) -> str:
@@ -58,9 +59,9 @@ class Layer:
             backend=Backend.GPU,
             mesh=mesh,
         )
-        q = argument(mesh, "bfloat16", tokens, self.q_heads, self.head_dim)
-        k = argument(mesh, "bfloat16", tokens, self.kv_heads, self.head_dim)
-        pages = argument(mesh, self.kv_dtype, *self._pages())
+        q = argument(mesh, "bfloat16", tokens, self.q_heads, self.head_dim, split=1)
+        k = argument(mesh, "bfloat16", tokens, self.kv_heads, self.head_dim, split=1)
+        pages = argument(mesh, self.kv_dtype, *self._pages(), split=2)
         return jax.jit(attend, donate_argnums=3).lower(q, k, k, pages, batch)
 
     def _pages(self) -> tuple[int, ...]:
@@ -68,8 +69,8 @@ class Layer:
 
     @property
     def page_bytes(self) -> int:
-        """Of the whole array of pages."""
-        return int(np.prod(self._pages())) * jnp.dtype(self.kv_dtype).itemsize
+        """Of the pages of one device."""
+        return int(np.prod(self._pages())) * jnp.dtype(self.kv_dtype).itemsize // self.devices
 
 
 _LAYERS = (
@@ -77,7 +78,7 @@ _LAYERS = (
     Layer("llama_8b", 32, 8, 128, 128, 256),
     Layer("llama_8b", 32, 8, 128, 64, 64, 2048),
     Layer("llama_8b", 32, 8, 128, 128, 256, 2048),
-    Layer("llama_70b, 1 of 8", 8, 1, 128, 64, 64, 2048),
+    Layer("llama_70b, 8 devices", 64, 8, 128, 64, 64, 2048, devices=8),
     Layer("llama_1b", 32, 8, 64, 64, 64),
     Layer("llama_1b", 32, 8, 64, 64, 64, 2048),
     Layer("smollm2_135m", 9, 3, 64, 64, 64, 512),
@@ -99,6 +100,7 @@ PROGRAMS = tuple(
         2,
         layer.page_bytes,
         frozenset({layer.page_bytes, layer.page_bytes // 2}),  # K and V, or one of them
+        devices=layer.devices,
     )
     for layer in _LAYERS
 )

@@ -15,6 +15,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tests.compiled_hlo import Op, operations
+
+_COPYING = {"copy", "copy-start", "transpose"}
+
 # XLA's GpuTargetConfigProto: what it would ask an H200's driver. Without versions of the driver
 # and of CUDA it takes them to be too old to capture custom calls in command buffers.
 _TARGET = """
@@ -38,7 +42,7 @@ device_description_str: "NVIDIA H200"
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Something to compile. `lower` is called within the mesh of the one device."""
+    """Something to compile. `lower` is called within the mesh; sizes are of one device."""
 
     name: str
     lower: Callable[[Mesh], jax.stages.Lowered]
@@ -47,6 +51,7 @@ class Program:
     # A copy of so much is one of pages, or of a weight, in whatever shape.
     watched_bytes: frozenset[int] = frozenset()
     captured: bool = True  # all launches must be inside command buffers
+    devices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,22 +72,23 @@ class Compiled:
     captured: int  # of the launches, those inside a command buffer (CUDA graph)
     alias_bytes: int
     temp_bytes: int
-    copies: tuple[tuple[str, int], ...]  # name and bytes of every copy in the scheduled program
+    copies: tuple[Op, ...]  # every copy in the scheduled program
     seconds: float
 
 
-def h200() -> Mesh:
-    """A mesh of the one device."""
+def h200(devices: int = 1) -> Mesh:
+    """A mesh of so many devices of one machine."""
     topology = topologies.get_topology_desc(
-        topology_name="h200", platform="cuda", topology="1x1x1", target_config=_TARGET
+        topology_name="h200", platform="cuda", topology=f"1x1x{devices}", target_config=_TARGET
     )
-    return Mesh(np.array(topology.devices).reshape(1, 1), ("model", "expert"))
+    return Mesh(np.array(topology.devices).reshape(devices, 1), ("model", "expert"))
 
 
-def argument(mesh: Mesh, dtype: str, *shape: int) -> jax.ShapeDtypeStruct:
-    """An array on the device."""
+def argument(mesh: Mesh, dtype: str, *shape: int, split: int | None = None) -> jax.ShapeDtypeStruct:
+    """An array on all devices, one of its axes split over them or none."""
+    spec = PartitionSpec(*("model" if axis == split else None for axis in range(len(shape))))
     return jax.ShapeDtypeStruct(
-        shape, np.dtype(jax.numpy.dtype(dtype)), sharding=NamedSharding(mesh, PartitionSpec())
+        shape, np.dtype(jax.numpy.dtype(dtype)), sharding=NamedSharding(mesh, spec)
     )
 
 
@@ -108,7 +114,6 @@ _REGISTERS = re.compile(r"ptxas info\s+: Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _SMEM = re.compile(r"call ptr @mosaic_gpu_get_function\(ptr \S+, ptr \S+, i32 (\d+), i32 \d+\)")
 _THUNK = re.compile(r"^( *)\d+: (k\w+)")
-_COPY = re.compile(r"%(\S*copy\S*) = \(?(\w+?)\[([\d,]*)\]\S* copy(?:-start)?\(")
 
 
 def _kernels(printed: str) -> tuple[Kernel, ...]:
@@ -118,13 +123,6 @@ def _kernels(printed: str) -> tuple[Kernel, ...]:
     spills = [sum(map(int, _SPILLS.findall(line)[0])) for line in properties]
     smem = [int(found) for found in _SMEM.findall(printed)]
     return tuple(Kernel(*each) for each in zip(registers, spills, smem, strict=True))
-
-
-def _copies(hlo: str) -> Iterator[tuple[str, int]]:
-    for name, dtype, dims in _COPY.findall(hlo):
-        bits = re.search(r"\d+", dtype)
-        size = int(np.prod([int(dim) for dim in dims.split(",") if dim], dtype=np.int64))
-        yield name, size * (int(bits[0]) if bits else 8) // 8
 
 
 def _launches(thunks: str) -> tuple[int, int]:
@@ -147,9 +145,10 @@ def _launches(thunks: str) -> tuple[int, int]:
     return found, captured
 
 
-def compile_program(mesh: Mesh, program: Program) -> Compiled:
+def compile_program(program: Program) -> Compiled:
     """Compiles it and reads what the compilers have left."""
     started = time.perf_counter()
+    mesh = h200(program.devices)
     with tempfile.TemporaryDirectory() as folder:
         printed = Path(folder) / "printed.txt"
         with _everything_printed(printed), jax.set_mesh(mesh):
@@ -166,7 +165,7 @@ def compile_program(mesh: Mesh, program: Program) -> Compiled:
         captured=captured,
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
-        copies=tuple(_copies(compiled.as_text())),
+        copies=tuple(op for op in operations(compiled.as_text()) if op.kind in _COPYING),
         seconds=round(time.perf_counter() - started, 1),
     )
 
@@ -176,9 +175,9 @@ def complaints(program: Program, compiled: Compiled) -> list[str]:
     found = []
     if compiled.alias_bytes < program.in_place_bytes:
         found.append(f"only {compiled.alias_bytes} bytes are updated in place")
-    for name, size in compiled.copies:
-        if size in program.watched_bytes:
-            found.append(f"{name} copies {size} bytes")
+    for op in compiled.copies:
+        if op.size_bytes in program.watched_bytes:
+            found.append(f"{op.name} copies {op.size_bytes} bytes")
     if compiled.launches > program.launches:
         found.append(f"{compiled.launches} kernels are launched, not {program.launches}")
     if program.captured and compiled.captured < compiled.launches:

@@ -170,7 +170,8 @@ def test_chunks_and_neighbours_do_not_change_a_bit() -> None:
 
 
 def test_decode_rows_are_the_same_in_a_window_and_in_a_mixed_step() -> None:
-    mixed = _problem(Case("mixed", 4, 2, 64, 64, (40, 200), ((11, 20),)), seed=5)
+    case = Case("mixed", 4, 2, 64, 64, (40, 200), ((11, 20),), idle_rows=2, padding=38)
+    mixed = _problem(case, seed=5, spare_pages=_PAGES - 6)  # arrays as those of random batches
     alone = _problem(Case("alone", 4, 2, 64, 64, (9, 200)), seed=6)
     alone.kv[1], alone.q[1] = mixed.kv[1], mixed.q[1]
     for p in range(200):

@@ -19,6 +19,7 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_blocks import Blocks
 ROWS = 64  # queries · grouped heads in one product of a warpgroup: what wgmma takes
 BLANK = 32  # columns of zeros for the outputs of tokens that belong to no row
 _SMEM_BYTES = 227 * 1024  # of a Hopper multiprocessor, for one block of threads
+_COPY_BYTES = 128
 _SMEM_RESERVE = 3 * 1024  # barriers, and what the compiler takes for itself
 
 # Fields of an item.
@@ -102,9 +103,12 @@ def shape_of(
     if group > ROWS or q_heads > 256 or kv_heads > 256 or (q_heads > ROWS and q_heads % 8):
         raise ValueError(f"{q_heads} query heads over {kv_heads} KV heads do not fit")
     sizes = blocks.sizes(head_dim)
-    row_bytes = kv_heads * head_dim * pages.dtype.itemsize
     context = pages_per_row * page_size
     split = max(blocks.split, -(-context // blocks.max_splits // sizes.block) * sizes.block)
+    # A copy begins at a multiple of 128 bytes of shared memory: a token's outputs, a token's K.
+    columns = sizes.columns if group * sizes.columns * 2 % _COPY_BYTES == 0 else _COPY_BYTES // 2
+    row_bytes = kv_heads * head_dim * pages.dtype.itemsize
+    writes = 1 if row_bytes % _COPY_BYTES else blocks.write_kib * 1024 // row_bytes
     shape = Shape(
         tokens=tokens,
         kv_heads=kv_heads,
@@ -115,19 +119,19 @@ def shape_of(
         rows=rows,
         window=window,
         block=sizes.block,
-        stages=sizes.stages,
+        stages=sizes.stages * 2 // pages.dtype.itemsize,
         split=split,
-        columns=sizes.columns,
+        columns=columns,
         wide_columns=sizes.wide_columns,
-        writes=min(max(blocks.write_kib * 1024 // row_bytes, 1), 8),
+        writes=min(max(writes, 1), 8),
         blocks=blocks.thread_blocks,
         kv_dtype=jnp.dtype(pages.dtype),
     )
     while smem_bytes(shape) > _SMEM_BYTES:
-        if shape.writes > 1:
-            shape = dataclasses.replace(shape, writes=shape.writes - 1)
-        elif shape.stages > 2:
+        if shape.stages > sizes.stages or (shape.writes == 1 and shape.stages > 2):
             shape = dataclasses.replace(shape, stages=shape.stages - 1)
+        elif shape.writes > 1:
+            shape = dataclasses.replace(shape, writes=shape.writes - 1)
         else:
             raise ValueError(
                 f"{kv_heads} KV heads of {head_dim} take {smem_bytes(shape)} bytes of shared "
