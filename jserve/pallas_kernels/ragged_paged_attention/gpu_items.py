@@ -105,10 +105,14 @@ def shape_of(
     sizes = blocks.sizes(head_dim)
     context = pages_per_row * page_size
     split = max(blocks.split, -(-context // blocks.max_splits // sizes.block) * sizes.block)
-    # A copy begins at a multiple of 128 bytes of shared memory: a token's outputs, a token's K.
+    # A copy begins at a multiple of 128 bytes of shared memory, as the outputs of a token do.
     columns = sizes.columns if group * sizes.columns * 2 % _COPY_BYTES == 0 else _COPY_BYTES // 2
     row_bytes = kv_heads * head_dim * pages.dtype.itemsize
-    writes = 1 if row_bytes % _COPY_BYTES else blocks.write_kib * 1024 // row_bytes
+    if row_bytes % _COPY_BYTES:
+        raise ValueError(
+            f"K of a token is {row_bytes} bytes ({kv_heads} heads of {head_dim}), no multiple of "
+            f"{_COPY_BYTES}, which copies take; keep pages in bfloat16"
+        )
     shape = Shape(
         tokens=tokens,
         kv_heads=kv_heads,
@@ -123,7 +127,7 @@ def shape_of(
         split=split,
         columns=columns,
         wide_columns=sizes.wide_columns,
-        writes=min(max(writes, 1), 8),
+        writes=min(max(blocks.write_kib * 1024 // row_bytes, 1), 8),
         blocks=blocks.thread_blocks,
         kv_dtype=jnp.dtype(pages.dtype),
     )
