@@ -1,6 +1,7 @@
 """Products to compile for GPUs, at the sizes of models: quantized weights, and experts."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,15 +38,20 @@ def _lower_grouped(case: GroupedCase, dtype: str, mesh: Mesh) -> jax.stages.Lowe
     return jax.jit(multiply).lower(x, stacks, argument(mesh, "int32", experts))
 
 
+def _program(name: str, lower: Callable[[Mesh], jax.stages.Lowered]) -> Program:
+    """One launch; whole steps show that it is captured, a program of one op is too small for it."""
+    return Program(name, lower, 1, captured=False)
+
+
 PROGRAMS = (
     *(
-        Program(f"{codes} {case.name}", functools.partial(_lower_quantized, case, codes), 1)
+        _program(f"{codes} {case.name}", functools.partial(_lower_quantized, case, codes))
         for case in MODEL_CASES
         for codes in CODES
         if case.rows != 8  # the kernel of one row
     ),
     *(
-        Program(f"{dtype} experts {case.name}", functools.partial(_lower_grouped, case, dtype), 1)
+        _program(f"{dtype} experts {case.name}", functools.partial(_lower_grouped, case, dtype))
         for case in GROUPED_CASES
         for dtype in ("bfloat16", "int8")
     ),
