@@ -1,24 +1,29 @@
 """Will an engine fit? Counted from shapes alone: no device, no weights, nothing compiled."""
 
-import dataclasses
 from dataclasses import dataclass
 
 from jserve.core.errors import ConfigError
 from jserve.core.step import Program, ProgramKind
 from jserve.engine.chips import Chip
 from jserve.engine.config import EngineConfig
-from jserve.engine.memory import GRID
-from jserve.engine.sizing import DeviceBytes, EngineShape, device_bytes, least_shape
+from jserve.engine.memory import GRID, device_pages, host_pages
+from jserve.engine.sizing import (
+    DeviceBytes,
+    EngineShape,
+    device_bytes,
+    least_shape,
+    with_pages,
+)
 from jserve.engine.state import page_bytes
 from jserve.model.functional import Model
 from jserve.model.sharding import AnyMesh, vocab_axes
 
 _GIB = 1 << 30
 _FLOAT = 4  # bytes of float32 and int32
-# Code of a program on TPU, where it lies in the same memory: the sampler's, and a layer's with
-# prompts and without.
-_CODE_BYTES = 24 << 20
-_LAYER_CODE_BYTES = {ProgramKind.MIXED: 8 << 20, ProgramKind.WINDOW: 2 << 20}
+# Code of a program on TPU, where it lies in the same memory: what all layers share, and the rest.
+_CODE_BYTES = 40 << 20
+_LAYER_CODE_BYTES = 1 << 19
+_LAYER_TEMPORARIES = 2 << 20  # what the compiler keeps of every layer through a program
 # Arrays of [rows, vocab] that sampling holds at once: logits, those with processors applied,
 # counts and masks of the rows, noise, and two that a copy or a comparison makes.
 _VOCAB_ARRAYS = 8
@@ -60,15 +65,10 @@ def plan_memory(model: Model, mesh: AnyMesh, config: EngineConfig, chip: Chip) -
     least = least_shape(model, mesh, config)
     sizes = {program: temporary_bytes(model, mesh, program) for program in config.programs()}
     largest = max(sizes, key=sizes.__getitem__)
-    code = sum(code_bytes(model, program) for program in sizes) if chip.platform == "tpu" else 0
+    code = len(sizes) * code_bytes(model) if chip.platform == "tpu" else 0
     need = device_bytes(model, mesh, least, temporaries=sizes[largest], code=code)
     fixed = need.params + need.slots + need.temporaries + need.code
-    # One sequence of the longest context must fit, or of what the config insists on.
-    context = config.max_model_len or config.page_size
-    wanted = config.num_pages or -(-context // config.page_size)
-    if config.kv_bytes and not config.num_pages:
-        of_all = page_bytes(model, config.page_size, least.kv_dtype, least.kv_heads)
-        wanted = max(wanted, config.kv_bytes // of_all)
+    wanted = _wanted_pages(model, config, least)
     missing = fixed + wanted * need.page - chip.usable_bytes
     if missing > 0:
         taken = {
@@ -86,17 +86,30 @@ def plan_memory(model: Model, mesh: AnyMesh, config: EngineConfig, chip: Chip) -
         )
     pages = wanted
     if not config.num_pages and not config.kv_bytes:
-        pages = max((chip.usable_bytes - fixed) // need.page // GRID * GRID, wanted)
-    held = pages * config.page_size
-    shape = dataclasses.replace(
-        least, num_pages=pages, max_model_len=min(least.max_model_len, held)
-    )
-    return MemoryPlan(chip, shape, need, largest)
+        pages = device_pages(
+            limit_bytes=chip.usable_bytes,
+            params_bytes=need.params + need.slots,
+            program_bytes=need.temporaries + need.code,
+            page_bytes=need.page,
+        )
+    return MemoryPlan(chip, with_pages(least, config, pages), need, largest)
 
 
-def code_bytes(model: Model, program: Program) -> int:
+def _wanted_pages(model: Model, config: EngineConfig, least: EngineShape) -> int:
+    """Those that the config says, or else as few as an engine starts with."""
+    if config.num_pages:
+        return config.num_pages
+    if config.kv_bytes:
+        of_all = page_bytes(model, config.page_size, least.kv_dtype, least.kv_heads)
+        return host_pages(
+            kv_bytes=config.kv_bytes, page_bytes=of_all, other_bytes=0, available_bytes=None
+        )
+    return -(-max(config.max_model_len, 1) // (config.page_size * GRID)) * GRID
+
+
+def code_bytes(model: Model) -> int:
     """An estimate, from above, of a program's code on TPU."""
-    return _CODE_BYTES + model.spec.layers * _LAYER_CODE_BYTES[program.kind]
+    return _CODE_BYTES + model.spec.layers * _LAYER_CODE_BYTES
 
 
 def temporary_bytes(model: Model, mesh: AnyMesh, program: Program) -> int:
@@ -122,4 +135,5 @@ def temporary_bytes(model: Model, mesh: AnyMesh, program: Program) -> int:
     if program.kind is ProgramKind.MIXED:
         layers += tokens * spec.model_dim * both  # the hidden states of all tokens, for their rows
     vocab = spec.vocab // (chips if vocab_axes(spec.vocab, mesh) else 1)
+    layers += spec.layers * _LAYER_TEMPORARIES
     return layers + rows * vocab * _FLOAT * _VOCAB_ARRAYS

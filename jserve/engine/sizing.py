@@ -80,16 +80,23 @@ def shape_engine(
     else:
         limit = device_limit_bytes or (lambda: _device_limit(mesh))
         num_pages = _measured_pages(model, mesh, config, least, cache, limit())
-    num_pages = least_of_all(num_pages)
+    shape = with_pages(least, config, least_of_all(num_pages))
+    if shape.max_model_len < least.max_model_len:
+        _log.warning(
+            "the context is cut from %d to the %d tokens of all pages",
+            least.max_model_len,
+            shape.max_model_len,
+        )
+    return shape
+
+
+def with_pages(least: EngineShape, config: EngineConfig, num_pages: int) -> EngineShape:
+    """The shape with so many pages. Raises ConfigError if they do not hold the config's context."""
     held = num_pages * config.page_size
     if config.max_model_len > held:
         raise ConfigError(
             f"engine.max_model_len is {config.max_model_len}, but all {num_pages} pages hold "
             f"{held} tokens; lower it or raise engine.kv_bytes"
-        )
-    if least.max_model_len > held:
-        _log.warning(
-            "the context is cut from %d to the %d tokens of all pages", least.max_model_len, held
         )
     max_model_len = min(least.max_model_len, held)
     return dataclasses.replace(least, num_pages=num_pages, max_model_len=max_model_len)

@@ -6,10 +6,11 @@ import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +160,18 @@ def _restore(
     here = [name for name, how in made.items() if how.at_load and not how.order]
     with reading_threads() as pool:
         list(pool.map(arrange, here))
-    for name in (name for name, how in made.items() if how.order):
-        # On its devices, some of which may be other processes'.
-        turn = jax.jit(specs[name].from_stored, out_shardings=shardings[name])
-        restored[name] = turn(restored.pop(name))
+    for name, how in made.items():
+        if how.order:
+            # On its devices, some of which may be other processes'.
+            restored[name] = _turning(how.order, shardings[name])(restored.pop(name))
     return restored
+
+
+@cache  # compiled once per shape, not once per layer
+def _turning(order: tuple[int, ...], sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
+    """Puts the dimensions of a stored array where the parameter has them."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return jax.jit(lambda stored: stored.transpose(inverse), out_shardings=sharding)
 
 
 def _of_stored(sharding: Sharding, spec: ParamSpec) -> Sharding:
