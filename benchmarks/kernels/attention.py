@@ -56,7 +56,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048], help="chunks")
     parser.add_argument("--layers", type=int, default=8, help="in one program")
     parser.add_argument("--turns", type=int, default=11)
-    parser.add_argument("--most_gib", type=float, default=16.0, help="of K and V in all layers")
+    parser.add_argument(
+        "--most_gib", type=float, default=0.0, help="of K and V in all layers; 0: by device"
+    )
     parser.add_argument("--stream_mib", type=int, default=1024, help="of each streamed array")
     parser.add_argument("--product_dim", type=int, default=0, help="0: by device")
     return parser.parse_args()
@@ -108,10 +110,12 @@ def measure(arguments: argparse.Namespace, best: ceilings.Ceilings) -> list[Cell
     names = arguments.backends or dict.fromkeys(
         (backend_for(jax.default_backend(), dtype).value, Backend.CPU.value)
     )
+    most_gib = arguments.most_gib or (72 if jax.default_backend() == "gpu" else 4)
     found: list[Cell] = []
     for kind, slots, context, chunk in cells(arguments):
         lengths = [(context, 1)] * slots + ([(context, chunk)] if chunk else [])
-        if arguments.layers * kv_bytes(heads, lengths) > arguments.most_gib * 2**30:
+        if arguments.layers * kv_bytes(heads, lengths) > most_gib * 2**30:
+            print(f"left out, above --most_gib: {kind}, {slots} slots of {context} tokens")
             continue
         for name in names:
             ms = time_attention(heads, lengths, Backend(name), arguments.turns)

@@ -88,7 +88,7 @@ def restore_native(
 ) -> dict[str, jax.Array]:
     """The parameters of a native folder as arrays on their devices, cast to the specs' dtypes.
 
-    Every process reads only what its own devices hold. Raises ConfigError if a file differs from
+    Every process keeps only what its own devices hold. Raises ConfigError if a file differs from
     its digest or a tensor from its spec, before anything is read.
     """
     manifest = read_manifest(folder)
