@@ -25,8 +25,8 @@ _CODE_BYTES = 40 << 20
 _LAYER_CODE_BYTES = 1 << 19
 _LAYER_TEMPORARIES = 2 << 20  # what the compiler keeps of every layer through a program
 # Arrays of [rows, vocab] that sampling holds at once: logits, those with processors applied,
-# counts and masks of the rows, noise, and two that a copy or a comparison makes.
-_VOCAB_ARRAYS = 8
+# counts and masks of the rows, noise, and what copies and comparisons make (compiled: up to 9).
+_VOCAB_ARRAYS = 10
 
 
 @dataclass(frozen=True, slots=True)
