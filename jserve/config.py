@@ -69,6 +69,11 @@ class ServeConfig:
     control: ControlConfig = field(default_factory=ControlConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    @property
+    def drain_s(self) -> float:
+        """Seconds that what runs may take after SIGTERM: the gateway drains, then the engine."""
+        return self.gateway.drain_s + self.engine.drain_timeout_s
+
 
 def load(path: str, overrides: Sequence[str] = ()) -> ServeConfig:
     """Runs `get_config()` of a Python file and applies overrides like `engine.num_slots=8`.

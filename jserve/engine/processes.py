@@ -31,6 +31,8 @@ def join_processes(
     host, _, port = coordinator_address.rpartition(":")
     local = host in ("127.0.0.1", "localhost")
     jax.config.update("jax_num_cpu_devices", num_cpu_devices)
+    # It would put a SIGTERM handler of its own, that ends nothing, over those of this process.
+    jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator_address,
         num_processes,

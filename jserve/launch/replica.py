@@ -119,7 +119,7 @@ def following(
         on_loss=lambda reason: _end_at_once(reason, report),
     ) as leader:
         # From now on the end of the leader is the end of this process, too.
-        signal.signal(signal.SIGTERM, lambda *_: _end_later(config.engine.drain_timeout_s))
+        signal.signal(signal.SIGTERM, lambda *_: _end_later(config.drain_s))
         try:
             _join(config, process, leader.coordinator_address)
 
@@ -218,7 +218,12 @@ def _end_at_once(reason: str, report: _Report) -> None:
 
 def _end_later(timeout_s: float) -> None:
     """After SIGTERM: the leader, which got one as well, still needs this process to drain."""
-    timer = threading.Timer(timeout_s, os._exit, (0,))
+
+    def end() -> None:
+        _log.warning("the leader has not ended; this process does", extra={"after_s": timeout_s})
+        os._exit(0)
+
+    timer = threading.Timer(timeout_s, end)
     timer.daemon = True
     timer.start()
 

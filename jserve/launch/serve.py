@@ -199,7 +199,7 @@ async def _serve_follower(
             console.table(f"process {process} follows {leader_address}", ready.summary)
             await _first(asyncio.get_running_loop().create_future(), supervision, drain)
         console.say("waiting for the leader to drain; Ctrl-C again stops at once")
-        await engine.stop(config.engine.drain_timeout_s + config.control.stop_timeout_s)
+        await engine.stop(config.drain_s + config.control.stop_timeout_s)
         return 0
     finally:
         engine.kill()

@@ -87,8 +87,9 @@ def test_sigterm_finishes_what_runs_and_ends_all(replica: Server) -> None:
 
 
 def test_with_launchers_of_their_own(tmp_path: Path) -> None:
-    """As on several hosts: a leader's end is the follower's, and a restart can be stopped."""
-    flags = (*FLAGS, f"--leader_address=127.0.0.1:{free_port()}")
+    """As on several hosts: one's end is the other's, whichever; both launchers can be stopped."""
+    drain = ("--set=gateway.drain_s=0.3", "--set=engine.drain_timeout_s=0.2")
+    flags = (*FLAGS, *drain, f"--leader_address=127.0.0.1:{free_port()}")
     follower = Server(CONFIG, tmp_path / "follower", *flags, "--role=follower", "--process=1")
     try:
         with serving(CONFIG, tmp_path / "leader", *flags) as leader:
@@ -98,9 +99,17 @@ def test_with_launchers_of_their_own(tmp_path: Path) -> None:
             reader.join(10)
             assert reader.error is not None
             running[1].wait(10)
-            for server in (follower, leader):  # whose engines are being started again
-                server.process.send_signal(signal.SIGTERM)
-            assert leader.wait(30) == 0
+            leader.until(leader.is_ready)
+            running = [psutil.Process(server.engine_pid) for server in (leader, follower)]
+            reader = start_reader(leader, FOREVER)
+            follower.process.send_signal(signal.SIGTERM)
             assert follower.wait(30) == 0
+            assert "the leader has not ended; this process does after_s=0.5" in follower.output
+            assert "killing it" not in follower.output
+            reader.join(10)
+            assert reader.error is not None
+            running[0].wait(10)
+            leader.process.send_signal(signal.SIGTERM)  # while its engine is being started again
+            assert leader.wait(30) == 0
     finally:
         follower.close()
