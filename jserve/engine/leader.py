@@ -17,6 +17,7 @@ import grpc
 from jserve.core.errors import ConfigError, EngineError
 from jserve.core.step import Program, StepPlan
 from jserve.engine.batch import Batch
+from jserve.engine.processes import bind_address
 from jserve.proto import replica_pb2, replica_pb2_grpc
 from jserve.proto.limits import KEEPALIVE_OPTIONS, MAX_STEP_BYTES
 from jserve.proto.steps import StepWriter
@@ -66,7 +67,7 @@ class Followers(replica_pb2_grpc.ReplicaServicer):
         programs: Sequence[Program],
         on_loss: LossCallback,
     ) -> None:
-        """Listens at `address`, host:port (port 0: any).
+        """Listens where `address`, host:port (port 0: any), leads the followers.
 
         `facts` must be those of every follower. `on_loss` is called, from a thread of this class,
         when one that has joined ends before `stop`. Raises ConfigError for a taken port.
@@ -88,7 +89,7 @@ class Followers(replica_pb2_grpc.ReplicaServicer):
         )
         replica_pb2_grpc.add_ReplicaServicer_to_server(self, self._server)
         try:
-            port = self._server.add_insecure_port(address)
+            port = self._server.add_insecure_port(bind_address(address))
         except RuntimeError as error:
             raise ConfigError(f"leader address {address!r}: cannot be opened") from error
         self.host = address.rpartition(":")[0]

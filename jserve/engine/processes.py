@@ -1,5 +1,6 @@
 """The processes that one engine runs on: `jax.distributed`, their devices, what they agree on."""
 
+import ipaddress
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -28,8 +29,6 @@ def join_processes(
     Process 0 coordinates at `coordinator_address`, host:port. The host's cores pass for
     `num_cpu_devices` devices.
     """
-    host, _, port = coordinator_address.rpartition(":")
-    local = host in ("127.0.0.1", "localhost")
     jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     # It would put a SIGTERM handler of its own, that ends nothing, over those of this process.
     jax.config.update("jax_enable_preemption_service", False)
@@ -40,7 +39,7 @@ def join_processes(
         initialization_timeout=int(timeout_s),
         heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S,
         shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S,
-        coordinator_bind_address=coordinator_address if local else f"[::]:{port}",
+        coordinator_bind_address=bind_address(coordinator_address),
         cluster_detection_method="deactivate",
     )
 
@@ -50,11 +49,31 @@ def leave_processes() -> None:
     jax.distributed.shutdown()
 
 
+def bind_address(address: str) -> str:
+    """Where to listen so that others find it at `address`, host:port.
+
+    Everywhere unless it is the loopback: what a host's own name means to itself need not be what
+    it means to others (Debian's /etc/hosts says 127.0.1.1).
+    """
+    host, _, port = address.rpartition(":")
+    return address if _is_loopback(host) else f"[::]:{port}"
+
+
 def free_port(host: str) -> int:
-    """A port that is free at this moment."""
+    """A port that is free at this moment where one listens for `host`."""
+    host = host.strip("[]") if _is_loopback(host) else ""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host.strip("[]"), 0))
+        probe.bind((host, 0))
         return probe.getsockname()[1]
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False  # a name
 
 
 def engine_devices(wanted: int, num_processes: int) -> Sequence[Any]:

@@ -1,6 +1,7 @@
 """The command line: `jserve [serve | convert SRC DST | generate PROMPT | plan]` and its flags."""
 
 import dataclasses
+import ipaddress
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -151,6 +152,8 @@ def _check_processes(config: ServeConfig) -> None:
     others = config.engine.num_processes - 1
     if _LEADER_ADDRESS.present and not others:
         raise ConfigError("--leader_address: engine.num_processes is 1; there is nobody to lead")
+    if _LEADER_ADDRESS.value is not None:
+        _check_leader_address(_LEADER_ADDRESS.value)
     if _ROLE.value == "follower":
         if _LEADER_ADDRESS.value is None or _PROCESS.value is None:
             raise ConfigError("--role=follower needs --leader_address=HOST:PORT and --process=N")
@@ -159,6 +162,22 @@ def _check_processes(config: ServeConfig) -> None:
                 f"--process is {_PROCESS.value}; engine.num_processes is {others + 1}, so the "
                 f"followers are 1 to {others}"
             )
+
+
+def _check_leader_address(address: str) -> None:
+    """Raises ConfigError unless it is a host that followers can dial, and a port."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        is_wildcard = ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        is_wildcard = not host
+    if is_wildcard or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(
+            f"--leader_address is {address!r}: followers dial it, so give the name or address by "
+            "which they reach the leader's host, and a port, for example host0:8610; the leader "
+            "listens on all its interfaces"
+        )
 
 
 def _convert(arguments: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ from jserve.engine import leader as leader_module
 from jserve.engine.batch import Batch, BatchShape, pack
 from jserve.engine.follower import Leader, follow
 from jserve.engine.leader import Followers
+from jserve.engine.processes import bind_address
 from jserve.proto.steps import StepReader
 
 PROGRAM = Program(ProgramKind.WINDOW, 2, 2)
@@ -57,8 +58,10 @@ class Recorder:
 
 
 @contextmanager
-def leading(num_followers: int, on_loss: Callable[[str], None]) -> Iterator[Followers]:
-    followers = Followers("127.0.0.1:0", num_followers, FACTS, (PROGRAM,), on_loss)
+def leading(
+    num_followers: int, on_loss: Callable[[str], None], address: str = "127.0.0.1:0"
+) -> Iterator[Followers]:
+    followers = Followers(address, num_followers, FACTS, (PROGRAM,), on_loss)
     try:
         yield followers
     finally:
@@ -103,6 +106,21 @@ def test_steps_come_in_order_and_end_with_a_stop() -> None:
             done.result(10)
     assert [executor.pages for executor in executors] == [list(range(2, 102))] * 2
     assert lost.reasons == []
+
+
+def test_a_leader_with_a_name_listens_on_all_its_interfaces() -> None:
+    """Its own name may be 127.0.1.1 to itself, where no other host would find it."""
+    assert bind_address("host0:8610") == "[::]:8610"
+    assert bind_address("127.0.1.1:8610") == "127.0.1.1:8610"
+    assert bind_address("[::1]:0") == "[::1]:0"
+    lost = Losses()
+    with leading(1, Losses(), "host0:0") as followers, ThreadPoolExecutor(1) as pool:
+        port = followers.address.removeprefix("host0:")
+        joining = pool.submit(
+            Leader, f"127.0.0.1:{port}", 1, FACTS, join_timeout_s=10, on_loss=lost
+        )
+        followers.start("host0:1", 10)
+        joining.result(10).__exit__()
 
 
 def test_a_process_that_differs_is_told_what_differs() -> None:

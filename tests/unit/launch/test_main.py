@@ -11,6 +11,13 @@ def _jserve(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
+_TWO_PROCESSES = (
+    "--config=configs/tiny_random.py",
+    "--set=engine.tensor_parallel=2",
+    "--set=engine.num_processes=2",
+)
+
+
 def test_help_lists_commands_and_flags() -> None:
     text = _jserve("--help").stdout
     for word in ("convert SOURCE FOLDER", "--config", "--set", "--role", "--http_port"):
@@ -33,6 +40,8 @@ def test_help_lists_commands_and_flags() -> None:
             "engine.num_processes is 1",
         ),
         (["--config=configs/tiny_random.py", "--set=engine.num_processes=2"], "must divide"),
+        ([*_TWO_PROCESSES, "--leader_address=0.0.0.0:8610"], "for example host0:8610"),
+        ([*_TWO_PROCESSES, "--leader_address=:8610"], "for example host0:8610"),
         (["convert", ".", "."], "exists already"),
         (["plan", "--config=configs/tiny_random.py"], "platform.chip is not set"),
         (["plan", "--config=configs/llama33_70b.py"], "--architecture=config.json"),
