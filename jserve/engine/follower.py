@@ -37,8 +37,8 @@ class Leader:
     ) -> None:
         """Joins as `process` (from 1) and waits until all have joined.
 
-        `on_loss` is called, from another thread, when the connection breaks. Raises ConfigError
-        if there is no leader within the timeout, or it refuses.
+        `on_loss` is called, from another thread, when the connection breaks. Raises EngineError
+        if there is no leader within the timeout, ConfigError if it refuses.
         """
         self._on_loss = on_loss
         self._closed = threading.Event()
@@ -54,7 +54,7 @@ class Leader:
         try:
             grpc.channel_ready_future(self._channel).result(join_timeout_s)
         except grpc.FutureTimeoutError:
-            raise ConfigError(
+            raise EngineError(
                 f"there is no leader at {address} after {join_timeout_s:.0f} s; "
                 "see --leader_address"
             ) from None
@@ -97,8 +97,11 @@ class Leader:
     def _next(self) -> replica_pb2.LeaderMessage:
         try:
             return next(self._call)
-        except (grpc.RpcError, StopIteration):
+        except StopIteration:
             raise EngineError("the connection to the leader broke") from None
+        except grpc.RpcError:
+            reason = self._call.details()
+            raise EngineError(f"the connection to the leader broke: {reason}") from None
 
     def _on_end(self) -> None:
         if not self._closed.is_set() and self._call.code() is not grpc.StatusCode.OK:

@@ -104,11 +104,16 @@ class Followers(replica_pb2_grpc.ReplicaServicer):
         if first is None:
             return
         follower = _Follower(first.join.process)
-        refusal = self._join(follower, first.join.facts.values)
+        refusal = self._why_not(follower.process, first.join.facts.values)
         if refusal is not None:
             _log.warning("a process cannot join", extra={"reason": refusal})
             yield replica_pb2.LeaderMessage(refused=refusal)
             return
+        if (earlier := self._add(follower)) is not None:
+            self._end(earlier, "another has joined as this process; is there one --process twice?")
+            context.abort(
+                grpc.StatusCode.ALREADY_EXISTS, f"process {follower.process} had joined already"
+            )
         context.add_callback(lambda: self._end(follower))
         threading.Thread(
             target=self._read, args=(request_iterator, follower), name="follower-news", daemon=True
@@ -116,22 +121,23 @@ class Followers(replica_pb2_grpc.ReplicaServicer):
         while (message := follower.unsent.get()) is not None:
             yield message
 
-    def _join(self, follower: _Follower, facts: Mapping[str, str]) -> str | None:
-        """Why not, if it cannot."""
-        process = follower.process
+    def _why_not(self, process: int, facts: Mapping[str, str]) -> str | None:
+        """What keeps it from joining, if anything does: it would the next time, too."""
         if not 1 <= process <= self._num_followers:
             return (
                 f"there is no process {process}; the followers of an engine of "
                 f"{self._num_followers + 1} processes are 1 to {self._num_followers}"
             )
-        if difference := _difference(process, facts, self._facts):
-            return difference
+        return _difference(process, facts, self._facts)
+
+    def _add(self, follower: _Follower) -> _Follower | None:
+        """Or returns the one that has joined as this process before, and must be lost."""
         with self._changed:
-            if process in self._joined:
-                return f"process {process} has joined already"
-            self._joined[process] = follower
+            if (earlier := self._joined.get(follower.process)) is not None:
+                return earlier
+            self._joined[follower.process] = follower
             self._changed.notify_all()
-        _log.info("process %d joined the engine", process)
+        _log.info("process %d joined the engine", follower.process)
         return None
 
     def _read(self, messages: Iterator[replica_pb2.FollowerMessage], follower: _Follower) -> None:
@@ -148,7 +154,7 @@ class Followers(replica_pb2_grpc.ReplicaServicer):
         except grpc.RpcError:
             pass  # the stream's end; `_end` is called for it, too
 
-    def _end(self, follower: _Follower) -> None:
+    def _end(self, follower: _Follower, reason: str = "its connection broke") -> None:
         with self._changed:
             if follower.ended:
                 return
@@ -158,20 +164,21 @@ class Followers(replica_pb2_grpc.ReplicaServicer):
             self._changed.notify_all()
             lost = not self._stopping
         if lost:
-            reason = follower.failure or "its connection broke"
-            self._on_loss(f"process {follower.process} of the engine ended: {reason}")
+            self._on_loss(
+                f"process {follower.process} of the engine ended: {follower.failure or reason}"
+            )
 
     def start(self, coordinator_address: str, timeout_s: float) -> None:
         """Waits until all have joined, then lets them start.
 
-        Raises ConfigError after the timeout.
+        Raises EngineError after the timeout.
         """
         with self._changed:
             if not self._changed.wait_for(
                 lambda: len(self._joined) == self._num_followers, timeout_s
             ):
                 missing = set(range(1, self._num_followers + 1)) - self._joined.keys()
-                raise ConfigError(
+                raise EngineError(
                     f"processes {sorted(missing)} of the engine have not joined {self.address} "
                     f"within {timeout_s:.0f} s; start them with --role=follower"
                 )

@@ -129,13 +129,18 @@ def test_a_process_that_differs_is_told_what_differs() -> None:
             join(followers, 1, Losses(), FACTS | {"engine.num_slots": "3"})
         with pytest.raises(ConfigError, match="there is no process 2"):
             join(followers, 2, Losses())
-        with pytest.raises(ConfigError, match=r"\[1\] of the engine have not joined"):
+        with pytest.raises(EngineError, match=r"\[1\] of the engine have not joined"):
             followers.start("host:1", 0.01)
 
 
-def test_a_second_process_of_a_number_is_refused() -> None:
-    with joined() as (followers, *_), pytest.raises(ConfigError, match="has joined already"):
-        join(followers, 1, Losses())
+def test_a_second_process_of_a_number_proves_that_the_first_is_lost() -> None:
+    """As after a host's sudden death, when nothing has broken the first one's connection yet."""
+    with joined() as (followers, lost_follower, _, _):
+        with pytest.raises(EngineError, match="process 1 had joined already"):
+            join(followers, 1, Losses())
+        assert lost_follower.heard.wait(5)
+    (reason,) = lost_follower.reasons
+    assert reason.startswith("process 1 of the engine ended: another has joined as this process")
 
 
 def test_engines_that_differ_are_refused() -> None:
@@ -145,8 +150,8 @@ def test_engines_that_differ_are_refused() -> None:
             followers.wait_ready({"pages": "128"})
 
 
-def test_no_leader_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match=r"no leader at 127\.0\.0\.1:1 after"):
+def test_no_leader_is_worth_another_try() -> None:
+    with pytest.raises(EngineError, match=r"no leader at 127\.0\.0\.1:1 after"):
         Leader("127.0.0.1:1", 1, FACTS, join_timeout_s=0.05, on_loss=Losses())
 
 
