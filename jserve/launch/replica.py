@@ -74,10 +74,9 @@ def leading(
     children: list[subprocess.Popen[bytes]] = []
     stopping = threading.Event()
 
-    def on_exit(process: int, code: int) -> None:
+    def on_exit(process: int, reason: str) -> None:
         if not stopping.is_set():
-            reason = f"process {process} of the engine ended: {describe_exit(code)}"
-            _end_at_once(reason, report)
+            _end_at_once(f"process {process} of the engine ended: {reason}", report)
 
     try:
         if address is None:
@@ -95,10 +94,13 @@ def leading(
         stopping.set()
         followers.stop(_STOP_TIMEOUT_S)
         leave_processes()
+        for child in children:
+            child.wait(_STOP_TIMEOUT_S)
     finally:
+        stopping.set()  # after an error, too: what others say of their end must not hide it
         followers.close()
-    for child in children:
-        child.wait(_STOP_TIMEOUT_S)
+        for child in children:
+            _end(child)
 
 
 @contextlib.contextmanager
@@ -164,7 +166,7 @@ def _convert(config: ServeConfig, report: _Report) -> None:
         for line in child.stdout:
             status = decode(line)
             if isinstance(status, Failed):
-                raise ConfigError(status.message)
+                raise (ConfigError if status.is_config_error else EngineError)(status.message)
             report(status)
         code = child.wait()  # before its standard input is closed, which would end it
     if code:
@@ -183,18 +185,18 @@ def _join(config: ServeConfig, index: int, coordinator_address: str) -> None:
 
 
 def _start_followers(
-    config: ServeConfig, leader_address: str, on_exit: Callable[[int, int], None]
+    config: ServeConfig, leader_address: str, on_exit: Callable[[int, str], None]
 ) -> list[subprocess.Popen[bytes]]:
     """On this machine. They end when the thread that calls this does.
 
-    `on_exit` gets the number and the exit code of each, from another thread.
+    `on_exit` gets the number of each and why it ended, from another thread.
     """
     children: list[subprocess.Popen[bytes]] = []
     for process in range(1, config.engine.num_processes):
         child = subprocess.Popen(
             engine_child.COMMAND,
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,  # the leader learns from its stream what it must know
+            stdout=subprocess.PIPE,
             start_new_session=True,
         )
         assert child.stdin is not None
@@ -202,12 +204,33 @@ def _start_followers(
         child.stdin.flush()
         children.append(child)
         threading.Thread(
-            target=lambda child, process: on_exit(process, child.wait()),
+            target=lambda child, process: on_exit(process, _await_end(child)),
             args=(child, process),
             name=f"watch-{process}",
             daemon=True,
         ).start()
     return children
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """At once, if it still runs."""
+    assert child.stdin is not None
+    child.kill()
+    child.wait()
+    child.stdin.close()
+
+
+def _await_end(child: subprocess.Popen[bytes]) -> str:
+    """Returns why it ended. What else it tells, the leader learns from its stream."""
+    assert child.stdout is not None
+    reason = None
+    with child.stdout as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):  # not a status
+                if isinstance(status := decode(line), Failed):
+                    reason = status.message
+    code = child.wait()
+    return reason or describe_exit(code)
 
 
 def _end_at_once(reason: str, report: _Report) -> None:
