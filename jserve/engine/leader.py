@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 # The device itself lets no process get far ahead: each step needs all of them.
 _MAX_UNSENT_STEPS = 64
 _SEND_TIMEOUT_S = 30.0
+_REMINDER_S = 30.0
 
 LossCallback = Callable[[str], None]
 
@@ -191,7 +192,8 @@ class Followers(replica_pb2_grpc.ReplicaServicer):
     def wait_ready(self, facts: Mapping[str, str]) -> None:
         """Returns once every follower's engine is ready, and is the same. Raises ConfigError."""
         with self._changed:
-            self._changed.wait_for(lambda: all(f.ready is not None for f in self._followers))
+            while not self._changed.wait_for(lambda: not self._unready, _REMINDER_S):
+                _log.warning("waiting for engines", extra={"processes": self._unready})
         for follower in self._followers:
             assert follower.ready is not None
             if difference := _difference(follower.process, follower.ready, facts):
@@ -220,6 +222,10 @@ class Followers(replica_pb2_grpc.ReplicaServicer):
     @property
     def _followers(self) -> list[_Follower]:
         return list(self._joined.values())
+
+    @property
+    def _unready(self) -> list[int]:
+        return sorted(f.process for f in self._followers if f.ready is None)
 
     def _send(self, message: replica_pb2.LeaderMessage | None) -> None:
         for follower in self._followers:

@@ -194,3 +194,16 @@ def test_a_step_that_is_not_the_leaders_is_fatal() -> None:
         followers.publish(plan(3), pack(plan(3), SHAPE, ()))
         with pytest.raises(EngineError, match="step 0 is not what the leader runs"):
             follow(Recorder(spoil=True), StepReader((PROGRAM,)), leader)
+
+
+def test_the_leader_tells_whose_engine_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(leader_module, "_REMINDER_S", 0.05)
+    with joined() as (followers, _, leader, _), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(followers.wait_ready, {})
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        leader.ready({})
+        waiting.result(10)
+    assert [1] in [getattr(record, "processes", None) for record in caplog.records]
