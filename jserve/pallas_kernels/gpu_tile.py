@@ -49,7 +49,7 @@ def scratch_types(stages: int, outputs: int, rows: int, inputs: int, dtype: jnp.
 
 
 def multiply_tile(
-    x: Ref,  # [rows, in_dim] in global memory
+    x: Ref,  # [rows, in_dim] in global memory, from a multiple of 8 rows on; see `grouped_matmul`
     weight: Ref,  # [outputs, in_dim]
     scratch: Sequence[Ref],
     role: jax.Array,
@@ -118,9 +118,15 @@ def multiply_tile(
 
 
 def store_turned(target: Ref, sums: jax.Array) -> None:
-    """Stores sums [outputs, rows] to a reference [rows, outputs]."""
+    """Stores sums [outputs, rows] to a reference [rows, outputs] without tiles."""
     turned = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
-    plgpu.transpose_ref(target, (1, 0))[...] = turned
+    into = plgpu.transpose_ref(target, (1, 0))
+    # A later JAX refuses stores that meet in banks of shared memory, unless it is told to make
+    # them; JAX 0.10 makes them, and has no way to say so.
+    if store := getattr(plgpu, "store", None):
+        store(into, turned, optimized=False)
+    else:
+        into[...] = turned
 
 
 def _each_step(

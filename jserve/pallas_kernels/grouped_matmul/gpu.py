@@ -10,10 +10,18 @@ finds its expert in the list, and the expert is a coordinate of the copies of it
     item 2 (expert 7)         │ outputs 0… │ 128… │ …
     none                         │ blocks beyond the list end at once
 
-An item starts anywhere among the rows, so its tile of rows holds some of the neighbours', which
-are computed and not written: products go to shared memory, and from there row by row, in pieces
-of powers of two. An output is one product over all inputs in order, whatever the item: a row's
-bits depend on nothing but the row and its expert.
+An item starts anywhere among the rows, but a copy into the tiles that wgmma reads must start at a
+multiple of 8 rows. So a tile of rows is 8 longer than an item. It holds some of the neighbours'
+rows, too, which are computed and not written:
+
+    row         0               8               16              24
+    expert      a a a b b b b b b c c d d d d d d d d d …
+    tile of b  [                               ]
+    written           b b b b b b
+
+Products go to shared memory, and from there row by row, in pieces of powers of two. An output is
+one product over all inputs in order, whatever the item: a row's bits depend on nothing but the
+row and its expert.
 """
 
 import functools
@@ -25,6 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jserve.pallas_kernels.gpu_launch import gpu_kernel
 from jserve.pallas_kernels.gpu_tile import (
     COMPUTE,
     THREADS,
@@ -37,7 +46,8 @@ from jserve.pallas_kernels.gpu_tile import (
 
 _OUTPUTS = 128  # of a thread block, and that a weight has a multiple of
 _INPUTS = 128  # likewise, and of a stage of few rows
-_MIN_ROWS, _MAX_ROWS = 8, 128  # of an item: what wgmma takes; what shared memory has room for
+_MIN_ROWS, _MAX_ROWS = 8, 128  # of an item; shared memory has no room for many more
+_GROUP = 8  # rows that a tile starts at a multiple of
 _SHARED_BYTES = 216 * 1024  # for stages and products
 _EXPERT, _START, _COUNT = range(3)  # of an item
 
@@ -53,11 +63,9 @@ def grouped_matmul(
     """See `dispatch`; of weights that fit."""
     rows, experts = x.shape[0], group_sizes.shape[0]
     width = item_rows(rows, experts)
-    if rows < width:
-        x = jnp.pad(x, ((0, width - rows), (0, 0)))
-    items = list_items(group_sizes, rows, width)
-    ys = _launch(items, x, weights, width)
-    return tuple(y[:rows] for y in ys)
+    whole = max(-(-rows // _GROUP) * _GROUP, width + _GROUP)  # a tile at least
+    padded = jnp.pad(x, ((0, whole - rows), (0, 0)))
+    return tuple(_launch(list_items(group_sizes, rows, width), padded, weights, rows, width))
 
 
 def item_rows(rows: int, experts: int) -> int:
@@ -85,26 +93,23 @@ def list_items(group_sizes: jax.Array, rows: int, width: int) -> jax.Array:
 
 
 def _launch(
-    items: jax.Array, x: jax.Array, weights: Sequence[jax.Array], width: int
+    items: jax.Array, x: jax.Array, weights: Sequence[jax.Array], rows: int, width: int
 ) -> Sequence[jax.Array]:
-    half = _OUTPUTS // COMPUTE
-    inputs = _INPUTS if width <= 64 else _INPUTS // 2
+    half, height = _OUTPUTS // COMPUTE, width + _GROUP
+    inputs = _INPUTS if height <= 64 else _INPUTS // 2
     dtype = weights[0].dtype
-    stages = num_stages(_OUTPUTS, width, inputs, dtype, _SHARED_BYTES - width * _OUTPUTS * 4)
+    stages = num_stages(_OUTPUTS, height, inputs, dtype, _SHARED_BYTES - height * _OUTPUTS * 4)
     tiles = sum(weight.shape[1] // _OUTPUTS for weight in weights)
-    call = plgpu.kernel(
+    call = gpu_kernel(
         functools.partial(_body, width=width, num_weights=len(weights)),
-        out_type=[
-            jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), jnp.float32) for weight in weights
-        ],
-        grid=(items.shape[0] * tiles,),
-        grid_names=("block",),
-        num_threads=THREADS,
-        thread_name="role",
+        out_type=[jax.ShapeDtypeStruct((rows, weight.shape[1]), jnp.float32) for weight in weights],
         scratch_types=[
-            plgpu.SMEM((COMPUTE, width, half), jnp.float32),
-            *scratch_types(stages, _OUTPUTS, width, inputs, dtype),
+            plgpu.SMEM((COMPUTE, height, half), jnp.float32),
+            *scratch_types(stages, _OUTPUTS, height, inputs, dtype),
         ],
+        name="grouped_matmul",
+        blocks=items.shape[0] * tiles,
+        warpgroups=THREADS,
     )
     return call(items, x, *weights)
 
@@ -118,8 +123,11 @@ def _body(items: Ref, x: Ref, *refs: Ref, width: int, num_weights: int) -> None:
     item = lax.div(lax.axis_index("block"), jnp.int32(sum(tiles)))
     tile = lax.rem(lax.axis_index("block"), jnp.int32(sum(tiles)))
     expert, start, count = (items[item, field] for field in (_EXPERT, _START, _COUNT))
-    # The last rows are read from a tile that ends with them.
-    from_row = jnp.minimum(start, x.shape[0] - width)
+    # The last rows are read from a tile that ends with them. TMA takes rows as groups of 8 here:
+    # had a tile another start, it would fill in zeros for what is past a group, and say nothing.
+    height = width + _GROUP
+    from_row = jnp.minimum(start - lax.rem(start, jnp.int32(_GROUP)), x.shape[0] - height)
+    from_row = pl.multiple_of(from_row, _GROUP)
     first = 0
     for weight, out, own_tiles in zip(weights, outs, tiles, strict=True):
 
@@ -131,10 +139,11 @@ def _body(items: Ref, x: Ref, *refs: Ref, width: int, num_weights: int) -> None:
                 store_turned(products.at[role], sums)
                 plgpu.commit_smem()
                 columns = pl.ds(output + own.start, own.size)
-                _store_rows(products.at[role], out.at[:, columns], start - from_row, start, count)
+                at = (start - from_row, start)
+                _store_rows(products.at[role], out.at[:, columns], *at, count, width)
 
             multiply_tile(
-                x.at[pl.ds(from_row, width)],
+                x.at[pl.ds(from_row, height)],
                 weight.at[expert, pl.ds(output, _OUTPUTS)],
                 scratch,
                 role,
@@ -145,10 +154,15 @@ def _body(items: Ref, x: Ref, *refs: Ref, width: int, num_weights: int) -> None:
 
 
 def _store_rows(
-    source: Ref, target: Ref, source_row: jax.Array, target_row: jax.Array, count: jax.Array
+    source: Ref,
+    target: Ref,
+    source_row: jax.Array,
+    target_row: jax.Array,
+    count: jax.Array,
+    most: int,
 ) -> None:
-    """Copies `count` rows, between 1 and all of `source`: the sizes of copies are static."""
-    size = source.shape[0]
+    """Copies `count` rows, between 1 and `most`: the sizes of copies are static."""
+    size = 1 << (min(most, target.shape[0]).bit_length() - 1)
     while size:
 
         @pl.when(count & size > 0)

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jserve.pallas_kernels.gpu_launch import gpu_kernel
 from jserve.pallas_kernels.gpu_tile import (
     THREADS,
     Ref,
@@ -134,7 +134,7 @@ def _launch(
     """The sums of splits: [parts, rows, all tiles of outputs] for each weight."""
     dtype = codes[0].dtype
     assert all(weight.dtype == dtype for weight in codes)
-    call = plgpu.kernel(
+    call = gpu_kernel(
         functools.partial(_body, tiling=tiling, num_weights=len(codes)),
         out_type=[
             jax.ShapeDtypeStruct(
@@ -143,13 +143,12 @@ def _launch(
             )
             for weight in codes
         ],
-        grid=(sum(tiling.blocks(weight.shape[0]) for weight in codes),),
-        grid_names=("block",),
-        num_threads=THREADS,
-        thread_name="role",
         scratch_types=scratch_types(
             tiling.stages, tiling.outputs, tiling.rows, tiling.inputs, dtype
         ),
+        name="channel_matmul",
+        blocks=sum(tiling.blocks(weight.shape[0]) for weight in codes),
+        warpgroups=THREADS,
     )
     return call(live, x, *codes)
 

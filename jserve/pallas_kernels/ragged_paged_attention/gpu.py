@@ -33,6 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jserve.pallas_kernels.gpu_launch import gpu_kernel
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
 from jserve.pallas_kernels.ragged_paged_attention.gpu_blocks import blocks_for, kind_in_use
 from jserve.pallas_kernels.ragged_paged_attention.gpu_combine import combine
@@ -45,7 +46,6 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_items import (
     shape_of,
     work_of,
 )
-from jserve.pallas_kernels.ragged_paged_attention.gpu_launch import gpu_kernel
 from jserve.pallas_kernels.ragged_paged_attention.gpu_memory import (
     COMPUTE,
     Memory,

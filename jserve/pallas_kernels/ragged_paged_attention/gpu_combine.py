@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jserve.pallas_kernels.ragged_paged_attention.gpu_launch import gpu_kernel
+from jserve.pallas_kernels.gpu_launch import gpu_kernel
 
 _ROWS = 64
 _COLUMNS = 64

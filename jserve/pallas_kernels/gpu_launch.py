@@ -1,4 +1,4 @@
-"""How Mosaic GPU kernels are launched that update arrays in place."""
+"""How Mosaic GPU kernels are launched."""
 
 import functools
 from collections.abc import Callable, Sequence
