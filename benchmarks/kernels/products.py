@@ -27,11 +27,12 @@ from jserve.pallas_kernels.grouped_matmul.cases import MODEL_CASES as GROUPED_CA
 from jserve.pallas_kernels.grouped_matmul.cases import Case as GroupedCase
 from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
 from jserve.pallas_kernels.quantized_matmul.cases import MODEL_CASES, Case
-from jserve.pallas_kernels.quantized_matmul.channels import CODES, ChannelMatrix
+from jserve.pallas_kernels.quantized_matmul.channels import CODES, ChannelMatrix, ChannelStack
 from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
 
 _GIGA, _TERA = 1e9, 1e12
-_DTYPE = jnp.dtype(jnp.bfloat16)  # of rows, and of experts
+_DTYPE = jnp.dtype(jnp.bfloat16)  # of rows
+_EXPERTS = (_DTYPE, jnp.dtype(jnp.int8))  # what experts are served in
 
 
 @dataclass(frozen=True)
@@ -92,21 +93,25 @@ def _quantized(case: Case, codes: jnp.dtype) -> _Problem:
     )
 
 
-def _grouped(case: GroupedCase) -> _Problem:
+def _grouped(case: GroupedCase, dtype: jnp.dtype) -> _Problem:
     x = jax.random.normal(jax.random.key(0), (case.rows, case.in_dim), _DTYPE)
     sizes, outputs = jnp.asarray(case.group_sizes, jnp.int32), sum(case.out_dims)
-    expert_bytes = _DTYPE.itemsize * outputs * case.in_dim
+    expert_bytes = dtype.itemsize * outputs * case.in_dim
     used = sum(size > 0 for size in case.group_sizes)
 
-    def make(key: jax.Array) -> list[jax.Array]:
+    def make(key: jax.Array) -> list[jax.Array] | list[ChannelStack]:
         shapes = [(len(case.group_sizes), out, case.in_dim) for out in case.out_dims]
-        return [jax.random.normal(key, shape, _DTYPE) for shape in shapes]
+        if dtype != jnp.int8:
+            return [jax.random.normal(key, shape, dtype) for shape in shapes]
+        bits = [jax.random.randint(key, shape, -127, 128, jnp.int8) for shape in shapes]
+        scales = [jnp.full(shape[:2], 1e-3, jnp.float32) for shape in shapes]
+        return [ChannelStack(b, s) for b, s in zip(bits, scales, strict=True)]
 
     def call(weights: Any, backend: Backend) -> tuple[jax.Array, ...]:
         return grouped_matmul(x, weights, sizes, backend=backend)
 
     return _Problem(
-        f"experts {case.name}",
+        f"experts of {dtype.name} {case.name}",
         len(case.group_sizes) * expert_bytes,
         used * expert_bytes + case.rows * (2 * case.in_dim + 4 * outputs),
         2 * case.rows * case.in_dim * outputs,
@@ -120,7 +125,10 @@ def problems(only: str) -> Iterator[_Problem]:
     found = [
         _quantized(case, codes) for case in MODEL_CASES for codes in CODES if only in case.name
     ]
-    yield from (*found, *(_grouped(case) for case in GROUPED_CASES if only in case.name))
+    found += [
+        _grouped(case, dtype) for case in GROUPED_CASES for dtype in _EXPERTS if only in case.name
+    ]
+    yield from found
 
 
 def measure(arguments: argparse.Namespace, best: ceilings.Ceilings) -> list[Cell]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jserve.core.step import Program as StepProgram
+from jserve.core.step import ProgramKind
 from jserve.engine.config import EngineConfig
 from jserve.engine.programs import lower_step
 from jserve.engine.sizing import abstract_params, abstract_state, shape_engine
@@ -62,8 +63,11 @@ class Engine:
         sizes = [leaf.size * leaf.dtype.itemsize for leaf in abstract_params(model, one).values()]
         watched = {size for size in (*page_bytes, *sizes) if size >= _LARGE_BYTES}
         name = f"{self.architecture} {program.name}, weights {self.quantization}"
-        # Attention and the combination of its splits; seven products where weights are quantized.
-        launches = (2 if self.quantization == "none" else 9) * spec.layers + 1
+        launches = 2 * spec.layers  # attention and the combination of its splits
+        if self.quantization != "none":
+            # The head, twice where prompts have logprobs; q, k and v, o, gate and up, down.
+            heads = 2 if program.kind is ProgramKind.MIXED else 1
+            launches += 4 * spec.layers + heads
         kept = sum(page_bytes)
         return Program(f"{name}, KV {self.kv_dtype}", lower, launches, kept, frozenset(watched))
 

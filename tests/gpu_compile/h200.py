@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tests.compiled_hlo import Op, operations
 
 _COPYING = {"copy", "copy-start", "transpose"}
+_VIEWS = {"parameter", "bitcast", "get-tuple-element", "tuple"}  # write nothing
 
 # XLA's GpuTargetConfigProto: what it would ask an H200's driver. Without versions of the driver
 # and of CUDA it takes them to be too old to capture custom calls in command buffers.
@@ -46,10 +47,13 @@ class Program:
 
     name: str
     lower: Callable[[Mesh], jax.stages.Lowered]
-    launches: int  # Mosaic kernels, at most
+    launches: int  # Mosaic kernels, neither more nor fewer
     in_place_bytes: int = 0  # donated memory that must be updated in place
     # A copy of so much is one of pages, or of a weight, in whatever shape.
     watched_bytes: frozenset[int] = frozenset()
+    # Weights that nothing writes, as a copy, in another layout or as floats; their sizes sorted.
+    weights: frozenset[tuple[int, ...]] = frozenset()
+    most_temp_bytes: int | None = None
     captured: bool = True  # all launches must be inside command buffers
     devices: int = 1
 
@@ -68,11 +72,12 @@ class Compiled:
     """What the compiler says of a program."""
 
     kernels: tuple[Kernel, ...]  # but those that this process had compiled before
-    launches: int
-    captured: int  # of the launches, those inside a command buffer (CUDA graph)
+    launches: int  # of Mosaic kernels
+    calls: int  # those, and other calls of libraries
+    captured: int  # of the calls, those inside a command buffer (CUDA graph)
     alias_bytes: int
     temp_bytes: int
-    copies: tuple[Op, ...]  # every copy in the scheduled program
+    written: tuple[Op, ...]  # every operation of the scheduled program that writes memory
     seconds: float
 
 
@@ -125,7 +130,7 @@ def _kernels(printed: str) -> tuple[Kernel, ...]:
     return tuple(Kernel(*each) for each in zip(registers, spills, smem, strict=True))
 
 
-def _launches(thunks: str) -> tuple[int, int]:
+def _calls(thunks: str) -> tuple[int, int]:
     """Custom calls of a dump, and how many of them are inside a command buffer.
 
     A thunk's own are indented deeper than it; loops and branches have some, too.
@@ -156,16 +161,17 @@ def compile_program(program: Program) -> Compiled:
         # Nothing is written after the passes where they change nothing: then nothing is captured.
         thunks = sorted(Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt"))
         thunks = thunks or sorted(Path(folder).glob("*.thunk_sequence.txt"))
-        launches, captured = _launches("\n".join(path.read_text() for path in thunks))
+        calls, captured = _calls("\n".join(path.read_text() for path in thunks))
         kernels = _kernels(printed.read_text(errors="replace"))
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     return Compiled(
         kernels=kernels,
-        launches=launches,
+        launches=text.count('custom_call_target="mosaic_gpu'),
+        calls=calls,
         captured=captured,
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
-        copies=tuple(op for op in operations(compiled.as_text()) if op.kind in _COPYING),
+        written=tuple(op for op in operations(text) if op.kind not in _VIEWS),
         seconds=round(time.perf_counter() - started, 1),
     )
 
@@ -175,13 +181,16 @@ def complaints(program: Program, compiled: Compiled) -> list[str]:
     found = []
     if compiled.alias_bytes < program.in_place_bytes:
         found.append(f"only {compiled.alias_bytes} bytes are updated in place")
-    for op in compiled.copies:
-        if op.size_bytes in program.watched_bytes:
+    for op in compiled.written:
+        if op.kind in _COPYING and op.size_bytes in program.watched_bytes:
             found.append(f"{op.name} copies {op.size_bytes} bytes")
-    if compiled.launches > program.launches:
+        if tuple(sorted(op.shape)) in program.weights:
+            found.append(f"{op.name} writes {op.dtype}{list(op.shape)}, a weight")
+    most = program.most_temp_bytes
+    if most is not None and compiled.temp_bytes > most:
+        found.append(f"temporaries take {compiled.temp_bytes} bytes, not {most} at most")
+    if compiled.launches != program.launches:
         found.append(f"{compiled.launches} kernels are launched, not {program.launches}")
-    if program.captured and compiled.captured < compiled.launches:
-        found.append(f"only {compiled.captured} launches are inside command buffers")
-    if not compiled.launches:
-        found.append("no kernel is launched")
+    if program.captured and compiled.captured < compiled.calls:
+        found.append(f"only {compiled.captured} calls are inside command buffers")
     return found

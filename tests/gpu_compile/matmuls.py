@@ -1,7 +1,8 @@
 """Products to compile for GPUs, at the sizes of models: quantized weights, and experts."""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
 from jserve.pallas_kernels.quantized_matmul.cases import MODEL_CASES, Case
 from jserve.pallas_kernels.quantized_matmul.channels import CODES, ChannelMatrix, ChannelStack
 from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
+from jserve.pallas_kernels.quantized_matmul.gpu import tiling_of
 from tests.gpu_compile.h200 import Program, argument
 
 
@@ -38,21 +40,54 @@ def _lower_grouped(case: GroupedCase, dtype: str, mesh: Mesh) -> jax.stages.Lowe
     return jax.jit(multiply).lower(x, stacks, argument(mesh, "int32", experts))
 
 
-def _program(name: str, lower: Callable[[Mesh], jax.stages.Lowered]) -> Program:
+def _program(
+    name: str,
+    lower: Callable[[Mesh], jax.stages.Lowered],
+    shapes: Sequence[tuple[int, ...]],
+    weight_bytes: int,
+    sum_bytes: int = 0,
+) -> Program:
     """One launch; whole steps show that it is captured, a program of one op is too small for it."""
-    return Program(name, lower, 1, captured=False)
+    return Program(
+        name,
+        lower,
+        1,
+        captured=False,
+        weights=frozenset(tuple(sorted(shape)) for shape in shapes),
+        most_temp_bytes=weight_bytes // 8 + sum_bytes,
+    )
+
+
+def _quantized(case: Case, codes: jnp.dtype) -> Program:
+    """XLA adds up and scales the sums of splits."""
+    tiling = tiling_of(case.rows, case.in_dim, case.out_dims)
+    sums = tiling.parts * tiling.rows * tiling.row_tiles
+    sums *= sum(map(tiling.tiles, case.out_dims)) * tiling.outputs
+    return _program(
+        f"{codes} {case.name}",
+        functools.partial(_lower_quantized, case, codes),
+        [(out, case.in_dim) for out in case.out_dims],
+        sum(case.out_dims) * case.in_dim,
+        4 * sums,
+    )
+
+
+def _grouped(case: GroupedCase, dtype: str) -> Program:
+    shapes = [(len(case.group_sizes), out, case.in_dim) for out in case.out_dims]
+    return _program(
+        f"{dtype} experts {case.name}",
+        functools.partial(_lower_grouped, case, dtype),
+        shapes,
+        sum(map(math.prod, shapes)) * jnp.dtype(dtype).itemsize,
+    )
 
 
 PROGRAMS = (
     *(
-        _program(f"{codes} {case.name}", functools.partial(_lower_quantized, case, codes))
+        _quantized(case, codes)
         for case in MODEL_CASES
         for codes in CODES
         if case.rows != 8  # the kernel of one row
     ),
-    *(
-        _program(f"{dtype} experts {case.name}", functools.partial(_lower_grouped, case, dtype))
-        for case in GROUPED_CASES
-        for dtype in ("bfloat16", "int8")
-    ),
+    *(_grouped(case, dtype) for case in GROUPED_CASES for dtype in ("bfloat16", "int8")),
 )

@@ -3,7 +3,8 @@
     python -m tests.gpu_compile.programs [--only WORD]
 
 Needs JAX's CUDA plugin, no GPU and no driver. Exits with 1 where a program does not compile,
-copies what it must update in place, or launches more kernels than it should.
+copies what it must update in place, takes more temporaries than it may, or launches another
+number of kernels than it should.
 """
 
 import argparse
@@ -22,7 +23,7 @@ _TITLES = ("kernels in graphs", "registers", "spills, B", "smem, KiB", "temp, Mi
 def _row(compiled: Compiled) -> list[str]:
     kernels = compiled.kernels
     return [
-        f"{compiled.captured} of {compiled.launches}",
+        f"{compiled.captured} of {compiled.calls}",
         " ".join(str(kernel.registers) for kernel in kernels),
         " ".join(str(kernel.spill_bytes) for kernel in kernels),
         " ".join(f"{kernel.smem_bytes / 1024:.0f}" for kernel in kernels),
