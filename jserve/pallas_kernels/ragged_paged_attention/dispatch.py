@@ -1,5 +1,7 @@
 """The one entry to ragged paged attention: contract, validation, choice of backend."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
@@ -60,10 +62,16 @@ def ragged_paged_attention(
         if pages.dtype.itemsize > 1:
             return attend(q, k, v, pages, batch, window=window, prompts=prompts)
         scale = jnp.float32(1) if kv_scale is None else kv_scale
-        k, v = (saturated((x / scale).astype(x.dtype), pages.dtype) for x in (k, v))
-        q = (q * scale).astype(q.dtype)
+        k, v = (saturated(_scaled(x, jnp.divide, scale), pages.dtype) for x in (k, v))
+        q = _scaled(q, jnp.multiply, scale)
         out, pages = attend(q, k, v, pages, batch, window=window, prompts=prompts)
-        return (out * scale).astype(out.dtype), pages
+        return _scaled(out, jnp.multiply, scale), pages
+
+
+def _scaled(
+    x: jax.Array, change: Callable[[jax.Array, jax.Array], jax.Array], scale: jax.Array
+) -> jax.Array:
+    return change(x.astype(jnp.float32), scale).astype(x.dtype)
 
 
 def backend_of_pages(backend: Backend, dtype: jnp.dtype) -> Backend:
