@@ -4,6 +4,9 @@ JAX 0.10 interprets `wgmma` of two plain references only. Added here: a left ope
 a transposed right one, accumulators that begin with a value (`run_state`) and `layout_cast`,
 which means nothing on CPU. Operands are read through the interpreter's own memory, so that its
 race detector sees the reads of `wgmma`, too.
+
+Copies are held to what the hardware does: it moves whole tiles of tiled shared memory, so that
+rows of a copy that begins inside one would be zeros. The interpreter knows nothing of tiles.
 """
 
 import contextlib
@@ -26,7 +29,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (
     InterpretGPUParams,
     force_gpu_interpret_mode,
 )
-from jax._src.state import discharge
+from jax._src.state import discharge, indexing
 from jax._src.state import types as state_types
 
 mlir.register_lowering(gpu_core.layout_cast_p, lambda ctx, x, *, new_layout: [x], platform="cpu")
@@ -94,6 +97,11 @@ def _operation(eqn: Any, values: list[Any]) -> Any:
                 carry = _evaluate(body.jaxpr, body.consts, *values[:fixed], *carry)
             return carry
         case "layout_cast":
+            return values
+        case "multiple_of":
+            divisors = params["values"]
+            for divisor in divisors if isinstance(divisors, tuple | list) else (divisors,):
+                assert int(values[0]) % divisor == 0, f"{values[0]} is no multiple of {divisor}"
             return values
         case "jit" | "pjit" | "closed_call":
             inner = params["jaxpr"]
@@ -244,16 +252,57 @@ class _Interpreter(jaxpr_interpret.JaxprInterpreter):
         return self._set(token, acc, old + added, transforms[0])
 
 
+def _begin(transforms: tuple[Any, ...], number: int) -> list[int]:
+    """Where a view of a reference begins, in its last `number` axes."""
+    axes: list[int] | None = None
+    for transform in transforms:
+        if not isinstance(transform, indexing.NDIndexer):
+            assert not isinstance(transform, state_types.TransposeTransform)
+            continue
+        axes = [0] * len(transform.indices) if axes is None else axes
+        kept = []
+        for before, index in zip(axes, transform.indices, strict=True):
+            if isinstance(index, indexing.Slice):
+                assert index.stride == 1
+                kept.append(before + int(index.start))
+        axes = kept
+    return [0] * number if axes is None else axes[-number:]
+
+
+def _whole_tiles(copy: Any) -> Any:
+    """A copy of the interpreter that refuses what begins inside a tile of shared memory."""
+
+    def checked(*, src_transforms: Any, dst_transforms: Any, **others: Any) -> Any:
+        both = src_transforms, dst_transforms
+        for tiled in (one for side in both for one in side):
+            if not isinstance(tiled, gpu_core.UntilingTransform):
+                continue
+            for begin in (_begin(side, len(tiled.tiling)) for side in both):
+                inside = [at % size for at, size in zip(begin, tiled.tiling, strict=True)]
+                assert not any(inside), f"a copy begins at {begin}, inside a tile {tiled.tiling}"
+        return copy(src_transforms=src_transforms, dst_transforms=dst_transforms, **others)
+
+    return checked
+
+
+_COPIES = ("_execute_device_local_memory_transfer", "copy_smem_to_gmem")
+
+
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
     """GPU kernels that are traced inside run on CPU; afterwards no race may have been found."""
     stock = jaxpr_interpret.JaxprInterpreter, thread_map._run_jaxpr
+    copies = {name: getattr(gpu_callbacks, name) for name in _COPIES}
     jaxpr_interpret.JaxprInterpreter, thread_map._run_jaxpr = _Interpreter, _thread
+    for name, copy in copies.items():
+        setattr(gpu_callbacks, name, _whole_tiles(copy))
     interpreter.reset_gpu_interpret_mode_state()
     try:
         with force_gpu_interpret_mode(InterpretGPUParams(detect_races=True)):
             yield
     finally:
         jaxpr_interpret.JaxprInterpreter, thread_map._run_jaxpr = stock
+        for name, copy in copies.items():
+            setattr(gpu_callbacks, name, copy)
     races = interpreter.get_races()
     assert races is None or not races.races_found

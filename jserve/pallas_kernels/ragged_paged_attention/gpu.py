@@ -40,7 +40,6 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_combine import combine
 from jserve.pallas_kernels.ragged_paged_attention.gpu_copies import load_items, write_new
 from jserve.pallas_kernels.ragged_paged_attention.gpu_decode import compute_decode
 from jserve.pallas_kernels.ragged_paged_attention.gpu_items import (
-    ROWS,
     Shape,
     Work,
     shape_of,
@@ -81,17 +80,23 @@ def _kernel(*refs: Ref, shape: Shape, prompts: bool) -> None:
 
 
 def _operands(
-    q: jax.Array, k: jax.Array, v: jax.Array, shape: Shape
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """As `Memory` names them: spare rows after the queries, a block around K and V."""
-    grouped = q.reshape(shape.tokens, shape.kv_heads, shape.group, shape.head_dim)
-    grouped = grouped.swapaxes(0, 1).reshape(shape.kv_heads, -1, shape.head_dim)
-    grouped = jnp.pad(grouped.astype(shape.dtype), ((0, 0), (0, 2 * ROWS), (0, 0)))
-    around = ((shape.block, shape.block), (0, 0), (0, 0))
-    k, v = (part.astype(shape.kv_dtype) for part in (k, v))
+    q: jax.Array, k: jax.Array, v: jax.Array, work: Work, shape: Shape
+) -> tuple[jax.Array, ...]:
+    """As `Memory` names them, tiles where copies may begin: each one gather of whole heads."""
+    # Row `token · group + g` of a KV head is query head `head · group + g` of the token.
+    token, head = work.queries // shape.group, work.queries % shape.group
+    first = shape.group * jnp.arange(shape.kv_heads, dtype=jnp.int32)
+    index = (token * q.shape[1] + head)[None, :] + first[:, None]
+    queries = _rows(q.reshape(-1, shape.head_dim), index).astype(shape.dtype)
     # Decode rows come first, with a token each.
-    fresh_k, fresh_v = (part[: shape.rows].astype(shape.dtype) for part in (k, v))
-    return grouped, jnp.pad(k, around), jnp.pad(v, around), fresh_k, fresh_v
+    fresh = (part[: shape.rows].astype(shape.dtype) for part in (k, v))
+    kv = tuple(part.astype(shape.kv_dtype) for part in (k, v))
+    new = kv if work.new is None else tuple(_rows(part, work.new) for part in kv)
+    return queries, *kv, *new, *fresh
+
+
+def _rows(array: jax.Array, index: jax.Array) -> jax.Array:
+    return array.at[index].get(mode="promise_in_bounds")
 
 
 def ragged_paged_attention(
@@ -134,7 +139,7 @@ def ragged_paged_attention(
         batch.page_table.reshape(-1),
         batch.write_pages,
         batch.write_offsets,
-        *_operands(q, k, v, shape),
+        *_operands(q, k, v, work, shape),
         flat,
     )
     if shape.max_splits > 1:

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jserve.pallas_kernels.ragged_paged_attention.batch import NULL_PAGE
-from jserve.pallas_kernels.ragged_paged_attention.gpu_items import BLANK, Shape
+from jserve.pallas_kernels.ragged_paged_attention.gpu_items import BLANK, TILE, Shape
 from jserve.pallas_kernels.ragged_paged_attention.gpu_memory import (
     KEYS,
     VALUES,
@@ -49,7 +49,7 @@ def _load_pages(
 ) -> None:
     size = shape.block // shape.pieces
     place = block * shape.block
-    inside = lax.rem(place, jnp.int32(shape.page_size))
+    inside = pl.multiple_of(lax.rem(place, jnp.int32(shape.page_size)), TILE)
     first = lax.div(place, jnp.int32(shape.page_size))
     ids = []
     for piece in range(shape.pieces):
@@ -65,11 +65,11 @@ def _load_pages(
 
 def _load_new(memory: Memory, shape: Shape, tile: Tile, block: jax.Array, stage: jax.Array) -> None:
     size = shape.block // shape.pieces
-    token = shape.block + tile.token - tile.position + block * shape.block
+    first = pl.multiple_of(tile.new + block * shape.block, TILE)
 
     def source(part: int, piece: int) -> Any:
-        array = memory.v if part else memory.k
-        return array.at[pl.ds(token + piece * size, size), tile.head]
+        array = memory.new_v if part else memory.new_k
+        return array.at[pl.ds(pl.multiple_of(first + piece * size, TILE), size), tile.head]
 
     _load(memory, shape, stage, source)
 
@@ -95,7 +95,7 @@ def load_items(memory: Memory, shape: Shape, prompts: bool) -> None:
         return lax.fori_loop(new_first, tile.end, load_new, stage)
 
     def decode(item: jax.Array, stage: jax.Array) -> jax.Array:
-        tiles = [split_item(memory, shape, 2 * item + group)[0] for group in range(2)]
+        tiles = [split_item(memory, shape, item, group)[0] for group in range(2)]
 
         def step(i: jax.Array, stage: jax.Array) -> jax.Array:
             for tile in tiles:
@@ -143,7 +143,7 @@ def write_new(memory: Memory, shape: Shape) -> None:
                 @pl.when((page > NULL_PAGE) & (part == half))
                 def _(array: Ref = array, token: jax.Array = token, slot: int = slot) -> None:
                     plgpu.copy_gmem_to_smem(
-                        array.at[shape.block + token],
+                        array.at[token],
                         memory.writes.at[slot],
                         memory.writes_here.at[slot],
                     )

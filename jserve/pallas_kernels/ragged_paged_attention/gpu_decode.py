@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jserve.pallas_kernels.ragged_paged_attention.gpu_items import ROWS, Shape
+from jserve.pallas_kernels.ragged_paged_attention.gpu_items import ROWS, TILE, Shape
 from jserve.pallas_kernels.ragged_paged_attention.gpu_memory import (
     KEYS,
     VALUES,
@@ -174,7 +174,7 @@ def _store_split(
 def _decode_queries(memory: Memory, shape: Shape, group: jax.Array, tile: Tile) -> None:
     """Queries of one token, and its K and V."""
     plgpu.copy_gmem_to_smem(
-        memory.q.at[tile.head, pl.ds(tile.token * shape.group, shape.query_rows)],
+        memory.q.at[tile.head, pl.ds(pl.multiple_of(tile.queries, TILE), shape.query_rows)],
         memory.queries.at[group, pl.ds(0, shape.query_rows)],
         memory.queries_here.at[group],
     )
@@ -192,8 +192,8 @@ def compute_decode(
     memory: Memory, shape: Shape, group: jax.Array, item: jax.Array, stage: jax.Array
 ) -> jax.Array:
     """This warpgroup's split; the other one's stages are let go in their turn."""
-    tile, index = split_item(memory, shape, 2 * item + group)
-    other = split_item(memory, shape, 2 * item + 1 - group)[0]
+    tile, index = split_item(memory, shape, item, group)
+    other = split_item(memory, shape, item, 1 - group)[0]
     size = jnp.int32(shape.block)
     last = lax.div(tile.position, size)
     # The stages hold block 0 of both, block 1 of both, … and then the rest of the longer one.

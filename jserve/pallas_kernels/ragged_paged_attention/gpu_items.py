@@ -6,7 +6,7 @@ The lists depend on the batch alone, so that XLA computes them once for all laye
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jserve.pallas_kernels.backend import GPU_HEAD_DIMS, GPU_PAGE_SIZES
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
 from jserve.pallas_kernels.ragged_paged_attention.gpu_blocks import Blocks
 
+TILE = 8  # rows of tiled shared memory that one copy moves together; it begins at a multiple
 ROWS = 64  # queries · grouped heads in one product of a warpgroup: what wgmma takes
 BLANK = 32  # columns of zeros for the outputs of tokens that belong to no row
 _SMEM_BYTES = 227 * 1024  # of a Hopper multiprocessor, for one block of threads
@@ -23,8 +24,8 @@ _COPY_BYTES = 128
 _SMEM_RESERVE = 3 * 1024  # barriers, and what the compiler takes for itself
 
 # Fields of an item.
-ROW, TOKEN, COUNT, POSITION, START, KV_LEN, FIRST, END = range(8)
-FIELDS = 8
+ROW, TOKEN, COUNT, POSITION, START, KV_LEN, FIRST, END, QUERIES, NEW = range(10)
+FIELDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,11 @@ class Shape:
         return ROWS // self.group
 
     @property
+    def tile_rows(self) -> int:
+        """Rows from one tile of queries of a row to its next."""
+        return up_to(self.tile * self.group, TILE)
+
+    @property
     def pieces(self) -> int:
         """Copies that fill K or V of a stage: one for each page."""
         return max(self.block // self.page_size, 1)
@@ -81,7 +87,12 @@ class Shape:
     @property
     def query_rows(self) -> int:
         """Rows of the queries that a decode warpgroup loads: whole tiles of shared memory."""
-        return -(-self.group // 8) * 8
+        return up_to(self.group, TILE)
+
+
+def up_to(size: Any, multiple: int) -> Any:
+    """The next multiple, of a number or of an array of them."""
+    return (size + multiple - 1) // multiple * multiple
 
 
 def shape_of(
@@ -163,8 +174,10 @@ class Work(NamedTuple):
 
     prompts: Int[jax.Array, "prompt_items fields"]
     splits: Int[jax.Array, "split_items fields"]  # COUNT is the number of the row's splits
-    counts: Int[jax.Array, "4"]  # prompt items, split items, prompt items · heads, …
+    counts: Int[jax.Array, "4"]  # of items over all heads: prompts, splits; visits, those of two
     row_splits: Int[jax.Array, "rows 4"]  # first item, number, token, 0
+    queries: Int[jax.Array, " query_rows"]  # token · group + head in the group, of every row
+    new: Int[jax.Array, " new_rows"] | None  # token whose K and V stand in a row, for prompts
 
 
 def _spread(counts: jax.Array, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -200,24 +213,78 @@ def work_of(batch: RaggedBatch, shape: Shape, *, prompts: bool) -> Work:
         FIRST: begin_seen // shape.block,
         END: (end + shape.block - 1) // shape.block,
     }
+    query_base, queries = _query_rows(batch, shape, live, prompts=prompts)
+    splits |= {QUERIES: query_base[row], NEW: 0 * row}
     row_splits = jnp.stack([starts, number, batch.q_starts, jnp.zeros_like(starts)], axis=1)
-    tiles = _no_items(1)
-    num_tiles = jnp.int32(0)
+    tiles, num_tiles, new = _no_items(1), jnp.int32(0), None
     if prompts:
-        tiles, num_tiles = _tiles(batch, shape, live & (index >= batch.num_decode))
-    num_splits = jnp.sum(number)
-    counts = jnp.stack(
-        [num_tiles, num_splits, num_tiles * shape.kv_heads, num_splits * shape.kv_heads]
-    )
-    return Work(_table(tiles), _table(splits), counts.astype(jnp.int32), row_splits)
+        prompt = live & (index >= batch.num_decode) & (index < batch.num_rows)
+        new_base, new = _new_rows(batch, shape, prompt)
+        tiles, num_tiles = _tiles(batch, shape, prompt, query_base, new_base)
+    counts = _counts(num_tiles * shape.kv_heads, jnp.sum(number) * shape.kv_heads, shape.blocks)
+    return Work(_table(tiles), _table(splits), counts, row_splits, queries, new)
+
+
+def _counts(prompts: jax.Array, splits: jax.Array, blocks: int) -> jax.Array:
+    """As `Work` has them. A visit takes two splits, or one where there are thread blocks enough."""
+    visits = jnp.minimum(splits, jnp.maximum((splits + 1) // 2, blocks - prompts))
+    return jnp.stack([prompts, splits, visits, splits - visits]).astype(jnp.int32)
+
+
+def _query_rows(
+    batch: RaggedBatch, shape: Shape, live: jax.Array, *, prompts: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Where the queries of each row begin, and what stands in each place.
+
+    Every row and every tile of it begin at a multiple of `TILE`. What stands between them and
+    after them is read with them, and its results are not stored.
+    """
+    rows, tokens = shape.rows, shape.tokens
+    whole, rest = batch.q_lens // shape.tile, batch.q_lens % shape.tile
+    sizes = whole * shape.tile_rows + up_to(rest * shape.group, TILE)
+    most = rows * shape.query_rows
+    if prompts:
+        most = -(-tokens * shape.tile_rows // shape.tile) + (TILE - 1) * min(rows, tokens)
+    octets = jnp.where(live, sizes, 0).astype(jnp.int32) // TILE
+    row, place, starts = _spread(octets, up_to(most, TILE) // TILE + 2 * ROWS // TILE)
+    inside = _octet(place)
+    tile, inside = inside // shape.tile_rows, inside % shape.tile_rows
+    token = batch.q_starts[row][:, None] + tile * shape.tile + inside // shape.group
+    token = jnp.clip(token, 0, tokens - 1)
+    return TILE * starts, (token * shape.group + inside % shape.group).reshape(-1)
+
+
+def _octet(place: jax.Array) -> jax.Array:
+    """[n] as [n, 8]: the rows of each."""
+    return TILE * place[:, None] + jnp.arange(TILE, dtype=jnp.int32)[None, :]
+
+
+def _new_rows(batch: RaggedBatch, shape: Shape, prompt: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where position 0 of a prompt row would be among new K and V, and the token in each place.
+
+    Positions of a row stand at their own remainder by `TILE`, so that its blocks begin at
+    multiples of it. A block before and after, for what is read beyond the row's chunk.
+    """
+    start = batch.kv_lens - batch.q_lens
+    before = start % TILE
+    octets = jnp.where(prompt, up_to(before + batch.q_lens, TILE), 0).astype(jnp.int32) // TILE
+    most = shape.tokens + 2 * (TILE - 1) * min(shape.rows, shape.tokens)
+    row, place, starts = _spread(octets, up_to(most, TILE) // TILE)
+    token = (batch.q_starts - before)[row][:, None] + _octet(place)
+    token = jnp.clip(token, 0, shape.tokens - 1).reshape(-1)
+    around = (shape.block, shape.block)
+    return shape.block + TILE * starts - (start - before), jnp.pad(token, around)
 
 
 def _tiles(
-    batch: RaggedBatch, shape: Shape, prompt: jax.Array
+    batch: RaggedBatch,
+    shape: Shape,
+    prompt: jax.Array,
+    query_base: jax.Array,
+    new_base: jax.Array,
 ) -> tuple[dict[int, jax.Array], jax.Array]:
     """Pairs of tiles of prompt rows, one for each compute warpgroup."""
     size = 2 * shape.tile
-    prompt &= jnp.arange(shape.rows) < batch.num_rows
     number = jnp.where(prompt, (batch.q_lens + size - 1) // size, 0).astype(jnp.int32)
     row, place, _ = _spread(number, shape.tokens // size + shape.rows)
     offset = (number[row] - 1 - place) * size
@@ -235,6 +302,8 @@ def _tiles(
         KV_LEN: kv_len,
         FIRST: seen_from // shape.block,
         END: (position + count + shape.block - 1) // shape.block,
+        QUERIES: query_base[row] + offset // shape.tile * shape.tile_rows,
+        NEW: new_base[row],
     }
     return items, jnp.sum(number)
 

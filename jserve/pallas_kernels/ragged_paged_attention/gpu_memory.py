@@ -15,7 +15,9 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_items import (
     END,
     FIRST,
     KV_LEN,
+    NEW,
     POSITION,
+    QUERIES,
     ROW,
     ROWS,
     START,
@@ -38,9 +40,11 @@ class Memory(NamedTuple):
     table: Ref
     write_pages: Ref
     write_offsets: Ref
-    q: Ref  # [kv_heads, tokens · group, head_dim]
-    k: Ref  # [block + tokens + block, kv_heads, head_dim]
+    q: Ref  # [kv_heads, query rows, head_dim], tiles at multiples of 8 rows
+    k: Ref  # [tokens, kv_heads, head_dim]
     v: Ref
+    new_k: Ref  # [new rows, kv_heads, head_dim], of prompts, blocks at multiples of 8 rows
+    new_v: Ref
     fresh_k: Ref  # [decode tokens, kv_heads, head_dim], rounded to the type of pages
     fresh_v: Ref
     pages: Ref  # [pages · 2 · kv_heads, page_size, head_dim]
@@ -113,6 +117,8 @@ class Tile(NamedTuple):
     kv_len: jax.Array
     first: jax.Array
     end: jax.Array
+    queries: jax.Array  # row where the first tile's begin
+    new: jax.Array  # row where position 0 would be among new K and V
 
     @property
     def blocks(self) -> jax.Array:
@@ -131,7 +137,7 @@ class Tile(NamedTuple):
 
 
 def _read(items: Ref, index: jax.Array, head: jax.Array) -> Tile:
-    fields = (ROW, TOKEN, COUNT, POSITION, START, KV_LEN, FIRST, END)
+    fields = (ROW, TOKEN, COUNT, POSITION, START, KV_LEN, FIRST, END, QUERIES, NEW)
     row, *rest = (items[index, field] for field in fields)
     return Tile(row, head, *rest)
 
@@ -142,11 +148,14 @@ def prompt_item(memory: Memory, shape: Shape, item: jax.Array) -> Tile:
     return _read(memory.prompts, lax.div(item, heads), lax.rem(item, heads))
 
 
-def split_item(memory: Memory, shape: Shape, item: jax.Array) -> tuple[Tile, jax.Array]:
-    """A split and its place in the list; without blocks where the list has ended."""
-    heads = jnp.int32(shape.kv_heads)
-    live = item < memory.counts[3]
-    index = lax.div(jnp.where(live, item, 0), heads)
+def split_item(
+    memory: Memory, shape: Shape, visit: jax.Array, group: jax.Array | int
+) -> tuple[Tile, jax.Array]:
+    """A warpgroup's split of a visit and its place in the list; maybe one without blocks."""
+    heads, twos = jnp.int32(shape.kv_heads), memory.counts[3]
+    live = (group == 0) | (visit < twos)
+    item = visit + jnp.minimum(visit, twos) + jnp.where(live, group, 0)
+    index = lax.div(item, heads)
     tile = _read(memory.splits, index, lax.rem(item, heads))
     return tile._replace(end=jnp.where(live, tile.end, tile.first)), index
 
@@ -158,9 +167,8 @@ def each_item(
     decode: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
     """Walks this thread block's items, long ones first; carries the number of stages used."""
-    num_prompts = memory.counts[2] if prompt is not None else jnp.int32(0)
-    pairs = lax.div(memory.counts[3] + 1, jnp.int32(2))
-    total = num_prompts + pairs
+    num_prompts = memory.counts[0] if prompt is not None else jnp.int32(0)
+    total = num_prompts + memory.counts[2]
     here, blocks = lax.axis_index("block"), jnp.int32(shape.blocks)
     rounds = lax.div(total, blocks)
 

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jserve.pallas_kernels.ragged_paged_attention.gpu_items import ROWS, Shape
+from jserve.pallas_kernels.ragged_paged_attention.gpu_items import ROWS, TILE, Shape
 from jserve.pallas_kernels.ragged_paged_attention.gpu_memory import (
     Memory,
     Ref,
@@ -157,7 +157,7 @@ def _widened_prompt_block(
 
 
 def _prompt_queries(memory: Memory, shape: Shape, group: jax.Array, tile: Tile) -> None:
-    row = (tile.token + group * shape.tile) * shape.group
+    row = pl.multiple_of(tile.queries + group * shape.tile_rows, TILE)
     plgpu.copy_gmem_to_smem(
         memory.q.at[tile.head, pl.ds(row, ROWS)],
         memory.queries.at[group],
