@@ -20,10 +20,25 @@ class Backend(enum.Enum):
     GPU = "gpu"  # likewise, on Hopper
 
 
-# What attention on Hopper knows: wgmma, and tiles that fit its shared memory.
-_HOPPER = ("NVIDIA H100", "NVIDIA H200", "NVIDIA H800", "NVIDIA H20", "NVIDIA GH200")
+# Hopper GPUs as JAX names them, or as their names begin, and their multiprocessors. What the
+# kernels need of them: wgmma, and tiles that fit their shared memory.
+_HOPPER = {
+    "NVIDIA H100": 132,
+    "NVIDIA H100 PCIe": 114,
+    "NVIDIA H200": 132,
+    "NVIDIA H800": 132,
+    "NVIDIA H800 PCIe": 114,
+    "NVIDIA H20": 78,
+    "NVIDIA GH200": 132,
+}
 GPU_HEAD_DIMS = (64, 128, 256)
 GPU_PAGE_SIZES = (64, 128)
+
+
+def hopper_multiprocessors(device_kind: str) -> int | None:
+    """Of a Hopper GPU that JAX names so, by the longest name that fits; None of any other."""
+    names = [name for name in _HOPPER if device_kind.startswith(name)]
+    return _HOPPER[max(names, key=len)] if names else None
 
 
 def backend_for(
@@ -62,7 +77,7 @@ def backend_for(
 def _gpu_misses(dtype: jnp.dtype, device_kind: str, head_dim: int, page_size: int) -> list[str]:
     """Why the kernel for Hopper cannot run, in words."""
     missing = []
-    if not device_kind.startswith(_HOPPER):
+    if hopper_multiprocessors(device_kind) is None:
         missing.append(f"the kernel needs a Hopper GPU, not {device_kind or 'an unknown one'}")
     if dtype != jnp.bfloat16:
         missing.append(f"it computes in bfloat16, the model in {dtype}")

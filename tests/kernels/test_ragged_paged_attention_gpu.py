@@ -24,8 +24,12 @@ from jserve.pallas_kernels.backend import (
 from jserve.pallas_kernels.ragged_paged_attention import gpu
 from jserve.pallas_kernels.ragged_paged_attention.cases import CASES, Case
 from jserve.pallas_kernels.ragged_paged_attention.dispatch import ragged_paged_attention
-from jserve.pallas_kernels.ragged_paged_attention.gpu_blocks import blocks_for, kind_in_use
-from jserve.pallas_kernels.ragged_paged_attention.gpu_items import shape_of
+from jserve.pallas_kernels.ragged_paged_attention.gpu_blocks import (
+    blocks_for,
+    blocks_in_use,
+    blocks_on,
+)
+from jserve.pallas_kernels.ragged_paged_attention.gpu_items import shape_of, visits_of
 from tests.kernels.attention_problem import Problem
 from tests.kernels.gpu_interpreter import interpreted
 
@@ -200,6 +204,15 @@ def test_a_hopper_is_served_by_this_kernel(caplog: pytest.LogCaptureFixture) -> 
     for platform in ("gpu", "cuda"):
         for kind in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"):
             assert backend_for(platform, bfloat16, 4, device_kind=kind) is Backend.GPU
+    sizes = (("H100 PCIe", 114), ("H800", 132), ("H20", 78), ("H200", 132), ("GH200 480GB", 132))
+    for name, blocks in sizes:
+        kind = f"NVIDIA {name}"
+        assert backend_for("gpu", bfloat16, device_kind=kind) is Backend.GPU
+        assert blocks_on("gpu", kind).thread_blocks == blocks
+        assert blocks_on("gpu", kind, 99).thread_blocks == 99
+        assert blocks_on("gpu", kind).head_dims == blocks_for("hopper").head_dims
+    with pytest.raises(ValueError, match="NVIDIA A100"):
+        blocks_on("gpu", "NVIDIA A100")
     with caplog.at_level(logging.WARNING):
         ampere = backend_for("gpu", jnp.dtype(jnp.float32), device_kind="NVIDIA A100", head_dim=96)
     assert ampere is Backend.CPU
@@ -215,6 +228,14 @@ def test_shared_memory_holds_every_shape() -> None:
             pages = jax.ShapeDtypeStruct((9, 2, heads, page_size, head_dim), jnp.bfloat16)
             shape = shape_of(q, pages, batch, 0, blocks_for("hopper"))
             assert shape.stages >= 2
+
+
+def test_each_split_is_visited_once_and_no_thread_block_idles_for_want_of_one() -> None:
+    for prompts, splits, visits in ((0, 0, 0), (0, 16, 16), (0, 150, 132), (0, 301, 151)):
+        counts = visits_of(jnp.int32(prompts), jnp.int32(splits), 132)
+        assert counts.tolist() == [prompts, splits, visits, splits - visits]
+    assert visits_of(jnp.int32(130), jnp.int32(9), 132).tolist() == [130, 9, 5, 4]
+    assert visits_of(jnp.int32(128), jnp.int32(5), 132).tolist() == [128, 5, 4, 1]
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -233,4 +254,4 @@ def test_what_does_not_fit_is_refused() -> None:
         attend(q[:, :, :32], k, v, pages[..., :32], batch)
     with pytest.raises(ValueError, match="no GPU kind 'gpu'"):
         attend(q, k, v, pages, batch, kind="gpu")
-    assert kind_in_use() == "other"
+    assert blocks_in_use() == blocks_for("other")

@@ -13,7 +13,12 @@ What came before the chunk is read from pages, its own K and V from the arrays, 
 block waits for the pages that another writes; the block in which the chunk starts is put
 together in shared memory. Decode rows: an item is two splits of the contexts (of one row or of
 two), one for each warpgroup; the blocks of the two alternate in the stages, and the new token is
-put into the last block. Rows of more than one split are combined by a second, small launch.
+put into the last block. Where there are thread blocks enough, an item is one split. Rows of more
+than one split are combined by a second, small launch.
+
+TMA fills tiled shared memory by whole tiles of 8 rows and leaves zeros where a copy begins inside
+one. So queries and a chunk's own K and V are gathered first, by XLA, each tile and each block at a
+multiple of 8 rows.
 
 A warpgroup's tile has 64 rows: the query heads of a KV head for as many tokens as fit. Decode
 rows leave most of them unused: the memory, not the tensor cores, sets their pace.
@@ -35,7 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jserve.pallas_kernels.gpu_launch import gpu_kernel
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
-from jserve.pallas_kernels.ragged_paged_attention.gpu_blocks import blocks_for, kind_in_use
+from jserve.pallas_kernels.ragged_paged_attention.gpu_blocks import blocks_for, blocks_in_use
 from jserve.pallas_kernels.ragged_paged_attention.gpu_combine import combine
 from jserve.pallas_kernels.ragged_paged_attention.gpu_copies import load_items, write_new
 from jserve.pallas_kernels.ragged_paged_attention.gpu_decode import compute_decode
@@ -115,7 +120,7 @@ def ragged_paged_attention(
     Queries are bfloat16, pages bfloat16 or float8_e4m3fn, of 64 or 128 tokens; head_dim is 64,
     128 or 256. Padding is not written at all.
     """
-    shape = shape_of(q, pages, batch, window, blocks_for(kind or kind_in_use()))
+    shape = shape_of(q, pages, batch, window, blocks_for(kind) if kind else blocks_in_use())
     work: Work = work_of(batch, shape, prompts=prompts)
     part_heads = -(-q.shape[1] // 8) * 8
     flat = jax.new_ref(pages.reshape(-1, shape.page_size, shape.head_dim), memory_space=plgpu.GMEM)

@@ -3,6 +3,7 @@
 They are chosen from the sizes of shared memory and register files, not measured yet.
 """
 
+import dataclasses
 import functools
 import json
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import jax
 
+from jserve.pallas_kernels.backend import hopper_multiprocessors
+
+HOPPER = "hopper"
 OTHER = "other"  # the interpreter runs it: few thread blocks, short splits
-_KINDS = {"NVIDIA H100": "hopper", "NVIDIA H200": "hopper", "NVIDIA GH200": "hopper"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,27 @@ def blocks_for(kind: str) -> Blocks:
     return table[kind]
 
 
-def kind_in_use() -> str:
-    """The kind that the current mesh is made of, or else the one JAX runs on.
+def blocks_in_use() -> Blocks:
+    """The sizes for the current mesh, or else for what JAX runs on; see `blocks_on`.
 
     A mesh counts first: a program may be compiled for a GPU where there is none.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = device.device_kind if device is not None else jax.devices()[0].device_kind
-    return next((kind for prefix, kind in _KINDS.items() if name.startswith(prefix)), OTHER)
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    if target is not None:
+        return blocks_on(target.platform, target.device_kind, target.num_cores)
+    here = jax.devices()[0]
+    return blocks_on(here.platform, here.device_kind, getattr(here, "core_count", None))
+
+
+def blocks_on(platform: str, device_kind: str, multiprocessors: int | None = None) -> Blocks:
+    """The sizes for a device, with a thread block for each multiprocessor.
+
+    Where their number is None, it is that of its kind. Raises ValueError for a GPU that is no
+    Hopper; on anything else the interpreter runs the kernel.
+    """
+    known = hopper_multiprocessors(device_kind)
+    if known is not None:
+        return dataclasses.replace(blocks_for(HOPPER), thread_blocks=multiprocessors or known)
+    if platform in ("gpu", "cuda", "rocm"):
+        raise ValueError(f"the attention kernel needs a Hopper GPU, not {device_kind!r}")
+    return blocks_for(OTHER)
