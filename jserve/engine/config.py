@@ -29,9 +29,8 @@ class EngineConfig:
     page_size: int = 16  # tokens a page; 16 on CPU, 64-128 on GPU, 128 on TPU
     num_pages: int = 0  # 0: what kv_bytes holds
     kv_dtype: str = ""  # of K and V in pages: float32, bfloat16, float8_e4m3fn; empty: the model's
-    kv_scale: float = (
-        1.0  # of 8-bit K and V; a power of two, larger if K exceed ±448 (Qwen 2's may)
-    )
+    # What 8-bit K and V are divided by: a power of two, larger if K exceed ±448 (Qwen 2's may).
+    kv_scale: float = 1.0
     kv_bytes: int = 1 << 30  # KV memory; on accelerators 0 takes what the programs leave
     mixed_tokens: tuple[int, ...] = (128,)  # sizes of the ragged programs
     window_rows: tuple[int, ...] = (4, 32)  # sizes of the decode programs; the last: all slots

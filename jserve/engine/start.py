@@ -19,6 +19,7 @@ from jserve.model.formats.tensor_source import Progress
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh, param_shardings, vocab_axes
 from jserve.pallas_kernels.backend import backend_for
+from jserve.pallas_kernels.ragged_paged_attention.dispatch import backend_of_pages
 from jserve.scheduler.config import SchedulerConfig
 
 _log = logging.getLogger(__name__)
@@ -52,6 +53,9 @@ def start_engine(
         head_dim=spec.head_dim,
         page_size=config.page_size,
     )
+    kv_dtype = jnp.dtype(config.kv_dtype or dtype)
+    if backend_of_pages(backend, kv_dtype) is not backend:
+        _log.warning("the native attention does not read %s pages; XLA's loops do", kv_dtype)
     model = Model(spec, dtype, backend, model_config.quantization, mesh)
     for name, shape in list(model.weights_without_kernel().items())[:1]:
         _log.warning(
