@@ -117,7 +117,12 @@ def _everything_printed(path: Path) -> Iterator[None]:
 
 _REGISTERS = re.compile(r"ptxas info\s+: Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-_SMEM = re.compile(r"call ptr @mosaic_gpu_get_function\(ptr \S+, ptr \S+, i32 (\d+), i32 \d+\)")
+# What loads a kernel has its shared memory as an argument; from JAX 0.11 on what launches it, after
+# the grid, the cluster and the block.
+_SMEM = re.compile(
+    r"call (?:ptr @mosaic_gpu_get_function\(ptr \S+, ptr \S+|"
+    r"i32 @mosaic_gpu_launch_kernel\(ptr \S+(?:, i32 \d+){9}), i32 (\d+), i32 \d+"
+)
 _THUNK = re.compile(r"^( *)\d+: (k\w+)")
 
 
