@@ -12,6 +12,9 @@ compiler makes a copy in every call, all experts of it. The stacks that come her
 views of arrays laid out so (see `dispatch.wants_inputs_first`), and experts are better spread
 over devices whole than cut below 128 outputs. Codes of int8 go into the launch as they are; of
 fp8 the compiler would make floats first, of all experts, so there are no such experts.
+
+It also wants rows in whole tiles of 8: of any other number of rows it multiplies every one by all
+experts, and so reads all of them. Rows of no expert fill the last tile.
 """
 
 from collections.abc import Sequence
@@ -25,21 +28,24 @@ _DIMENSIONS = lax.RaggedDotDimensionNumbers(
     lhs_ragged_dimensions=(0,),
     rhs_group_dimensions=(0,),
 )
+_SUBLANES = 8
 
 
 def grouped_matmul(
     x: jax.Array, weights: Sequence[jax.Array], group_sizes: jax.Array
 ) -> tuple[jax.Array, ...]:
     """See `dispatch`."""
+    rows = x.shape[0]
+    whole = jnp.pad(x, ((0, -rows % _SUBLANES), (0, 0)))
     return tuple(
         lax.ragged_dot_general(
-            x,
+            whole,
             weight,
             group_sizes,
             _DIMENSIONS,
             # Float32 means float32, on the matrix units too.
             precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
             preferred_element_type=jnp.float32,
-        )
+        )[:rows]
         for weight in weights
     )
