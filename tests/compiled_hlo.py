@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ _OP = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = \(?(\w+)\[([\d,]*)\](\{[^}]*\})?
 _CALLED = re.compile(r"calls=%?([\w.\-]+)")
 # Memory space 1 is on the chip: what is fetched there is read once, as it must be.
 _ON_CHIP = re.compile(r"S\(1\)")
+_VIEWS = {"parameter", "bitcast", "get-tuple-element", "tuple"}  # write nothing
 _COPYING = {"copy", "copy-start", "copy-done", "transpose", "all-gather", "all-gather-start"}
 
 
@@ -33,7 +34,7 @@ class Op(NamedTuple):
 
 
 def operations(text: str) -> Iterator[Op]:
-    """The operations that write memory; what is inside a fusion does not."""
+    """The operations outside of fusions; what is inside writes no memory."""
     fused = set(_CALLED.findall(text))
     inside = False
     for line in text.splitlines():
@@ -43,6 +44,17 @@ def operations(text: str) -> Iterator[Op]:
             name, dtype, dims, layout, kind = found.groups()
             shape = tuple(int(size) for size in dims.split(",") if size)
             yield Op(name, kind, shape, dtype, bool(_ON_CHIP.search(layout or "")))
+
+
+def written(text: str) -> Iterator[Op]:
+    """The operations that write memory of the device, views and what stays on the chip left out."""
+    return (op for op in operations(text) if op.kind not in _VIEWS and not op.on_chip)
+
+
+def writes_of(text: str, shapes: Iterable[Sequence[int]]) -> list[Op]:
+    """What writes an array of one of these shapes, in any layout and of any dtype."""
+    watched = {tuple(sorted(shape)) for shape in shapes}
+    return [op for op in written(text) if tuple(sorted(op.shape)) in watched]
 
 
 def copies_of(text: str, leaves: Iterable[jax.ShapeDtypeStruct], least_bytes: int) -> list[Op]:

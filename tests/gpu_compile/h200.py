@@ -15,10 +15,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tests.compiled_hlo import Op, operations
+from tests.compiled_hlo import Op, written
 
 _COPYING = {"copy", "copy-start", "transpose"}
-_VIEWS = {"parameter", "bitcast", "get-tuple-element", "tuple"}  # write nothing
 
 # XLA's GpuTargetConfigProto: what it would ask an H200's driver. Without versions of the driver
 # and of CUDA it takes them to be too old to capture custom calls in command buffers.
@@ -176,7 +175,7 @@ def compile_program(program: Program) -> Compiled:
         captured=captured,
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
-        written=tuple(op for op in operations(text) if op.kind not in _VIEWS),
+        written=tuple(written(text)),
         seconds=round(time.perf_counter() - started, 1),
     )
 
