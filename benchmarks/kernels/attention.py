@@ -6,8 +6,9 @@
 
 `decode`: every slot has one new token; GB/s are bytes of K and V read and written over time.
 `prompt`: one chunk after so many tokens; TFLOP/s count the keys that each query may see.
-`mixed`: such a chunk beside the largest number of decoding slots. One launch a layer; times are
-of one layer, medians of the turns. Prints one table for each kind, one JSON line.
+`mixed`: such a chunk beside the largest number of decoding slots. Times are of one layer, medians
+of the turns. The kernels that come with JAX are measured beside ours on what they can do (see
+`libraries.py`): they only read K and V. Prints one table, one JSON line.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.engine import ceilings
-from benchmarks.kernels.chained_attention import Heads, time_attention
+from benchmarks.kernels.chained_attention import Heads, Lengths, time_attention, time_library
+from benchmarks.kernels.libraries import FAILURES, AttentionLibrary, attention_libraries
 from benchmarks.serving import report
 from jserve.pallas_kernels.backend import Backend, backend_for
 
@@ -29,7 +31,7 @@ class Cell:
     """One shape on one backend."""
 
     kind: str
-    backend: str
+    backend: str  # or a library
     slots: int
     context: int
     chunk: int
@@ -64,7 +66,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def kv_bytes(heads: Heads, lengths: list[tuple[int, int]]) -> int:
+def kv_bytes(heads: Heads, lengths: Lengths) -> int:
     """Bytes of K and V that one layer must read, and of new ones that it must write."""
     window = heads.windows[0] or max(before + new for before, new in lengths)
     read = sum(min(before + new, window + new - 1) for before, new in lengths)
@@ -72,7 +74,7 @@ def kv_bytes(heads: Heads, lengths: list[tuple[int, int]]) -> int:
     return token * (read + sum(new for _, new in lengths))
 
 
-def operations(heads: Heads, lengths: list[tuple[int, int]]) -> int:
+def operations(heads: Heads, lengths: Lengths) -> int:
     """Multiplications and additions of one layer: q·k and p·v of each key that a query sees."""
     seen = 0
     for before, new in lengths:
@@ -107,19 +109,28 @@ def measure(arguments: argparse.Namespace, best: ceilings.Ceilings) -> list[Cell
         jnp.dtype(arguments.kv_dtype or dtype),
         (arguments.window,) * arguments.layers,
     )
-    names = arguments.backends or dict.fromkeys(
-        (backend_for(jax.default_backend(), dtype).value, Backend.CPU.value)
-    )
-    most_gib = arguments.most_gib or (72 if jax.default_backend() == "gpu" else 4)
+    platform = jax.default_backend()
+    best_backend = backend_for(platform, dtype)
+    names = arguments.backends or dict.fromkeys((best_backend.value, Backend.CPU.value))
+    most_gib = arguments.most_gib or (72 if platform == "gpu" else 4)
     found: list[Cell] = []
     for kind, slots, context, chunk in cells(arguments):
         lengths = [(context, 1)] * slots + ([(context, chunk)] if chunk else [])
         if arguments.layers * kv_bytes(heads, lengths) > most_gib * 2**30:
             print(f"left out, above --most_gib: {kind}, {slots} slots of {context} tokens")
             continue
-        for name in names:
-            ms = time_attention(heads, lengths, Backend(name), arguments.turns)
-            seconds = ms / 1e3 / arguments.layers
+        ms = {
+            name: time_attention(heads, lengths, Backend(name), arguments.turns) for name in names
+        }
+        for library in _libraries(platform, heads, lengths):
+            try:
+                ms[library.name] = time_library(
+                    heads, lengths, best_backend, library, arguments.turns
+                )
+            except FAILURES as error:
+                print(f"{library.name}, {kind}, {slots} slots of {context}: {error}")
+        for name, taken in ms.items():
+            seconds = taken / 1e3 / arguments.layers
             found.append(
                 Cell(
                     kind,
@@ -133,6 +144,13 @@ def measure(arguments: argparse.Namespace, best: ceilings.Ceilings) -> list[Cell
                 )
             )
     return found
+
+
+def _libraries(platform: str, heads: Heads, lengths: Lengths) -> tuple[AttentionLibrary, ...]:
+    """None takes other dtypes than bfloat16."""
+    if {heads.dtype, heads.kv_dtype} != {jnp.dtype(jnp.bfloat16)}:
+        return ()
+    return attention_libraries(platform, heads.head_dim, heads.windows[0], lengths)
 
 
 def show(found: list[Cell], best: ceilings.Ceilings) -> None:

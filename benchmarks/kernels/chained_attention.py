@@ -1,20 +1,24 @@
 """Attention layers one after the other, each over pages of its own: caches as cold as in a step."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.kernels.libraries import AttentionLibrary, agree
 from jserve.pallas_kernels.backend import Backend
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch, make_ragged_batch
 from jserve.pallas_kernels.ragged_paged_attention.dispatch import (
     kv_pages_shape,
     ragged_paged_attention,
 )
+
+Lengths = list[tuple[int, int]]  # of each row: tokens before, new ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,32 +45,19 @@ def median_ms(run: Callable[[], Any], turns: int) -> float:
     return float(np.median(seconds)) * 1e3
 
 
-def time_attention(
-    heads: Heads, lengths: list[tuple[int, int]], backend: Backend, turns: int
-) -> float:
-    """Milliseconds of all layers, for rows of (tokens before, new tokens)."""
-    batch, num_pages = _batch(lengths, heads.page_size)
-    shape = kv_pages_shape(num_pages, heads.page_size, heads.kv_heads, heads.head_dim)
-    fill = jax.jit(
-        lambda key: jax.random.normal(key, shape, jnp.float32).astype(heads.kv_dtype),
+def time_attention(heads: Heads, lengths: Lengths, backend: Backend, turns: int) -> float:
+    """Milliseconds of all layers."""
+    problem = _problem(heads, lengths)
+    pages = [problem.fill(i) for i in range(len(heads.windows))]
+    ours = functools.partial(
+        ragged_paged_attention, prompts=any(new > 1 for _, new in lengths), backend=backend
     )
-    pages = [fill(key) for key in jax.random.split(jax.random.key(0), len(heads.windows))]
-    tokens = len(batch.write_pages)
-    rng = np.random.default_rng(1)
-    q, k, v = (
-        jnp.asarray(rng.normal(size=(tokens, count, heads.head_dim)), heads.dtype)
-        for count in (heads.q_heads, heads.kv_heads, heads.kv_heads)
-    )
-    q = q * heads.head_dim**-0.5
-    prompts = any(new > 1 for _, new in lengths)
 
     def attend(q: jax.Array, pages: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
         done: list[jax.Array] = []
         for window, layer in zip(heads.windows, pages, strict=True):
-            out, layer = ragged_paged_attention(
-                q, k, v, layer, batch, window=window, prompts=prompts, backend=backend
-            )
-            q = (q + 1e-3 * out).astype(q.dtype)  # one layer after the other
+            out, layer = ours(q, problem.k, problem.v, layer, problem.batch, window=window)
+            q = _next(q, out)
             done.append(layer)
         return q, done
 
@@ -74,13 +65,77 @@ def time_attention(
 
     def run() -> jax.Array:
         nonlocal pages
-        out, pages = step(q, pages)
+        out, pages = step(problem.q, pages)
         return out
 
     return median_ms(run, turns)
 
 
-def _batch(lengths: list[tuple[int, int]], page_size: int) -> tuple[RaggedBatch, int]:
+def time_library(
+    heads: Heads, lengths: Lengths, backend: Backend, library: AttentionLibrary, turns: int
+) -> float:
+    """Milliseconds of all layers with someone else's kernel, over K and V that `backend` wrote.
+
+    Raises ValueError where it does not find what `backend` does.
+    """
+    problem = _problem(heads, lengths)
+    most = max(before + new for before, new in lengths)
+    write = jax.jit(
+        functools.partial(
+            ragged_paged_attention,
+            window=heads.windows[0],
+            prompts=any(new > 1 for _, new in lengths),
+            backend=backend,
+        ),
+        donate_argnums=3,
+    )
+    lay_out = jax.jit(lambda pages: library.lay_out(pages, problem.batch, most))
+    layers: list[Any] = []
+    for i in range(len(heads.windows)):
+        out, pages = write(problem.q, problem.k, problem.v, problem.fill(i), problem.batch)
+        layers.append(lay_out(pages))
+        if i == 0 and not agree(library.attend(problem.q, layers[0], problem.batch), out):
+            raise ValueError(f"{library.name} does not agree with {backend}")
+        del pages
+
+    def attend(q: jax.Array, layers: list[Any]) -> jax.Array:
+        for layer in layers:
+            q = _next(q, library.attend(q, layer, problem.batch))
+        return q
+
+    return median_ms(functools.partial(jax.jit(attend), problem.q, layers), turns)
+
+
+def _next(q: jax.Array, out: jax.Array) -> jax.Array:
+    """What the next layer asks, so that it waits for this one."""
+    return (q + 1e-3 * out).astype(q.dtype)
+
+
+class _Problem(NamedTuple):
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    batch: RaggedBatch
+    fill: Callable[[int], jax.Array]  # pages of a layer
+
+
+def _problem(heads: Heads, lengths: Lengths) -> _Problem:
+    batch, num_pages = _batch(lengths, heads.page_size)
+    shape = kv_pages_shape(num_pages, heads.page_size, heads.kv_heads, heads.head_dim)
+    fill = jax.jit(
+        lambda seed: jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(
+            heads.kv_dtype
+        )
+    )
+    rng = np.random.default_rng(1)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(len(batch.write_pages), count, heads.head_dim)), heads.dtype)
+        for count in (heads.q_heads, heads.kv_heads, heads.kv_heads)
+    )
+    return _Problem(q * heads.head_dim**-0.5, k, v, batch, fill)
+
+
+def _batch(lengths: Lengths, page_size: int) -> tuple[RaggedBatch, int]:
     """The rows, decode rows first, their pages shuffled, and how many pages there are."""
     lengths = sorted(lengths, key=lambda length: length[1] > 1)
     totals = np.array([context + new for context, new in lengths])

@@ -5,14 +5,16 @@
     python -m benchmarks.kernels.products --only "llama_8b o, 8 rows" --weights_mib 64 --turns 3
 
 The shapes are `MODEL_CASES` of the two ops; backend `cpu` is XLA's code, which makes floats of
-weights first. A program multiplies by several weights one after the other, so that none is still
-in a cache; times are of one call, medians of the turns. Bytes are those of the weights that are
-needed, rows and products. Prints one table, one JSON line.
+weights first. Beside them: XLA with weights in bfloat16, and kernels that come with JAX (see
+`libraries.py`), their shares counted as if they moved our bytes. A program multiplies by several
+weights one after the other, so that none is still in a cache; times are of one call, medians of
+the turns. Bytes are those of the weights that are needed, rows and products. Prints one
+table, one JSON line.
 """
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,11 +23,19 @@ import jax.numpy as jnp
 
 from benchmarks.engine import ceilings
 from benchmarks.kernels.chained_attention import median_ms
+from benchmarks.kernels.libraries import (
+    FAILURES,
+    ProductLibrary,
+    agree,
+    expert_libraries,
+    product_libraries,
+)
 from benchmarks.serving import report
 from jserve.pallas_kernels.backend import Backend, backend_for
 from jserve.pallas_kernels.grouped_matmul.cases import MODEL_CASES as GROUPED_CASES
 from jserve.pallas_kernels.grouped_matmul.cases import Case as GroupedCase
 from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
+from jserve.pallas_kernels.matmul.dispatch import wants_panels
 from jserve.pallas_kernels.quantized_matmul.cases import MODEL_CASES, Case
 from jserve.pallas_kernels.quantized_matmul.channels import CODES, ChannelMatrix, ChannelStack
 from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
@@ -53,7 +63,10 @@ class _Problem:
     num_bytes: int  # that must be moved
     operations: int
     make: Callable[[jax.Array], Any]  # weights of one call, from a key
-    call: Callable[[Any, Backend], tuple[jax.Array, ...]]
+    call: Callable[[Backend, Any], tuple[jax.Array, ...]]
+    x: jax.Array
+    libraries: Sequence[ProductLibrary]  # that take these shapes
+    takes: Callable[[Backend], bool]  # weights as `make` makes them
 
 
 def parse() -> argparse.Namespace:
@@ -80,7 +93,7 @@ def _quantized(case: Case, codes: jnp.dtype) -> _Problem:
         scales = [jnp.full(shape[:1], 1e-3, jnp.float32) for shape in shapes]
         return [ChannelMatrix(b.astype(codes), s) for b, s in zip(bits, scales, strict=True)]
 
-    def call(weights: Any, backend: Backend) -> tuple[jax.Array, ...]:
+    def call(backend: Backend, weights: Any) -> tuple[jax.Array, ...]:
         return quantized_matmul(x, weights, backend=backend)
 
     return _Problem(
@@ -90,6 +103,9 @@ def _quantized(case: Case, codes: jnp.dtype) -> _Problem:
         2 * case.rows * case.in_dim * outputs,
         make,
         call,
+        x,
+        product_libraries(jax.default_backend(), codes, case.rows, case.in_dim, case.out_dims),
+        lambda backend: True,
     )
 
 
@@ -107,7 +123,7 @@ def _grouped(case: GroupedCase, dtype: jnp.dtype) -> _Problem:
         scales = [jnp.full(shape[:2], 1e-3, jnp.float32) for shape in shapes]
         return [ChannelStack(b, s) for b, s in zip(bits, scales, strict=True)]
 
-    def call(weights: Any, backend: Backend) -> tuple[jax.Array, ...]:
+    def call(backend: Backend, weights: Any) -> tuple[jax.Array, ...]:
         return grouped_matmul(x, weights, sizes, backend=backend)
 
     return _Problem(
@@ -117,6 +133,9 @@ def _grouped(case: GroupedCase, dtype: jnp.dtype) -> _Problem:
         2 * case.rows * case.in_dim * outputs,
         make,
         call,
+        x,
+        expert_libraries(jax.default_backend(), sizes) if dtype == _DTYPE else (),
+        lambda backend: dtype != _DTYPE or not wants_panels(backend),
     )
 
 
@@ -137,20 +156,31 @@ def measure(arguments: argparse.Namespace, best: ceilings.Ceilings) -> list[Cell
         (_best_backend().value, Backend.CPU.value)  # the second is XLA's own code
     )
     found: list[Cell] = []
+    turns = arguments.turns
     for problem in problems(arguments.only):
         calls = max(arguments.weights_mib * 2**20 // problem.weight_bytes, 1)
+        backends = [backend for backend in map(Backend, names) if problem.takes(backend)]
         weights = [jax.jit(problem.make)(jax.random.key(i)) for i in range(calls)]
-        for name in names:
-            seconds = _seconds(problem, weights, Backend(name), arguments.turns)
-            found.append(
-                Cell(
-                    problem.name,
-                    name,
-                    seconds * 1e6,
-                    problem.num_bytes / seconds / best.bytes_per_s,
-                    problem.operations / seconds / best.operations_per_s,
-                )
+        taken = {
+            backend.value: _seconds(functools.partial(problem.call, backend), weights, turns)
+            for backend in backends
+        }
+        expected = problem.call(backends[0], weights[0])
+        for library in problem.libraries:
+            try:
+                taken[library.name] = _library_seconds(problem, weights, library, expected, turns)
+            except FAILURES as error:
+                print(f"{library.name}, {problem.name}: {error}")
+        found += [
+            Cell(
+                problem.name,
+                name,
+                seconds * 1e6,
+                problem.num_bytes / seconds / best.bytes_per_s,
+                problem.operations / seconds / best.operations_per_s,
             )
+            for name, seconds in taken.items()
+        ]
     return found
 
 
@@ -159,10 +189,29 @@ def _best_backend() -> Backend:
     return backend_for(device.platform, _DTYPE, device_kind=device.device_kind)
 
 
-def _seconds(problem: _Problem, weights: list[Any], backend: Backend, turns: int) -> float:
+def _seconds(call: Callable[[Any], Any], weights: list[Any], turns: int) -> float:
     """Of one call among several in a program."""
-    run = jax.jit(lambda weights: [problem.call(one, backend) for one in weights])
+    run = jax.jit(lambda weights: [call(one) for one in weights])
     return median_ms(functools.partial(run, weights), turns) / 1e3 / len(weights)
+
+
+def _library_seconds(
+    problem: _Problem,
+    weights: list[Any],
+    library: ProductLibrary,
+    expected: tuple[jax.Array, ...],
+    turns: int,
+) -> float:
+    """Likewise. Raises ValueError where the library's products are not ours."""
+    lay_out = jax.jit(library.lay_out)
+    laid_out = [[lay_out(one) for one in call] for call in weights]
+
+    def call(weights: list[Any]) -> list[jax.Array]:
+        return [library.multiply(problem.x, weight) for weight in weights]
+
+    if not agree(call(laid_out[0]), expected):
+        raise ValueError("does not agree with ours")
+    return _seconds(call, laid_out, turns)
 
 
 def show(found: list[Cell], best: ceilings.Ceilings) -> None:

@@ -3,9 +3,9 @@
     python3 -m tests.gpu_check [--out FILE] [--only WORD]
 
 First every kernel against float64; then tables of bandwidth and arithmetic beside ceilings that
-the same run measures, XLA's own code next to ours; then the engine. Each part is a process of its
-own, so one that fails leaves the others. Where there is no Hopper GPU it says
-so and exits with 0: nothing was measured.
+the same run measures, XLA's own code and the kernels of libraries next to ours; then the engine.
+Each part is a process of its own, so one that fails leaves the others. Where there is no Hopper
+GPU it says so and exits with 0: nothing was measured.
 """
 
 import argparse

@@ -1,0 +1,249 @@
+"""Kernels that come with JAX, for the tables beside ours: what each takes, and how it is called.
+
+None does all that ours do: they write no K and V (cuDNN and the causal kernel know no pages
+either), return bfloat16, or take rows in whole tiles. They are timed on what they can do, with
+arrays laid out as they want them, and must agree with ours.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
+from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
+
+# What theirs may raise; it must not end our benchmark. JAX's own errors are of these, too.
+FAILURES = (
+    *(ImportError, AttributeError, AssertionError),
+    *(TypeError, ValueError, NotImplementedError, RuntimeError),
+)
+
+
+class AttentionLibrary(NamedTuple):
+    """Attention over K and V that are there already."""
+
+    name: str
+    # From pages [pages, K|V, kv_heads, page_size, head_dim]; `most` is the longest row's tokens.
+    lay_out: Callable[[jax.Array, RaggedBatch, int], Any]
+    attend: Callable[[jax.Array, Any, RaggedBatch], jax.Array]  # of scaled queries
+
+
+class ProductLibrary(NamedTuple):
+    """Products of rows with one weight, or with a stack of them."""
+
+    name: str
+    lay_out: Callable[[Any], Any]  # from what ours takes
+    multiply: Callable[[jax.Array, Any], jax.Array]
+
+
+def attention_libraries(
+    platform: str, head_dim: int, window: int, lengths: Sequence[tuple[int, int]]
+) -> tuple[AttentionLibrary, ...]:
+    """Those that can attend so in bfloat16; `lengths`: tokens before, new ones of each row."""
+    if platform == "tpu":
+        return (_tpu_ragged(window),) if head_dim % 128 == 0 else ()
+    if platform != "gpu" or window:
+        return ()
+    if all(new == 1 for _, new in lengths):
+        return _TRITON, _CUDNN_DECODE
+    (before, new), *others = lengths
+    if others or before or new % 128:
+        return ()
+    return _CUDNN_PROMPT, _MOSAIC_PROMPT
+
+
+def product_libraries(
+    platform: str, codes: jnp.dtype, rows: int, in_dim: int, out_dims: Sequence[int]
+) -> tuple[ProductLibrary, ...]:
+    """Those that can multiply rows of bfloat16 by such weights."""
+    whole = not (rows % 64 or in_dim % 128 or any(out % 128 for out in out_dims))
+    mixed = platform == "gpu" and codes == jnp.int8 and whole
+    return (_PLAIN, _MIXED) if mixed else (_PLAIN,)
+
+
+def expert_libraries(platform: str, sizes: jax.Array) -> tuple[ProductLibrary, ...]:
+    """Those that can multiply by stacks [experts, out, in] of bfloat16."""
+    if platform == "gpu":
+        return _ragged(sizes), _mosaic_ragged(sizes)
+    return (_megablox(sizes),) if platform == "tpu" else (_ragged(sizes),)
+
+
+def _of_jax(name: str) -> ModuleType:
+    """An experimental module of Pallas: imported when it is measured, as some need a platform."""
+    return importlib.import_module(f"jax.experimental.pallas.ops.{name}")
+
+
+def _contiguous(pages: jax.Array, batch: RaggedBatch, most: int) -> tuple[jax.Array, jax.Array]:
+    """K and V [rows, tokens, kv_heads, head_dim]."""
+    size = pages.shape[3]
+    table = batch.page_table[:, : -(-most // size)]
+    found = pages[table]  # [rows, pages, K|V, kv_heads, page_size, head_dim]
+
+    def tokens(x: jax.Array) -> jax.Array:
+        rows, count, kv_heads, _, dim = x.shape
+        return x.swapaxes(2, 3).reshape(rows, count * size, kv_heads, dim)
+
+    return tokens(found[:, :, 0]), tokens(found[:, :, 1])
+
+
+def _heads_first(pages: jax.Array, batch: RaggedBatch, most: int) -> Any:
+    """Pages [kv_heads, pages, page_size, head_dim] of K and of V, and a table in 16 even parts."""
+    block = 4  # pages: 256 keys at once
+    part = -(-most // (pages.shape[3] * 16))
+    width = 16 * -(-part // block) * block
+    table = batch.page_table[:, :width]
+    table = jnp.pad(table, ((0, 0), (0, width - table.shape[1])))
+    return pages[:, 0].swapaxes(0, 1), pages[:, 1].swapaxes(0, 1), table
+
+
+def _triton(q: jax.Array, kv: Any, batch: RaggedBatch) -> jax.Array:
+    k, v, table = kv
+    attend = _of_jax("gpu.paged_attention").paged_attention
+    return attend(q, k, v, table, batch.kv_lens, pages_per_compute_block=4)
+
+
+_TRITON = AttentionLibrary("pallas.ops paged_attention (Triton)", _heads_first, _triton)
+
+
+def _decode(q: jax.Array, kv: Any, batch: RaggedBatch) -> jax.Array:
+    out = jax.nn.dot_product_attention(
+        q[:, None],
+        *kv,
+        scale=1.0,
+        key_value_seq_lengths=batch.kv_lens,
+        implementation="cudnn",
+    )
+    return out[:, 0]
+
+
+def _prompt(q: jax.Array, kv: Any, batch: RaggedBatch) -> jax.Array:
+    k, v = (x[:, : len(q)] for x in kv)
+    out = jax.nn.dot_product_attention(
+        q[None], k, v, scale=1.0, is_causal=True, implementation="cudnn"
+    )
+    return out[0]
+
+
+_CUDNN_DECODE = AttentionLibrary("cuDNN, no pages", _contiguous, _decode)
+_CUDNN_PROMPT = AttentionLibrary("cuDNN, no pages", _contiguous, _prompt)
+
+
+def _halves(pages: jax.Array, batch: RaggedBatch, most: int) -> tuple[jax.Array, ...]:
+    return tuple(x.astype(jnp.float16) for x in _contiguous(pages, batch, most))
+
+
+def _mosaic_prompt(q: jax.Array, kv: Any, batch: RaggedBatch) -> jax.Array:
+    kernels = _of_jax("gpu.attention_mgpu")
+    k, v = (x[:, : len(q)] for x in kv)
+    block = 128 if q.shape[-1] <= 128 else 64  # what fits
+    config = kernels.TuningConfig(block_q=64, block_kv=block, max_concurrent_steps=2, causal=True)
+    return kernels.attention(q[None].astype(jnp.float16), k, v, config)[0].astype(q.dtype)
+
+
+# It takes bfloat16, too, but does not compile with it (JAX 0.11.2).
+_MOSAIC_PROMPT = AttentionLibrary("pallas.ops attention_mgpu, no pages", _halves, _mosaic_prompt)
+
+
+def _tpu_ragged(window: int) -> AttentionLibrary:
+    def lay_out(pages: jax.Array, batch: RaggedBatch, most: int) -> tuple[jax.Array, jax.Array]:
+        """[pages, page_size, 2 kv_heads, head_dim]: K and V of a head are neighbours.
+
+        And a table that is no wider than it must be: the kernel's blocks grow with it.
+        """
+        count, _, kv_heads, size, dim = pages.shape
+        both = jnp.transpose(pages, (0, 3, 2, 1, 4)).reshape(count, size, 2 * kv_heads, dim)
+        return both, batch.page_table[:, : -(-most // size)]
+
+    def attend(q: jax.Array, kv: tuple[jax.Array, jax.Array], batch: RaggedBatch) -> jax.Array:
+        pages, table = kv
+        ends = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(batch.q_lens)])
+        return _of_jax("tpu.ragged_paged_attention").ragged_paged_attention(
+            *(q, pages, batch.kv_lens, table, ends.astype(jnp.int32), batch.num_rows[None]),
+            sliding_window=window or None,
+            vmem_limit_bytes=100 << 20,
+        )
+
+    return AttentionLibrary("pallas.ops ragged_paged_attention", lay_out, attend)
+
+
+def _floats(weight: ChannelMatrix) -> jax.Array:
+    return (weight.codes.astype(jnp.float32) * weight.scales[:, None]).astype(jnp.bfloat16)
+
+
+def _plain(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+# Without quantization: what 8 bits must beat.
+_PLAIN = ProductLibrary("XLA, bfloat16 weights", _floats, _plain)
+
+
+def _mixed(x: jax.Array, weight: ChannelMatrix) -> jax.Array:
+    kernels = _of_jax("gpu.hopper_mixed_type_matmul_mgpu")
+    config = kernels.TuningConfig(
+        tile_m=64,
+        tile_n=64,
+        tile_k=128,
+        max_concurrent_steps=4,
+        wg_dimension=kernels.MatmulDimension.M,
+    )
+    multiply = functools.partial(kernels.mixed_matmul_kernel, out_dtype=jnp.float32, config=config)
+    return (multiply(weight.codes, x.T) * weight.scales[:, None]).T
+
+
+_MIXED = ProductLibrary("pallas.ops mixed_matmul", lambda weight: weight, _mixed)
+
+
+def _ragged(sizes: jax.Array) -> ProductLibrary:
+    def multiply(x: jax.Array, stack: jax.Array) -> jax.Array:
+        return lax.ragged_dot(x, stack, sizes, preferred_element_type=jnp.float32)
+
+    return ProductLibrary("XLA, ragged_dot", _inputs_first, multiply)
+
+
+def _inputs_first(stack: jax.Array) -> jax.Array:
+    return stack.swapaxes(1, 2)
+
+
+def _mosaic_ragged(sizes: jax.Array) -> ProductLibrary:
+    def multiply(x: jax.Array, stack: jax.Array) -> jax.Array:
+        return _of_jax("gpu.ragged_dot_mgpu").ragged_dot(
+            x,
+            stack,
+            group_sizes=sizes,
+            block_m=64,
+            block_n=128,
+            block_k=64,
+            max_concurrent_steps=4,
+            grid_block_n=1,
+            transpose_rhs=True,
+        )
+
+    return ProductLibrary("pallas.ops ragged_dot_mgpu", lambda stack: stack, multiply)
+
+
+def _megablox(sizes: jax.Array) -> ProductLibrary:
+    def multiply(x: jax.Array, stack: jax.Array) -> jax.Array:
+        whole = jnp.pad(x, ((0, -len(x) % 128), (0, 0)))
+        return _of_jax("tpu.megablox.gmm").gmm(whole, stack, sizes)[: len(x)]
+
+    return ProductLibrary("pallas.ops megablox", _inputs_first, multiply)
+
+
+def agree(
+    found: jax.Array | Sequence[jax.Array], expected: jax.Array | Sequence[jax.Array]
+) -> bool:
+    """Whether two results differ by no more than bfloat16 does; NaN does not."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+
+    def differ(a: jax.Array, b: jax.Array) -> float:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
+
+    return all(differ(a, b) < 2e-2 for a, b in pairs)
