@@ -22,7 +22,16 @@ for device in jax.devices("gpu"):
         print(device.device_kind)
         break
 """
-_ENGINE = ("benchmarks.engine.steps", "--model", "llama-3.1-8b", "--dtype", "bfloat16")
+_LLAMA = ("--model", "llama-3.1-8b", "--dtype", "bfloat16")
+_8_BITS = ("--set", "model.quantization=fp8", "--set", "engine.kv_dtype=float8_e4m3fn")
+_STEPS = (
+    *("benchmarks.engine.steps", *_LLAMA, "--rows", "1", "8", "64", "128", "--contexts", "1024"),
+    *("--prompts", "512", "2048", "--at_once", "1"),
+)
+_SATURATION = (
+    *("benchmarks.engine.saturation", *_LLAMA, "--prompt_tokens", "1000", "--max_tokens", "1000"),
+    *("--set", "engine.num_slots=256", "--set", "engine.window_rows=[8,256]"),
+)
 PARTS: dict[str, tuple[str, ...]] = {
     "correct": ("tests.gpu_check.correctness",),
     "products are correct": ("tests.gpu_check.products",),
@@ -34,10 +43,10 @@ PARTS: dict[str, tuple[str, ...]] = {
         *("--head_dim", "256", "--window", "1024"),
     ),
     "products": ("benchmarks.kernels.products",),
-    "engine": (
-        *(*_ENGINE, "--rows", "1", "8", "64", "128", "--contexts", "1024"),
-        *("--prompts", "512", "2048", "--at_once", "1"),
-    ),
+    "engine": _STEPS,
+    "engine in 8 bits": (*_STEPS, *_8_BITS),
+    "saturation": _SATURATION,
+    "saturation in 8 bits": (*_SATURATION, *_8_BITS),
 }
 
 
