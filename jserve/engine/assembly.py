@@ -1,5 +1,6 @@
 """Puts an engine together: shapes from the config, programs and parameters side by side."""
 
+import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -16,6 +17,7 @@ from jserve.core.step import Program
 from jserve.engine.config import EngineConfig
 from jserve.engine.executable_cache import ExecutableCache, code_digest, machine_key
 from jserve.engine.executor import DeviceExecutor
+from jserve.engine.kv_scales import measure_kv_scales
 from jserve.engine.programs import CompileCounter, CompiledProgram, compile_programs, signature
 from jserve.engine.sizing import (
     EngineShape,
@@ -31,6 +33,7 @@ from jserve.pallas_kernels.backend import Backend
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
 
+_Scale = Callable[[Params, DeviceState], DeviceState]
 _A = TypeVar("_A")
 _B = TypeVar("_B")
 
@@ -69,7 +72,7 @@ def build_engine(
     shape = shape_engine(model, mesh, config, cache)
     counter = CompileCounter()
 
-    def compile_all() -> tuple[dict[Program, CompiledProgram], DeviceState]:
+    def compile_all() -> tuple[dict[Program, CompiledProgram], DeviceState, _Scale]:
         programs = compile_programs(
             model,
             mesh,
@@ -80,9 +83,12 @@ def build_engine(
             cache=cache,
             on_ready=on_program,
         )
-        return programs, _idle_state(model, mesh, shape, cache)
+        state = _idle_state(model, mesh, shape, cache)
+        return programs, state, _kv_scaling(model, mesh, shape, cache)
 
-    (params, load_s), ((programs, state), compile_s) = _side_by_side(load_params, compile_all)
+    (params, load_s), (compiled, compile_s) = _side_by_side(load_params, compile_all)
+    programs, state, scale = compiled
+    state = scale(params, state)
     info = EngineInfo(
         model=name,
         vocab=model.spec.vocab,
@@ -124,20 +130,41 @@ def _idle_state(
     """The state of an idle engine, made on the device by a small program that is cached, too."""
     abstract = abstract_state(model, mesh, shape)
     name = repr(("state", jax.tree.map(signature, abstract)))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    make = jax.jit(lambda: make_state(model, shape), out_shardings=shardings)
+    return _compiled(name, make.lower, cache)()
+
+
+def _kv_scaling(
+    model: Model, mesh: Mesh, shape: EngineShape, cache: ExecutableCache | None
+) -> _Scale:
+    """What measures the scales of 8-bit K and V, compiled; for other pages it does nothing."""
+    if shape.kv_dtype.itemsize > 1:
+        return lambda params, state: state
+    params, state = abstract_params(model, mesh), abstract_state(model, mesh, shape)
+    measure = functools.partial(measure_kv_scales, model, mesh)
+    name = repr(("kv_scales", jax.tree.map(signature, params)))
+    program = _compiled(
+        name, lambda: jax.jit(measure, out_shardings=state.kv_scales.sharding).lower(params), cache
+    )
+    return lambda params, state: state._replace(kv_scales=program(params))
+
+
+def _compiled(
+    name: str, lower: Callable[[], jax.stages.Lowered], cache: ExecutableCache | None
+) -> jax.stages.Compiled:
     program = cache.load(name) if cache else None
     if program is None:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        make = jax.jit(lambda: make_state(model, shape), out_shardings=shardings)
-        program = make.lower().compile()
+        program = lower().compile()
         if cache:
             cache.store(name, program)
-    return program()
+    return program
 
 
 def _cache(folder: Path, model: Model, mesh: Mesh) -> ExecutableCache:
     root = Path(jserve.__file__).parent
     # What a step is traced from; the rest of the engine may change without compiling again.
-    step = [root / "engine" / f"{name}.py" for name in ("batch", "state", "step")]
+    step = [root / "engine" / f"{name}.py" for name in ("batch", "kv_scales", "state", "step")]
     traced = [root / "core", root / "model", root / "pallas_kernels", *step]
     kind = (str(model.dtype), model.quantization)
     key = repr((model.spec, kind, code_digest(traced), machine_key()))

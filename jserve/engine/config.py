@@ -29,8 +29,6 @@ class EngineConfig:
     page_size: int = 16  # tokens a page; 16 on CPU, 64-128 on GPU, 128 on TPU
     num_pages: int = 0  # 0: what kv_bytes holds
     kv_dtype: str = ""  # of K and V in pages: float32, bfloat16, float8_e4m3fn; empty: the model's
-    # What 8-bit K and V are divided by: a power of two, larger if K exceed ±448 (Qwen 2's may).
-    kv_scale: float = 1.0
     kv_bytes: int = 1 << 30  # KV memory; on accelerators 0 takes what the programs leave
     mixed_tokens: tuple[int, ...] = (128,)  # sizes of the ragged programs
     window_rows: tuple[int, ...] = (4, 32)  # sizes of the decode programs; the last: all slots
@@ -65,8 +63,6 @@ class EngineConfig:
             raise ConfigError(
                 f"engine.kv_dtype is {self.kv_dtype!r}; it must be one of {list(_KV_DTYPES)}"
             )
-        if not self.kv_scale > 0:
-            raise ConfigError(f"engine.kv_scale is {self.kv_scale}; it must be positive")
         for name, least in _AT_LEAST.items():
             if getattr(self, name) < least:
                 raise ConfigError(

@@ -31,16 +31,16 @@ def code_digest(sources: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def cpu_features() -> list[str]:
+    """What CPU code is made for: that of another processor need not run, or round alike."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.is_file() else []
+    return [line for line in lines if line.startswith(("flags", "model name", "Features"))][:2]
+
+
 def machine_key() -> str:
     """What a compiled program depends on beside its own shapes and code."""
     device = jax.devices()[0]
-    cpu = Path("/proc/cpuinfo")
-    # CPU code is made for the features of the machine that compiled it.
-    features = [
-        line
-        for line in (cpu.read_text().splitlines() if cpu.is_file() else [])
-        if line.startswith(("flags", "model name", "Features"))
-    ][:2]
     return repr(
         (
             jax.__version__,
@@ -51,7 +51,7 @@ def machine_key() -> str:
             device.client.platform_version,
             jax.device_count(),
             jax.process_index(),  # each of several processes has devices of its own
-            features,
+            cpu_features(),
             os.cpu_count(),
             os.environ.get("XLA_FLAGS", ""),
         )

@@ -34,7 +34,6 @@ class EngineShape:
     max_model_len: int
     kv_dtype: jnp.dtype
     kv_heads: int  # in a page
-    kv_scale: float
 
     @property
     def pages_per_slot(self) -> int:
@@ -113,7 +112,7 @@ def least_shape(model: Model, mesh: AnyMesh, config: EngineConfig) -> EngineShap
     batch = BatchShape(config.num_slots, spec.vocab, config.page_size, config.processor_rows)
     kv_dtype = jnp.dtype(config.kv_dtype or model.dtype)
     kv_heads = stored_kv_heads(spec, mesh)
-    return EngineShape(batch, GRID, max_model_len, kv_dtype, kv_heads, config.kv_scale)
+    return EngineShape(batch, GRID, max_model_len, kv_dtype, kv_heads)
 
 
 def abstract_params(model: Model, mesh: AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -135,7 +134,6 @@ def make_state(model: Model, shape: EngineShape) -> DeviceState:
         page_size=shape.batch.page_size,
         pages_per_slot=shape.pages_per_slot,
         kv_dtype=shape.kv_dtype,
-        kv_scale=shape.kv_scale,
     )
 
 

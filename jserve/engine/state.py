@@ -20,7 +20,8 @@ class DeviceState(NamedTuple):
 
     Attributes:
       kv: per layer group, the pages of each of its layers.
-      kv_scale: what K and V were divided by before 8 bits took them; other pages know none.
+      kv_scales: [layers, K|V, stored_kv_heads] what K and V are divided by before 8 bits take them;
+        pages of other floats know none.
       page_tables: per layer group, [slots, pages_per_slot] page ids in order; a mirror of the
         host's, fed by deltas. Entries past a sequence's pages are stale.
       prompt_lens: [slots] tokens of the prompt; tokens past them are output.
@@ -31,7 +32,7 @@ class DeviceState(NamedTuple):
     """
 
     kv: dict[str, tuple[jax.Array, ...]]
-    kv_scale: jax.Array
+    kv_scales: jax.Array
     page_tables: dict[str, jax.Array]
     prompt_lens: jax.Array
     lengths: jax.Array
@@ -49,14 +50,13 @@ def init_state(
     page_size: int,
     pages_per_slot: int,
     kv_dtype: jnp.dtype,
-    kv_scale: float,
 ) -> DeviceState:
     """An empty engine; pure, so that it can be evaluated abstractly or jitted with shardings."""
     spec = model.spec
     shape = kv_pages_shape(num_pages, page_size, kv_heads, spec.head_dim)
     return DeviceState(
         kv={FULL: tuple(jnp.zeros(shape, kv_dtype) for _ in range(spec.layers))},
-        kv_scale=jnp.float32(kv_scale),
+        kv_scales=jnp.ones((spec.layers, 2, kv_heads), jnp.float32),
         page_tables={FULL: jnp.zeros((num_slots, pages_per_slot), jnp.int32)},
         prompt_lens=jnp.zeros(num_slots, jnp.int32),
         lengths=jnp.zeros(num_slots, jnp.int32),
@@ -74,6 +74,7 @@ def state_shardings(state: DeviceState, mesh: AnyMesh) -> DeviceState:
     shardings: DeviceState = jax.tree.map(lambda _: replicated, state)
     return shardings._replace(
         kv=jax.tree.map(lambda _: heads, state.kv),
+        kv_scales=named_sharding(mesh, (None, None, "kv_heads")),
         sampler=jax.tree.map(lambda spec: NamedSharding(mesh, spec), sampler),
     )
 

@@ -31,6 +31,13 @@ _PROMPT_LOGPROB_ROWS = 32  # rows of the head at a time when prompt logprobs are
 Params = dict[str, jax.Array]
 
 
+class LayerKV(NamedTuple):
+    """What one attention layer reads and writes."""
+
+    pages: jax.Array
+    scales: jax.Array  # [K|V, stored_kv_heads]
+
+
 class DeviceResult(NamedTuple):
     """One step's outcome on the device; the host copies only what a plan needs."""
 
@@ -202,18 +209,20 @@ def _layers(
     *,
     prompts: bool,
 ) -> tuple[DeviceState, jax.Array]:
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, window: int):
-        return sharded_attention(
-            *(q, k, v, pages, ragged),
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, kv: LayerKV, window: int):
+        out, pages = sharded_attention(
+            *(q, k, v, kv.pages, ragged),
             window=window,
             prompts=prompts,
             backend=model.backend,
             mesh=mesh,
-            kv_scale=state.kv_scale,
+            kv_scales=kv.scales,
         )
+        return out, LayerKV(pages, kv.scales)
 
-    hidden, kv = model.hidden(params, tokens, positions, state.kv[FULL], attend, num_tokens)
-    return state._replace(kv={FULL: kv}), hidden
+    layers = tuple(map(LayerKV, state.kv[FULL], state.kv_scales))
+    hidden, kv = model.hidden(params, tokens, positions, layers, attend, num_tokens)
+    return state._replace(kv={FULL: tuple(layer.pages for layer in kv)}), hidden
 
 
 def _advance(

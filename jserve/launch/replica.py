@@ -1,6 +1,7 @@
 """An engine of several processes: the leader gathers followers, all end when one does."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -23,7 +24,7 @@ from jserve.control.engine_status import (
 from jserve.core.errors import ConfigError, EngineError
 from jserve.core.step import Executor
 from jserve.engine.assembly import Engine
-from jserve.engine.executable_cache import code_digest
+from jserve.engine.executable_cache import code_digest, cpu_features
 from jserve.engine.executor import LeadingExecutor
 from jserve.engine.follower import Leader, follow
 from jserve.engine.leader import Followers
@@ -268,10 +269,16 @@ def _engine_facts(engine: Engine) -> dict[str, str]:
     """What must be the same of the engines as built."""
     programs = ", ".join(made.program.name for made in engine.programs)
     mesh = repr(dict(engine.mesh.shape))
+    device = engine.mesh.local_devices[0]
+    kind = device.device_kind
+    if device.platform == "cpu":
+        # Processes that round differently would choose different tokens, and wait for each other.
+        kind += f" {hashlib.sha256(repr(cpu_features()).encode()).hexdigest()[:12]}"
     return {
         "info": repr(engine.info),
         "shape": repr(engine.shape),
         "programs": programs,
         "mesh": mesh,
         "backend": engine.backend.value,
+        "device": kind,
     }

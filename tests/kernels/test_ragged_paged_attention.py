@@ -65,13 +65,19 @@ def test_pages_of_8_bits(name: str, backend: Backend) -> None:
     token = sum(new for _, new in problem.rows) - 1
     v = v.at[token].set(1e6)
     run = _compiled(case.window, bool(case.prompts), backend)
-    # K and V four times what the pages hold; scores are the same with a fourth of the queries.
-    scale = 4.0
+    # K and V some times what the pages hold, and queries divided so that scores are the same.
+    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    head = jnp.arange(kv_heads, dtype=jnp.float32)
+    of_k, of_v = jnp.exp2(2 * head), jnp.exp2(-1 - head)
     out, pages = run(
-        *(q / scale, k * scale, v * scale, jnp.asarray(pages, jnp.float8_e4m3fn), batch),
-        kv_scale=jnp.float32(scale),
+        q / jnp.repeat(of_k, group)[None, :, None],
+        k * of_k[None, :, None],
+        v * of_v[None, :, None],
+        jnp.asarray(pages, jnp.float8_e4m3fn),
+        batch,
+        kv_scales=jnp.stack([of_k, of_v]),
     )
-    expected = scale * problem.expected()
+    expected = np.repeat(of_v, group)[None, :, None] * problem.expected()
     assert pages.dtype == jnp.float8_e4m3fn
     np.testing.assert_allclose(out[: len(expected)], expected, atol=8e-6, rtol=1e-5)
     problem.check_pages(np.asarray(pages, np.float32))

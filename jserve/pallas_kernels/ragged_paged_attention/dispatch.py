@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 
 from jserve.pallas_kernels.backend import Backend
 from jserve.pallas_kernels.ragged_paged_attention import cpu, gpu, native, reference, tpu
@@ -36,7 +36,7 @@ def ragged_paged_attention(
     window: int,
     prompts: bool,
     backend: Backend,
-    kv_scale: Float[jax.Array, ""] | None = None,
+    kv_scales: Float32[jax.Array, "2 kv_heads"] | None = None,
 ) -> tuple[
     Float[jax.Array, "tokens q_heads head_dim"],
     Float[jax.Array, "pages 2 kv_heads page_size head_dim"],
@@ -47,8 +47,9 @@ def ragged_paged_attention(
     `window` > 0 only those > p - window. Outputs of tokens that belong to no row mean nothing
     but are finite. `prompts=False` promises that every row is a decode row. `pages` is updated
     in place when its buffer is donated; its dtype may be narrower than that of K and V, down to
-    float8_e4m3fn, whose range (±448) larger values are cut to. `kv_scale`, for such pages: they
-    hold K and V divided by it. Queries and outputs take it, so powers of two lose nothing.
+    float8_e4m3fn, whose range (±448) larger values are cut to. `kv_scales`, for such pages: they
+    hold K and V of a head divided by its two. Queries and outputs take them, so that powers of two
+    lose nothing.
     """
     q_heads, kv_heads = q.shape[1], k.shape[1]
     if q_heads % kv_heads:
@@ -61,17 +62,22 @@ def ragged_paged_attention(
         attend = _IMPLEMENTATIONS[backend_of_pages(backend, pages.dtype)]
         if pages.dtype.itemsize > 1:
             return attend(q, k, v, pages, batch, window=window, prompts=prompts)
-        scale = jnp.float32(1) if kv_scale is None else kv_scale
-        k, v = (saturated(_scaled(x, jnp.divide, scale), pages.dtype) for x in (k, v))
-        q = _scaled(q, jnp.multiply, scale)
+        scales = jnp.ones((2, kv_heads), jnp.float32) if kv_scales is None else kv_scales
+        k, v = (
+            saturated(_scaled(x, jnp.divide, scale), pages.dtype)
+            for x, scale in zip((k, v), scales, strict=True)
+        )
+        of_k, of_v = jnp.repeat(scales, q_heads // kv_heads, axis=1)
+        q = _scaled(q, jnp.multiply, of_k)
         out, pages = attend(q, k, v, pages, batch, window=window, prompts=prompts)
-        return _scaled(out, jnp.multiply, scale), pages
+        return _scaled(out, jnp.multiply, of_v), pages
 
 
 def _scaled(
-    x: jax.Array, change: Callable[[jax.Array, jax.Array], jax.Array], scale: jax.Array
+    x: jax.Array, change: Callable[[jax.Array, jax.Array], jax.Array], scales: jax.Array
 ) -> jax.Array:
-    return change(x.astype(jnp.float32), scale).astype(x.dtype)
+    """Each head by its scale."""
+    return change(x.astype(jnp.float32), scales[None, :, None]).astype(x.dtype)
 
 
 def backend_of_pages(backend: Backend, dtype: jnp.dtype) -> Backend:

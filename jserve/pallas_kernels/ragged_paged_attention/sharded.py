@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 
 from jserve.pallas_kernels.backend import Backend
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
@@ -21,7 +21,7 @@ def sharded_attention(
     prompts: bool,
     backend: Backend,
     mesh: Mesh,
-    kv_scale: Float[jax.Array, ""] | None = None,
+    kv_scales: Float32[jax.Array, "2 stored_kv_heads"] | None = None,
 ) -> tuple[
     Float[jax.Array, "tokens q_heads head_dim"],
     Float[jax.Array, "pages 2 stored_kv_heads page_size head_dim"],
@@ -38,18 +38,18 @@ def sharded_attention(
         v: jax.Array,
         pages: jax.Array,
         batch: RaggedBatch,
-        kv_scale: jax.Array | None,
+        kv_scales: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         return ragged_paged_attention(
             *(q, k, v, pages, batch),
             window=window,
             prompts=prompts,
             backend=backend,
-            kv_scale=kv_scale,
+            kv_scales=kv_scales,
         )
 
     if mesh.size == 1:
-        return attend(q, k, v, pages, batch, kv_scale)
+        return attend(q, k, v, pages, batch, kv_scales)
     copies = pages.shape[2] // k.shape[1]
     if copies > 1:
         k, v = jnp.repeat(k, copies, axis=1), jnp.repeat(v, copies, axis=1)
@@ -59,8 +59,15 @@ def sharded_attention(
     split = jax.shard_map(
         attend,
         mesh=mesh,
-        in_specs=(heads, heads, heads, shares, PartitionSpec(), PartitionSpec()),
+        in_specs=(
+            heads,
+            heads,
+            heads,
+            shares,
+            PartitionSpec(),
+            PartitionSpec(None, mesh.axis_names),
+        ),
         out_specs=(heads, shares),
         check_vma=False,
     )
-    return split(q, k, v, pages, batch, kv_scale)
+    return split(q, k, v, pages, batch, kv_scales)
