@@ -7,6 +7,8 @@ GRPC_PORT ?= 8500
 LOCK ?= runtime
 ARGS ?=
 PYTEST_ARGS ?=
+# Files of tests in so many processes, each of which takes what memory a model needs.
+PYTEST_WORKERS ?= --numprocesses=logical --maxprocesses=4 --dist=loadfile
 
 export PYTHONUNBUFFERED = 1
 bin := .venv/bin
@@ -27,7 +29,7 @@ serve: ## Serves CONFIG on HOST, HTTP_PORT and GRPC_PORT; LOCK=cuda or tpu for a
 		--grpc_port=$(GRPC_PORT) $(ARGS)
 
 test: check ## Runs every check and the test suite (PYTEST_ARGS=… for pytest)
-	@$(bin)/python -m pytest $(PYTEST_ARGS)
+	@$(bin)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 check: lint types contracts ## Format, lint, types, import contracts
 
