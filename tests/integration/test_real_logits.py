@@ -212,5 +212,5 @@ def test_error_of_a_prompt(measured: Measured, prompt: str, record_property) -> 
     error = measured.error(prompt)
     found = {"max_abs": np.abs(error).max(), "rms": np.sqrt(np.mean(error**2))}
     ratios = {k: v / measured.exact[f"{prompt}_float32_{k}_error"] for k, v in found.items()}
-    record_property("ratios", ratios)
+    record_property("ratios", {kind: float(ratio) for kind, ratio in ratios.items()})
     assert max(ratios.values()) <= MOST_ERROR, ratios
