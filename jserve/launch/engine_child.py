@@ -7,57 +7,18 @@ Reads its job from standard input, reports its status on standard output (see
 import ctypes
 import logging
 import os
-import pickle
 import signal
-import struct
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import BinaryIO
 
-from jserve.config import ServeConfig
 from jserve.control.engine_status import EngineStatus, Failed, encode
 from jserve.core.errors import ConfigError
 from jserve.launch import logs, platform
+from jserve.launch.engine_job import read_job
 
 _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
-_LENGTH = struct.Struct("<Q")
-COMMAND = (sys.executable, "-m", "jserve.launch.engine_child")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineJob:
-    """What the parent sends: the config and where to listen, `host:port` (port 0: any).
-
-    Of an engine of several processes, `process` is which one; see `launch.replica`. With
-    `only_prepare` the model's files are made complete, and that is all.
-    """
-
-    config: ServeConfig
-    address: str
-    process: int = 0
-    leader_address: str | None = None
-    only_prepare: bool = False
-
-
-def encode_job(job: EngineJob) -> bytes:
-    """The bytes for the child's standard input."""
-    body = pickle.dumps(job)
-    return _LENGTH.pack(len(body)) + body
-
-
-def read_job(stream: BinaryIO) -> EngineJob:
-    """Reads what `encode_job` made. Raises EOFError when the parent is gone."""
-    head = stream.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        raise EOFError("no job on standard input")
-    (length,) = _LENGTH.unpack(head)
-    body = stream.read(length)
-    if len(body) < length:
-        raise EOFError("half a job on standard input")
-    return pickle.loads(body)  # noqa: S301 - from the parent process
 
 
 def main() -> None:

@@ -29,9 +29,9 @@ from jserve.engine.executor import LeadingExecutor
 from jserve.engine.follower import Leader, follow
 from jserve.engine.leader import Followers
 from jserve.engine.processes import free_port, join_processes, leave_processes
-from jserve.launch import engine_child
+from jserve.launch import engine_job
 from jserve.launch.console import FileProgress
-from jserve.launch.engine_child import EngineJob
+from jserve.launch.engine_job import EngineJob
 from jserve.model.formats.locate import locate, native_path
 from jserve.model.formats.native_folder import is_native, weights_digest
 from jserve.proto.steps import StepReader
@@ -156,13 +156,13 @@ def _prepare(config: ServeConfig, report: _Report) -> str:
 
 def _convert(config: ServeConfig, report: _Report) -> None:
     with subprocess.Popen(
-        engine_child.COMMAND,
+        engine_job.COMMAND,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
-        child.stdin.write(engine_child.encode_job(EngineJob(config, "", only_prepare=True)))
+        child.stdin.write(engine_job.encode_job(EngineJob(config, "", only_prepare=True)))
         child.stdin.flush()
         for line in child.stdout:
             status = decode(line)
@@ -195,13 +195,13 @@ def _start_followers(
     children: list[subprocess.Popen[bytes]] = []
     for process in range(1, config.engine.num_processes):
         child = subprocess.Popen(
-            engine_child.COMMAND,
+            engine_job.COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
         assert child.stdin is not None
-        child.stdin.write(engine_child.encode_job(EngineJob(config, "", process, leader_address)))
+        child.stdin.write(engine_job.encode_job(EngineJob(config, "", process, leader_address)))
         child.stdin.flush()
         children.append(child)
         threading.Thread(

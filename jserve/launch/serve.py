@@ -22,9 +22,9 @@ from jserve.control.engine_status import (
 from jserve.core.clock import WallClock
 from jserve.core.errors import ConfigError
 from jserve.gateway.config import GatewayConfig
-from jserve.launch import engine_child
+from jserve.launch import engine_job
 from jserve.launch.console import Console, show_summary
-from jserve.launch.engine_child import EngineJob
+from jserve.launch.engine_job import EngineJob
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -127,10 +127,8 @@ async def _serve_all(config: ServeConfig, leader_address: str | None, drain: asy
     console = Console()
     start_up = _StartUp(console)
     engine = EngineProcess(
-        engine_child.COMMAND,
-        engine_child.encode_job(
-            EngineJob(config, _ANY_LOOPBACK_PORT, leader_address=leader_address)
-        ),
+        engine_job.COMMAND,
+        engine_job.encode_job(EngineJob(config, _ANY_LOOPBACK_PORT, leader_address=leader_address)),
         config.control,
         WallClock(),
         start_up.on_status,
@@ -187,8 +185,8 @@ async def _serve_follower(
     console = Console()
     start_up = _StartUp(console)
     engine = EngineProcess(
-        engine_child.COMMAND,
-        engine_child.encode_job(EngineJob(config, "", process, leader_address)),
+        engine_job.COMMAND,
+        engine_job.encode_job(EngineJob(config, "", process, leader_address)),
         config.control,
         WallClock(),
         start_up.on_status,

@@ -10,7 +10,7 @@ from jserve import config as config_lib
 from jserve.config import ServeConfig
 from jserve.control.engine_status import EngineStatus
 from jserve.core.errors import ConfigError, EngineError
-from jserve.launch import engine_child, replica
+from jserve.launch import engine_child, engine_job, replica
 
 TWO_PROCESSES = ("engine.tensor_parallel=2", "engine.num_processes=2", "engine.join_timeout_s=0.3")
 
@@ -31,7 +31,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def _stand_in(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
-    monkeypatch.setattr(engine_child, "COMMAND", (sys.executable, "-S", "-c", _READ_JOB + program))
+    monkeypatch.setattr(engine_job, "COMMAND", (sys.executable, "-S", "-c", _READ_JOB + program))
 
 
 def _fail(*, is_config_error: bool) -> str:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from jserve.launch.engine_child import read_job
+from jserve.launch.engine_job import read_job
 
 # A parent that starts a child which only watches it, and prints the child's pid.
 _PARENT = """
