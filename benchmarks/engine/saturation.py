@@ -4,8 +4,8 @@
     python -m benchmarks.engine.saturation --model llama-3.1-8b --dtype bfloat16
 
 All requests come at once, with prompts of random tokens that share nothing; only their limit ends
-them. `all` is from the first step to the last; `full` leaves out the end, when none waits any
-more. Prints a table, one JSON line.
+them. Rates are over everything from the first step to the last, prompts and the end in which slots
+become free included, as offline benchmarks of other engines count. Prints a table, one JSON line.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from benchmarks.engine import engines, options
-from benchmarks.engine.drive import Driver, Turn
+from benchmarks.engine.drive import Driver
 from benchmarks.serving import report
 from jserve.core.errors import ConfigError
 
@@ -28,41 +28,25 @@ def parse() -> argparse.Namespace:
 
 
 def measure(driver: Driver, requests: int, prompt_tokens: int, max_tokens: int) -> dict[str, Any]:
-    """Rates of all steps, and of those up to the last one that left somebody waiting.
-
-    Raises ConfigError where a request does not fit the engine.
-    """
-    info = driver.engine.info
+    """Rates over all steps. Raises ConfigError where a request does not fit the engine."""
+    info, scheduler = driver.engine.info, driver.engine.scheduler
     if prompt_tokens + max_tokens > info.max_model_len:
         raise ConfigError(f"a request is longer than engine.max_model_len, {info.max_model_len}")
     driver.warm_up()
-    scheduler = driver.engine.scheduler
-    preempted = scheduler.stats().num_preemptions
+    before = scheduler.stats()
     driver.add(requests, prompt_tokens, max_tokens)
-    turns: list[tuple[Turn, bool]] = []
     started_s = time.perf_counter()
-    for turn in driver.turns():
-        turns.append((turn, scheduler.stats().num_waiting > 0))
-    last = max((i for i, (_, waits) in enumerate(turns) if waits), default=len(turns) - 1)
-    full = [turn for turn, _ in turns[: last + 1]]
+    turns = list(driver.turns())
+    seconds = turns[-1].ended_s - started_s
+    after = scheduler.stats()
     return {
         "requests": requests,
-        "all": _rates([turn for turn, _ in turns], started_s),
-        "full": _rates(full, started_s),
-        "preemptions": scheduler.stats().num_preemptions - preempted,
-    }
-
-
-def _rates(turns: list[Turn], started_s: float) -> dict[str, float]:
-    seconds = turns[-1].ended_s - started_s
-    sampled = sum(turn.num_tokens for turn in turns)
-    prompts = sum(len(chunk.tokens) for turn in turns for chunk in turn.plan.chunks)
-    host_s = sum(sum(turn.host) for turn in turns)
-    return {
         "seconds": round(seconds, 3),
-        "output_tokens_per_s": round(sampled / seconds, 1),
-        "prompt_tokens_per_s": round(prompts / seconds, 1),
-        "host_share": round(host_s / seconds, 4),
+        "output_tokens_per_s": round((after.output_tokens - before.output_tokens) / seconds, 1),
+        "prompt_tokens_per_s": round((after.prompt_tokens - before.prompt_tokens) / seconds, 1),
+        "steps": after.num_steps - before.num_steps,
+        "host_share": round(sum(sum(turn.host) for turn in turns) / seconds, 4),
+        "preemptions": after.num_preemptions - before.num_preemptions,
     }
 
 
@@ -78,11 +62,8 @@ def main() -> None:
         f"{serve.model.name}, {serve.model.dtype}, {device['backend']} ops on {device['kind']}: "
         f"{requests} requests, {arguments.prompt_tokens} in, {arguments.max_tokens} out\n"
     )
-    names = list(found["all"])
-    rows = [
-        [part, *(report.number(found[part][name]) for name in names)] for part in ("all", "full")
-    ]
-    print(report.grid(["", *(name.replace("_", " ") for name in names)], rows))
+    rows = [(name.replace("_", " "), report.number(value)) for name, value in found.items()]
+    print(report.grid(("", ""), rows))
     print(
         report.json_line(
             "engine_saturation", options.config_of(arguments, serve), device=device, **found

@@ -6,13 +6,14 @@
 
 `decode`: every slot has one new token; GB/s are bytes of K and V read and written over time.
 `prompt`: one chunk after so many tokens; TFLOP/s count the keys that each query may see.
-`mixed`: such a chunk beside the largest number of decoding slots. Times are of one layer, medians
-of the turns. The kernels that come with JAX are measured beside ours on what they can do (see
-`libraries.py`): they only read K and V. Prints one table, one JSON line.
+`mixed`: such a chunk beside decoding slots; of many, reading takes longer than computing. Times are
+of one layer, medians of the turns. The kernels that come with JAX are measured beside ours on what
+they can do (see `libraries.py`): they only read K and V. Prints one table, one JSON line.
 """
 
 import argparse
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from benchmarks.serving import report
 from jserve.pallas_kernels.backend import Backend, backend_for
 
 _GIGA, _TERA = 1e9, 1e12
+_MOST_LAYERS = 32
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slots", type=int, nargs="*", default=[1, 8, 64, 256])
     parser.add_argument("--contexts", type=int, nargs="*", default=[1024, 4096, 8192])
     parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048], help="chunks")
-    parser.add_argument("--layers", type=int, default=8, help="in one program")
+    parser.add_argument(
+        "--layers", type=int, default=0, help="in one program; 0: as many as fit, as a model has"
+    )
     parser.add_argument("--turns", type=int, default=11)
     parser.add_argument(
         "--most_gib", type=float, default=0.0, help="of K and V in all layers; 0: by device"
@@ -85,20 +89,20 @@ def operations(heads: Heads, lengths: Lengths) -> int:
 
 def cells(arguments: argparse.Namespace) -> list[tuple[str, int, int, int]]:
     """Kind, decoding slots, context and chunk of what is measured."""
-    most = max(arguments.slots, default=0)
     found = [
         ("decode", slots, context, 0) for context in arguments.contexts for slots in arguments.slots
     ]
     for chunk in arguments.prompts:
         for before in (0, *arguments.contexts[-1:]):
             found.append(("prompt", 0, before, chunk))
-        if most and arguments.contexts:
-            found.append(("mixed", most, arguments.contexts[0], chunk))
+        for slots in arguments.slots if arguments.contexts else ():
+            found.append(("mixed", slots, arguments.contexts[0], chunk))
     return found
 
 
 def measure(arguments: argparse.Namespace, best: ceilings.Ceilings) -> list[Cell]:
-    """Every cell on every backend; what would take more than `--most_gib` is left out."""
+    """Every cell on every backend, and with every library that can do it."""
+    device = jax.devices()[0]
     dtype = jnp.dtype(arguments.dtype)
     heads = Heads(
         arguments.q_heads,
@@ -107,43 +111,49 @@ def measure(arguments: argparse.Namespace, best: ceilings.Ceilings) -> list[Cell
         arguments.page_size,
         dtype,
         jnp.dtype(arguments.kv_dtype or dtype),
-        (arguments.window,) * arguments.layers,
+        (arguments.window,),
     )
-    platform = jax.default_backend()
-    best_backend = backend_for(platform, dtype)
-    names = arguments.backends or dict.fromkeys((best_backend.value, Backend.CPU.value))
-    most_gib = arguments.most_gib or (72 if platform == "gpu" else 4)
+    ours = backend_for(
+        device.platform,
+        dtype,
+        device_kind=device.device_kind,
+        head_dim=heads.head_dim,
+        page_size=heads.page_size,
+    )
+    backends = list(map(Backend, arguments.backends or dict.fromkeys((ours, Backend.CPU))))
+    most_gib = arguments.most_gib or (72 if device.platform == "gpu" else 4)
     found: list[Cell] = []
     for kind, slots, context, chunk in cells(arguments):
         lengths = [(context, 1)] * slots + ([(context, chunk)] if chunk else [])
-        if arguments.layers * kv_bytes(heads, lengths) > most_gib * 2**30:
+        moved, computed = kv_bytes(heads, lengths), operations(heads, lengths)
+        layers = arguments.layers or min(_MOST_LAYERS, int(most_gib * 2**30 / moved))
+        if not layers or layers * moved > most_gib * 2**30:
             print(f"left out, above --most_gib: {kind}, {slots} slots of {context} tokens")
             continue
-        ms = {
-            name: time_attention(heads, lengths, Backend(name), arguments.turns) for name in names
-        }
-        for library in _libraries(platform, heads, lengths):
-            try:
-                ms[library.name] = time_library(
-                    heads, lengths, best_backend, library, arguments.turns
-                )
-            except FAILURES as error:
-                print(f"{library.name}, {kind}, {slots} slots of {context}: {error}")
-        for name, taken in ms.items():
-            seconds = taken / 1e3 / arguments.layers
-            found.append(
-                Cell(
-                    kind,
-                    name,
-                    slots,
-                    context,
-                    chunk,
-                    seconds * 1e6,
-                    kv_bytes(heads, lengths) / seconds / best.bytes_per_s,
-                    operations(heads, lengths) / seconds / best.operations_per_s,
-                )
-            )
+        chain = replace(heads, windows=heads.windows * layers)
+        for name, ms in _times(device.platform, chain, lengths, ours, backends, arguments.turns):
+            seconds = ms / 1e3 / layers
+            shares = moved / best.bytes_per_s / seconds, computed / best.operations_per_s / seconds
+            found.append(Cell(kind, name, slots, context, chunk, seconds * 1e6, *shares))
     return found
+
+
+def _times(
+    platform: str,
+    heads: Heads,
+    lengths: Lengths,
+    ours: Backend,
+    backends: list[Backend],
+    turns: int,
+) -> Iterator[tuple[str, float]]:
+    """Milliseconds of all layers; a library that fails is named."""
+    for backend in backends:
+        yield backend.value, time_attention(heads, lengths, backend, turns)
+    for library in _libraries(platform, heads, lengths):
+        try:
+            yield library.name, time_library(heads, lengths, ours, library, turns)
+        except FAILURES as error:
+            print(f"{library.name}, {len(lengths)} rows: {error}")
 
 
 def _libraries(platform: str, heads: Heads, lengths: Lengths) -> tuple[AttentionLibrary, ...]:

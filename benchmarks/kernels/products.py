@@ -160,6 +160,9 @@ def measure(arguments: argparse.Namespace, best: ceilings.Ceilings) -> list[Cell
     for problem in problems(arguments.only):
         calls = max(arguments.weights_mib * 2**20 // problem.weight_bytes, 1)
         backends = [backend for backend in map(Backend, names) if problem.takes(backend)]
+        if not backends:
+            print(f"left out, no backend takes such weights: {problem.name}")
+            continue
         weights = [jax.jit(problem.make)(jax.random.key(i)) for i in range(calls)]
         taken = {
             backend.value: _seconds(functools.partial(problem.call, backend), weights, turns)

@@ -1,6 +1,5 @@
 """Puts an engine together: shapes from the config, programs and parameters side by side."""
 
-import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -17,7 +16,7 @@ from jserve.core.step import Program
 from jserve.engine.config import EngineConfig
 from jserve.engine.executable_cache import ExecutableCache, code_digest, machine_key
 from jserve.engine.executor import DeviceExecutor
-from jserve.engine.kv_scales import measure_kv_scales
+from jserve.engine.kv_scales import lower_kv_scales
 from jserve.engine.programs import CompileCounter, CompiledProgram, compile_programs, signature
 from jserve.engine.sizing import (
     EngineShape,
@@ -33,7 +32,6 @@ from jserve.pallas_kernels.backend import Backend
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
 
-_Scale = Callable[[Params, DeviceState], DeviceState]
 _A = TypeVar("_A")
 _B = TypeVar("_B")
 
@@ -72,7 +70,7 @@ def build_engine(
     shape = shape_engine(model, mesh, config, cache)
     counter = CompileCounter()
 
-    def compile_all() -> tuple[dict[Program, CompiledProgram], DeviceState, _Scale]:
+    def compile_all() -> tuple[dict[Program, CompiledProgram], Callable[[Params], DeviceState]]:
         programs = compile_programs(
             model,
             mesh,
@@ -83,12 +81,11 @@ def build_engine(
             cache=cache,
             on_ready=on_program,
         )
-        state = _idle_state(model, mesh, shape, cache)
-        return programs, state, _kv_scaling(model, mesh, shape, cache)
+        return programs, _idle_state(model, mesh, shape, cache)
 
-    (params, load_s), (compiled, compile_s) = _side_by_side(load_params, compile_all)
-    programs, state, scale = compiled
-    state = scale(params, state)
+    (params, load_s), (made, compile_s) = _side_by_side(load_params, compile_all)
+    programs, idle_state = made
+    state = idle_state(params)
     info = EngineInfo(
         model=name,
         vocab=model.spec.vocab,
@@ -126,28 +123,29 @@ def build_engine(
 
 def _idle_state(
     model: Model, mesh: Mesh, shape: EngineShape, cache: ExecutableCache | None
-) -> DeviceState:
-    """The state of an idle engine, made on the device by a small program that is cached, too."""
+) -> Callable[[Params], DeviceState]:
+    """What gives the state of an idle engine, once the parameters are there.
+
+    It is made on the device by a small program that is cached, too; for pages of 8 bits another
+    one measures their scales.
+    """
     abstract = abstract_state(model, mesh, shape)
     name = repr(("state", jax.tree.map(signature, abstract)))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     make = jax.jit(lambda: make_state(model, shape), out_shardings=shardings)
-    return _compiled(name, make.lower, cache)()
-
-
-def _kv_scaling(
-    model: Model, mesh: Mesh, shape: EngineShape, cache: ExecutableCache | None
-) -> _Scale:
-    """What measures the scales of 8-bit K and V, compiled; for other pages it does nothing."""
+    idle = _compiled(name, make.lower, cache)
     if shape.kv_dtype.itemsize > 1:
-        return lambda params, state: state
-    params, state = abstract_params(model, mesh), abstract_state(model, mesh, shape)
-    measure = functools.partial(measure_kv_scales, model, mesh)
+        state = idle()
+        return lambda params: state
+    params = abstract_params(model, mesh)
     name = repr(("kv_scales", jax.tree.map(signature, params)))
-    program = _compiled(
-        name, lambda: jax.jit(measure, out_shardings=state.kv_scales.sharding).lower(params), cache
-    )
-    return lambda params, state: state._replace(kv_scales=program(params))
+    measure = _compiled(name, lambda: lower_kv_scales(model, mesh, params), cache)
+
+    def measured(params: Params) -> DeviceState:
+        scales = jax.block_until_ready(measure(params))  # in memory that the pages take after it
+        return idle()._replace(kv_scales=scales)
+
+    return measured
 
 
 def _compiled(

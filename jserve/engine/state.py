@@ -14,6 +14,8 @@ from jserve.pallas_kernels.ragged_paged_attention.dispatch import kv_pages_shape
 
 FULL = "full"  # the layer group of all attention layers; its pages hold every token
 
+SCALES_AXES = (None, None, "kv_heads")  # of the scales of K and V: [layers, K|V, stored_kv_heads]
+
 
 class DeviceState(NamedTuple):
     """One donated pytree; only programs change it.
@@ -74,7 +76,7 @@ def state_shardings(state: DeviceState, mesh: AnyMesh) -> DeviceState:
     shardings: DeviceState = jax.tree.map(lambda _: replicated, state)
     return shardings._replace(
         kv=jax.tree.map(lambda _: heads, state.kv),
-        kv_scales=named_sharding(mesh, (None, None, "kv_heads")),
+        kv_scales=named_sharding(mesh, SCALES_AXES),
         sampler=jax.tree.map(lambda spec: NamedSharding(mesh, spec), sampler),
     )
 

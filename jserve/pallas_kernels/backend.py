@@ -46,13 +46,13 @@ def backend_for(
     dtype: jnp.dtype,
     num_devices: int = 1,
     *,
-    device_kind: str = "",
+    device_kind: str,
     head_dim: int = GPU_HEAD_DIMS[0],
     page_size: int = GPU_PAGE_SIZES[0],
 ) -> Backend:
     """The best backend there is for a JAX platform name, a model's dtype and its devices.
 
-    `device_kind`, `head_dim` and `page_size` count on GPUs only.
+    `device_kind` is the device's own name. It, `head_dim` and `page_size` count on GPUs only.
     """
     if platform == "tpu":
         return Backend.TPU

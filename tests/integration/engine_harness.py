@@ -71,7 +71,7 @@ class Harness:
         mesh_shape: tuple[int, int] = (1, 1),  # model × expert
     ) -> None:
         # What users get: the native kernels, where they are built.
-        backend = backend or backend_for("cpu", jnp.dtype(jnp.float32))
+        backend = backend or backend_for("cpu", jnp.dtype(jnp.float32), device_kind="cpu")
         devices = jax.devices()[: mesh_shape[0] * mesh_shape[1]]
         mesh = device_mesh(devices, model=mesh_shape[0], expert=mesh_shape[1])
         self.model = Model(spec, jnp.float32, backend, quantization, mesh)

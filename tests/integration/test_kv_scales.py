@@ -13,12 +13,12 @@ from jserve.engine.kv_scales import measure_kv_scales
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh, param_shardings
 from jserve.pallas_kernels.backend import Backend
-from tests.integration.engine_harness import CONFIG, TINY, Harness
+from tests.integration.engine_harness import CONFIG, TINY, Harness, Outcome
 from tests.integration.model_harness import dense_attend
 
 SPEC = dataclasses.replace(TINY, model_dim=64, head_dim=16, qkv_bias=True, eos_token_ids=())
 NARROW = dataclasses.replace(CONFIG, kv_dtype="float8_e4m3fn", mixed_tokens=(32,))
-SMALL_V, LARGE_K = 2.0**-12, 2.0**9  # below what 8 bits can tell from 0, and above their largest
+SMALL_V, LARGE_K = 2.0**-15, 2.0**13  # below what 8 bits can tell from 0, and above their largest
 
 Params = dict[str, jax.Array]
 
@@ -28,12 +28,15 @@ def _model(devices: int = 1) -> tuple[Model, jax.sharding.Mesh]:
     return Model(SPEC, jnp.dtype(jnp.float32), Backend.CPU, mesh=mesh), mesh
 
 
-def _measured(params: Params, devices: int = 1) -> np.ndarray:
+def _placed(params: Params, devices: int) -> Params:
     model, mesh = _model(devices)
     shardings = param_shardings(model.param_specs(), SPEC, mesh)
-    placed = {name: jax.device_put(leaf, shardings[name]) for name, leaf in params.items()}
-    with jax.set_mesh(mesh):
-        return np.array(jax.jit(functools.partial(measure_kv_scales, model, mesh))(placed))
+    return {name: jax.device_put(leaf, shardings[name]) for name, leaf in params.items()}
+
+
+def _measured(params: Params, devices: int = 1) -> np.ndarray:
+    measure = jax.jit(functools.partial(measure_kv_scales, *_model(devices)))
+    return np.array(measure(_placed(params, devices)))
 
 
 def _uneven(params: Params) -> Params:
@@ -97,13 +100,20 @@ def test_devices_agree(params: Params, devices: int) -> None:
 
 
 def test_an_engine_loses_nothing_to_uneven_heads(params: Params) -> None:
-    request = Request(
-        id="a",
-        prompt=tuple(range(3, 40)),
-        sampling=SamplingParams(max_tokens=8, temperature=0.0, logprobs=2),
+    """Also where neighbours have copies of a KV head."""
+    even, uneven = _served(params, 1), _served(_uneven(params), 2 * SPEC.kv_heads)
+    assert uneven.tokens == even.tokens
+    found, expected = ([one.logprob for one in outcome.logprobs] for outcome in (uneven, even))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def _served(params: Params, devices: int) -> Outcome:
+    harness = Harness(
+        SPEC,
+        NARROW,
+        params=_placed(params, devices),
+        backend=Backend.CPU,
+        mesh_shape=(devices, 1),
     )
-    even, uneven = (
-        Harness(SPEC, NARROW, params=made, backend=Backend.CPU).run([request])["a"]
-        for made in (params, _uneven(params))
-    )
-    assert even == uneven
+    sampling = SamplingParams(max_tokens=8, temperature=0.0, logprobs=2)
+    return harness.run([Request(id="a", prompt=tuple(range(3, 40)), sampling=sampling)])["a"]

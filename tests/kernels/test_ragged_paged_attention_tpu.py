@@ -139,7 +139,7 @@ def test_chunks_and_neighbours_do_not_change_a_bit() -> None:
 
 
 def test_a_tpu_is_served_by_this_kernel() -> None:
-    assert backend_for("tpu", jnp.dtype(jnp.bfloat16), 4) is Backend.TPU
+    assert backend_for("tpu", jnp.dtype(jnp.bfloat16), 4, device_kind="TPU v6 lite") is Backend.TPU
 
 
 def test_blocks_are_whole_pages_and_fit() -> None:
