@@ -1,11 +1,11 @@
-"""Kernels that come with JAX, for the tables beside ours: what each takes, and how it is called.
+"""Kernels of JAX and tokamax, for the tables beside ours: what each takes, and how it is called.
 
-None does all that ours do: they write no K and V (cuDNN and the causal kernel know no pages
-either), return bfloat16, or take rows in whole tiles. They are timed on what they can do, with
-arrays laid out as they want them, and must agree with ours.
+None does all that ours do: they write no K and V (cuDNN, tokamax and the causal kernel know no
+pages either), return bfloat16, or take rows in whole tiles. They are timed on what they can do,
+with arrays laid out as they want them, and must agree with ours. Those that leave their tiles to
+the caller come with several.
 """
 
-import functools
 import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -51,32 +51,47 @@ def attention_libraries(
     if platform != "gpu" or window:
         return ()
     if all(new == 1 for _, new in lengths):
-        return _TRITON, _CUDNN_DECODE
+        return *map(_triton, (2, 4)), _CUDNN_DECODE, _TOKAMAX_DECODE
     (before, new), *others = lengths
     if others or before or new % 128:
         return ()
-    return _CUDNN_PROMPT, _MOSAIC_PROMPT
+    blocks = (64, 128) if head_dim <= 128 else (64,)  # what fits
+    return _CUDNN_PROMPT, _TOKAMAX_PROMPT, *map(_mosaic_prompt, blocks)
 
 
 def product_libraries(
     platform: str, codes: jnp.dtype, rows: int, in_dim: int, out_dims: Sequence[int]
 ) -> tuple[ProductLibrary, ...]:
     """Those that can multiply rows of bfloat16 by such weights."""
-    whole = not (rows % 64 or in_dim % 128 or any(out % 128 for out in out_dims))
-    mixed = platform == "gpu" and codes == jnp.int8 and whole
-    return (_PLAIN, _MIXED) if mixed else (_PLAIN,)
+    if platform != "gpu" or codes != jnp.int8:
+        return (_PLAIN,)
+    tiles = [
+        (tile_out, tile_rows, tile_in)
+        for tile_out, tile_rows, tile_in in ((128, 64, 128), (128, 128, 64), (256, 64, 64))
+        if not (rows % tile_rows or in_dim % tile_in or any(out % tile_out for out in out_dims))
+    ]
+    return _PLAIN, *(_mixed(*tile) for tile in tiles)
 
 
 def expert_libraries(platform: str, sizes: jax.Array) -> tuple[ProductLibrary, ...]:
     """Those that can multiply by stacks [experts, out, in] of bfloat16."""
     if platform == "gpu":
-        return _ragged(sizes), _mosaic_ragged(sizes)
-    return (_megablox(sizes),) if platform == "tpu" else (_ragged(sizes),)
+        tiles = ((64, 64), (64, 128), (128, 128))
+        return _ragged(sizes), _tokamax_ragged(sizes), *(_mosaic_ragged(sizes, *t) for t in tiles)
+    if platform == "tpu":
+        tilings = ((128, 128, 128), (128, 512, 512), (128, 1024, 1024))
+        return _tokamax_ragged(sizes), *(_megablox(sizes, tiling) for tiling in tilings)
+    return (_ragged(sizes),)
 
 
 def _of_jax(name: str) -> ModuleType:
     """An experimental module of Pallas: imported when it is measured, as some need a platform."""
     return importlib.import_module(f"jax.experimental.pallas.ops.{name}")
+
+
+def _tokamax() -> ModuleType:
+    """It is no dependency, and needs Python 3.12."""
+    return importlib.import_module("tokamax")
 
 
 def _contiguous(pages: jax.Array, batch: RaggedBatch, most: int) -> tuple[jax.Array, jax.Array]:
@@ -92,32 +107,28 @@ def _contiguous(pages: jax.Array, batch: RaggedBatch, most: int) -> tuple[jax.Ar
     return tokens(found[:, :, 0]), tokens(found[:, :, 1])
 
 
-def _heads_first(pages: jax.Array, batch: RaggedBatch, most: int) -> Any:
-    """Pages [kv_heads, pages, page_size, head_dim] of K and of V, and a table in 16 even parts."""
-    block = 4  # pages: 256 keys at once
-    part = -(-most // (pages.shape[3] * 16))
-    width = 16 * -(-part // block) * block
-    table = batch.page_table[:, :width]
-    table = jnp.pad(table, ((0, 0), (0, width - table.shape[1])))
-    return pages[:, 0].swapaxes(0, 1), pages[:, 1].swapaxes(0, 1), table
+def _triton(block: int) -> AttentionLibrary:
+    """With so many pages at once."""
 
+    def lay_out(pages: jax.Array, batch: RaggedBatch, most: int) -> Any:
+        """Pages [kv_heads, pages, page_size, head_dim] of K and of V, a table in 16 even parts."""
+        part = -(-most // (pages.shape[3] * 16))
+        width = 16 * -(-part // block) * block
+        table = batch.page_table[:, :width]
+        table = jnp.pad(table, ((0, 0), (0, width - table.shape[1])))
+        return pages[:, 0].swapaxes(0, 1), pages[:, 1].swapaxes(0, 1), table
 
-def _triton(q: jax.Array, kv: Any, batch: RaggedBatch) -> jax.Array:
-    k, v, table = kv
-    attend = _of_jax("gpu.paged_attention").paged_attention
-    return attend(q, k, v, table, batch.kv_lens, pages_per_compute_block=4)
+    def attend(q: jax.Array, kv: Any, batch: RaggedBatch) -> jax.Array:
+        k, v, table = kv
+        paged_attention = _of_jax("gpu.paged_attention").paged_attention
+        return paged_attention(q, k, v, table, batch.kv_lens, pages_per_compute_block=block)
 
-
-_TRITON = AttentionLibrary("pallas.ops paged_attention (Triton)", _heads_first, _triton)
+    return AttentionLibrary(f"pallas.ops paged_attention (Triton), {block} pages", lay_out, attend)
 
 
 def _decode(q: jax.Array, kv: Any, batch: RaggedBatch) -> jax.Array:
     out = jax.nn.dot_product_attention(
-        q[:, None],
-        *kv,
-        scale=1.0,
-        key_value_seq_lengths=batch.kv_lens,
-        implementation="cudnn",
+        q[:, None], *kv, scale=1.0, key_value_seq_lengths=batch.kv_lens, implementation="cudnn"
     )
     return out[:, 0]
 
@@ -130,24 +141,43 @@ def _prompt(q: jax.Array, kv: Any, batch: RaggedBatch) -> jax.Array:
     return out[0]
 
 
+def _tokamax_decode(q: jax.Array, kv: Any, batch: RaggedBatch) -> jax.Array:
+    out = _tokamax().dot_product_attention(
+        q[:, None], *kv, scale=1.0, key_value_seq_lengths=batch.kv_lens, implementation="mosaic"
+    )
+    return out[:, 0]
+
+
+def _tokamax_prompt(q: jax.Array, kv: Any, batch: RaggedBatch) -> jax.Array:
+    k, v = (x[:, : len(q)] for x in kv)
+    out = _tokamax().dot_product_attention(
+        q[None], k, v, scale=1.0, is_causal=True, implementation="mosaic"
+    )
+    return out[0]
+
+
 _CUDNN_DECODE = AttentionLibrary("cuDNN, no pages", _contiguous, _decode)
 _CUDNN_PROMPT = AttentionLibrary("cuDNN, no pages", _contiguous, _prompt)
+_TOKAMAX_DECODE = AttentionLibrary("tokamax, no pages", _contiguous, _tokamax_decode)
+_TOKAMAX_PROMPT = AttentionLibrary("tokamax, no pages", _contiguous, _tokamax_prompt)
 
 
 def _halves(pages: jax.Array, batch: RaggedBatch, most: int) -> tuple[jax.Array, ...]:
     return tuple(x.astype(jnp.float16) for x in _contiguous(pages, batch, most))
 
 
-def _mosaic_prompt(q: jax.Array, kv: Any, batch: RaggedBatch) -> jax.Array:
-    kernels = _of_jax("gpu.attention_mgpu")
-    k, v = (x[:, : len(q)] for x in kv)
-    block = 128 if q.shape[-1] <= 128 else 64  # what fits
-    config = kernels.TuningConfig(block_q=64, block_kv=block, max_concurrent_steps=2, causal=True)
-    return kernels.attention(q[None].astype(jnp.float16), k, v, config)[0].astype(q.dtype)
+def _mosaic_prompt(block: int) -> AttentionLibrary:
+    """With so many keys at once. It takes bfloat16, too, but JAX 0.11.2 does not compile that."""
 
+    def attend(q: jax.Array, kv: Any, batch: RaggedBatch) -> jax.Array:
+        kernels = _of_jax("gpu.attention_mgpu")
+        k, v = (x[:, : len(q)] for x in kv)
+        config = kernels.TuningConfig(
+            block_q=64, block_kv=block, max_concurrent_steps=2, causal=True
+        )
+        return kernels.attention(q[None].astype(jnp.float16), k, v, config)[0].astype(q.dtype)
 
-# It takes bfloat16, too, but does not compile with it (JAX 0.11.2).
-_MOSAIC_PROMPT = AttentionLibrary("pallas.ops attention_mgpu, no pages", _halves, _mosaic_prompt)
+    return AttentionLibrary(f"pallas.ops attention_mgpu, no pages, {block} keys", _halves, attend)
 
 
 def _tpu_ragged(window: int) -> AttentionLibrary:
@@ -184,20 +214,23 @@ def _plain(x: jax.Array, weight: jax.Array) -> jax.Array:
 _PLAIN = ProductLibrary("XLA, bfloat16 weights", _floats, _plain)
 
 
-def _mixed(x: jax.Array, weight: ChannelMatrix) -> jax.Array:
-    kernels = _of_jax("gpu.hopper_mixed_type_matmul_mgpu")
-    config = kernels.TuningConfig(
-        tile_m=64,
-        tile_n=64,
-        tile_k=128,
-        max_concurrent_steps=4,
-        wg_dimension=kernels.MatmulDimension.M,
-    )
-    multiply = functools.partial(kernels.mixed_matmul_kernel, out_dtype=jnp.float32, config=config)
-    return (multiply(weight.codes, x.T) * weight.scales[:, None]).T
+def _mixed(outputs: int, rows: int, inputs: int) -> ProductLibrary:
+    """With tiles of so many."""
 
+    def multiply(x: jax.Array, weight: ChannelMatrix) -> jax.Array:
+        kernels = _of_jax("gpu.hopper_mixed_type_matmul_mgpu")
+        config = kernels.TuningConfig(
+            tile_m=outputs // 2,
+            tile_n=rows,
+            tile_k=inputs,
+            max_concurrent_steps=4,
+            wg_dimension=kernels.MatmulDimension.M,
+        )
+        y = kernels.mixed_matmul_kernel(weight.codes, x.T, out_dtype=jnp.float32, config=config)
+        return (y * weight.scales[:, None]).T
 
-_MIXED = ProductLibrary("pallas.ops mixed_matmul", lambda weight: weight, _mixed)
+    name = f"pallas.ops mixed_matmul, {outputs}, {rows}, {inputs}"
+    return ProductLibrary(name, lambda weight: weight, multiply)
 
 
 def _ragged(sizes: jax.Array) -> ProductLibrary:
@@ -211,29 +244,41 @@ def _inputs_first(stack: jax.Array) -> jax.Array:
     return stack.swapaxes(1, 2)
 
 
-def _mosaic_ragged(sizes: jax.Array) -> ProductLibrary:
+def _tokamax_ragged(sizes: jax.Array) -> ProductLibrary:
+    def multiply(x: jax.Array, stack: jax.Array) -> jax.Array:
+        return _tokamax().ragged_dot(
+            x, stack, sizes, preferred_element_type=jnp.float32, implementation="mosaic"
+        )
+
+    return ProductLibrary("tokamax ragged_dot", _inputs_first, multiply)
+
+
+def _mosaic_ragged(sizes: jax.Array, rows: int, outputs: int) -> ProductLibrary:
+    """With tiles of so many."""
+
     def multiply(x: jax.Array, stack: jax.Array) -> jax.Array:
         return _of_jax("gpu.ragged_dot_mgpu").ragged_dot(
             x,
             stack,
             group_sizes=sizes,
-            block_m=64,
-            block_n=128,
+            block_m=rows,
+            block_n=outputs,
             block_k=64,
             max_concurrent_steps=4,
             grid_block_n=1,
             transpose_rhs=True,
         )
 
-    return ProductLibrary("pallas.ops ragged_dot_mgpu", lambda stack: stack, multiply)
+    name = f"pallas.ops ragged_dot_mgpu, {rows}, {outputs}"
+    return ProductLibrary(name, lambda stack: stack, multiply)
 
 
-def _megablox(sizes: jax.Array) -> ProductLibrary:
+def _megablox(sizes: jax.Array, tiling: tuple[int, int, int]) -> ProductLibrary:
     def multiply(x: jax.Array, stack: jax.Array) -> jax.Array:
-        whole = jnp.pad(x, ((0, -len(x) % 128), (0, 0)))
-        return _of_jax("tpu.megablox.gmm").gmm(whole, stack, sizes)[: len(x)]
+        whole = jnp.pad(x, ((0, -len(x) % tiling[0]), (0, 0)))
+        return _of_jax("tpu.megablox.gmm").gmm(whole, stack, sizes, tiling=tiling)[: len(x)]
 
-    return ProductLibrary("pallas.ops megablox", _inputs_first, multiply)
+    return ProductLibrary(f"pallas.ops megablox, {tiling}", _inputs_first, multiply)
 
 
 def agree(

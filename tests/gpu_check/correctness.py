@@ -37,7 +37,7 @@ def attention_cases() -> Iterator[Case]:
 
 
 def run(problem: Problem, kv_dtype: jnp.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs and pages of a problem."""
+    """Outputs and pages of a problem; with 8 bits every head has scales of its own."""
     case = problem.case
     q, k, v, pages, batch = problem.arrays()
     attend = jax.jit(
@@ -50,8 +50,21 @@ def run(problem: Problem, kv_dtype: jnp.dtype) -> tuple[np.ndarray, np.ndarray]:
         donate_argnums=3,
     )
     q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
-    out, pages = attend(q, k, v, jnp.asarray(pages, kv_dtype), batch)
-    return np.asarray(out, np.float64), np.asarray(pages, np.float32)
+    head = jnp.arange(case.kv_heads, dtype=jnp.float32)
+    of_k, of_v = jnp.exp2(jnp.round(head / 2)), jnp.exp2(jnp.round(-head / 3))
+    of_k, of_v = (x if kv_dtype.itemsize == 1 else jnp.ones_like(x) for x in (of_k, of_v))
+    group = case.q_heads // case.kv_heads
+    # Powers of two, so that nothing but the scales' own places can go wrong.
+    out, pages = attend(
+        q / jnp.repeat(of_k, group)[None, :, None].astype(q.dtype),
+        k * of_k[None, :, None].astype(k.dtype),
+        v * of_v[None, :, None].astype(v.dtype),
+        jnp.asarray(pages, kv_dtype),
+        batch,
+        kv_scales=jnp.stack([of_k, of_v]),
+    )
+    out = np.asarray(out, np.float64) / np.repeat(of_v, group)[None, :, None]
+    return out, np.asarray(pages, np.float32)
 
 
 def check_attention(case: Case, kv_dtype: jnp.dtype) -> tuple[float, str]:

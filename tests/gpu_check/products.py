@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jserve.pallas_kernels.backend import Backend
+from jserve.pallas_kernels.grouped_matmul.cases import CASES as GROUPED_CASES
+from jserve.pallas_kernels.grouped_matmul.cases import Case as GroupedCase
 from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
 from jserve.pallas_kernels.quantized_matmul.cases import CASES, Case
 from jserve.pallas_kernels.quantized_matmul.channels import (
@@ -28,7 +30,8 @@ _LARGE = (
     Case("large_without_splits", 300, 1024, (14336, 14336)),
     Case("large_odd", 130, 1024, (16032,)),
 )
-_EXPERT_ROWS = (1, 0, 70, 5, 0, 200, 17, 7)  # one to several items of an expert
+# One to several items of an expert.
+_LARGE_EXPERTS = GroupedCase("large", 2048, (768,), (1, 0, 70, 5, 0, 200, 17, 7))
 _SOME = (1, 2, 9, 64, 128, 129, 256)  # rows
 
 
@@ -62,30 +65,31 @@ def quantized(case: Case, codes: jnp.dtype) -> tuple[float, str]:
     return error, ""
 
 
-def grouped(kind: str) -> tuple[float, str]:
+def grouped(case: GroupedCase, kind: str) -> tuple[float, str]:
     """Likewise for experts of bfloat16 or int8."""
     rng = np.random.default_rng(2)
-    experts, in_dim, out_dim = len(_EXPERT_ROWS), 2048, 768
-    x = jnp.asarray(rng.normal(size=(sum(_EXPERT_ROWS), in_dim)), jnp.bfloat16)
-    floats = rng.normal(size=(experts, out_dim, in_dim)).astype(np.float32)
+    experts = len(case.group_sizes)
+    x = jnp.asarray(rng.normal(size=(case.rows, case.in_dim)), jnp.bfloat16)
+    floats = [rng.normal(size=(experts, n, case.in_dim)).astype(np.float32) for n in case.out_dims]
     if kind == "int8":
-        stack = ChannelStack(*_coded(floats, CODES[0]))
-        exact = _floats(*stack)
+        stacks = [ChannelStack(*_coded(weight, CODES[0])) for weight in floats]
+        exact = [_floats(*stack) for stack in stacks]
     else:
-        stack = jnp.asarray(floats, jnp.bfloat16)
-        exact = np.asarray(stack, np.float64)
+        stacks = [jnp.asarray(weight, jnp.bfloat16) for weight in floats]
+        exact = [np.asarray(stack, np.float64) for stack in stacks]
     run = jax.jit(functools.partial(grouped_matmul, backend=Backend.GPU))
-    (y,) = run(x, [stack], jnp.asarray(_EXPERT_ROWS, jnp.int32))
-    expert = np.repeat(np.arange(experts), _EXPERT_ROWS)
-    a = np.asarray(x, np.float64)
-    expected = np.concatenate([a[expert == e] @ exact[e].T for e in range(experts)])
-    error = _error(y, expected)
-    for row in (0, 1, 60, len(expert) - 1):
-        (alone,) = run(
-            x[row : row + 1], [stack], jnp.asarray(np.arange(experts) == expert[row], jnp.int32)
-        )
-        if not np.array_equal(alone[0], y[row]):
-            return error, f"row {row} alone has other bits"
+    ys = run(x, stacks, jnp.asarray(case.group_sizes, jnp.int32))
+    expert = np.repeat(np.arange(experts), case.group_sizes)
+    a = np.asarray(x, np.float64)[: len(expert)]
+    error = 0.0
+    for y, weight in zip(ys, exact, strict=True):
+        expected = np.concatenate([a[expert == e] @ weight[e].T for e in range(experts)])
+        error = max(error, _error(y[: len(expert)], expected) if len(expert) else 0.0)
+    for row in {0, len(expert) // 3, len(expert) - 1} if len(expert) else ():
+        own = jnp.asarray(np.arange(experts) == expert[row], jnp.int32)
+        for alone, y in zip(run(x[row : row + 1], stacks, own), ys, strict=True):
+            if not np.array_equal(alone[0], y[row]):
+                return error, f"row {row} alone has other bits"
     return error, ""
 
 
@@ -94,8 +98,9 @@ def checks() -> Iterator[tuple[str, tuple[float, str]]]:
     for case in (*CASES, *_LARGE):
         for codes in CODES:
             yield f"{codes.name} {case.name}", quantized(case, codes)
-    for kind in ("bfloat16", "int8"):
-        yield f"experts {kind}", grouped(kind)
+    for case in (*GROUPED_CASES, _LARGE_EXPERTS):
+        for kind in ("bfloat16", "int8"):
+            yield f"experts {kind} {case.name}", grouped(case, kind)
 
 
 def main() -> int:

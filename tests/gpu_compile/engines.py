@@ -10,12 +10,14 @@ from jax.sharding import Mesh
 from jserve.core.step import Program as StepProgram
 from jserve.core.step import ProgramKind
 from jserve.engine.config import EngineConfig
+from jserve.engine.kv_scales import lower_kv_scales
+from jserve.engine.plan import temporary_bytes
 from jserve.engine.programs import lower_step
 from jserve.engine.sizing import abstract_params, abstract_state, shape_engine
 from jserve.model.formats.hf_config import spec_from_hf
 from jserve.model.formats.json_file import read_json
 from jserve.model.functional import Model
-from jserve.model.sharding import abstract_mesh
+from jserve.model.sharding import AnyMesh, abstract_mesh
 from jserve.pallas_kernels.backend import Backend
 from tests.gpu_compile.h200 import Program
 
@@ -47,17 +49,16 @@ class Engine:
 
     def _program(self, program: StepProgram) -> Program:
         config = dataclasses.replace(self.config, kv_dtype=self.kv_dtype)
-        spec = spec_from_hf(read_json(_ARCHITECTURES / f"{self.architecture}.json"))
-        dtype = jnp.dtype(jnp.bfloat16)
 
         def lower(mesh: Mesh) -> jax.stages.Lowered:
-            model = Model(spec, dtype, Backend.GPU, self.quantization, mesh)
+            model = self._model(mesh)
             shape = shape_engine(model, mesh, config, None)
             params, state = abstract_params(model, mesh), abstract_state(model, mesh, shape)
             return lower_step(model, mesh, program, shape.batch, params, state)
 
         one = abstract_mesh(model=1)
-        model = Model(spec, dtype, Backend.GPU, self.quantization, one)
+        model = self._model(one)
+        spec = model.spec
         pages = abstract_state(model, one, shape_engine(model, one, config, None)).kv
         page_bytes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages)]
         sizes = [leaf.size * leaf.dtype.itemsize for leaf in abstract_params(model, one).values()]
@@ -69,10 +70,36 @@ class Engine:
             heads = 2 if program.kind is ProgramKind.MIXED else 1
             launches += 4 * spec.layers + heads
         kept = sum(page_bytes)
-        return Program(f"{name}, KV {self.kv_dtype}", lower, launches, kept, frozenset(watched))
+        return Program(
+            f"{name}, KV {self.kv_dtype}",
+            lower,
+            launches,
+            kept,
+            frozenset(watched),
+            most_temp_bytes=temporary_bytes(model, one, program),
+        )
+
+    def scaling(self) -> Program:
+        """What measures the scales of 8-bit pages."""
+        model = self._model(abstract_mesh(model=1))
+
+        def lower(mesh: Mesh) -> jax.stages.Lowered:
+            model = self._model(mesh)
+            return lower_kv_scales(model, mesh, abstract_params(model, mesh))
+
+        # Nothing reads what the last layer gives: only its q, k and v are multiplied.
+        launches = 4 * model.spec.layers - 3 if self.quantization != "none" else 0
+        name = f"{self.architecture} KV scales, weights {self.quantization}"
+        return Program(name, lower, launches)
+
+    def _model(self, mesh: AnyMesh) -> Model:
+        spec = spec_from_hf(read_json(_ARCHITECTURES / f"{self.architecture}.json"))
+        return Model(spec, jnp.dtype(jnp.bfloat16), Backend.GPU, self.quantization, mesh)
 
 
+_8_BITS = Engine("llama-3.1-8b", "fp8", "float8_e4m3fn")
 PROGRAMS = (
     *Engine("llama-3.1-8b").programs(),
-    *Engine("llama-3.1-8b", "fp8", "float8_e4m3fn").programs(),
+    *_8_BITS.programs(),
+    _8_BITS.scaling(),
 )

@@ -24,8 +24,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from jserve.core.step import Program
-from jserve.engine.chips import chip_of
+from jserve.engine.chips import Chip, chip_of
 from jserve.engine.config import EngineConfig
+from jserve.engine.kv_scales import lower_kv_scales
 from jserve.engine.plan import plan_memory, temporary_bytes
 from jserve.engine.programs import lower_step
 from jserve.engine.sizing import EngineShape, abstract_params, abstract_state
@@ -89,6 +90,7 @@ ENGINES = (
     Engine("llama-3.1-8b", 4),
     Engine("llama-3.1-8b", 8),
     Engine("llama-3.1-8b", 1, generations=("v6e",), quantization="fp8", kv_dtype="float8_e4m3fn"),
+    Engine("llama-3.1-8b", 4, generations=("v5e",), kv_dtype="float8_e4m3fn"),
     Engine("qwen3-30b-a3b", 8, expert_parallel=8),
     Engine("gemma-3-4b", 1),
     Engine("llama-3.3-70b", 4, generations=("v5p",)),
@@ -140,9 +142,26 @@ def compile_engine(generation: str, engine: Engine) -> list[dict[str, Any]]:
             "does not fit": used > chip.usable_bytes,
         }
         wrong = [fault for fault, is_so in faults.items() if is_so]
-        named = {"generation": generation, **dataclasses.asdict(engine)}
-        rows.append({**named, **found, "wrong": wrong})
-    return rows
+        rows.append({**found, "wrong": wrong})
+    if plan.shape.kv_dtype.itemsize == 1:
+        rows.append(compile_scaling(model, mesh, chip))
+    return [{"generation": generation, **dataclasses.asdict(engine), **row} for row in rows]
+
+
+def compile_scaling(model: Model, mesh: Mesh, chip: Chip) -> dict[str, Any]:
+    """What measures the scales of 8-bit pages, before there are any."""
+    started = time.perf_counter()
+    with jax.set_mesh(mesh):
+        compiled = lower_kv_scales(model, mesh, abstract_params(model, mesh)).compile()
+    memory = compiled.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    used += memory.generated_code_size_in_bytes
+    return {
+        "program": "kv_scales",
+        "temp_bytes": memory.temp_size_in_bytes,
+        "seconds": round(time.perf_counter() - started, 1),
+        "wrong": ["does not fit"] if used > chip.usable_bytes else [],
+    }
 
 
 def main() -> int:
