@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jserve.pallas_kernels.backend import Backend
-from jserve.pallas_kernels.grouped_matmul.cases import CASES as GROUPED_CASES
+from jserve.pallas_kernels.grouped_matmul.cases import TILED_CASES
 from jserve.pallas_kernels.grouped_matmul.cases import Case as GroupedCase
 from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
 from jserve.pallas_kernels.quantized_matmul.cases import CASES, Case
@@ -98,7 +98,7 @@ def checks() -> Iterator[tuple[str, tuple[float, str]]]:
     for case in (*CASES, *_LARGE):
         for codes in CODES:
             yield f"{codes.name} {case.name}", quantized(case, codes)
-    for case in (*GROUPED_CASES, _LARGE_EXPERTS):
+    for case in (*TILED_CASES, _LARGE_EXPERTS):
         for kind in ("bfloat16", "int8"):
             yield f"experts {kind} {case.name}", grouped(case, kind)
 

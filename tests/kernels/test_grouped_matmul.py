@@ -10,7 +10,7 @@ import pytest
 
 from jserve.pallas_kernels.backend import Backend
 from jserve.pallas_kernels.grouped_matmul import gpu
-from jserve.pallas_kernels.grouped_matmul.cases import CASES, MODEL_CASES, Case
+from jserve.pallas_kernels.grouped_matmul.cases import CASES, MODEL_CASES, TILED_CASES, Case
 from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
 from jserve.pallas_kernels.matmul.dispatch import matmul, wants_panels
 from jserve.pallas_kernels.matmul.panels import PANEL, PanelMatrix, to_panels
@@ -58,15 +58,7 @@ def test_agrees_with_float64(case: Case, dtype: jnp.dtype, backend: Backend) -> 
     _check(case, dtype, backend)
 
 
-# Fewer rows than a tile has, several stacks, and items that end anywhere in a tile.
-_GPU_CASES = (
-    Case("few_rows", 128, (128,), (0, 3, 0)),
-    Case("decode", 128, (128, 256), (2, 0, 1, 0, 0, 3, 1, 1), padding=2),
-    Case("prompt", 256, (128,), (17, 40, 0, 71), padding=5),
-)
-
-
-@pytest.mark.parametrize("case", _GPU_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", TILED_CASES, ids=lambda case: case.name)
 def test_hopper_agrees_with_float64(case: Case) -> None:
     with gpu_interpreter.interpreted():
         _check(case, jnp.dtype(jnp.bfloat16), Backend.GPU)

@@ -30,6 +30,14 @@ CASES = (
     Case("long", 1536, (33,), (1, 5, 0, 26)),  # longer than a run of any backend
 )
 
+# With sizes that the kernel for Hopper takes: fewer rows than a tile has, several stacks, and items
+# that end anywhere in a tile.
+TILED_CASES = (
+    Case("few_rows", 128, (128,), (0, 3, 0)),
+    Case("decode", 128, (128, 256), (2, 0, 1, 0, 0, 3, 1, 1), padding=2),
+    Case("prompt", 256, (128,), (17, 40, 0, 71), padding=5),
+)
+
 
 def _spread(rows: int, experts: int) -> tuple[int, ...]:
     """As alike as can be."""
