@@ -40,7 +40,13 @@ _CASES = (
     # Chunks that start inside a block, at one, and with a page's last token.
     Case("mixed", 6, 2, 64, 128, (130,), ((0, 45), (70, 30), (127, 2)), padding=3),
     Case("window", 4, 2, 128, 64, (5, 200), ((100, 40),), window=50),
-    Case("dim_256", 2, 1, 256, 64, (63,), ((30, 40),)),
+    Case("narrow_256", 2, 1, 256, 64, (63,), ((30, 40),)),
+    # Those of every backend that this one knows.
+    *(
+        case
+        for case in CASES
+        if case.head_dim in GPU_HEAD_DIMS and case.page_size in GPU_PAGE_SIZES
+    ),
 )
 _MORE = (
     Case("mha", 3, 3, 64, 64, (9, 150), ((60, 20),)),
@@ -50,12 +56,6 @@ _MORE = (
     Case("wide_page", 4, 1, 128, 128, (255, 256, 257), ((100, 60),)),
     Case("dim_256_window", 4, 2, 256, 128, (300,), ((100, 60),), window=100),
     Case("dim_256_odd_group", 3, 1, 256, 64, (70,), ((60, 20),)),
-    # Those of every backend that this one knows.
-    *(
-        case
-        for case in CASES
-        if case.head_dim in GPU_HEAD_DIMS and case.page_size in GPU_PAGE_SIZES
-    ),
 )
 
 
