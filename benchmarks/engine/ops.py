@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.engine import options
-from benchmarks.kernels.chained_attention import Heads, median_ms, time_attention
+from benchmarks.kernels.chained_attention import Heads, Turns, time_attention
 from benchmarks.serving import report
 from jserve.core.errors import ConfigError
 from jserve.model.config import RandomWeights
@@ -33,7 +33,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def time_products(model: Model, params: dict[str, jax.Array], rows: int, turns: int) -> list[float]:
+def time_products(
+    model: Model, params: dict[str, jax.Array], rows: int, turns: Turns
+) -> list[float]:
     """Milliseconds of all layers without attention, and of the head."""
     layers = model.spec.layers
 
@@ -46,8 +48,8 @@ def time_products(model: Model, params: dict[str, jax.Array], rows: int, turns: 
     logits = jax.jit(model.logits)
     states = hidden(params, tokens)
     return [
-        round(median_ms(lambda: hidden(params, tokens), turns), 2),
-        round(median_ms(lambda: logits(params, states), turns), 2),
+        round(turns.median_ms(lambda: hidden(params, tokens)), 2),
+        round(turns.median_ms(lambda: logits(params, states)), 2),
     ]
 
 
@@ -82,12 +84,14 @@ def main() -> None:
         tuple(spec.window_of(i) for i in range(spec.layers)),
     )
 
+    turns = Turns(arguments.turns)
+
     def attention(lengths: list[tuple[int, int]]) -> float:
-        return round(time_attention(heads, lengths, backend, arguments.turns), 2)
+        return round(time_attention(heads, lengths, backend, turns), 2)
 
     found: list[dict[str, Any]] = []
     for rows in arguments.rows:
-        layers, head = time_products(model, params, rows, arguments.turns)
+        layers, head = time_products(model, params, rows, turns)
         entry: dict[str, Any] = {"rows": rows, "layers_ms": layers, "head_ms": head}
         for context in arguments.contexts:
             entry[f"decode_{context}_ms"] = attention([(context, 1)] * rows)

@@ -34,18 +34,25 @@ class Heads:
     windows: tuple[int, ...]
 
 
-def median_ms(run: Callable[[], Any], turns: int) -> float:
-    """Of some runs after one that compiles."""
-    jax.block_until_ready(run())
-    seconds: list[float] = []
-    for _ in range(turns):
-        started = time.perf_counter()
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """How often something is measured."""
+
+    number: int  # of which the median counts
+    runs: int = 1  # in each, one after the other: only the first one's start is waited for
+
+    def median_ms(self, run: Callable[[], Any]) -> float:
+        """Of one run, after one that compiles."""
         jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - started)
-    return float(np.median(seconds)) * 1e3
+        seconds: list[float] = []
+        for _ in range(self.number):
+            started = time.perf_counter()
+            jax.block_until_ready([run() for _ in range(self.runs)])
+            seconds.append(time.perf_counter() - started)
+        return float(np.median(seconds)) * 1e3 / self.runs
 
 
-def time_attention(heads: Heads, lengths: Lengths, backend: Backend, turns: int) -> float:
+def time_attention(heads: Heads, lengths: Lengths, backend: Backend, turns: Turns) -> float:
     """Milliseconds of all layers."""
     problem = _problem(heads, lengths)
     pages = [problem.fill(i) for i in range(len(heads.windows))]
@@ -68,11 +75,11 @@ def time_attention(heads: Heads, lengths: Lengths, backend: Backend, turns: int)
         out, pages = step(problem.q, pages)
         return out
 
-    return median_ms(run, turns)
+    return turns.median_ms(run)
 
 
 def time_library(
-    heads: Heads, lengths: Lengths, backend: Backend, library: AttentionLibrary, turns: int
+    heads: Heads, lengths: Lengths, backend: Backend, library: AttentionLibrary, turns: Turns
 ) -> float:
     """Milliseconds of all layers with someone else's kernel, over K and V that `backend` wrote.
 
@@ -103,7 +110,7 @@ def time_library(
             q = _next(q, library.attend(q, layer, problem.batch))
         return q
 
-    return median_ms(functools.partial(jax.jit(attend), problem.q, layers), turns)
+    return turns.median_ms(functools.partial(jax.jit(attend), problem.q, layers))
 
 
 def _next(q: jax.Array, out: jax.Array) -> jax.Array:

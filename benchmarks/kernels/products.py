@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.engine import ceilings
-from benchmarks.kernels.chained_attention import median_ms
+from benchmarks.kernels.chained_attention import Turns
 from benchmarks.kernels.libraries import (
     FAILURES,
     ProductLibrary,
@@ -41,6 +41,7 @@ from jserve.pallas_kernels.quantized_matmul.channels import CODES, ChannelMatrix
 from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
 
 _GIGA, _TERA = 1e9, 1e12
+_RUNS = 4  # of a program between two looks at the clock
 _DTYPE = jnp.dtype(jnp.bfloat16)  # of rows
 _EXPERTS = (_DTYPE, jnp.dtype(jnp.int8))  # what experts are served in
 
@@ -195,7 +196,7 @@ def _best_backend() -> Backend:
 def _seconds(call: Callable[[Any], Any], weights: list[Any], turns: int) -> float:
     """Of one call among several in a program."""
     run = jax.jit(lambda weights: [call(one) for one in weights])
-    return median_ms(functools.partial(run, weights), turns) / 1e3 / len(weights)
+    return Turns(turns, _RUNS).median_ms(functools.partial(run, weights)) / 1e3 / len(weights)
 
 
 def _library_seconds(
