@@ -47,14 +47,14 @@ def operations(text: str) -> Iterator[Op]:
 
 
 def written(text: str) -> Iterator[Op]:
-    """The operations that write memory of the device, views and what stays on the chip left out."""
-    return (op for op in operations(text) if op.kind not in _VIEWS and not op.on_chip)
+    """The operations outside of fusions that write memory."""
+    return (op for op in operations(text) if op.kind not in _VIEWS)
 
 
 def writes_of(text: str, shapes: Iterable[Sequence[int]]) -> list[Op]:
-    """What writes an array of one of these shapes, in any layout and of any dtype."""
+    """What writes an array of one of these shapes to HBM, in any layout and of any dtype."""
     watched = {tuple(sorted(shape)) for shape in shapes}
-    return [op for op in written(text) if tuple(sorted(op.shape)) in watched]
+    return [op for op in written(text) if not op.on_chip and tuple(sorted(op.shape)) in watched]
 
 
 def copies_of(text: str, leaves: Iterable[jax.ShapeDtypeStruct], least_bytes: int) -> list[Op]:

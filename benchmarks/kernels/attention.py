@@ -7,8 +7,8 @@
 `decode`: every slot has one new token; GB/s are bytes of K and V read and written over time.
 `prompt`: one chunk after so many tokens; TFLOP/s count the keys that each query may see.
 `mixed`: such a chunk beside decoding slots; of many, reading takes longer than computing. Times are
-of one layer, medians of the turns. The kernels that come with JAX are measured beside ours on what
-they can do (see `libraries.py`): they only read K and V. Prints one table, one JSON line.
+of one layer, medians of the turns. Kernels of libraries are measured beside ours on what they can
+do (see `libraries.py`): they only read K and V. Prints one table, one JSON line.
 """
 
 import argparse

@@ -5,7 +5,7 @@
     python -m benchmarks.kernels.products --only "llama_8b o, 8 rows" --weights_mib 64 --turns 3
 
 The shapes are `MODEL_CASES` of the two ops; backend `cpu` is XLA's code, which makes floats of
-weights first. Beside them: XLA with weights in bfloat16, and kernels that come with JAX (see
+weights first. Beside them: XLA with weights in bfloat16, and kernels of libraries (see
 `libraries.py`), their shares counted as if they moved our bytes. A program multiplies by several
 weights one after the other, so that none is still in a cache; times are of one call, medians of
 the turns. Bytes are those of the weights that are needed, rows and products. Prints one

@@ -33,7 +33,7 @@ from jserve.pallas_kernels.quantized_matmul.cases import MODEL_CASES, Case
 from jserve.pallas_kernels.quantized_matmul.channels import CODES, ChannelMatrix, ChannelStack
 from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
 from tests.compiled_hlo import writes_of
-from tests.tpu_compile.programs import TOPOLOGIES
+from tests.tpu_compile.programs import LAUNCH, TOPOLOGIES
 
 _QUICK = (
     "llama_8b gate_up, 1 rows",
@@ -108,7 +108,7 @@ def _compiled(
     with jax.set_mesh(mesh):
         compiled = jax.jit(function).lower(*arguments).compile()
     text, temp_bytes = compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
-    found = text.count('custom_call_target="tpu_custom_call"')
+    found = text.count(LAUNCH)
     results = 4 * rows * sum(shape[-2] if len(shape) == 2 else shape[-1] for shape in weights)
     most = sum(map(math.prod, weights)) // 8 + results
     faults = {

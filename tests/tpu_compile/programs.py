@@ -27,7 +27,7 @@ from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
 from jserve.pallas_kernels.ragged_paged_attention.sharded import sharded_attention
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-_LAUNCH = 'custom_call_target="tpu_custom_call"'
+LAUNCH = 'custom_call_target="tpu_custom_call"'
 _NUM_PAGES = 1024
 _SLOTS = 64
 
@@ -110,7 +110,7 @@ def compile_for(generation: str, program: Program) -> dict[str, object]:
             q, k, v, argument(program.kv_dtype, *pages, split=2), batch
         )
         compiled = lowered.compile()
-    memory, launches = compiled.memory_analysis(), compiled.as_text().count(_LAUNCH)
+    memory, launches = compiled.memory_analysis(), compiled.as_text().count(LAUNCH)
     page_bytes = int(np.prod(pages)) * jnp.dtype(program.kv_dtype).itemsize // program.devices
     faults = {
         f"{launches} launches": launches != 1,
