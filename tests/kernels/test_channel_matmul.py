@@ -29,7 +29,7 @@ from jserve.pallas_kernels.quantized_matmul.gpu import splits_of, tiling_of
 from jserve.pallas_kernels.quantized_matmul.matrix import QuantizedMatrix, quantize
 from jserve.pallas_kernels.quantized_matmul.tpu_blocks import blocks_for
 from jserve.pallas_kernels.tpu_generation import OTHER
-from tests.kernels import gpu_interpreter
+from tests.kernels.gpu_interpreter import interpreted, needs_gpu_interpreter
 
 # The C++ kernels read no such weights: there XLA's code runs, as on Backend.CPU.
 ALL = [Backend.REFERENCE, Backend.CPU, Backend.TPU]
@@ -38,7 +38,7 @@ ALL = [Backend.REFERENCE, Backend.CPU, Backend.TPU]
 @contextmanager
 def _interpreted(backend: Backend) -> Iterator[None]:
     if backend is Backend.GPU:
-        with gpu_interpreter.interpreted():
+        with interpreted():
             yield
         return
     if backend is not Backend.TPU:
@@ -99,6 +99,7 @@ _GPU_CASES = (
 )
 
 
+@needs_gpu_interpreter
 @pytest.mark.parametrize("case", _GPU_CASES, ids=lambda case: case.name)
 def test_hopper_agrees_with_float64(case: Case) -> None:
     x, weights = _problem(case, CODES[case.rows % 2], jnp.dtype(jnp.bfloat16))
@@ -129,6 +130,7 @@ def test_a_row_does_not_depend_on_the_others(codes: jnp.dtype, backend: Backend)
         np.testing.assert_array_equal(part[:66], all_rows[4:])
 
 
+@needs_gpu_interpreter
 def test_hopper_sums_in_one_order() -> None:
     """One input of a row in 128 is not zero, so that sums show the order of stages and splits.
 

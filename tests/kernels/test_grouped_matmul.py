@@ -21,7 +21,7 @@ from jserve.pallas_kernels.quantized_matmul.channels import (
     channel_scales,
 )
 from tests.backends import BACKENDS, INVARIANT_BACKENDS
-from tests.kernels import gpu_interpreter
+from tests.kernels.gpu_interpreter import interpreted, needs_gpu_interpreter
 
 
 def _run(backend: Backend, weights: list[jax.Array]):
@@ -58,9 +58,10 @@ def test_agrees_with_float64(case: Case, dtype: jnp.dtype, backend: Backend) -> 
     _check(case, dtype, backend)
 
 
+@needs_gpu_interpreter
 @pytest.mark.parametrize("case", TILED_CASES, ids=lambda case: case.name)
 def test_hopper_agrees_with_float64(case: Case) -> None:
-    with gpu_interpreter.interpreted():
+    with interpreted():
         _check(case, jnp.dtype(jnp.bfloat16), Backend.GPU)
 
 
@@ -69,6 +70,7 @@ def test_hopper_without_a_kernel_says_so(caplog: pytest.LogCaptureFixture) -> No
     assert "have no kernel" in caplog.text
 
 
+@needs_gpu_interpreter
 def test_hopper_sums_in_one_order() -> None:
     """One input of a row in 128 is not zero, so that sums show the order of stages."""
     sizes = (1, 70, 0, 3)
@@ -78,7 +80,7 @@ def test_hopper_sums_in_one_order() -> None:
     a = np.asarray(x, np.float32)[:, 77::128]
     terms = a[:, None] * np.asarray(weight, np.float32)[expert][:, :, 77::128]  # [rows, out, 4]
     expected = functools.reduce(np.add, np.moveaxis(terms, 2, 0))
-    with gpu_interpreter.interpreted():
+    with interpreted():
         (whole,) = _run(Backend.GPU, [weight])(x, group_sizes)
         (alone,) = _run(Backend.GPU, [weight])(x[5:6], jnp.array([0, 1, 0, 0], jnp.int32))
         np.testing.assert_array_equal(whole, expected)
@@ -168,7 +170,10 @@ def test_an_expert_is_a_plain_product_bitwise(backend: Backend) -> None:
         np.testing.assert_array_equal(y[rows], expected)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, Backend.TPU, Backend.GPU])
+@pytest.mark.parametrize(
+    "backend",
+    [*BACKENDS, Backend.TPU, pytest.param(Backend.GPU, marks=needs_gpu_interpreter)],
+)
 def test_codes_with_a_scale_per_output(backend: Backend) -> None:
     case = Case("", 128, (256, 128), (3, 0, 9, 1), padding=2)
     x, weights, sizes = _problem(case, jnp.dtype(jnp.bfloat16))
@@ -178,7 +183,7 @@ def test_codes_with_a_scale_per_output(backend: Backend) -> None:
         parts = (part(floats, CODES[0]) for part in (channel_codes, channel_scales))
         made.append(ChannelStack(*map(jnp.asarray, parts)))
     x = jnp.nan_to_num(x)
-    with gpu_interpreter.interpreted() if backend is Backend.GPU else contextlib.nullcontext():
+    with interpreted() if backend is Backend.GPU else contextlib.nullcontext():
         ys = jax.jit(functools.partial(grouped_matmul, backend=backend))(x, made, sizes)
         jax.block_until_ready(ys)
     expert = np.repeat(np.arange(4), case.group_sizes)

@@ -31,7 +31,7 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_blocks import (
 )
 from jserve.pallas_kernels.ragged_paged_attention.gpu_items import shape_of, visits_of
 from tests.kernels.attention_problem import Problem
-from tests.kernels.gpu_interpreter import interpreted
+from tests.kernels.gpu_interpreter import interpreted, needs_gpu_interpreter
 
 # The interpreter takes a second for a block of K and V: few rows, all edges.
 _CASES = (
@@ -100,12 +100,14 @@ def _check(problem: Problem, out: np.ndarray, pages: np.ndarray) -> None:
     problem.check_pages(pages)
 
 
+@needs_gpu_interpreter
 @pytest.mark.parametrize("case", _CASES, ids=lambda case: case.name)
 def test_agrees_with_float64(case: Case) -> None:
     problem = _problem(case, seed=1)
     _check(problem, *_run(problem))
 
 
+@needs_gpu_interpreter
 def test_pages_of_fp8() -> None:
     """K and V that float8_e4m3fn holds exactly lose nothing more than in bfloat16."""
     problem = _problem(
@@ -114,6 +116,7 @@ def test_pages_of_fp8() -> None:
     _check(problem, *_run(problem, jnp.float8_e4m3fn))
 
 
+@needs_gpu_interpreter
 @pytest.mark.sweep
 @pytest.mark.parametrize(
     "case",
@@ -125,6 +128,7 @@ def test_pages_of_fp8_in_more_cases(case: Case) -> None:
     _check(problem, *_run(problem, jnp.float8_e4m3fn))
 
 
+@needs_gpu_interpreter
 @pytest.mark.sweep
 @pytest.mark.parametrize("case", _MORE, ids=lambda case: case.name)
 def test_agrees_with_float64_in_more_cases(case: Case) -> None:
@@ -162,12 +166,14 @@ def _problems(draw: st.DrawFn) -> Problem:
     return problem
 
 
+@needs_gpu_interpreter
 @settings(max_examples=3)
 @given(_problems())
 def test_random_batches(problem: Problem) -> None:
     _check(problem, *_run(problem))
 
 
+@needs_gpu_interpreter
 def test_chunks_and_neighbours_do_not_change_a_bit() -> None:
     def around(done: int, size: int, seed: int) -> Problem:  # always arrays of one size
         prompts = ((11, 12), (done, size))
@@ -189,6 +195,7 @@ def test_chunks_and_neighbours_do_not_change_a_bit() -> None:
     np.testing.assert_array_equal(np.concatenate(parts), expected)
 
 
+@needs_gpu_interpreter
 def test_decode_rows_are_the_same_in_a_window_and_in_a_mixed_step() -> None:
     case = Case("mixed", 4, 2, 64, 64, (40, 200), ((11, 20),), idle_rows=2, padding=38)
     mixed = _problem(case, seed=5, spare_pages=_PAGES - 6)  # arrays as those of random batches
