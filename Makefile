@@ -18,7 +18,7 @@ compile = $(bin)/uv pip compile $(ARGS) --quiet --universal --generate-hashes --
 	--no-annotate --fork-strategy fewest --python-version 3.11 --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format lint types contracts tpu-compile gpu-compile gpu-check sweep sharding references lock proto clean
+.PHONY: help serve test test-newest check format lint types contracts tpu-compile gpu-compile gpu-check sweep sharding references lock proto clean
 
 help: ## Shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,10 @@ serve: ## Serves CONFIG on HOST, HTTP_PORT and GRPC_PORT; LOCK=cuda or tpu for a
 
 test: check ## Runs every check and the test suite (PYTEST_ARGS=… for pytest)
 	@$(bin)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+test-newest: ## Runs the suite with the newest JAX and the newest of all else on PYTHON (PYTHON=python3.13)
+	@scripts/bootstrap.sh newest .venv-newest
+	@.venv-newest/bin/python -m pytest $(PYTEST_WORKERS) --no-fold-skipped $(PYTEST_ARGS)
 
 check: lint types contracts ## Format, lint, types, import contracts
 
@@ -87,5 +91,5 @@ proto: ## Generates the stubs of jserve/proto
 	$(bin)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --pyi_out=. $(protos)
 
 clean: ## Removes what make has made, the weights cache excepted
-	rm -rf .venv .venv-cuda .venv-references jserve/pallas_kernels/native/build .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf .venv .venv-newest .venv-cuda .venv-references jserve/pallas_kernels/native/build .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Makes .venv (or FOLDER) and installs requirements/<lock>.txt into it, every file checked by hash.
-# Usage: scripts/bootstrap.sh runtime|dev|cuda|tpu [FOLDER]. PYTHON=… chooses the interpreter.
+# Usage: scripts/bootstrap.sh runtime|dev|cuda|tpu|newest [FOLDER]. PYTHON=… chooses the interpreter.
+# `newest` uses no lock: it installs what `pip install` finds today, with what the tests need.
 # A stamp makes the second call instant. Needs neither root nor ensurepip.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-lock=${1:?usage: scripts/bootstrap.sh runtime|dev|cuda|tpu [FOLDER]}
+lock=${1:?usage: scripts/bootstrap.sh runtime|dev|cuda|tpu|newest [FOLDER]}
 venv=${2:-.venv}
 lock_file=requirements/$lock.txt
 venv_python=$venv/bin/python
@@ -15,7 +16,19 @@ say() { printf '==> %s\n' "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 # The folder is part of it: a virtual environment does not survive being moved.
-stamp_of() { { pwd; cat "requirements/$1.txt" pyproject.toml; } | sha256sum | cut -d' ' -f1; }
+# `newest` holds for one day and one interpreter.
+stamp_of() {
+  {
+    pwd
+    cat pyproject.toml
+    if [[ $1 == newest ]]; then
+      date +%F
+      "$newest_python" -c 'import sys; print(sys.executable, sys.version)'
+    else
+      cat "requirements/$1.txt"
+    fi
+  } | sha256sum | cut -d' ' -f1
+}
 is_installed() {
   [[ -x $venv_python && -f $venv/.installed-$1 && $(<"$venv/.installed-$1") == "$(stamp_of "$1")" ]]
 }
@@ -81,6 +94,16 @@ install_lock() {
     --editable . >>"$log" 2>&1 || { tail -n 20 "$log" >&2; die "could not install jserve itself"; }
 }
 
+# Makes the folder anew and resolves pyproject.toml as a user's pip does, with what the tests need.
+install_newest() {
+  rm -rf "$venv"
+  make_venv
+  say "Installing the newest packages that pyproject.toml allows (a few minutes; log: $log)"
+  "${pip[@]}" install --disable-pip-version-check --progress-bar off --editable '.[test]' \
+    >"$log" 2>&1 || { tail -n 20 "$log" >&2; die "installation failed; the whole log is in $log"; }
+  "${pip[@]}" freeze --exclude-editable >"$venv/.installed-versions"
+}
+
 # The CPU kernels in C++ are optional: without a compiler XLA's own code serves, slower.
 native=jserve/pallas_kernels/native
 kernel_log=.cache/kernels.log
@@ -116,14 +139,22 @@ build_kernels() {
 # dev is a superset of runtime, so either satisfies a call for runtime.
 wanted_is_installed() { is_installed "$lock" || { [[ $lock == runtime ]] && is_installed dev; }; }
 
-[[ -f $lock_file ]] || die "no such lock: $lock_file"
+[[ $lock == newest || -f $lock_file ]] || die "no such lock: $lock_file"
+if [[ $lock == newest ]]; then newest_python=$(find_python); fi
 mkdir -p .cache
 exec 9>.cache/bootstrap.lock
 if command -v flock >/dev/null; then flock 9; fi
 if ! wanted_is_installed; then
-  make_venv
-  install_lock
+  if [[ $lock == newest ]]; then
+    install_newest
+  else
+    make_venv
+    install_lock
+  fi
   stamp_of "$lock" >"$venv/.installed-$lock"
   say "Installed."
+fi
+if [[ $lock == newest ]]; then
+  say "$("$venv_python" --version), $(grep -E '^(jax|jaxlib|flax|numpy)==' "$venv/.installed-versions" | xargs)"
 fi
 build_kernels
