@@ -29,5 +29,5 @@ def get_config() -> ServeConfig:
     )
     return ServeConfig(
         model=ModelConfig(name="gemma3-270m", source=weights),
-        engine=EngineConfig(num_slots=16, window_rows=(16,), max_model_len=8192, kv_bytes=1 << 30),
+        engine=EngineConfig(num_slots=16, decode_rows=(16,), max_model_len=8192, kv_bytes=1 << 30),
     )

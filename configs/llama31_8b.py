@@ -20,7 +20,7 @@ def get_config(variant: str = "h200") -> ServeConfig:
                 page_size=64,
                 kv_bytes=0,
                 mixed_tokens=(512, 2048),
-                window_rows=(8, 64, 256),
+                decode_rows=(8, 64, 256),
             ),
         ),
         "v5e-8": (
@@ -31,7 +31,7 @@ def get_config(variant: str = "h200") -> ServeConfig:
                 page_size=128,
                 kv_bytes=0,
                 mixed_tokens=(128, 1024),
-                window_rows=(8, 64),
+                decode_rows=(8, 64),
                 tensor_parallel=8,
             ),
         ),

@@ -21,7 +21,7 @@ def get_config() -> ServeConfig:
             page_size=128,
             kv_bytes=0,
             mixed_tokens=(256, 1024),
-            window_rows=(8, 128),
+            decode_rows=(8, 128),
             tensor_parallel=4,
         ),
     )

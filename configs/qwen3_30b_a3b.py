@@ -19,7 +19,7 @@ def get_config() -> ServeConfig:
             page_size=128,
             kv_bytes=0,
             mixed_tokens=(256, 1024),
-            window_rows=(8, 128),
+            decode_rows=(8, 128),
             tensor_parallel=8,
             expert_parallel=8,  # an eighth of an expert's 768 columns would not fill a tile
         ),

@@ -19,6 +19,6 @@ def get_config() -> ServeConfig:
             page_size=64,
             kv_bytes=0,
             mixed_tokens=(256, 2048),
-            window_rows=(8, 128),
+            decode_rows=(8, 128),
         ),
     )

@@ -23,5 +23,5 @@ def get_config() -> ServeConfig:
     )
     return ServeConfig(
         model=ModelConfig(name="smollm2-135m", source=weights),
-        engine=EngineConfig(num_slots=32, window_rows=(32,), kv_bytes=1 << 30),
+        engine=EngineConfig(num_slots=32, decode_rows=(32,), kv_bytes=1 << 30),
     )

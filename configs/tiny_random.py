@@ -28,6 +28,6 @@ def get_config() -> ServeConfig:
             num_slots=8,
             num_pages=512,
             mixed_tokens=(16, 64),
-            window_rows=(2, 8),
+            decode_rows=(2, 8),
         ),
     )

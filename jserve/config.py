@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import re
 import runpy
 import types
 import typing
@@ -19,6 +20,9 @@ from jserve.scheduler.config import SchedulerConfig
 
 # `cpu` beside an accelerator lets weights be prepared in host memory.
 _JAX_PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
+
+# Fields of earlier versions begin with the first; the same fields now begin with the second.
+_RENAMED_PREFIXES = {"window_": "decode_"}
 
 
 class LogFormat(enum.Enum):
@@ -137,7 +141,7 @@ def _replace(config: Any, path: list[str], text: str, full_name: str) -> Any:
     if path[0] not in names:
         raise ConfigError(
             f"--set {full_name}: {type(config).__name__} has no field {path[0]!r}; "
-            f"it has {', '.join(names)}"
+            f"{_renamed(path[0], names)}it has {', '.join(names)}"
         )
     value = getattr(config, path[0])
     if len(path) > 1:
@@ -217,5 +221,16 @@ def _fields_hint(message: str) -> str:
     """The fields of the config class whose constructor complained in `message`."""
     for hint in (ServeConfig, *typing.get_type_hints(ServeConfig).values()):
         if f"{hint.__name__}.__init__()" in message:
-            return f"; its fields are {', '.join(item.name for item in dataclasses.fields(hint))}"
+            names = [item.name for item in dataclasses.fields(hint)]
+            given = re.search(r"'(\w+)'", message)
+            renamed = _renamed(given[1], names) if given else ""
+            return f"; {renamed}its fields are {', '.join(names)}"
+    return ""
+
+
+def _renamed(name: str, names: Sequence[str]) -> str:
+    """A remedy for a config of an earlier version: the new name of field `name`, if it has one."""
+    for old, new in _RENAMED_PREFIXES.items():
+        if name.startswith(old) and (renamed := new + name.removeprefix(old)) in names:
+            return f"{name} is now called {renamed}; "
     return ""

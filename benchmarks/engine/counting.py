@@ -60,7 +60,7 @@ class Counter:
         )
 
     def plan(self, plan: StepPlan) -> Work:
-        """All steps of a plan; a window makes one of every decode step."""
+        """All steps of a plan; a decode program makes one of every decode step."""
         if plan.program.kind is ProgramKind.MIXED:
             sampled = sum(chunk.samples for chunk in plan.chunks)
             return self.step([_span(chunk) for chunk in plan.chunks], sampled)

@@ -1,9 +1,9 @@
 """CPU time of the host for each run of a program, in a real engine whose device has little to do.
 
     python -m benchmarks.engine.host
-    python -m benchmarks.engine.host --slots 256 --window_steps 8 --model smollm2-135m
+    python -m benchmarks.engine.host --slots 256 --decode_steps 8 --model smollm2-135m
 
-All slots decode. One run is one plan: up to `window_steps` decode steps of every slot. plan and
+All slots decode. One run is one plan: up to `decode_steps` decode steps of every slot. plan and
 commit are the scheduler's, submit packs and starts, collect takes the result apart; waiting for the
 device is left out. `host_scheduler.py` measures the scheduler alone. Prints a table, one JSON line.
 """
@@ -28,22 +28,22 @@ def parse() -> argparse.Namespace:
     """The flags."""
     parser = options.parser_of(__doc__, model="tiny")
     parser.add_argument("--slots", type=int, nargs="+", default=[32, 256])
-    parser.add_argument("--window_steps", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--decode_steps", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--turns", type=int, default=40, help="runs of the program that are timed")
     return parser.parse_args()
 
 
-def sized(serve: ServeConfig, slots: int, window_steps: int, turns: int) -> ServeConfig:
+def sized(serve: ServeConfig, slots: int, decode_steps: int, turns: int) -> ServeConfig:
     """The config with so many slots, pages for all of them, and one program of each kind."""
-    tokens = _PROMPT + (turns + 8) * window_steps + 64
+    tokens = _PROMPT + (turns + 8) * decode_steps + 64
     engine = dataclasses.replace(
         serve.engine,
         num_slots=slots,
         num_pages=slots * (tokens // serve.engine.page_size + 4),
         max_model_len=min(2048, tokens + 64),
         mixed_tokens=(2 * slots,),
-        window_rows=(slots,),
-        window_steps=window_steps,
+        decode_rows=(slots,),
+        decode_steps=decode_steps,
     )
     return dataclasses.replace(serve, engine=engine)
 
@@ -74,12 +74,12 @@ def main() -> None:
     cells: list[dict[str, Any]] = []
     device: dict[str, Any] = {}
     for slots in arguments.slots:
-        for steps in arguments.window_steps:
+        for steps in arguments.decode_steps:
             config = sized(serve, slots, steps, arguments.turns)
             subject = engines.build(config, arguments.backend)
             device = engines.device_of(subject.engine)
             found = measure(subject, arguments.turns)
-            cells.append({"slots": slots, "window_steps": steps, **found})
+            cells.append({"slots": slots, "decode_steps": steps, **found})
     header = ["slots", "steps", *(f"{part} µs" for part in HostTimes._fields)]
     header += ["all µs p50", "p90", "run ms"]
     rows = [

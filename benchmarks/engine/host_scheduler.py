@@ -1,4 +1,4 @@
-"""Host time of the scheduler: CPU microseconds of plan and commit, for windows over many slots.
+"""Host time of the scheduler: CPU microseconds of plan and commit, for decode runs over many slots.
 
     python -m benchmarks.engine.host_scheduler [--slots 256] [--steps 8] [--repeats 200]
 
@@ -24,7 +24,7 @@ def crowded_scheduler(num_slots: int, steps: int, max_tokens: int) -> Scheduler:
     """Every slot decodes; nobody waits."""
     programs = (
         Program(ProgramKind.MIXED, 4096, num_slots),
-        Program(ProgramKind.WINDOW, num_slots, num_slots, steps),
+        Program(ProgramKind.DECODE, num_slots, num_slots, steps),
     )
     scheduler = Scheduler(
         SchedulerConfig(),
@@ -39,7 +39,7 @@ def crowded_scheduler(num_slots: int, steps: int, max_tokens: int) -> Scheduler:
         scheduler.add(Request(id=f"request-{i}", prompt=_PROMPT, sampling=sampling), 0.0)
     while True:
         plan = scheduler.plan(0.0)
-        if plan is None or plan.program.kind is ProgramKind.WINDOW:
+        if plan is None or plan.program.kind is ProgramKind.DECODE:
             break
         scheduler.commit(plan, outcome(plan), 0.0)
     if plan is not None:

@@ -26,7 +26,7 @@ def parser_of(description: str | None, *, model: str = "smollm2-135m") -> argpar
         action="append",
         default=[],
         metavar="SECTION.FIELD=VALUE",
-        help="changes the config: --set engine.num_slots=128 --set scheduler.window_steps=1",
+        help="changes the config: --set engine.num_slots=128 --set scheduler.decode_steps=1",
     )
     parser.add_argument("--note", help="goes into the JSON line")
     return parser

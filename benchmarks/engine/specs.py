@@ -9,14 +9,14 @@ from jserve.engine.config import EngineConfig
 from jserve.model.config import ModelConfig, RandomWeights
 from jserve.model.spec import ModelSpec, RopeScaling, RopeScalingKind
 
-_CPU = EngineConfig(num_slots=32, window_rows=(32,), max_model_len=8192, kv_bytes=1 << 30)
+_CPU = EngineConfig(num_slots=32, decode_rows=(32,), max_model_len=8192, kv_bytes=1 << 30)
 _GPU = EngineConfig(
     num_slots=128,
     max_model_len=16384,
     page_size=64,
     kv_bytes=0,
     mixed_tokens=(256, 2048),
-    window_rows=(8, 128),
+    decode_rows=(8, 128),
 )
 
 MODELS: dict[str, tuple[ModelSpec, EngineConfig]] = {
@@ -36,7 +36,7 @@ MODELS: dict[str, tuple[ModelSpec, EngineConfig]] = {
             rope_theta=10000.0,
             tied_embeddings=True,
         ),
-        EngineConfig(num_slots=32, window_rows=(32,), kv_bytes=256 << 20),
+        EngineConfig(num_slots=32, decode_rows=(32,), kv_bytes=256 << 20),
     ),
     "smollm2-135m": (
         ModelSpec(

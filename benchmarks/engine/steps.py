@@ -6,7 +6,7 @@
 
 MBU and MFU are shares of what a stream and a matrix product reach in the same run; `counting.py`
 says what is counted. `ms` is one decode step; `host` is CPU time for one run of the program, which
-makes several decode steps (`--set scheduler.window_steps=1` for one). Prints two tables, one JSON
+makes several decode steps (`--set scheduler.decode_steps=1` for one). Prints two tables, one JSON
 line.
 """
 

@@ -1,7 +1,7 @@
 """What runs in one step and what came of it: the contract of scheduler and executor.
 
 A step runs one device program over `rows`; each row is one slot. `mixed` programs take a ragged
-batch of prompt chunks and decode tokens; `window` programs run several decode steps in one call.
+batch of prompt chunks and decode tokens; `decode` programs run several decode steps in one call.
 """
 
 import enum
@@ -17,7 +17,7 @@ class ProgramKind(enum.Enum):
     """The two kinds of device program."""
 
     MIXED = "mixed"
-    WINDOW = "window"
+    DECODE = "decode"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +25,21 @@ class Program:
     """The static shape of one compiled program.
 
     mixed: `tokens` ragged tokens of at most `rows` slots, one step.
-    window: one token of each of `rows` slots per decode step, at most `steps` decode steps;
+    decode: one token of each of `rows` slots per decode step, at most `steps` decode steps;
     the number really run is an input.
     """
 
     kind: ProgramKind
-    tokens: int  # == rows for a window
+    tokens: int  # == rows for a decode program
     rows: int
     steps: int = 1  # 1 for mixed
 
     @property
     def name(self) -> str:
-        """For example `mixed[256]` or `window[32x8]`."""
+        """For example `mixed[256]` or `decode[32x8]`."""
         if self.kind is ProgramKind.MIXED:
             return f"mixed[{self.tokens}]"
-        return f"window[{self.rows}x{self.steps}]"
+        return f"decode[{self.rows}x{self.steps}]"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ _AT_LEAST = {
     "max_model_len": 0,
     "num_pages": 0,
     "kv_bytes": 0,
-    "window_steps": 1,
+    "decode_steps": 1,
     "tensor_parallel": 1,
     "expert_parallel": 1,
     "num_processes": 1,
@@ -31,8 +31,8 @@ class EngineConfig:
     kv_dtype: str = ""  # of K and V in pages: float32, bfloat16, float8_e4m3fn; empty: the model's
     kv_bytes: int = 1 << 30  # KV memory; on accelerators 0 takes what the programs leave
     mixed_tokens: tuple[int, ...] = (128,)  # sizes of the ragged programs
-    window_rows: tuple[int, ...] = (4, 32)  # sizes of the decode programs; the last: all slots
-    window_steps: int = 8  # decode steps in one program run, at most
+    decode_rows: tuple[int, ...] = (4, 32)  # sizes of the decode programs; the last: all slots
+    decode_steps: int = 8  # decode steps in one program run, at most
     processor_rows: int = 4  # sequences with masks or biases admitted in one step
     cache_executables: bool = True  # keep compiled programs in the model cache folder
     tensor_parallel: int = 1  # devices that each hold a share of heads, FFN columns and vocabulary
@@ -50,7 +50,7 @@ class EngineConfig:
             raise ConfigError(f"engine.page_size is {self.page_size}; use a power of two")
         for name, sizes in (
             ("mixed_tokens", self.mixed_tokens),
-            ("window_rows", self.window_rows),
+            ("decode_rows", self.decode_rows),
         ):
             if not sizes or any(size < 2 for size in sizes) or list(sizes) != sorted(set(sizes)):
                 raise ConfigError(f"engine.{name} is {sizes}; use ascending sizes of at least 2")
@@ -88,11 +88,11 @@ class EngineConfig:
 
     def programs(self) -> tuple[Program, ...]:
         """The programs to compile; sizes beyond the slots collapse into one."""
-        rows = sorted({min(size, self.num_slots) for size in (*self.window_rows, self.num_slots)})
+        rows = sorted({min(size, self.num_slots) for size in (*self.decode_rows, self.num_slots)})
         return (
             *(
                 Program(ProgramKind.MIXED, tokens, min(tokens, self.num_slots))
                 for tokens in self.mixed_tokens
             ),
-            *(Program(ProgramKind.WINDOW, size, size, self.window_steps) for size in rows),
+            *(Program(ProgramKind.DECODE, size, size, self.decode_steps) for size in rows),
         )

@@ -3,7 +3,7 @@
     batch → page tables, admissions → embed → layers → logits of the rows that sample
           → logit processors → sample → logprobs → stop test → state
 
-`mixed_step` runs a ragged batch of prompt chunks and decode tokens; `window_step` runs several
+`mixed_step` runs a ragged batch of prompt chunks and decode tokens; `decode_step` runs several
 decode steps of its rows. Both use `_advance` for all that follows the layers.
 """
 
@@ -60,7 +60,7 @@ def make_step(model: Model, mesh: Mesh, program: Program, shape: BatchShape):
     """The program as `(params, adapters, state, buffer) -> (state, result)`, to be jitted."""
     if model.spec.experts and mesh.size > 1 and model.mesh != mesh:
         raise ValueError(f"experts are spread over {mesh}, but the model was made for {model.mesh}")
-    step = mixed_step if program.kind is ProgramKind.MIXED else window_step
+    step = mixed_step if program.kind is ProgramKind.MIXED else decode_step
     return functools.partial(step, model, mesh, program, shape)
 
 
@@ -133,7 +133,7 @@ def mixed_step(
     return state, result
 
 
-def window_step(
+def decode_step(
     model: Model,
     mesh: Mesh,
     program: Program,

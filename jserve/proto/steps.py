@@ -52,7 +52,7 @@ class StepReader:
         self._contexts: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # prompt, all
 
     def read(self, step: replica_pb2.Step) -> StepPlan:
-        """The plan of `step`, but for request ids, and starts in windows: a buffer has neither.
+        """The plan of `step` without what a buffer lacks: request ids, starts of decode rows.
 
         Raises EngineError for a step out of order.
         """

@@ -17,11 +17,11 @@ class SchedulerConfig:
     # Tokens of a mixed step, decodes included: what bounds the time between two tokens of a stream
     # while prompts are computed. None: as many as the largest mixed program holds.
     step_tokens: int | None = None
-    # Decode steps of one window, at most. None: as many as the program holds.
-    window_steps: int | None = None
-    # How long a new request may wait for windows that are in flight: bounds their steps by the
+    # Decode steps of one run, at most. None: as many as the program holds.
+    decode_steps: int | None = None
+    # How long a new request may wait for decode runs in flight: bounds their steps by the
     # pace of those before, so the very first may be longer. 0: no bound.
-    window_wait_s: float = 0.25
+    decode_wait_s: float = 0.25
     # Prompts that may be half computed at once. 1 finishes one prompt before the next is begun;
     # more let short prompts pass a long one that came first.
     max_partial_prefills: int = 1
@@ -33,8 +33,8 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         _at_least("max_queue", self.max_queue, 1)
         _at_least("step_tokens", self.step_tokens, 1)
-        _at_least("window_steps", self.window_steps, 1)
-        _at_least("window_wait_s", self.window_wait_s, 0)
+        _at_least("decode_steps", self.decode_steps, 1)
+        _at_least("decode_wait_s", self.decode_wait_s, 0)
         _at_least("max_partial_prefills", self.max_partial_prefills, 1)
         _at_least("headroom_pages", self.headroom_pages, 0)
         _at_least("max_retry_after_s", self.max_retry_after_s, 1)

@@ -1,6 +1,6 @@
 """How long a decode step takes, learned from the times of commits."""
 
-_NEW = 0.5  # weight of the newest window: rows come and go, and with them the pace
+_NEW = 0.5  # weight of the newest decode step: rows come and go, and with them the pace
 
 
 class Pace:
@@ -23,7 +23,7 @@ class Pace:
             self._step_s = before_s + _NEW * (step_s - before_s)
 
     def steps_within(self, wait_s: float) -> int | None:
-        """The longest window of which two end within `wait_s`; None while any may.
+        """The most decode steps of a run of which two end within `wait_s`; None while any may.
 
         Two, because one runs and one is in flight behind it when somebody arrives.
         """

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from jserve.core.step import Admission, Chunk, Program, StepPlan
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.pace import Pace
-from jserve.scheduler.policy import window_steps
+from jserve.scheduler.policy import decode_steps
 from jserve.scheduler.programs import ProgramTable
 from jserve.scheduler.running import RunningSet
 from jserve.scheduler.sequence import Sequence, SequenceState, insert_ranked, remove_ranked
@@ -100,7 +100,7 @@ class Planner:
         if self._head_fits() or any(seq.num_computed < len(seq.context) for seq in running):
             step = self._mixed_step(now_s)
         else:
-            step = self._window_step()
+            step = self._decode_step()
         if not step.plan.chunks:
             return None
         step.planned_s = now_s
@@ -111,20 +111,20 @@ class Planner:
                 seq.state = SequenceState.RETIRED
         return step
 
-    def _window_step(self) -> Step:
+    def _decode_step(self) -> Step:
         running = self.running.sequences
         bounds = (
-            self._programs.max_window_steps(len(running)),
-            self._config.window_steps,
-            self.pace.steps_within(self._config.window_wait_s),
+            self._programs.max_decode_steps(len(running)),
+            self._config.decode_steps,
+            self.pace.steps_within(self._config.decode_wait_s),
         )
-        steps = window_steps(
+        steps = decode_steps(
             min(bound for bound in bounds if bound is not None),
             [seq.max_total - seq.num_tokens for seq in running],
             waiting=bool(self.waiting),
         )
         while steps > 1 and not self.running.can_grow_all(steps):
-            steps //= 2  # rather a shorter window than a preemption
+            steps //= 2  # rather a shorter run than a preemption
         decodes: list[_Decode] = []
         for seq in running:  # which may lose its end to a preemption
             left = seq.max_total - seq.num_tokens

@@ -17,10 +17,10 @@ def first_come_first_served(request: Request, arrival: int) -> Rank:
     return (request.priority, arrival)
 
 
-def window_steps(most: int, remaining: list[int], *, waiting: bool) -> int:
-    """Decode steps of the next window, at most `most`.
+def decode_steps(most: int, remaining: list[int], *, waiting: bool) -> int:
+    """Decode steps of the next run, at most `most`.
 
-    `remaining` are the tokens that each row may still get; no window outlasts the longest. While
+    `remaining` are the tokens that each row may still get; no run outlasts the longest. While
     somebody waits, it ends where the first row reaches its limit: the slot is taken over at once.
     """
     ends = min if waiting else max

@@ -16,8 +16,8 @@ class ProgramTable:
         self._mixed = sorted(
             (p for p in programs if p.kind is ProgramKind.MIXED), key=lambda p: (p.tokens, p.rows)
         )
-        self._windows = sorted(
-            (p for p in programs if p.kind is ProgramKind.WINDOW), key=lambda p: (p.rows, p.steps)
+        self._decodes = sorted(
+            (p for p in programs if p.kind is ProgramKind.DECODE), key=lambda p: (p.rows, p.steps)
         )
         if not self._mixed or min(self._mixed[-1].tokens, self._mixed[-1].rows) < num_slots:
             names = ", ".join(p.name for p in programs)
@@ -42,9 +42,9 @@ class ProgramTable:
             )
         return most if wanted is None else min(wanted, most)
 
-    def max_window_steps(self, rows: int) -> int:
+    def max_decode_steps(self, rows: int) -> int:
         """Decode steps that one run over `rows` rows can make."""
-        fitting = [p for p in self._windows if p.rows >= rows]
+        fitting = [p for p in self._decodes if p.rows >= rows]
         return max((p.steps for p in fitting if p.rows == fitting[0].rows), default=1)
 
     def mixed(self, tokens: int, rows: int) -> Program:
@@ -52,8 +52,8 @@ class ProgramTable:
         return next(p for p in self._mixed if p.tokens >= tokens and p.rows >= rows)
 
     def decode(self, rows: int, steps: int) -> Program:
-        """The smallest program for decode rows alone; a mixed one if no window is wide enough."""
-        for program in self._windows:
+        """The smallest decode program that fits, or a mixed one if none is wide enough."""
+        for program in self._decodes:
             if program.rows >= rows and program.steps >= steps:
                 return program
         return self.mixed(rows, rows)

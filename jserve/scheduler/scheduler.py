@@ -198,8 +198,8 @@ class Scheduler:
             _collect_prompt_logprobs(step, result.prompt_logprobs)
         tokens: list[list[int]] = result.tokens.tolist()
         num_new: list[int] = result.num_new.tolist()
-        is_window = plan.program.kind is ProgramKind.WINDOW
-        self._planner.pace.committed(step.planned_s, now_s, max(num_new) if is_window else 0)
+        is_decode = plan.program.kind is ProgramKind.DECODE
+        self._planner.pace.committed(step.planned_s, now_s, max(num_new) if is_decode else 0)
         codes: list[int] = result.finish.tolist()
         updates: list[SequenceUpdate] = []
         num_output = 0

@@ -106,8 +106,8 @@ class SimulatedExecutor:
         _require(len(slots) == len(chunks), f"{name}: a slot has two rows")
         decodes = [not chunk.tokens for chunk in chunks]
         _require(decodes == sorted(decodes, reverse=True), f"{name}: decode rows come first")
-        if program.kind is ProgramKind.WINDOW:
-            _require(all(decodes) and not plan.admissions, f"{name}: a window only decodes")
+        if program.kind is ProgramKind.DECODE:
+            _require(all(decodes) and not plan.admissions, f"{name}: a decode program only decodes")
         admitted = {admission.slot for admission in plan.admissions}
         _require(len(admitted) == len(plan.admissions), f"{name}: a slot is admitted twice")
         _require(admitted <= slots, f"{name}: an admission without a chunk")

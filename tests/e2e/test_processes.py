@@ -17,7 +17,7 @@ FLAGS = (
     "--set=engine.num_processes=2",
     # Fewer programs to compile, by each of the two, and in less time.
     "--set=engine.mixed_tokens=64",
-    "--set=engine.window_rows=8",
+    "--set=engine.decode_rows=8",
     "--set=platform.xla_flags=--xla_backend_optimization_level=0",
 )
 REQUESTS = [

@@ -30,7 +30,7 @@ _STEPS = (
 )
 _SATURATION = (
     *("benchmarks.engine.saturation", *_LLAMA, "--prompt_tokens", "1000", "--max_tokens", "1000"),
-    *("--set", "engine.num_slots=256", "--set", "engine.window_rows=[8,256]"),
+    *("--set", "engine.num_slots=256", "--set", "engine.decode_rows=[8,256]"),
 )
 PARTS: dict[str, tuple[str, ...]] = {
     "correct": ("tests.gpu_check.correctness",),

@@ -1,4 +1,4 @@
-"""Attention layers to compile for GPUs: shapes of models, window and mixed steps."""
+"""Attention layers to compile for GPUs: shapes of models, decode and mixed steps."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ _PAGES = 2048
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One attention layer of a step: `tokens` is 0 in a window, which decodes every slot."""
+    """One attention layer of a step: `tokens` is 0 in a decode step, which decodes every slot."""
 
     model: str
     q_heads: int
@@ -35,7 +35,7 @@ class Layer:
     @property
     def name(self) -> str:
         """As the table prints it."""
-        step = f"mixed {self.tokens}" if self.tokens else "window"
+        step = f"mixed {self.tokens}" if self.tokens else "decode"
         return f"attention {self.model}, {step}, {self.slots} slots, pages {self.kv_dtype}"
 
     def lower(self, mesh: Mesh) -> jax.stages.Lowered:

@@ -39,7 +39,7 @@ class Engine:
             page_size=64,
             num_pages=4096,
             mixed_tokens=(2048,),
-            window_rows=(256,),
+            decode_rows=(256,),
         )
     )
 

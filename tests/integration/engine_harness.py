@@ -40,11 +40,11 @@ CONFIG = EngineConfig(
     num_pages=160,
     max_model_len=256,
     mixed_tokens=(8, 32),
-    window_rows=(4,),
-    window_steps=4,
+    decode_rows=(4,),
+    decode_steps=4,
 )
 
-SCHEDULER = SchedulerConfig(window_wait_s=0.0)  # whole windows, though a turn is a second
+SCHEDULER = SchedulerConfig(decode_wait_s=0.0)  # whole decode runs, though a turn is a second
 
 
 @dataclass

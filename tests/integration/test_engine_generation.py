@@ -264,5 +264,5 @@ def test_programs_update_memory_in_place(harness: Harness) -> None:
     for made in harness.engine.programs:
         memory = made.call.memory_analysis()
         assert memory.alias_size_in_bytes >= state_bytes
-        if made.program.kind is ProgramKind.WINDOW:
+        if made.program.kind is ProgramKind.DECODE:
             assert memory.temp_size_in_bytes < kv_bytes / 2

@@ -19,7 +19,7 @@ from .engine_harness import TINY
 
 MODEL = Model(TINY, jnp.float32)
 MESH = device_mesh(jax.devices()[:1], model=1)
-SMALL = {"num_slots": 4, "page_size": 8, "mixed_tokens": (8,), "window_rows": (4,)}
+SMALL = {"num_slots": 4, "page_size": 8, "mixed_tokens": (8,), "decode_rows": (4,)}
 
 
 def test_pages_of_the_config_come_first() -> None:

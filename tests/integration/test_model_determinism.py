@@ -110,7 +110,7 @@ def test_rows_do_not_depend_on_the_batch(name: str, backend: Backend) -> None:
 
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 def test_a_decode_loop_computes_what_a_single_step_does(backend: Backend) -> None:
-    """Windows run the layers in the body of a loop, which XLA compiles on its own."""
+    """Decode programs run the layers in the body of a loop, which XLA compiles on its own."""
     model = Model(SMOLLM2, jnp.float32, backend)
     params = model.init(0)
     tokens, positions = _random_rows(np.random.default_rng(1), 16, model)

@@ -17,7 +17,7 @@ from jserve.engine.leader import Followers
 from jserve.engine.processes import bind_address
 from jserve.proto.steps import StepReader
 
-PROGRAM = Program(ProgramKind.WINDOW, 2, 2)
+PROGRAM = Program(ProgramKind.DECODE, 2, 2)
 SHAPE = BatchShape(num_slots=2, vocab=8, page_size=4, processor_rows=1)
 FACTS = {"jax": "1", "engine.num_slots": "2"}
 

@@ -27,7 +27,7 @@ source, cache_dir = sys.argv[1:]
 engine = start_engine(
     ModelConfig(name="tiny", source=source, cache_dir=cache_dir),
     EngineConfig(
-        num_slots=2, num_pages=32, max_model_len=64, mixed_tokens=(8,), window_rows=(2,)
+        num_slots=2, num_pages=32, max_model_len=64, mixed_tokens=(8,), decode_rows=(2,)
     ),
     SchedulerConfig(),
     on_files=lambda done, total: phases.append("converting"),
@@ -45,5 +45,5 @@ def test_compiles_and_converts_nothing(tmp_path: Path) -> None:
         for _ in range(2)
     )
     assert first["converted"]
-    assert {"jit(mixed_step)", "jit(window_step)"} < set(first["compiled"])
+    assert {"jit(mixed_step)", "jit(decode_step)"} < set(first["compiled"])
     assert second == {"compiled": [], "cached": [True, True], "converted": False}

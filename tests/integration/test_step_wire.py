@@ -43,7 +43,7 @@ def test_a_follower_rebuilds_the_buffer_of_every_step(engine: Engine, seed: int)
 
 
 def test_preempted_aborted_and_logged_sequences_are_among_them() -> None:
-    programs = (Program(ProgramKind.MIXED, 16, 4), Program(ProgramKind.WINDOW, 4, 4, 4))
+    programs = (Program(ProgramKind.MIXED, 16, 4), Program(ProgramKind.DECODE, 4, 4, 4))
     config = SchedulerConfig(max_queue=8, step_tokens=12, max_partial_prefills=2)
     drill = Drill(Engine(4, 14, 4, 40, programs, 2, config), seed=1)
     drill.run(600)
@@ -55,7 +55,7 @@ def test_preempted_aborted_and_logged_sequences_are_among_them() -> None:
 
 
 def test_a_step_of_256_rows_takes_less_than_4_kb() -> None:
-    programs = (Program(ProgramKind.MIXED, 1024, 256), Program(ProgramKind.WINDOW, 256, 256, 8))
+    programs = (Program(ProgramKind.MIXED, 1024, 256), Program(ProgramKind.DECODE, 256, 256, 8))
     scheduler = Scheduler(
         SchedulerConfig(),
         num_slots=256,
@@ -105,7 +105,7 @@ def test_the_largest_step_of_256_rows_takes_less_than_4_kb(kind: ProgramKind) ->
 
 
 def test_a_missing_step_is_an_error() -> None:
-    program = Program(ProgramKind.WINDOW, 2, 2)
+    program = Program(ProgramKind.DECODE, 2, 2)
     writer, reader = StepWriter((program,)), StepReader((program,))
     plan = StepPlan(0, program, 1, (Chunk(0, "", 3, 1),))
     reader.read(writer.write(plan, 0))

@@ -2,7 +2,7 @@
 
     python -m tests.tpu_compile.engines [--only WORD] [--layers N]
 
-One mixed and one window program of each engine, every layer and the sampler in it, with as many
+One mixed and one decode program of each engine, every layer and the sampler in it, with as many
 KV pages as `jserve plan` finds room for. One JSON line each; exits with 1 where a program does
 not fit its chip, copies a KV page or a weight, or needs more than the plan says. Needs libtpu.
 """
@@ -67,7 +67,7 @@ class Engine:
             page_size=128,
             kv_bytes=0,
             mixed_tokens=(640,),  # like no side of a weight, so that copies are told apart
-            window_rows=(64,),
+            decode_rows=(64,),
             tensor_parallel=self.chips,
             expert_parallel=self.expert_parallel,
             kv_dtype=self.kv_dtype,

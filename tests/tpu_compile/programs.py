@@ -34,7 +34,7 @@ _SLOTS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One attention layer of a step: `tokens` is 0 in a window, which decodes every slot."""
+    """One attention layer of a step: `tokens` is 0 in a decode step, which decodes every slot."""
 
     name: str
     q_heads: int

@@ -24,9 +24,9 @@ from jserve.scheduler.simulated_model import SimulatedModel
 ENDLESS = SimulatedModel(vocab=97, eos_token_ids=())  # nothing stops but the limit
 MIXED_8 = Program(ProgramKind.MIXED, 8, 4)
 MIXED_32 = Program(ProgramKind.MIXED, 32, 4)
-WINDOW_2 = Program(ProgramKind.WINDOW, 2, 2, 8)
-WINDOW_4 = Program(ProgramKind.WINDOW, 4, 4, 8)
-PROGRAMS = (MIXED_32, WINDOW_4, MIXED_8, WINDOW_2)
+DECODE_2 = Program(ProgramKind.DECODE, 2, 2, 8)
+DECODE_4 = Program(ProgramKind.DECODE, 4, 4, 8)
+PROGRAMS = (MIXED_32, DECODE_4, MIXED_8, DECODE_2)
 
 
 class Rig:
@@ -231,21 +231,21 @@ def test_the_smallest_program_that_holds_the_step_is_used() -> None:
     assert rig.step()[0].program is MIXED_8
     rig.add("b", prompt=8, max_tokens=40)
     assert rig.step()[0].program is MIXED_32
-    assert rig.step()[0].program is WINDOW_2
+    assert rig.step()[0].program is DECODE_2
     rig.add("c", prompt=1, max_tokens=40)
     assert rig.step()[0].program is MIXED_8
-    assert rig.step()[0].program is WINDOW_4
+    assert rig.step()[0].program is DECODE_4
 
 
-def test_without_a_wide_window_decodes_run_in_a_mixed_program() -> None:
-    rig = Rig(programs=(MIXED_8, WINDOW_2))
+def test_without_a_wide_program_decodes_run_in_a_mixed_program() -> None:
+    rig = Rig(programs=(MIXED_8, DECODE_2))
     requests = [rig.add(name) for name in "abc"]
     plans = rig.run(depth=2)
     assert all(plan.program is MIXED_8 for plan in plans if len(plan.chunks) > 2)
     assert rig.outputs == {r.id: rig.model.generate(r, 100)[0] for r in requests}
 
 
-def test_windows_end_with_the_longest_need_while_nobody_waits() -> None:
+def test_decode_runs_end_with_the_longest_need_while_nobody_waits() -> None:
     rig = Rig()
     rig.add("a", max_tokens=3)
     rig.add("b", max_tokens=13)
@@ -254,26 +254,28 @@ def test_windows_end_with_the_longest_need_while_nobody_waits() -> None:
     assert steps == [8, 4]
 
 
-def test_windows_end_with_the_shortest_need_while_somebody_waits() -> None:
+def test_decode_runs_end_with_the_shortest_need_while_somebody_waits() -> None:
     rig = Rig()
     for i, max_tokens in enumerate((4, 9, 20, 20)):
         rig.add(str(i), max_tokens=max_tokens)
     rig.step()
     rig.add("next", max_tokens=1)
     assert rig.plan().num_steps == 3
-    # The slot is taken over before the window that ends its owner is committed.
+    # The slot is taken over before the run that ends its owner is committed.
     assert admitted(rig.plan()) == ["next"]
 
 
-def test_configured_windows_are_shorter_than_the_program() -> None:
-    rig = Rig(SchedulerConfig(window_steps=3))
+def test_configured_runs_are_shorter_than_the_program() -> None:
+    rig = Rig(SchedulerConfig(decode_steps=3))
     rig.add("a", max_tokens=8)
     assert [plan.num_steps for plan in rig.run()] == [1, 3, 3, 1]
 
 
 @pytest.mark.parametrize(("wait_s", "steps"), [(0.0, 8), (0.25, 2), (0.01, 1)])
-def test_windows_hold_an_arrival_up_no_longer_than_configured(wait_s: float, steps: int) -> None:
-    rig = Rig(SchedulerConfig(window_wait_s=wait_s))
+def test_decode_runs_hold_an_arrival_up_no_longer_than_configured(
+    wait_s: float, steps: int
+) -> None:
+    rig = Rig(SchedulerConfig(decode_wait_s=wait_s))
     rig.add("a", max_tokens=40)
     rig.step()
     for _ in range(3):
@@ -283,7 +285,7 @@ def test_windows_hold_an_arrival_up_no_longer_than_configured(wait_s: float, ste
     assert rig.plan().num_steps == steps  # twice as many of 50 ms fit
 
 
-def test_short_pages_shorten_the_window_before_they_preempt() -> None:
+def test_short_pages_shorten_the_run_before_they_preempt() -> None:
     rig = Rig(num_pages=4)
     rig.add("a", prompt=3, max_tokens=9)
     rig.add("b", prompt=3, max_tokens=6)
@@ -348,14 +350,14 @@ def test_what_is_in_flight_past_a_finish_is_dropped_and_its_slot_reused() -> Non
     rig = Rig(model=model)
     rig.add("a", prompt=5, max_tokens=30, **stop)
     rig.step()
-    window = rig.plan()
-    assert window.num_steps == 8
+    run = rig.plan()
+    assert run.num_steps == 8
     rig.plan()
     [update] = rig.commit()
     assert update.finish is FinishReason.STOP
     assert len(update.tokens) == 4
     follower = rig.add("b", max_tokens=6)
-    assert rig.plan().admissions[0].slot == window.chunks[0].slot
+    assert rig.plan().admissions[0].slot == run.chunks[0].slot
     assert rig.commit() == []
     rig.run()
     assert rig.outputs["b"] == rig.model.generate(follower, 100)[0]
@@ -365,8 +367,8 @@ def test_what_is_in_flight_past_a_finish_is_dropped_and_its_slot_reused() -> Non
 @pytest.mark.parametrize("steps_before", [0, 1, 2, 3])
 @pytest.mark.parametrize("in_flight", [0, 1, 2])
 def test_an_abort_frees_at_once_and_silences(steps_before: int, in_flight: int) -> None:
-    rig = Rig(SchedulerConfig(step_tokens=4, window_steps=2))
-    rig.add("a", prompt=9, max_tokens=20)  # three chunks, then windows
+    rig = Rig(SchedulerConfig(step_tokens=4, decode_steps=2))
+    rig.add("a", prompt=9, max_tokens=20)  # three chunks, then decode runs
     for _ in range(steps_before):
         rig.step()
     for _ in range(in_flight):
@@ -413,7 +415,7 @@ def test_an_engine_failure_ends_everything() -> None:
 
 
 def test_admission_is_by_priority_then_arrival() -> None:
-    rig = Rig(num_slots=4, programs=(MIXED_8, WINDOW_4), config=SchedulerConfig(step_tokens=4))
+    rig = Rig(num_slots=4, programs=(MIXED_8, DECODE_4), config=SchedulerConfig(step_tokens=4))
     for name, priority in (("late", 1), ("a", 0), ("b", 0), ("urgent", -1)):
         rig.add(name, prompt=4, max_tokens=1, priority=priority)
     order = [name for plan in rig.run() for name in admitted(plan)]
@@ -473,7 +475,7 @@ def test_what_one_prompt_leaves_of_its_share_goes_to_another() -> None:
 
 
 def test_a_prompt_without_a_share_waits_and_preempts_nobody() -> None:
-    programs = (Program(ProgramKind.MIXED, 8, 5), Program(ProgramKind.WINDOW, 5, 5, 8))
+    programs = (Program(ProgramKind.MIXED, 8, 5), Program(ProgramKind.DECODE, 5, 5, 8))
     config = SchedulerConfig(step_tokens=5, max_partial_prefills=3)
     rig = Rig(config, num_slots=5, programs=programs)
     rig.add("brief", prompt=1, max_tokens=3, priority=1)
@@ -568,7 +570,7 @@ def test_a_preempted_sequence_is_not_admitted_while_a_step_of_its_is_in_flight()
     while any("c" in names(plan) for plan, _ in rig.in_flight):
         plan = rig.plan()
         assert names(plan) == ["b"]  # late does not take the place of c
-        assert plan.num_steps == 1  # and c does not wait for a long window
+        assert plan.num_steps == 1  # and c does not wait for a long run
         rig.commit()
     plan = rig.plan()
     assert admitted(plan) == ["c", "late"]
@@ -707,8 +709,8 @@ def test_steps_are_committed_in_order_and_once() -> None:
 
 
 def test_programs_must_hold_every_slot() -> None:
-    with pytest.raises(ConfigError, match=r"no mixed program holds 4 slots.*window\[4x8\]"):
-        Rig(programs=(WINDOW_4, Program(ProgramKind.MIXED, 3, 3)))
+    with pytest.raises(ConfigError, match=r"no mixed program holds 4 slots.*decode\[4x8\]"):
+        Rig(programs=(DECODE_4, Program(ProgramKind.MIXED, 3, 3)))
 
 
 def test_a_step_must_hold_a_token_for_every_slot() -> None:
@@ -717,7 +719,7 @@ def test_a_step_must_hold_a_token_for_every_slot() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"max_queue": 0}, {"window_steps": 0}, {"headroom_pages": -1}], ids=str
+    "values", [{"max_queue": 0}, {"decode_steps": 0}, {"headroom_pages": -1}], ids=str
 )
 def test_config_values_are_checked(values: dict[str, int]) -> None:
     [name] = values

@@ -1,4 +1,4 @@
-"""The pace of decode steps, and windows that it keeps short."""
+"""The pace of decode steps, and runs that it keeps short."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def test_counts_the_time_that_the_device_worked() -> None:
     assert pace.steps_within(0.91) == 3
     pace.committed(planned_s=11.0, now_s=15.2, num_steps=0)  # a prompt says nothing of decodes
     assert pace.steps_within(0.91) == 3
-    pace.committed(planned_s=11.1, now_s=15.5, num_steps=2)  # nor is its time the next window's
+    pace.committed(planned_s=11.1, now_s=15.5, num_steps=2)  # nor is its time the next run's
     assert pace.steps_within(0.91) == 3
 
 

@@ -38,16 +38,16 @@ class Engine:
 def engines(draw: st.DrawFn) -> Engine:
     slots = draw(st.sampled_from((1, 2, 4, 5, 8)))
     small, more = draw(st.integers(1, 24)), draw(st.integers(0, 24))
-    windows = draw(st.lists(st.tuples(st.integers(1, slots), st.integers(1, 8)), max_size=2))
+    decodes = draw(st.lists(st.tuples(st.integers(1, slots), st.integers(1, 8)), max_size=2))
     if draw(st.booleans()):
-        windows.append((slots, draw(st.integers(1, 8))))
+        decodes.append((slots, draw(st.integers(1, 8))))
     page_size, max_model_len = draw(st.integers(1, 5)), draw(st.integers(2, 50))
     # From too few pages for one long sequence to enough for two.
     num_pages = max(1, draw(st.integers(7, 20)) * max_model_len // (10 * page_size))
     config = SchedulerConfig(
         max_queue=draw(st.integers(1, 8)),
         step_tokens=draw(st.none() | st.integers(slots, slots + 24)),
-        window_steps=draw(st.none() | st.integers(1, 8)),
+        decode_steps=draw(st.none() | st.integers(1, 8)),
         max_partial_prefills=draw(st.integers(1, 3)),
         headroom_pages=draw(st.integers(0, 2)),
     )
@@ -59,7 +59,7 @@ def engines(draw: st.DrawFn) -> Engine:
         programs=(
             Program(ProgramKind.MIXED, small, draw(st.integers(1, min(small, slots)))),
             Program(ProgramKind.MIXED, max(small, slots) + more, slots),
-            *(Program(ProgramKind.WINDOW, rows, rows, steps) for rows, steps in windows),
+            *(Program(ProgramKind.DECODE, rows, rows, steps) for rows, steps in decodes),
         ),
         max_processor_rows=draw(st.integers(1, 2)),
         config=config,
@@ -326,7 +326,7 @@ def test_same_input_gives_the_same_plans(engine: Engine, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_drill_reaches_preemption_and_windows(seed: int) -> None:
+def test_the_drill_reaches_preemption_and_decode_runs(seed: int) -> None:
     """The random load above would prove little if it never came to these."""
     slots = 4
     engine = Engine(
@@ -336,7 +336,7 @@ def test_the_drill_reaches_preemption_and_windows(seed: int) -> None:
         max_model_len=32,
         programs=(
             Program(ProgramKind.MIXED, 8, slots),
-            Program(ProgramKind.WINDOW, slots, slots, 4),
+            Program(ProgramKind.DECODE, slots, slots, 4),
         ),
         max_processor_rows=1,
         config=SchedulerConfig(max_queue=8),

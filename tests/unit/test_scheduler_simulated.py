@@ -17,13 +17,13 @@ from jserve.scheduler.simulated_executor import PlanError, SimulatedExecutor
 from jserve.scheduler.simulated_model import SimulatedModel
 
 MIXED = Program(ProgramKind.MIXED, 8, 2)
-WINDOW = Program(ProgramKind.WINDOW, 2, 2, 4)
+DECODE = Program(ProgramKind.DECODE, 2, 2, 4)
 MODEL = SimulatedModel(vocab=50, eos_token_ids=())
 
 
 def device(model: SimulatedModel = MODEL) -> SimulatedExecutor:
     return SimulatedExecutor(
-        (MIXED, WINDOW),
+        (MIXED, DECODE),
         num_slots=2,
         num_pages=4,
         page_size=4,
@@ -68,7 +68,7 @@ def test_answers_as_the_model_alone() -> None:
     asked = request(max_tokens=5)
     executor, first = started(asked)
     # Two pages hold positions 0 to 7; the fifth token is not computed.
-    plan = StepPlan(1, WINDOW, 4, (decode_chunk(3, new_pages=(2,)),))
+    plan = StepPlan(1, DECODE, 4, (decode_chunk(3, new_pages=(2,)),))
     second = executor.collect(executor.submit(plan))
     tokens = [first.tokens[0, 0], *second.tokens[0, : second.num_new[0]]]
     assert tokens == MODEL.generate(asked, 100)[0]
@@ -81,11 +81,11 @@ def test_freezes_a_row_that_has_stopped() -> None:
     assert first != second
     asked = request(stop_token_ids=(second,))
     executor, _ = started(asked)
-    plan = StepPlan(1, WINDOW, 4, (decode_chunk(3, new_pages=(2,)),))
+    plan = StepPlan(1, DECODE, 4, (decode_chunk(3, new_pages=(2,)),))
     result = executor.collect(executor.submit(plan))
     assert (result.num_new[0], result.finish[0]) == (1, FinishCode.STOP)
     # What was planned without knowing yields nothing, and is no mistake.
-    plan = StepPlan(2, WINDOW, 4, (decode_chunk(7, first_new_page=2, new_pages=(3,)),))
+    plan = StepPlan(2, DECODE, 4, (decode_chunk(7, first_new_page=2, new_pages=(3,)),))
     result = executor.collect(executor.submit(plan))
     assert result.num_new[0] == 0
 
@@ -134,7 +134,7 @@ IN_A, IN_B = Admission(0, A), Admission(1, B)
             "10 tokens",
         ),
         (first_step(prompt_chunk(A), prompt_chunk(A), admissions=(IN_A,)), "two rows"),
-        (StepPlan(0, WINDOW, 1, (prompt_chunk(A, num_tokens=1),), (IN_A,)), "only decodes"),
+        (StepPlan(0, DECODE, 1, (prompt_chunk(A, num_tokens=1),), (IN_A,)), "only decodes"),
         (first_step(prompt_chunk(A), admissions=(IN_A, IN_A)), "admitted twice"),
         (first_step(prompt_chunk(A), admissions=(IN_A, IN_B)), "without a chunk"),
         (
@@ -179,7 +179,7 @@ def test_refuses_a_wrong_plan(plan: StepPlan, message: str) -> None:
 def test_refuses_a_wrong_decode(chunk: Chunk, message: str) -> None:
     executor, _ = started(A)
     with pytest.raises(PlanError, match=message):
-        executor.submit(StepPlan(1, WINDOW, 4, (chunk,)))
+        executor.submit(StepPlan(1, DECODE, 4, (chunk,)))
 
 
 def test_refuses_to_go_on_with_pages_that_were_given_away() -> None:
@@ -187,12 +187,12 @@ def test_refuses_to_go_on_with_pages_that_were_given_away() -> None:
     thief = prompt_chunk(B, slot=1, new_pages=(1,))
     executor.submit(StepPlan(1, MIXED, 1, (decode_chunk(3), thief), (IN_B,)))
     with pytest.raises(PlanError, match="page 1 was given to another"):
-        executor.submit(StepPlan(2, WINDOW, 1, (decode_chunk(4, new_pages=(2,)),)))
+        executor.submit(StepPlan(2, DECODE, 1, (decode_chunk(4, new_pages=(2,)),)))
 
 
 def test_results_are_collected_in_order() -> None:
     executor = device()
     executor.submit(first_step(prompt_chunk(A), admissions=(IN_A,)))
-    handle = executor.submit(StepPlan(1, WINDOW, 1, (decode_chunk(3),)))
+    handle = executor.submit(StepPlan(1, DECODE, 1, (decode_chunk(3),)))
     with pytest.raises(PlanError, match="collected out of order"):
         executor.collect(handle)

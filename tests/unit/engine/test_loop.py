@@ -15,7 +15,7 @@ from jserve.scheduler.scheduler import Scheduler
 from jserve.scheduler.simulated_executor import SimulatedExecutor
 from jserve.scheduler.simulated_model import SimulatedModel
 
-PROGRAMS = (Program(ProgramKind.MIXED, 16, 4), Program(ProgramKind.WINDOW, 4, 4, 2))
+PROGRAMS = (Program(ProgramKind.MIXED, 16, 4), Program(ProgramKind.DECODE, 4, 4, 2))
 MODEL = SimulatedModel()
 
 

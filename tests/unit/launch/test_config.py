@@ -154,6 +154,26 @@ def test_unknown_field_in_a_file_lists_the_fields(tmp_path: Path) -> None:
         load(_file(tmp_path, body))
 
 
+@pytest.mark.parametrize(
+    ("section", "old", "new"),
+    [
+        ("engine", "window_rows", "decode_rows"),
+        ("engine", "window_steps", "decode_steps"),
+        ("scheduler", "window_steps", "decode_steps"),
+        ("scheduler", "window_wait_s", "decode_wait_s"),
+    ],
+)
+def test_a_renamed_field_is_told_its_new_name(
+    tmp_path: Path, section: str, old: str, new: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{old} is now called {new}"):
+        load(TINY, [f"{section}.{old}=4"])
+    name = f"{section.capitalize()}Config"
+    body = f"from jserve.{section}.config import {name}\ndef get_config(): return {name}({old}=4)\n"
+    with pytest.raises(ConfigError, match=f"{old} is now called {new}"):
+        load(_file(tmp_path, body))
+
+
 def test_flatten_names_every_leaf() -> None:
     config = load(TINY)
     leaves = flatten(config)

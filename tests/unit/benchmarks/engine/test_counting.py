@@ -25,7 +25,7 @@ SPEC = ModelSpec(
 )
 LAYER_PARAMETERS = 2 * (4 * 4 + 4 * 2 + 4 * 2 + 4 * 4 + 3 * 4 * 6)  # q, k, v, o, three of the FFN
 COUNTER = Counter(SPEC, Weights(layers_bytes=1000, head_bytes=100, embedding_bytes=50), kv_bytes=16)
-MIXED, WINDOW = Program(ProgramKind.MIXED, 16, 4), Program(ProgramKind.WINDOW, 4, 4, 8)
+MIXED, DECODE = Program(ProgramKind.MIXED, 16, 4), Program(ProgramKind.DECODE, 4, 4, 8)
 
 
 def plan(program, num_steps, *chunks):
@@ -89,7 +89,7 @@ def test_a_decode_step():
 def test_a_window_is_its_decode_steps():
     rows = Chunk(slot=0, request_id="a", start=9, num_tokens=1), Chunk(1, "b", 0, 1)
     steps = [COUNTER.step([(9 + n, 10 + n), (n, n + 1)], 2) for n in range(3)]
-    assert COUNTER.plan(plan(WINDOW, 3, *rows)) == steps[0] + steps[1] + steps[2]
+    assert COUNTER.plan(plan(DECODE, 3, *rows)) == steps[0] + steps[1] + steps[2]
 
 
 def test_a_mixed_step_runs_the_head_for_rows_that_sample():
