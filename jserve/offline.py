@@ -7,13 +7,16 @@ from dataclasses import dataclass
 import jax
 from tqdm import tqdm
 
-from jserve.config import PlatformConfig, ServeConfig
+from jserve.checkpoints.locate import text_assets_of
+from jserve.checkpoints.tensor_source import Progress
+from jserve.config import ServeConfig
 from jserve.core.clock import WallClock
 from jserve.core.errors import ConfigError, EngineError, RequestError
 from jserve.core.request import EngineStats, FinishReason, Request, SequenceUpdate, TokenLogprobs
+from jserve.engine.build.start import start_engine
+from jserve.engine.config import PlatformConfig
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
 from jserve.engine.loop import EngineLoop
-from jserve.engine.start import start_engine
 from jserve.gateway.pieces import Choice, Generation, Piece, Prompt
 from jserve.gateway.text_model import TextModel
 from jserve.gateway.validation import (
@@ -22,8 +25,6 @@ from jserve.gateway.validation import (
     check_stop,
     resolve_sampling,
 )
-from jserve.model.formats.locate import text_assets_of
-from jserve.model.formats.tensor_source import Progress
 
 PromptLike = str | Sequence[int]
 

@@ -8,8 +8,8 @@ are activations, norms, sampling, and what is written.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jserve.core.model_spec import ModelSpec
 from jserve.core.step import Chunk, ProgramKind, StepPlan
-from jserve.model.spec import ModelSpec
 
 _EMBEDDING, _HEAD = "model.embed_tokens.", "lm_head."
 

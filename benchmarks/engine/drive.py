@@ -13,7 +13,7 @@ import numpy as np
 from jserve.core.errors import ConfigError
 from jserve.core.request import Request, SamplingParams
 from jserve.core.step import ProgramKind, StepPlan
-from jserve.engine.assembly import Engine
+from jserve.engine.build.assembly import Engine
 
 _R = TypeVar("_R")
 

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.engine.counting import Counter, weights_of
+from jserve.checkpoints.config import RandomWeights
 from jserve.config import ServeConfig
 from jserve.core.errors import ConfigError
-from jserve.engine.assembly import Engine, build_engine
-from jserve.model.config import RandomWeights
+from jserve.core.model_spec import ModelSpec
+from jserve.engine.build.assembly import Engine, build_engine
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh, param_shardings
-from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.backend import Backend, backend_for
 
 OnProgram = Callable[[str], None]  # called with a program's name by the thread that made it
@@ -94,8 +94,8 @@ def _random(
 
 def _loaded(serve: ServeConfig, on_program: OnProgram) -> tuple[ModelSpec, Engine]:
     # Imported here: the readers of weights need packages that random weights do not.
-    from jserve.engine.start import start_engine
-    from jserve.model.formats.load import model_spec
+    from jserve.engine.build.start import start_engine
+    from jserve.model.loading.load import model_spec
 
     def on_files(done_bytes: int, total_bytes: int) -> None:
         del done_bytes, total_bytes

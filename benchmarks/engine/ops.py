@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from benchmarks.engine import options
 from benchmarks.kernels.chained_attention import Heads, Turns, time_attention
 from benchmarks.serving import report
+from jserve.checkpoints.config import RandomWeights
 from jserve.core.errors import ConfigError
-from jserve.model.config import RandomWeights
 from jserve.model.functional import Model
 from jserve.pallas_kernels.backend import Backend, backend_for
 

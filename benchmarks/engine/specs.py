@@ -3,11 +3,11 @@
 Weights do not change how long a step takes, so no file is needed. No JAX.
 """
 
+from jserve.checkpoints.config import ModelConfig, RandomWeights
 from jserve.config import ServeConfig
 from jserve.core.errors import ConfigError
+from jserve.core.model_spec import ModelSpec, RopeScaling, RopeScalingKind
 from jserve.engine.config import EngineConfig
-from jserve.model.config import ModelConfig, RandomWeights
-from jserve.model.spec import ModelSpec, RopeScaling, RopeScalingKind
 
 _CPU = EngineConfig(num_slots=32, decode_rows=(32,), max_model_len=8192, kv_bytes=1 << 30)
 _GPU = EngineConfig(

@@ -32,7 +32,7 @@ from benchmarks.serving.failures import BenchmarkError
 from benchmarks.serving.metrics import summarize
 from benchmarks.serving.servers import ServerProcess, free_port, until_ready
 from benchmarks.serving.session import Run, visit
-from jserve.launch.platform import raise_file_limit
+from jserve.engine.build.platform import raise_file_limit
 
 Given = tuple[str, str, str]  # flag, name of the server, value
 

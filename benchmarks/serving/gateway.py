@@ -30,7 +30,7 @@ from benchmarks.serving.http_target import HttpOptions, HttpTarget
 from benchmarks.serving.metrics import Slo, summarize
 from benchmarks.serving.servers import ServerProcess, free_port, until_ready
 from benchmarks.serving.target import Target
-from jserve.launch.platform import raise_file_limit
+from jserve.engine.build.platform import raise_file_limit
 
 
 @dataclass(frozen=True, slots=True)

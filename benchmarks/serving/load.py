@@ -19,7 +19,7 @@ from benchmarks.serving import failures, options, plots, report
 from benchmarks.serving.dialects import DIALECTS
 from benchmarks.serving.session import Run, visit
 from benchmarks.serving.target import ServerInfo
-from jserve.launch.platform import raise_file_limit
+from jserve.engine.build.platform import raise_file_limit
 
 
 def show(title: str, runs: list[Run]) -> None:

@@ -15,7 +15,7 @@ import time
 from jserve.core.errors import JserveError
 from jserve.core.request import EngineInfo
 from jserve.engine.inbox import Inbox, Outbox, Submit
-from jserve.engine.session import serve_sessions
+from jserve.engine.worker.session import serve_sessions
 from jserve.gateway.fake_engine import ScriptedSequences
 
 

@@ -7,9 +7,9 @@ import signal
 from collections.abc import Callable, Sequence
 
 from jserve.control.config import ControlConfig
-from jserve.control.engine_status import EngineStatus, Failed, Ready, decode
 from jserve.core.clock import Clock
 from jserve.core.errors import ConfigError
+from jserve.proto.engine_status import EngineStatus, Failed, Ready, decode, describe_exit
 
 _log = logging.getLogger(__name__)
 
@@ -158,13 +158,3 @@ class EngineProcess:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
-
-
-def describe_exit(code: int) -> str:
-    """A process's exit code for people: `exit code 3` or `killed by SIGKILL`."""
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"killed by signal {-code}"

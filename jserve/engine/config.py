@@ -19,6 +19,30 @@ _AT_LEAST = {
 }
 _KV_DTYPES = ("", "float32", "bfloat16", "float8_e4m3fn")
 
+# `cpu` beside an accelerator lets weights be prepared in host memory.
+_JAX_PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformConfig:
+    """What JAX runs on, decided before it starts, whatever plugins are installed."""
+
+    backend: str = "cpu"  # cpu, gpu or tpu
+    chip: str = ""  # that the config was made for, see engine.build.chips; for `jserve plan`
+    xla_flags: tuple[str, ...] = ()  # added to the launcher's own for this backend
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError if `backend` is unknown."""
+        if self.backend not in _JAX_PLATFORMS:
+            raise ConfigError(
+                f"platform.backend is {self.backend!r}; use one of {', '.join(_JAX_PLATFORMS)}"
+            )
+
+    @property
+    def jax_platforms(self) -> str:
+        """JAX's own setting: the first is where programs run."""
+        return _JAX_PLATFORMS[self.backend]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 
 from jserve.core.step import Program, RowLogprobs, StepPlan, StepResult
-from jserve.engine.batch import Batch, BatchShape, pack
-from jserve.engine.programs import CompiledProgram
-from jserve.engine.state import DeviceState
-from jserve.engine.step import DeviceResult, Params
+from jserve.engine.program.batch import Batch, BatchShape, pack
+from jserve.engine.program.programs import CompiledProgram
+from jserve.engine.program.state import DeviceState
+from jserve.engine.program.step import DeviceResult, Params
 from jserve.model.sampling.logprobs import Logprobs
 
 

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
+from jserve.checkpoints.text_assets import TextAssets
 from jserve.gateway.chat import ChatTemplate
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.defaults import SamplingDefaults, sampling_defaults
 from jserve.gateway.tokenizer import TextTokenizer
-from jserve.model.formats.text_assets import TextAssets
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,14 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
-from jserve.control.engine_status import Ready
+from jserve.proto.engine_status import Ready
 
 if TYPE_CHECKING:  # the launcher starts the engine before it spends time on this import
     from jserve.gateway.generation import Generator
-
-_PROGRESS_EVERY_S = 1.0
 
 
 class Console:
@@ -36,25 +34,6 @@ class Console:
     def text(self, text: str) -> None:
         """Anything else, as it is."""
         print(text, file=self._stream, flush=True)
-
-
-class FileProgress:
-    """Turns byte counts into a line now and then; the callback of whoever moves files."""
-
-    def __init__(self, verb: str, say: Callable[[str], None]) -> None:
-        self._verb = verb
-        self._say = say
-        self._next_s = 0.0
-
-    def __call__(self, done_bytes: int, total_bytes: int) -> None:
-        """`total_bytes` 0 means that it is not known."""
-        now_s = time.monotonic()
-        is_done = 0 < total_bytes == done_bytes
-        if not done_bytes or (now_s < self._next_s and not is_done):
-            return
-        self._next_s = now_s + _PROGRESS_EVERY_S
-        of_total = f" of {total_bytes / 1e6:.0f}" if total_bytes else ""
-        self._say(f"{self._verb}: {done_bytes / 1e6:.0f}{of_total} MB")
 
 
 def show_summary(console: Console, generator: "Generator", ready: Ready) -> None:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from jserve.launch.console import Console, FileProgress
-from jserve.model.formats import convert as formats
+from jserve.checkpoints.progress import FileProgress
+from jserve.launch.console import Console
+from jserve.model.loading import convert as formats
 
 
 def convert(source: str, folder: str, to: str, dtype: str, quantization: str) -> int:

@@ -5,6 +5,8 @@ import importlib.metadata
 import logging
 from typing import Self
 
+from jserve.checkpoints.locate import text_assets_of
+from jserve.checkpoints.progress import FileProgress
 from jserve.config import ServeConfig
 from jserve.core.clock import WallClock
 from jserve.gateway.config import GatewayConfig
@@ -15,8 +17,7 @@ from jserve.gateway.http.app import make_app
 from jserve.gateway.http.server import HttpServer
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.text_model import TextModel
-from jserve.launch.console import Console, FileProgress
-from jserve.model.formats.locate import text_assets_of
+from jserve.launch.console import Console
 
 _log = logging.getLogger(__name__)
 _STOP_GRACE_S = 1.0  # after a drain nothing runs; this is for answers still being written

@@ -2,9 +2,10 @@
 
 import sys
 
+from jserve.checkpoints.progress import FileProgress
 from jserve.config import ServeConfig
 from jserve.gateway.validation import SamplingFields
-from jserve.launch.console import Console, FileProgress
+from jserve.launch.console import Console
 from jserve.offline import LLM
 
 

@@ -10,10 +10,12 @@ from typing import Any
 from absl import app, flags
 
 from jserve import config as config_lib
+from jserve.checkpoints.config import DTYPES, QUANTIZATIONS
 from jserve.config import ServeConfig
+from jserve.core import logs
 from jserve.core.errors import ConfigError, JserveError
-from jserve.launch import logs, platform
-from jserve.model.config import DTYPES, QUANTIZATIONS
+from jserve.engine.build import platform
+from jserve.engine.config import PlatformConfig
 
 _CONFIG = flags.DEFINE_string("config", None, "A Python file that defines get_config().")
 _SET = flags.DEFINE_multi_string(
@@ -185,8 +187,8 @@ def _convert(arguments: Sequence[str]) -> int:
         raise app.UsageError("convert takes SOURCE and FOLDER")
     if Path(arguments[1]).exists():
         raise ConfigError(f"{arguments[1]} exists already; name a new folder")
-    logs.configure(config_lib.LogConfig())
-    platform.pin(config_lib.PlatformConfig())
+    logs.configure(logs.LogConfig())
+    platform.pin(PlatformConfig())
     from jserve.launch.convert import convert
 
     return convert(
@@ -220,7 +222,7 @@ def _plan(arguments: Sequence[str]) -> int:
         raise app.UsageError(f"plan takes no arguments, got {' '.join(arguments)}")
     config = _load_config()
     logs.configure(dataclasses.replace(config.log, level="warning"))
-    platform.pin(config_lib.PlatformConfig())  # plans need no accelerator
+    platform.pin(PlatformConfig())  # plans need no accelerator
     from jserve.launch.plan import plan
 
     return plan(config, _ARCHITECTURE.value)

@@ -4,18 +4,19 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from jserve.checkpoints.config import check_platform
+from jserve.checkpoints.hf_config import spec_from_hf
+from jserve.checkpoints.json_file import read_json
+from jserve.checkpoints.progress import FileProgress
 from jserve.config import ServeConfig
 from jserve.core.errors import ConfigError
-from jserve.engine.chips import CHIPS, chip_of
-from jserve.engine.plan import MemoryPlan, plan_memory
-from jserve.launch.console import Console, FileProgress
-from jserve.model.config import check_platform
-from jserve.model.formats.hf_config import spec_from_hf
-from jserve.model.formats.json_file import read_json
-from jserve.model.formats.load import architecture
+from jserve.core.model_spec import ModelSpec
+from jserve.engine.build.chips import CHIPS, chip_of
+from jserve.engine.build.fit import MemoryPlan, plan_memory
+from jserve.launch.console import Console
 from jserve.model.functional import Model
+from jserve.model.loading.load import architecture
 from jserve.model.sharding import abstract_mesh
-from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.backend import backend_for
 
 _GIB = 1 << 30

@@ -12,19 +12,19 @@ import uvloop
 
 from jserve.config import ServeConfig, flatten
 from jserve.control.engine_process import EngineProcess
-from jserve.control.engine_status import (
+from jserve.core.clock import WallClock
+from jserve.core.errors import ConfigError
+from jserve.engine.job import COMMAND, encode_job
+from jserve.gateway.config import GatewayConfig
+from jserve.launch.console import Console, show_summary
+from jserve.launch.jobs import engine_job
+from jserve.proto.engine_status import (
     EngineStatus,
     ModelPrepared,
     PhaseProgress,
     PhaseStarted,
     Ready,
 )
-from jserve.core.clock import WallClock
-from jserve.core.errors import ConfigError
-from jserve.gateway.config import GatewayConfig
-from jserve.launch import engine_job
-from jserve.launch.console import Console, show_summary
-from jserve.launch.engine_job import EngineJob
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -127,8 +127,8 @@ async def _serve_all(config: ServeConfig, leader_address: str | None, drain: asy
     console = Console()
     start_up = _StartUp(console)
     engine = EngineProcess(
-        engine_job.COMMAND,
-        engine_job.encode_job(EngineJob(config, _ANY_LOOPBACK_PORT, leader_address=leader_address)),
+        COMMAND,
+        encode_job(engine_job(config, _ANY_LOOPBACK_PORT, leader_address=leader_address)),
         config.control,
         WallClock(),
         start_up.on_status,
@@ -185,8 +185,8 @@ async def _serve_follower(
     console = Console()
     start_up = _StartUp(console)
     engine = EngineProcess(
-        engine_job.COMMAND,
-        engine_job.encode_job(EngineJob(config, "", process, leader_address)),
+        COMMAND,
+        encode_job(engine_job(config, process=process, leader_address=leader_address)),
         config.control,
         WallClock(),
         start_up.on_status,

@@ -9,11 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from jserve.core.errors import ConfigError
+from jserve.core.model_spec import ModelSpec
 from jserve.model.layers import KV, Attend, Embedding, LayerContext, Linear, RMSNorm
 from jserve.model.matrix import products
 from jserve.model.numerics import Numerics
 from jserve.model.rope import rope_of
-from jserve.model.spec import ModelSpec
 
 
 class Layer(Protocol):

@@ -8,8 +8,9 @@ from flax import nnx
 from jax.sharding import Sharding
 from jaxtyping import Array, Float, Float32, Int
 
+from jserve.checkpoints.config import QUANTIZATIONS
 from jserve.core.errors import ConfigError
-from jserve.model.config import QUANTIZATIONS
+from jserve.core.model_spec import ModelSpec
 from jserve.model.decoder import CausalLM
 from jserve.model.layers import KV, Attend
 from jserve.model.matrix import weights_without_kernel
@@ -17,7 +18,6 @@ from jserve.model.numerics import Numerics
 from jserve.model.params import ParamSpec, init_params, param_specs
 from jserve.model.registry import FAMILIES
 from jserve.model.sharding import AnyMesh, axis_rules
-from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.backend import Backend
 
 

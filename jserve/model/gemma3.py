@@ -8,10 +8,10 @@ from functools import partial
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jserve.core.model_spec import ModelSpec
 from jserve.model.decoder import Family
 from jserve.model.layers import KV, Attention, GatedFfn, LayerContext, RMSNorm
 from jserve.model.numerics import Numerics
-from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.gated_activation.activation import Activation
 
 NORM_OFFSET = 1.0

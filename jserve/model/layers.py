@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jserve.model.config import WeightKind
+from jserve.checkpoints.config import WeightKind
+from jserve.core.model_spec import ModelSpec
 from jserve.model.matrix import lookup, matrix, products
 from jserve.model.numerics import Numerics
 from jserve.model.params import param
 from jserve.model.rope import RopeTables
-from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.gated_activation.activation import Activation
 from jserve.pallas_kernels.gated_activation.dispatch import gated_activation
 from jserve.pallas_kernels.rms_norm.dispatch import rms_norm

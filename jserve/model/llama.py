@@ -6,11 +6,11 @@ Windows, biases and rotary scaling are in the spec, so these families share all 
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jserve.core.model_spec import ModelSpec
 from jserve.model.decoder import Family
 from jserve.model.layers import KV, Attention, GatedFfn, LayerContext, RMSNorm
 from jserve.model.numerics import Numerics
 from jserve.model.sparse_ffn import SparseFfn
-from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.gated_activation.activation import Activation
 
 

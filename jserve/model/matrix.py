@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from jserve.model.config import WeightKind
+from jserve.checkpoints.config import WeightKind
 from jserve.model.numerics import Numerics
 from jserve.model.params import Encoding, ParamSpec, param
 from jserve.model.sharding import num_devices

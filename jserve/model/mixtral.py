@@ -3,12 +3,12 @@
 from flax import nnx
 from jaxtyping import Array, Float
 
+from jserve.core.model_spec import ModelSpec
 from jserve.model.decoder import Family
 from jserve.model.layers import KV, Attention, LayerContext, RMSNorm
 from jserve.model.llama import PreNormLayer
 from jserve.model.numerics import Numerics
 from jserve.model.sparse_ffn import ExpertNames, SparseFfn
-from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.gated_activation.activation import Activation
 
 NAMES = ExpertNames(gate="w1", up="w3", down="w2")

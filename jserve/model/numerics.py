@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 
-from jserve.model.config import WeightKind
+from jserve.checkpoints.config import WeightKind
 from jserve.model.sharding import AnyMesh, MeshAxes
 from jserve.pallas_kernels.backend import Backend
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jserve.model.spec import ModelSpec, RopeScaling, RopeScalingKind
+from jserve.core.model_spec import ModelSpec, RopeScaling, RopeScalingKind
 
 
 class RopeTables(NamedTuple):

@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jserve.core.errors import ConfigError
+from jserve.core.model_spec import ModelSpec
 from jserve.model.params import ParamSpec
-from jserve.model.spec import ModelSpec
 
 AnyMesh = Mesh | AbstractMesh  # for what needs names and sizes only
 MeshAxes = str | tuple[str, ...] | None  # that one dimension is split over; None: it is not

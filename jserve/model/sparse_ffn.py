@@ -14,12 +14,12 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
-from jserve.model.config import WeightKind
+from jserve.checkpoints.config import WeightKind
+from jserve.core.model_spec import ModelSpec
 from jserve.model.layers import Linear
 from jserve.model.matrix import grouped_products, matrices, products
 from jserve.model.numerics import Numerics
 from jserve.model.sharding import AnyMesh, named_sharding
-from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.gated_activation.activation import Activation
 from jserve.pallas_kernels.gated_activation.dispatch import gated_activation
 

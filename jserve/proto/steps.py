@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from jserve.core.errors import EngineError
 from jserve.core.step import Admission, Chunk, Program, ProgramKind, StepPlan
-from jserve.proto import replica_pb2
+from jserve.proto import group_pb2
 from jserve.proto.convert import request_of_proto, request_to_proto
 
 
@@ -20,10 +20,10 @@ class StepWriter:
         self._programs = {program: index for index, program in enumerate(programs)}
         self._number = 0
 
-    def write(self, plan: StepPlan, checksum: int) -> replica_pb2.Step:
+    def write(self, plan: StepPlan, checksum: int) -> group_pb2.Step:
         """The next step; `checksum` is of the buffer that the plan packs to, 32 bits."""
         chunks = plan.chunks
-        step = replica_pb2.Step(
+        step = group_pb2.Step(
             number=self._number,
             checksum=checksum,
             program=self._programs[plan.program],
@@ -51,7 +51,7 @@ class StepReader:
         self._number = 0
         self._contexts: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # prompt, all
 
-    def read(self, step: replica_pb2.Step) -> StepPlan:
+    def read(self, step: group_pb2.Step) -> StepPlan:
         """The plan of `step` without what a buffer lacks: request ids, starts of decode rows.
 
         Raises EngineError for a step out of order.
@@ -79,7 +79,7 @@ class StepReader:
         program = self._programs[step.program]
         return StepPlan(step.number, program, step.num_steps, columns.chunks(), admissions)
 
-    def _read_chunks(self, step: replica_pb2.Step, columns: "_Columns") -> None:
+    def _read_chunks(self, step: group_pb2.Step, columns: "_Columns") -> None:
         for row, num_tokens, samples, targets in zip(
             step.chunk_rows, step.chunk_tokens, step.chunk_samples, step.chunk_targets, strict=True
         ):
@@ -110,7 +110,7 @@ class _Columns(NamedTuple):
         return tuple(map(Chunk._make, zip(slots, repeat(""), *others, strict=False)))
 
 
-def _write_chunks(step: replica_pb2.Step, chunks: Sequence[Chunk]) -> None:
+def _write_chunks(step: group_pb2.Step, chunks: Sequence[Chunk]) -> None:
     for row, chunk in enumerate(chunks):
         if chunk.tokens:
             step.chunk_rows.append(row)
@@ -119,7 +119,7 @@ def _write_chunks(step: replica_pb2.Step, chunks: Sequence[Chunk]) -> None:
             step.chunk_targets.append(bool(chunk.prompt_targets))
 
 
-def _read_pages(step: replica_pb2.Step, columns: _Columns) -> None:
+def _read_pages(step: group_pb2.Step, columns: _Columns) -> None:
     ids, taken = tuple(step.page_ids), 0
     for row, first, count in zip(step.page_rows, step.page_firsts, step.page_counts, strict=True):
         columns.first_new_pages[row] = first
@@ -127,14 +127,14 @@ def _read_pages(step: replica_pb2.Step, columns: _Columns) -> None:
         taken += count
 
 
-def _write_admission(admission: Admission) -> replica_pb2.StepAdmission:
-    return replica_pb2.StepAdmission(
+def _write_admission(admission: Admission) -> group_pb2.StepAdmission:
+    return group_pb2.StepAdmission(
         slot=admission.slot,
         request=request_to_proto(admission.request),
         output=admission.output,
     )
 
 
-def _read_admission(message: replica_pb2.StepAdmission) -> Admission:
+def _read_admission(message: group_pb2.StepAdmission) -> Admission:
     request = request_of_proto(message.request)
     return Admission(message.slot, request, tuple(message.output))

@@ -15,7 +15,7 @@ import numpy as np
 from jserve.pallas_kernels.backend import Backend
 from jserve.pallas_kernels.ragged_paged_attention.cases import CASES, Case
 from jserve.pallas_kernels.ragged_paged_attention.dispatch import ragged_paged_attention
-from tests.kernels.attention_problem import Problem
+from tests.pallas_kernels.attention_problem import Problem
 
 # Of ‖out − expected‖ / ‖expected‖ of a head: weights and outputs are rounded to 8 bits.
 _BOUND = 2**-6

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jserve.checkpoints.hf_config import spec_from_hf
+from jserve.checkpoints.json_file import read_json
 from jserve.core.step import Program as StepProgram
 from jserve.core.step import ProgramKind
+from jserve.engine.build.fit import temporary_bytes
+from jserve.engine.build.sizing import abstract_params, abstract_state, shape_engine
 from jserve.engine.config import EngineConfig
-from jserve.engine.kv_scales import lower_kv_scales
-from jserve.engine.plan import temporary_bytes
-from jserve.engine.programs import lower_step
-from jserve.engine.sizing import abstract_params, abstract_state, shape_engine
-from jserve.model.formats.hf_config import spec_from_hf
-from jserve.model.formats.json_file import read_json
+from jserve.engine.program.kv_scales import lower_kv_scales
+from jserve.engine.program.programs import lower_step
 from jserve.model.functional import Model
 from jserve.model.sharding import AnyMesh, abstract_mesh
 from jserve.pallas_kernels.backend import Backend

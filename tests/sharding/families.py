@@ -22,14 +22,14 @@ if __name__ == "__main__":  # before JAX is imported; pytest's conftest does the
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     }
 
+from jserve.checkpoints.hf_config import spec_from_hf
+from jserve.core.model_spec import ModelSpec
 from jserve.core.request import Request, SamplingParams
-from jserve.engine.assembly import Engine
-from jserve.model.formats.hf_config import spec_from_hf
+from jserve.engine.build.assembly import Engine
 from jserve.model.functional import Model
-from jserve.model.spec import ModelSpec
 from jserve.pallas_kernels.backend import Backend
-from tests.integration.engine_harness import CONFIG, Harness, greedy_tokens
-from tests.integration.model_harness import CASES
+from tests.engine.engine_harness import CONFIG, Harness, greedy_tokens
+from tests.model.model_harness import CASES
 
 SMALL = dataclasses.replace(CONFIG, mixed_tokens=(32,))
 VOCAB = 16384  # wider than all else that devices may exchange

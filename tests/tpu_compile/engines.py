@@ -23,15 +23,15 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from jserve.checkpoints.hf_config import spec_from_hf
+from jserve.checkpoints.json_file import read_json
 from jserve.core.step import Program
-from jserve.engine.chips import Chip, chip_of
+from jserve.engine.build.chips import Chip, chip_of
+from jserve.engine.build.fit import plan_memory, temporary_bytes
+from jserve.engine.build.sizing import EngineShape, abstract_params, abstract_state
 from jserve.engine.config import EngineConfig
-from jserve.engine.kv_scales import lower_kv_scales
-from jserve.engine.plan import plan_memory, temporary_bytes
-from jserve.engine.programs import lower_step
-from jserve.engine.sizing import EngineShape, abstract_params, abstract_state
-from jserve.model.formats.hf_config import spec_from_hf
-from jserve.model.formats.json_file import read_json
+from jserve.engine.program.kv_scales import lower_kv_scales
+from jserve.engine.program.programs import lower_step
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh
 from jserve.pallas_kernels.backend import Backend

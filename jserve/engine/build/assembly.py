@@ -1,0 +1,191 @@
+"""Puts an engine together: shapes from the config, programs and parameters side by side."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import Mesh
+
+import jserve
+from jserve.core.request import EngineInfo
+from jserve.core.step import Program
+from jserve.engine.config import EngineConfig
+from jserve.engine.program.executable_cache import ExecutableCache, code_digest, machine_key
+from jserve.engine.executor import DeviceExecutor
+from jserve.engine.program.kv_scales import lower_kv_scales
+from jserve.engine.program.programs import CompileCounter, CompiledProgram, compile_programs, signature
+from jserve.engine.build.sizing import (
+    EngineShape,
+    abstract_params,
+    abstract_state,
+    make_state,
+    shape_engine,
+)
+from jserve.engine.program.state import DeviceState
+from jserve.engine.program.step import Params
+from jserve.model.functional import Model
+from jserve.pallas_kernels.backend import Backend
+from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.scheduler import Scheduler
+
+_A = TypeVar("_A")
+_B = TypeVar("_B")
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A ready engine: what a loop needs, and what people want to know of it."""
+
+    info: EngineInfo
+    mesh: Mesh
+    backend: Backend
+    shape: EngineShape
+    executor: DeviceExecutor
+    scheduler: Scheduler
+    programs: tuple[CompiledProgram, ...]
+    num_compiles: Callable[[], int]  # since the engine was ready
+    phases: dict[str, float] = field(default_factory=dict[str, float])  # seconds
+
+
+def build_engine(
+    name: str,
+    model: Model,
+    mesh: Mesh,
+    load_params: Callable[[], Params],
+    config: EngineConfig,
+    scheduler_config: SchedulerConfig,
+    *,
+    cache_folder: Path | None,
+    on_program: Callable[[CompiledProgram], None] = lambda _: None,
+) -> Engine:
+    """Compiles the programs while `load_params` reads the parameters.
+
+    `load_params` returns arrays with the shardings of `model.sharding`.
+    """
+    cache = _cache(cache_folder, model, mesh) if config.cache_executables and cache_folder else None
+    shape = shape_engine(model, mesh, config, cache)
+    counter = CompileCounter()
+
+    def compile_all() -> tuple[dict[Program, CompiledProgram], Callable[[Params], DeviceState]]:
+        programs = compile_programs(
+            model,
+            mesh,
+            config.programs(),
+            shape.batch,
+            abstract_params(model, mesh),
+            abstract_state(model, mesh, shape),
+            cache=cache,
+            on_ready=on_program,
+        )
+        return programs, _idle_state(model, mesh, shape, cache)
+
+    (params, load_s), (made, compile_s) = _side_by_side(load_params, compile_all)
+    programs, idle_state = made
+    state = idle_state(params)
+    info = EngineInfo(
+        model=name,
+        vocab=model.spec.vocab,
+        max_model_len=shape.max_model_len,
+        num_slots=config.num_slots,
+        num_pages=shape.num_pages,
+        page_size=config.page_size,
+        max_queue=scheduler_config.max_queue,
+        eos_token_ids=model.spec.eos_token_ids,
+    )
+    scheduler = Scheduler(
+        scheduler_config,
+        num_slots=config.num_slots,
+        num_pages=shape.num_pages,
+        page_size=config.page_size,
+        max_model_len=shape.max_model_len,
+        programs=config.programs(),
+        max_processor_rows=config.processor_rows,
+    )
+    executor = DeviceExecutor(params, state, programs, shape.batch, info.eos_token_ids)
+    jax.block_until_ready((params, state))
+    compiled = counter.count
+    return Engine(
+        info,
+        mesh,
+        model.backend,
+        shape,
+        executor,
+        scheduler,
+        tuple(programs.values()),
+        lambda: counter.count - compiled,
+        {"compile": compile_s, "load": load_s},
+    )
+
+
+def _idle_state(
+    model: Model, mesh: Mesh, shape: EngineShape, cache: ExecutableCache | None
+) -> Callable[[Params], DeviceState]:
+    """What gives the state of an idle engine, once the parameters are there.
+
+    It is made on the device by a small program that is cached, too; for pages of 8 bits another
+    one measures their scales.
+    """
+    abstract = abstract_state(model, mesh, shape)
+    name = repr(("state", jax.tree.map(signature, abstract)))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    make = jax.jit(lambda: make_state(model, shape), out_shardings=shardings)
+    idle = _compiled(name, make.lower, cache)
+    if shape.kv_dtype.itemsize > 1:
+        state = idle()
+        return lambda params: state
+    params = abstract_params(model, mesh)
+    name = repr(("kv_scales", jax.tree.map(signature, params)))
+    measure = _compiled(name, lambda: lower_kv_scales(model, mesh, params), cache)
+
+    def measured(params: Params) -> DeviceState:
+        scales = jax.block_until_ready(measure(params))  # in memory that the pages take after it
+        return idle()._replace(kv_scales=scales)
+
+    return measured
+
+
+def _compiled(
+    name: str, lower: Callable[[], jax.stages.Lowered], cache: ExecutableCache | None
+) -> jax.stages.Compiled:
+    program = cache.load(name) if cache else None
+    if program is None:
+        program = lower().compile()
+        if cache:
+            cache.store(name, program)
+    return program
+
+
+def _cache(folder: Path, model: Model, mesh: Mesh) -> ExecutableCache:
+    root = Path(jserve.__file__).parent
+    # What a step is traced from; the rest of the engine may change without compiling again.
+    step = [root / "engine" / f"{name}.py" for name in ("batch", "kv_scales", "state", "step")]
+    traced = [root / "core", root / "model", root / "pallas_kernels", *step]
+    kind = (str(model.dtype), model.quantization)
+    key = repr((model.spec, kind, code_digest(traced), machine_key()))
+    return ExecutableCache(folder / "programs", key, list(mesh.devices.flat))
+
+
+def _side_by_side(
+    first: Callable[[], _A], second: Callable[[], _B]
+) -> tuple[tuple[_A, float], tuple[_B, float]]:
+    """Results and seconds of both, run at once. A failure of one does not wait for the other."""
+    pool = ThreadPoolExecutor(2, thread_name_prefix="start")
+    try:
+        one = pool.submit(_timed, first)
+        two = pool.submit(_timed, second)
+        futures: list[Future[Any]] = [one, two]
+        for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+            future.result()
+        return one.result(), two.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _timed(work: Callable[[], _A]) -> tuple[_A, float]:
+    started = time.perf_counter()
+    done = work()
+    return done, time.perf_counter() - started

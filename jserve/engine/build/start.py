@@ -1,0 +1,114 @@
+"""From configs to a ready engine: what the worker process and `offline.py` have in common."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jserve.engine.build.assembly import Engine, build_engine
+from jserve.engine.config import EngineConfig
+from jserve.engine.group.processes import engine_devices
+from jserve.engine.program.programs import CompiledProgram
+from jserve.engine.program.step import Params
+from jserve.checkpoints.config import ModelConfig, check_platform
+from jserve.model.loading.load import load_params, model_spec, prepare
+from jserve.checkpoints.tensor_source import Progress
+from jserve.model.functional import Model
+from jserve.model.sharding import device_mesh, param_shardings, vocab_axes
+from jserve.pallas_kernels.backend import backend_for
+from jserve.pallas_kernels.ragged_paged_attention.dispatch import backend_of_pages
+from jserve.scheduler.config import SchedulerConfig
+
+_log = logging.getLogger(__name__)
+
+
+def start_engine(
+    model_config: ModelConfig,
+    config: EngineConfig,
+    scheduler_config: SchedulerConfig,
+    *,
+    on_files: Progress,
+    on_prepared: Callable[[], None] = lambda: None,
+    on_phase: Callable[[str, str], None] = lambda phase, detail: None,
+) -> Engine:
+    """Fetches what is missing, then converts and loads the weights while programs compile.
+
+    `on_prepared` is called once the model's files are complete, from another thread. Raises
+    ConfigError.
+    """
+    spec = model_spec(model_config, on_files)
+    mesh = _mesh(config)
+    dtype = jnp.dtype(model_config.dtype)
+    device = mesh.devices.flat[0]
+    platform = device.platform
+    check_platform(model_config.quantization, platform)
+    backend = backend_for(
+        platform,
+        dtype,
+        mesh.size,
+        device_kind=device.device_kind,
+        head_dim=spec.head_dim,
+        page_size=config.page_size,
+    )
+    kv_dtype = jnp.dtype(config.kv_dtype or dtype)
+    if backend_of_pages(backend, kv_dtype) is not backend:
+        _log.warning("the native attention does not read %s pages; XLA's loops do", kv_dtype)
+    model = Model(spec, dtype, backend, model_config.quantization, mesh)
+    for name, shape in list(model.weights_without_kernel().items())[:1]:
+        _log.warning(
+            "%s and others, %s on a device, have no kernel for %s weights on %s: XLA makes floats "
+            "of them in every step",
+            name,
+            shape,
+            model_config.quantization,
+            backend.value,
+        )
+    shardings = param_shardings(model.param_specs(), spec, mesh)
+    if mesh.size > 1 and not vocab_axes(spec.vocab, mesh):
+        _log.warning(
+            "the vocabulary of %d does not divide over %d devices: each holds and computes all of "
+            "the embedding and the head",
+            spec.vocab,
+            mesh.size,
+        )
+    prepare_s = 0.0
+
+    def load() -> Params:
+        nonlocal prepare_s
+        started = time.perf_counter()
+        prepared = prepare(model_config, on_files)
+        prepare_s = time.perf_counter() - started
+        on_prepared()
+        kind = model_config.quantization
+        kind = model_config.dtype if kind == "none" else kind
+        on_phase("loading", f"{model_config.name} in {kind}")
+        return load_params(prepared, model, shardings)
+
+    def ready(program: CompiledProgram) -> None:
+        verb = "loaded" if program.cached else "compiled"
+        on_phase(verb, f"{program.program.name} in {program.seconds:.1f} s")
+
+    names = ", ".join(program.name for program in config.programs())
+    on_phase("preparing", f"programs {names} (compiled once, then cached)")
+    engine = build_engine(
+        model_config.name,
+        model,
+        mesh,
+        load,
+        config,
+        scheduler_config,
+        cache_folder=Path(model_config.cache_dir).expanduser(),
+        on_program=ready,
+    )
+    engine.phases["load"] -= prepare_s
+    engine.phases["prepare"] = prepare_s
+    return engine
+
+
+def _mesh(config: EngineConfig) -> Mesh:
+    """As many of the devices as the engine is spread over. Raises ConfigError."""
+    devices = engine_devices(config.tensor_parallel, config.num_processes)
+    return device_mesh(devices, **config.mesh_axes)

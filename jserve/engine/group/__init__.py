@@ -1,0 +1,1 @@
+"""One engine over several processes: a leader streams each plan, followers run it."""

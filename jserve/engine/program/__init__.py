@@ -1,0 +1,1 @@
+"""The step program: all that is traced and compiled, and the cache of compiled programs."""

@@ -1,0 +1,1 @@
+"""The engine process: its job, its loop's thread, its session server."""

@@ -1,1 +1,0 @@
-"""Weight formats: readers of GGUF and safetensors, and the native Orbax checkpoint."""

@@ -1,0 +1,1 @@
+"""From model files to parameters on devices, by way of the native Orbax checkpoint."""

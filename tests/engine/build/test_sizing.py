@@ -1,0 +1,77 @@
+"""How many pages an engine takes, from config or from what its programs were measured to need."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jserve.core.errors import ConfigError
+from jserve.engine.build.assembly import build_engine
+from jserve.engine.config import EngineConfig
+from jserve.engine.build.sizing import shape_engine
+from jserve.engine.program.state import page_bytes
+from jserve.model.functional import Model
+from jserve.model.sharding import device_mesh
+from jserve.scheduler.config import SchedulerConfig
+
+from .engine_harness import TINY
+
+MODEL = Model(TINY, jnp.float32)
+MESH = device_mesh(jax.devices()[:1], model=1)
+SMALL = {"num_slots": 4, "page_size": 8, "mixed_tokens": (8,), "decode_rows": (4,)}
+
+
+def test_pages_of_the_config_come_first() -> None:
+    config = EngineConfig(**SMALL, num_pages=77, kv_bytes=1 << 20)
+    assert shape_engine(MODEL, MESH, config, None).num_pages == 77
+
+
+def test_kv_bytes_are_filled_to_whole_grids() -> None:
+    config = EngineConfig(
+        **SMALL, kv_bytes=300 * page_bytes(MODEL, 8, MODEL.dtype, MODEL.spec.kv_heads)
+    )
+    assert shape_engine(MODEL, MESH, config, None).num_pages == 256
+
+
+def test_the_device_is_filled_but_not_overfilled() -> None:
+    config = EngineConfig(**SMALL, kv_bytes=0)
+    limit = 64 << 20
+    pages = shape_engine(MODEL, MESH, config, None, lambda: limit).num_pages
+    params = sum(4 * math.prod(spec.shape) for spec in MODEL.param_specs().values())
+    used = params + pages * page_bytes(MODEL, 8, MODEL.dtype, MODEL.spec.kv_heads)
+    assert used < limit
+    assert limit - used < 8 << 20  # temporaries, slots and less than a grid of pages
+    with pytest.raises(ConfigError, match="no KV page fits"):
+        shape_engine(MODEL, MESH, config, None, lambda: params)
+
+
+def test_a_device_that_tells_nothing_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"set engine\.kv_bytes"):
+        shape_engine(MODEL, MESH, EngineConfig(**SMALL, kv_bytes=0), None)
+
+
+def test_a_context_beyond_the_model_is_refused() -> None:
+    config = EngineConfig(**SMALL, max_model_len=100_000)
+    with pytest.raises(ConfigError, match="context is 512"):
+        shape_engine(MODEL, MESH, config, None)
+
+
+def test_wrong_weights_are_told_before_the_programs_are_compiled() -> None:
+    compiled: list[object] = []
+
+    def load() -> dict[str, jax.Array]:
+        raise ConfigError("model.gguf: tensor 'x' is missing")
+
+    with pytest.raises(ConfigError, match="'x' is missing"):
+        build_engine(
+            "tiny",
+            MODEL,
+            MESH,
+            load,
+            EngineConfig(**SMALL, num_pages=64),
+            SchedulerConfig(),
+            cache_folder=None,
+            on_program=compiled.append,
+        )
+    assert not compiled

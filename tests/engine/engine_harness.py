@@ -1,0 +1,178 @@
+"""A tiny engine in this process: real scheduler, real programs, no wire."""
+
+import functools
+from collections import deque
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jserve.core.model_spec import ModelSpec
+from jserve.core.request import FinishReason, Request, SequenceUpdate, TokenLogprobs
+from jserve.engine.build.assembly import Engine, build_engine
+from jserve.engine.config import EngineConfig
+from jserve.model.functional import Model
+from jserve.model.sharding import device_mesh, param_shardings
+from jserve.pallas_kernels.backend import Backend, backend_for
+from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.scheduler import Scheduler
+from tests.model.model_harness import dense_attend
+
+TINY = ModelSpec(
+    family="llama",
+    vocab=96,
+    layers=2,
+    model_dim=32,
+    ffn_dim=64,
+    q_heads=4,
+    kv_heads=2,
+    head_dim=8,
+    max_position=512,
+    norm_eps=1e-5,
+    rope_theta=1e4,
+    tied_embeddings=True,
+    eos_token_ids=(1,),
+)
+CONFIG = EngineConfig(
+    num_slots=4,
+    page_size=8,
+    num_pages=160,
+    max_model_len=256,
+    mixed_tokens=(8, 32),
+    decode_rows=(4,),
+    decode_steps=4,
+)
+
+SCHEDULER = SchedulerConfig(decode_wait_s=0.0)  # whole decode runs, though a turn is a second
+
+
+@dataclass
+class Outcome:
+    """Everything a sequence was told."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    finish: FinishReason | None = None
+
+
+class Harness:
+    """Drives one engine; each `run` starts from an idle engine and must leave it idle."""
+
+    def __init__(
+        self,
+        spec: ModelSpec = TINY,
+        config: EngineConfig = CONFIG,
+        params: dict[str, jax.Array] | None = None,
+        overlap: bool = True,
+        backend: Backend | None = None,
+        quantization: str = "none",
+        mesh_shape: tuple[int, int] = (1, 1),  # model × expert
+    ) -> None:
+        # What users get: the native kernels, where they are built.
+        backend = backend or backend_for("cpu", jnp.dtype(jnp.float32), device_kind="cpu")
+        devices = jax.devices()[: mesh_shape[0] * mesh_shape[1]]
+        mesh = device_mesh(devices, model=mesh_shape[0], expert=mesh_shape[1])
+        self.model = Model(spec, jnp.float32, backend, quantization, mesh)
+        if params is None:
+            shardings = param_shardings(self.model.param_specs(), spec, mesh)
+            params = self.model.init(0, shardings)
+        self.params = params
+        self.config = config
+        self.overlap = overlap
+        self.engine: Engine = build_engine(
+            "tiny",
+            self.model,
+            mesh,
+            lambda: self.params,
+            config,
+            SCHEDULER,
+            cache_folder=None,
+        )
+        self.scheduler = self.engine.scheduler
+
+    def with_pages(self, num_pages: int) -> None:
+        """Lets the scheduler use fewer pages than there are, to force preemptions."""
+        self.scheduler = Scheduler(
+            SCHEDULER,
+            num_slots=self.config.num_slots,
+            num_pages=num_pages,
+            page_size=self.config.page_size,
+            max_model_len=self.engine.info.max_model_len,
+            programs=self.config.programs(),
+            max_processor_rows=self.config.processor_rows,
+        )
+
+    def run(self, requests: list[Request], arrivals: list[int] | None = None) -> dict[str, Outcome]:
+        """Runs to the end; request i arrives before turn `arrivals[i]`."""
+        arrivals = arrivals or [0] * len(requests)
+        outcomes = {request.id: Outcome() for request in requests}
+        queue = deque(sorted(zip(arrivals, requests, strict=True), key=lambda pair: pair[0]))
+        in_flight = deque()
+        compiles = self.engine.num_compiles()
+        for turn in range(10_000):
+            while queue and queue[0][0] <= turn:
+                self.scheduler.add(queue.popleft()[1], float(turn))
+            plan = self.scheduler.plan(float(turn))
+            if plan is not None:
+                in_flight.append((plan, self.engine.executor.submit(plan)))
+            if in_flight and (plan is None or len(in_flight) > self.overlap):
+                plan, handle = in_flight.popleft()
+                result = self.engine.executor.collect(handle)
+                for update in self.scheduler.commit(plan, result, float(turn)):
+                    _note(outcomes[update.request_id], update)
+            elif plan is None and not queue:
+                break
+        stats = self.scheduler.stats()
+        assert (stats.num_running, stats.num_waiting) == (0, 0)
+        assert stats.free_slots == self.config.num_slots
+        assert self.engine.num_compiles() == compiles, "a program was compiled while serving"
+        return outcomes
+
+    def greedy(self, prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+        """The expected continuation, from a dense forward over everything at each step."""
+        return greedy_tokens(self.model, self.params, [prompt], num_tokens)[0]
+
+    def dense_logits(self, tokens: list[int]) -> np.ndarray:
+        """Logits at every position, by whole-context attention without pages."""
+        padded = np.zeros(self.engine.info.max_model_len, np.int32)
+        padded[: len(tokens)] = tokens
+        return np.asarray(_dense(self.model)(self.params, jnp.asarray(padded)))[: len(tokens)]
+
+
+def greedy_tokens(
+    model: Model, params: dict[str, jax.Array], prompts: list[tuple[int, ...]], num_tokens: int
+) -> list[list[int]]:
+    """The continuation of each prompt, from a dense forward over everything at each step."""
+    found: list[list[int]] = []
+    padded = np.zeros(max(map(len, prompts)) + num_tokens, np.int32)
+    for prompt in prompts:
+        padded[: len(prompt)] = prompt
+        for at in range(len(prompt), len(prompt) + num_tokens):
+            logits = _dense(model)(params, jnp.asarray(padded))
+            padded[at] = np.argmax(logits[at - 1])
+        found.append(padded[len(prompt) : len(prompt) + num_tokens].tolist())
+    return found
+
+
+@functools.cache
+def _dense(model: Model):
+    """Logits [tokens, vocab] of `(params, tokens)`, jitted."""
+
+    def forward(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
+        places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+        kv = (None,) * model.spec.layers
+        return model.logits(params, model.hidden(params, tokens, places, kv, dense_attend)[0])
+
+    return jax.jit(forward)
+
+
+def _note(outcome: Outcome, update: SequenceUpdate) -> None:
+    assert outcome.finish is None, "news after the finish"
+    outcome.tokens += update.tokens
+    outcome.logprobs += update.logprobs or ()
+    outcome.finish = update.finish
+    if update.prompt_logprobs is not None:
+        assert outcome.prompt_logprobs is None
+        outcome.prompt_logprobs = update.prompt_logprobs

@@ -1,0 +1,47 @@
+"""A whole engine on every backend and kind of weight: the same tokens alone and in company."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jserve.core.model_spec import ModelSpec
+from jserve.core.request import Request, SamplingParams
+from jserve.pallas_kernels.backend import Backend
+from tests.backends import INVARIANT_BACKENDS
+from tests.engine.engine_harness import CONFIG, TINY, Harness
+
+SPEC = dataclasses.replace(TINY, model_dim=64, ffn_dim=96, head_dim=16, eos_token_ids=())
+SPARSE = dataclasses.replace(
+    SPEC, family="mixtral", experts=4, experts_per_token=2, expert_ffn_dim=40
+)
+KINDS = [(SPEC, "none", "bfloat16"), (SPEC, "int4", "float8_e4m3fn"), (SPARSE, "none", "")]
+KIND_NAMES = ["bfloat16 cache", "int4, 8-bit cache", "experts"]
+
+
+@pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
+@pytest.mark.parametrize(("spec", "quantization", "kv_dtype"), KINDS, ids=KIND_NAMES)
+def test_company_changes_nothing(
+    spec: ModelSpec, quantization: str, kv_dtype: str, backend: Backend
+) -> None:
+    rng = np.random.default_rng(1)
+    config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype)
+    harness = Harness(spec, config, backend=backend, quantization=quantization)
+    requests = [
+        Request(
+            id=str(i),
+            prompt=tuple(map(int, rng.integers(2, spec.vocab, 3 + 17 * i))),
+            sampling=SamplingParams(
+                max_tokens=9, temperature=float(i % 2), seed=i, logprobs=i, prompt_logprobs=1
+            ),
+        )
+        for i in range(5)
+    ]
+    # Slots are taken again, chunks are cut anew, and rows past the live ones hold what was there.
+    together = harness.run(requests, arrivals=[0, 1, 1, 4, 6])
+    for request in requests:
+        (alone,) = harness.run([request]).values()
+        assert alone == together[request.id]
+        assert len(alone.tokens) == 9
+        assert alone.logprobs is not None
+        assert np.isfinite([entry.logprob for entry in alone.logprobs]).all()

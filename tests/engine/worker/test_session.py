@@ -1,0 +1,267 @@
+"""Engine/Session over a real loopback socket: both of its ends, and what happens between."""
+
+import asyncio
+import socket
+import threading
+import time
+from dataclasses import replace
+
+import grpc
+import grpc.aio
+import pytest
+
+from jserve.core.errors import ConfigError, EngineError, Overloaded, RequestError, Unavailable
+from jserve.core.request import EngineStats, FinishReason, Request, SamplingParams, SequenceUpdate
+from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
+from jserve.engine.worker.session import serve_sessions
+from jserve.gateway import grpc_engine_client
+from jserve.gateway.grpc_engine_client import GrpcEngineClient
+from jserve.proto import engine_pb2, engine_pb2_grpc
+from jserve.proto.convert import request_to_proto
+from tests.gateway.fixtures import INFO, LoopThread, closing, eventually
+
+
+def request(request_id: str, max_tokens: int = 5, **sampling) -> Request:
+    return Request(
+        id=request_id, prompt=(7, 8, 9), sampling=SamplingParams(max_tokens=max_tokens, **sampling)
+    )
+
+
+async def connect(port: int) -> GrpcEngineClient:
+    client = GrpcEngineClient(f"127.0.0.1:{port}", reconnect_s=0.02)
+    client.start()
+    await asyncio.wait_for(client.wait_ready(), 5)
+    return client
+
+
+async def collect(stream) -> list[SequenceUpdate]:
+    return [update async for update in stream]
+
+
+def merged(updates: list[SequenceUpdate]) -> SequenceUpdate:
+    whole = updates[0]
+    for update in updates[1:]:
+        whole = whole.then(update)
+    return whole
+
+
+def test_request_goes_in_and_news_come_out():
+    async def main():
+        with LoopThread().running() as loop:
+            server = await serve_sessions("127.0.0.1:0", INFO, loop.inbox, loop.outbox)
+            async with closing(await connect(server.port)) as client:
+                assert client.info == INFO
+                asked = request("a", logprobs=2, prompt_logprobs=1)
+                whole = merged(await collect(client.submit([asked])))
+                assert whole.tokens == (7, 8, 9, 7, 8)
+                assert whole.finish is FinishReason.LENGTH
+                assert whole.queue_s == 0.0
+                assert [lp.token_id for lp in whole.logprobs] == [7, 8, 9, 7, 8]
+                assert whole.logprobs[0].top == ((7, -0.5), (8, -1.0))
+                assert whole.prompt_logprobs[0] is None
+                assert [lp.token_id for lp in whole.prompt_logprobs[1:]] == [8, 9]
+                assert client.stats.output_tokens == 5
+            await server.stop()
+
+    asyncio.run(main())
+
+
+def test_many_sequences_share_the_stream():
+    async def main():
+        with LoopThread(replace(INFO, num_slots=8)).running() as loop:
+            server = await serve_sessions("127.0.0.1:0", INFO, loop.inbox, loop.outbox)
+            async with closing(await connect(server.port)) as client:
+                streams = [client.submit([request(f"r{i}", i + 1)]) for i in range(10)]
+                results = await asyncio.gather(*map(collect, streams))
+                assert [len(merged(r).tokens) for r in results] == list(range(1, 11))
+            await server.stop()
+
+    asyncio.run(main())
+
+
+def test_refusals_keep_their_type():
+    async def main():
+        with LoopThread().running() as loop:
+            loop.paused.set()
+            server = await serve_sessions("127.0.0.1:0", INFO, loop.inbox, loop.outbox)
+            async with closing(await connect(server.port)) as client:
+                held = [client.submit([request(f"r{i}")]) for i in range(12)]
+                with pytest.raises(Overloaded, match="queue of 8") as refused:
+                    await collect(client.submit([request("one-too-many")]))
+                assert refused.value.retry_after_s == 1.0
+                loop.outbox.reject("r0", RequestError("no such adapter"))
+                with pytest.raises(RequestError, match="no such adapter"):
+                    await collect(held[0])
+                loop.outbox.reject("r1", Unavailable("draining", retry_after_s=3))
+                with pytest.raises(Unavailable, match="draining"):
+                    await collect(held[1])
+                with pytest.raises(RequestError, match="in use"):
+                    await collect(client.submit([request("r2")]))
+            await server.stop()
+
+    asyncio.run(main())
+
+
+def test_abort_reaches_the_engine_and_so_does_a_lost_gateway():
+    async def main():
+        with LoopThread().running() as loop:
+            loop.paused.set()
+            server = await serve_sessions("127.0.0.1:0", INFO, loop.inbox, loop.outbox)
+            client = await connect(server.port)
+            stream = client.submit([request("a"), request("b")])
+            other = client.submit([request("c")])
+            await eventually(lambda: loop.num_live == 3)
+            stream.close()
+            await eventually(lambda: loop.num_live == 1)
+            assert await collect(stream) == []
+            await client.close()
+            await eventually(lambda: loop.num_live == 0)
+            with pytest.raises(EngineError):
+                await collect(other)
+            await server.stop()
+
+    asyncio.run(main())
+
+
+def test_engine_death_is_told_at_once_and_a_new_engine_is_found():
+    async def main():
+        with LoopThread().running() as loop:
+            loop.paused.set()
+            server = await serve_sessions("127.0.0.1:0", INFO, loop.inbox, loop.outbox)
+            port = server.port
+            async with closing(await connect(port)) as client:
+                stream = client.submit([request("a")])
+                await eventually(lambda: loop.num_live == 1)
+                started = time.monotonic()
+                await server.stop()
+                with pytest.raises(EngineError, match="send it again"):
+                    await asyncio.wait_for(collect(stream), 5)
+                assert time.monotonic() - started < 1
+                assert not client.ready
+                with pytest.raises(Unavailable):
+                    client.submit([request("b")])
+                assert client.info == INFO  # prompts can still be checked
+
+                with LoopThread().running() as second:
+                    server = await serve_sessions(
+                        f"127.0.0.1:{port}", INFO, second.inbox, second.outbox
+                    )
+                    await asyncio.wait_for(client.wait_ready(), 5)
+                    whole = merged(await collect(client.submit([request("c")])))
+                    assert whole.finish is FinishReason.LENGTH
+                    await server.stop()
+
+    asyncio.run(main())
+
+
+def test_client_follows_an_engine_that_moves_and_is_not_held_by_a_stranger(monkeypatch):
+    monkeypatch.setattr(grpc_engine_client, "_HELLO_TIMEOUT_S", 0.1)
+
+    async def main():
+        client = GrpcEngineClient(None, reconnect_s=0.02)
+        client.start()
+        async with closing(client):
+            with socket.create_server(("127.0.0.1", 0)) as stranger:
+                client.connect_to(f"127.0.0.1:{stranger.getsockname()[1]}")
+                await asyncio.sleep(0.05)  # it waits for the stranger's hello
+                assert not client.ready
+                for tokens in (3, 4):
+                    with LoopThread().running() as loop:
+                        server = await serve_sessions("127.0.0.1:0", INFO, loop.inbox, loop.outbox)
+                        client.connect_to(f"127.0.0.1:{server.port}")
+                        await asyncio.wait_for(client.wait_ready(), 5)
+                        whole = merged(await collect(client.submit([request("a", tokens)])))
+                        assert len(whole.tokens) == tokens
+                        await server.stop()
+                        await eventually(lambda: not client.ready)
+
+    asyncio.run(main())
+
+
+def test_stalled_engine_cannot_fill_the_gateways_memory():
+    async def main():
+        with LoopThread().running() as loop:
+            loop.paused.set()
+            server = await serve_sessions("127.0.0.1:0", INFO, Inbox(), loop.outbox)
+            async with closing(await connect(server.port)) as client:
+                room = INFO.num_slots + INFO.max_queue + 64
+                client.submit([request(f"r{i}") for i in range(room)])
+                with pytest.raises(Overloaded, match="in flight"):
+                    client.submit([request("one-too-many")])
+            await server.stop()
+
+    asyncio.run(main())
+
+
+def test_gateway_that_reads_slowly_gets_merged_news_and_slows_nobody():
+    async def main():
+        inbox, outbox = Inbox(), Outbox()
+        server = await serve_sessions("127.0.0.1:0", INFO, inbox, outbox)
+        async with grpc.aio.insecure_channel(
+            f"127.0.0.1:{server.port}", [("grpc.http2.lookahead_bytes", 0)]
+        ) as channel:
+            call = engine_pb2_grpc.EngineStub(channel).Session()
+            await call.read()
+            for name in ("slow",):
+                submit = engine_pb2.SessionRequest(submit=request_to_proto(request(name)))
+                await call.write(submit)
+            async with closing(await connect(server.port)) as quick:
+                stream = quick.submit([request("quick")])
+                await eventually(lambda: len(inbox._commands) == 2)
+                num_steps = 3000
+                for step in range(num_steps):
+                    news = [SequenceUpdate("slow", tuple(range(400)))]
+                    if step == num_steps - 1:
+                        news.append(SequenceUpdate("quick", (1,), FinishReason.STOP))
+                    outbox.post(news, EngineStats(num_steps=step + 1))
+                    if step % 100 == 0:
+                        await asyncio.sleep(0.005)
+                # The other gateway is answered although the slow one has read nothing.
+                assert merged(await asyncio.wait_for(collect(stream), 5)).tokens == (1,)
+            num_messages = num_tokens = 0
+            while num_tokens < num_steps * 400:
+                message = await asyncio.wait_for(call.read(), 5)
+                num_messages += 1
+                num_tokens += sum(len(news.tokens) for news in message.updates)
+            assert num_tokens == num_steps * 400
+            assert num_messages < num_steps / 2
+            call.cancel()
+        await server.stop()
+
+    asyncio.run(main())
+
+
+def test_only_loopback_and_only_a_free_port():
+    async def main():
+        with pytest.raises(ConfigError, match="loopback"):
+            await serve_sessions("0.0.0.0:0", INFO, Inbox(), Outbox())
+        with pytest.raises(ConfigError, match="loopback"):
+            await serve_sessions("example.com:80", INFO, Inbox(), Outbox())
+        server = await serve_sessions("127.0.0.1:0", INFO, Inbox(), Outbox())
+        with pytest.raises(ConfigError, match="taken"):
+            await serve_sessions(f"127.0.0.1:{server.port}", INFO, Inbox(), Outbox())
+        await server.stop()
+
+    asyncio.run(main())
+
+
+def test_inbox_wakes_a_sleeping_loop_and_keeps_order():
+    inbox = Inbox()
+    assert inbox.drain() == []
+    assert not inbox.wait(0.0)
+    commands = [Submit(request("a")), Abort("a"), Submit(request("b"))]
+    thread = threading.Thread(target=lambda: inbox.put(*commands))
+    thread.start()
+    assert inbox.wait(5)
+    thread.join()
+    assert inbox.drain() == commands
+    assert inbox.drain() == []
+
+
+def test_outbox_without_a_carrier_keeps_only_the_stats():
+    outbox = Outbox()
+    outbox.post([SequenceUpdate("a", (1,))], EngineStats(num_steps=4))
+    outbox.reject("a", RequestError("x"))
+    news = outbox.take()
+    assert (news.updates, news.rejections) == ([], [])
+    assert news.stats == EngineStats(num_steps=4)

@@ -1,0 +1,148 @@
+"""Chat templates: what Hugging Face's environment offers, and what a sandbox must refuse."""
+
+import datetime
+import json
+from pathlib import Path
+
+import pytest
+
+from jserve.core.errors import ConfigError, RequestError
+from jserve.gateway.chat import ChatTemplate, check_messages
+
+HI = [{"role": "user", "content": "Hi <b>&"}]
+
+
+def render(source, messages=HI, **options):
+    template = ChatTemplate(source, special_tokens={"bos_token": "<s>", "eos_token": "</s>"})
+    return template.render(messages, **options)
+
+
+REFERENCE = json.loads(
+    (Path(__file__).parents[1] / "fixtures/templates/chat_templates.json").read_text()
+)
+
+
+@pytest.mark.parametrize("name", REFERENCE["templates"])
+def test_templates_render_as_in_transformers(name):
+    spec = REFERENCE["templates"][name]
+    tokens = {key: value for key, value in spec.items() if key != "source"}
+    template = ChatTemplate(spec["source"], special_tokens=tokens)
+    cases = [case for case in REFERENCE["cases"] if case["template"] == name]
+    assert len(cases) > 10
+    for case in cases:
+        options = {"add_generation_prompt": case["add_generation_prompt"]}
+        if "rendered" in case:
+            assert template.render(case["messages"], **options) == case["rendered"]
+        else:
+            with pytest.raises(RequestError) as caught:
+                template.render(case["messages"], **options)
+            assert case["error"] in str(caught.value)
+
+
+def test_chatml_as_smollm_has_it():
+    source = (
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}"
+        "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    system = "<|im_start|>system\nYou are helpful<|im_end|>\n"
+    user = "<|im_start|>user\nHi <b>&<|im_end|>\n"
+    assert render(source) == system + user + "<|im_start|>assistant\n"
+    assert render(source, add_generation_prompt=False) == system + user
+
+
+def test_the_environment_is_hugging_faces():
+    # Blocks are trimmed, loop controls work, tojson escapes nothing, tools are None.
+    source = (
+        "{{ bos_token }}\n"
+        "{% for m in messages %}\n"
+        "    {% if loop.index > 1 %}\n"
+        "        {% break %}\n"
+        "    {% endif %}\n"
+        "{{ m | tojson }}\n"
+        "{% endfor %}\n"
+        "{% generation %}x{% endgeneration %}"
+        "{{ tools is none }}{{ [1, 2] | tojson(indent=1) }}"
+    )
+    json = '{"role": "user", "content": "Hi <b>&"}'
+    assert render(source, HI * 2) == f"<s>\n{json}\nxTrue[\n 1,\n 2\n]"
+    assert render("{{ strftime_now('%Y') }}") == str(datetime.datetime.now().year)
+
+
+def test_a_template_that_raises_is_the_clients_error():
+    with pytest.raises(RequestError, match="roles must alternate") as caught:
+        render("{{ raise_exception('roles must alternate') }}")
+    assert caught.value.param == "messages"
+    for source in (
+        "{{ messages[9].content }}",
+        "{{ messages.x.y }}",
+        "{{ 1 / 0 }}",
+        "{{ 'a' + 1 }}",
+        "{{ undefined_function() }}",
+        "{{ none + 1 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ):
+        with pytest.raises(RequestError, match="chat template refused"):
+            render(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception.__globals__.x }}",
+        "{{ 'x' * 10**9 }}",
+        "{{ 9**999999999 }}",
+        "{{ 2 ** (10**9) }}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}",
+    ],
+)
+def test_the_sandbox_bounds_what_a_template_can_do(source):
+    with pytest.raises(RequestError, match="chat template"):
+        render(source)
+
+
+def test_a_broken_template_is_a_config_error():
+    with pytest.raises(ConfigError, match="line 2"):
+        ChatTemplate("x\n{% if %}", special_tokens={})
+
+
+def test_messages_are_checked_and_parts_joined():
+    checked = check_messages(
+        [
+            {"role": "system", "content": "S", "name": None},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            },
+        ],
+        max_messages=2,
+    )
+    assert checked == [{"role": "system", "content": "S"}, {"role": "user", "content": "a\nb"}]
+
+
+BAD_MESSAGES = {
+    "messages": [None, [], {}, "x", [{"role": "user", "content": "x"}] * 3],
+    "messages[0]": [["x"], [None]],
+    "messages[0].role": [[{"content": "x"}], [{"role": 1, "content": "x"}]],
+    "messages[0].content": [[{"role": "user"}], [{"role": "user", "content": 3}]],
+    "messages[0].content[0]": [
+        [{"role": "user", "content": [{"type": "image_url"}]}],
+        [{"role": "user", "content": ["x"]}],
+    ],
+    "messages[0].content[0].text": [[{"role": "user", "content": [{"type": "text", "text": 1}]}]],
+    "messages[0].tool_calls": [[{"role": "assistant", "content": "x", "tool_calls": []}]],
+}
+
+
+@pytest.mark.parametrize("param", BAD_MESSAGES)
+def test_bad_messages_are_named(param):
+    for messages in BAD_MESSAGES[param]:
+        with pytest.raises(RequestError) as caught:
+            check_messages(messages, max_messages=2)
+        assert caught.value.param == param
+    with pytest.raises(RequestError, match="not supported yet"):
+        check_messages([{"role": "tool", "content": "x"}], max_messages=2)

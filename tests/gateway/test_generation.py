@@ -1,0 +1,181 @@
+"""The generator over a scripted engine: choices, merging, ends of every kind."""
+
+import asyncio
+
+import pytest
+
+from jserve.core.errors import (
+    EngineError,
+    Overloaded,
+    PromptTooLong,
+    RequestError,
+    Unavailable,
+    UnknownModel,
+)
+from jserve.core.request import FinishReason
+from jserve.gateway.fake_engine import FakeEngine
+from jserve.gateway.generation import Prompt
+from jserve.gateway.validation import SamplingFields
+from tests.gateway.fixtures import INFO, closing, eventually, make_generator
+
+
+def run(scenario, **engine_options):
+    """Runs `scenario(generator, engine)` in a loop of its own."""
+
+    async def main():
+        async with closing(FakeEngine(INFO, **engine_options)) as engine:
+            await scenario(make_generator(engine), engine)
+
+    asyncio.run(main())
+
+
+def prepare(generator, *, text="Hello ", max_tokens=5, **fields):
+    sampling = fields.pop("sampling", {})
+    return generator.prepare(
+        id="g",
+        prompt=Prompt(tuple(generator.tokenizer.encode(text)), text),
+        sampling=SamplingFields(max_tokens=max_tokens, **sampling),
+        **fields,
+    )
+
+
+def test_choices_interleave_and_all_end():
+    async def scenario(generator, engine):
+        pieces = [p async for p in generator.run(prepare(generator, n=3))]
+        for index in range(3):
+            mine = [p for p in pieces if p.index == index]
+            assert [p.finish for p in mine][-1] is FinishReason.LENGTH
+            assert sum(len(p.token_ids) for p in mine) == 5
+            assert mine[0].ttft_s is not None
+            assert mine[0].queue_s == 0.0
+            assert all(p.ttft_s is None for p in mine[1:])
+        assert {p.index for p in pieces[:3]} == {0, 1, 2}
+        assert len({r.id for r in engine.submitted}) == 3
+        assert len({r.sampling.seed for r in engine.submitted}) == 1
+        assert (generator.num_live, engine.aborted) == (0, [])
+
+    run(scenario)
+
+
+def test_reader_that_pauses_gets_one_merged_piece():
+    async def scenario(generator, engine):
+        pieces = generator.run(prepare(generator, max_tokens=400, sampling={"logprobs": 0}))
+        first = await anext(pieces)
+        await eventually(lambda: engine.stats.num_running == 0)
+        second = await anext(pieces)
+        assert len(first.token_ids) + len(second.token_ids) == 400
+        assert len(second.logprobs) == len(second.token_ids)
+        assert second.finish is FinishReason.LENGTH
+        with pytest.raises(StopAsyncIteration):
+            await anext(pieces)
+
+    run(scenario)
+
+
+def test_a_timeout_while_waiting_loses_nothing():
+    async def scenario(generator, engine):
+        pieces = generator.run(prepare(generator, text="abc", max_tokens=3))
+        text, timeouts = "", 0
+        while True:
+            try:
+                text += (await asyncio.wait_for(anext(pieces), 0.005)).text
+            except TimeoutError:
+                timeouts += 1
+            except StopAsyncIteration:
+                break
+        assert text == "abc"
+        assert timeouts > 0
+
+    run(scenario, step_s=0.02)
+
+
+def test_closing_aborts_and_ends_a_pending_read():
+    async def scenario(generator, engine):
+        pieces = generator.run(prepare(generator, n=2))
+        reading = asyncio.create_task(anext(pieces, None))
+        await asyncio.sleep(0)
+        pieces.close()
+        pieces.close()
+        assert await reading is None
+        assert len(engine.aborted) == 2
+        assert generator.num_live == 0
+        assert await generator.drain(0)
+
+    run(scenario, step_s=60)
+
+
+def test_stopped_choice_is_aborted_alone():
+    def reply(request):
+        return [5 + request.choice] * 50
+
+    async def scenario(generator, engine):
+        asked = prepare(generator, n=2, max_tokens=50, stop=generator.tokenizer.token_text(6) * 2)
+        pieces = [p async for p in generator.run(asked)]
+        counts = [sum(len(p.token_ids) for p in pieces if p.index == i) for i in (0, 1)]
+        assert counts == [50, 2]
+        assert len(engine.aborted) == 1
+
+    run(scenario, reply=reply)
+
+
+def test_prompt_only_and_echo():
+    async def scenario(generator, engine):
+        asked = prepare(generator, text="Hello", max_tokens=0, echo=True)
+        (piece,) = [p async for p in generator.run(asked)]
+        assert (piece.text, piece.token_ids) == ("Hello", ())
+        assert piece.finish is FinishReason.LENGTH
+        with pytest.raises(RequestError, match="max_tokens"):
+            prepare(generator, max_tokens=0)
+
+    run(scenario)
+
+
+def test_errors_of_the_engine_reach_the_reader():
+    async def scenario(generator, engine):
+        held = generator.run(prepare(generator, n=12))
+        with pytest.raises(Overloaded):
+            await anext(generator.run(prepare(generator)))
+        engine.crash()
+        with pytest.raises(EngineError):
+            await anext(held)
+        with pytest.raises(Unavailable):
+            generator.run(prepare(generator))
+        assert not generator.ready
+        assert generator.num_live == 0
+        engine.restart()
+        assert generator.ready
+
+    run(scenario, step_s=60)
+
+
+def test_before_the_engine_was_seen_nothing_is_accepted():
+    async def scenario(generator, engine):
+        engine.info = None
+        with pytest.raises(Unavailable, match="loading"):
+            prepare(generator)
+        assert generator.model_name == ""
+
+    run(scenario)
+
+
+def test_names_prompts_and_ids_are_checked():
+    async def scenario(generator, engine):
+        generator.check_model("tiny")
+        generator.check_model("")
+        generator.check_model(None)
+        with pytest.raises(UnknownModel, match="'x' is not served here; 'tiny' is"):
+            generator.check_model("x")
+        with pytest.raises(RequestError, match="lone surrogate at character 1"):
+            await generator.text_prompt("a\ud800")
+        for bad in ("", "a" * 129, "é", "a\n"):
+            with pytest.raises(RequestError, match="request id"):
+                generator.prepare(id=bad, prompt=Prompt((5,)), sampling=SamplingFields())
+        with pytest.raises(RequestError, match="n must be from 1 to 12"):
+            prepare(generator, n=13)
+        with pytest.raises(PromptTooLong, match="at least"):
+            await generator.text_prompt("x" * 10**6)
+        chat = await generator.chat_prompt([{"role": "user", "content": "<s>x"}])
+        assert chat.text == "[user] <s>x\n[assistant] "
+        assert chat.ids.count(0) == 1
+
+    run(scenario)

@@ -1,0 +1,522 @@
+"""The public gRPC API over real sockets, with a scripted engine behind it."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import grpc
+import grpc.aio
+import pytest
+from google.protobuf import descriptor_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from jserve.core.errors import ConfigError
+from jserve.gateway.fake_engine import FakeEngine, echo
+from jserve.gateway.grpc_server import GrpcServer
+from jserve.gateway.metrics import GatewayMetrics
+from jserve.proto import inference_pb2, inference_pb2_grpc, types_pb2
+from tests.gateway.fixtures import INFO, closing, eventually, make_generator
+
+PROMPT = "Hello, 你好 👍! "
+
+
+@asynccontextmanager
+async def serving(*, step_s=0.0, reply=echo, channel_options=(), **config):
+    """A running server: yields (stub, engine, generator, channel)."""
+    engine = FakeEngine(INFO, step_s=step_s, reply=reply)
+    generator = make_generator(engine, **config)
+    server = GrpcServer(generator, GatewayMetrics(clock=generator.clock))
+    await server.start()
+    async with (
+        closing(engine),
+        grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", channel_options) as channel,
+    ):
+        yield inference_pb2_grpc.InferenceStub(channel), engine, generator, channel
+    await server.stop(0)
+
+
+def generate(text=PROMPT, *, max_tokens=None, stop=(), **fields):
+    sampling = fields.pop("sampling", types_pb2.SamplingParams())
+    if max_tokens is not None:
+        sampling.max_tokens = max_tokens
+    return inference_pb2.GenerateRequest(text=text, sampling=sampling, stop=stop, **fields)
+
+
+async def failure(awaitable) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await awaitable
+    return caught.value
+
+
+async def all_of(call):
+    return [message async for message in call]
+
+
+def test_generate_streams_text_that_joins_to_the_answer():
+    async def main():
+        async with serving() as (stub, engine, generator, _):
+            num_prompt = len(generator.tokenizer.encode(PROMPT))
+            request = generate(max_tokens=num_prompt + 2, request_id="mine", echo=True)
+            messages = await all_of(stub.Generate(request))
+            assert {m.request_id for m in messages} == {"mine"}
+            text = "".join(m.text for m in messages)
+            assert text == PROMPT + PROMPT + "Hello,"
+            assert not any("\ufffd" in m.text for m in messages)
+            last = messages[-1]
+            assert last.finish_reason == types_pb2.FINISH_REASON_LENGTH
+            assert last.usage.prompt_tokens == num_prompt
+            assert last.usage.completion_tokens == num_prompt + 2
+            assert sum(len(m.token_ids) for m in messages) == num_prompt + 2
+            assert 0 < last.timings.ttft_s <= last.timings.total_s
+            assert all(not m.HasField("usage") for m in messages[:-1])
+            assert engine.aborted == []
+
+    asyncio.run(main())
+
+
+def test_every_sampling_field_reaches_the_engine():
+    async def main():
+        async with serving() as (stub, engine, _, _):
+            sampling = types_pb2.SamplingParams(
+                temperature=0.5,
+                top_k=7,
+                top_p=0.25,
+                min_p=0.125,
+                repetition_penalty=1.5,
+                presence_penalty=-1,
+                frequency_penalty=2,
+                logit_bias={5: -100, 3: 1.5},
+                allowed_token_ids=[3, 4, 5],
+                bad_token_ids=[4],
+                seed=-(2**63),
+                max_tokens=3,
+                min_tokens=2,
+                ignore_eos=True,
+                stop_token_ids=[300],
+                logprobs=2,
+                prompt_logprobs=0,
+            )
+            messages = await all_of(stub.Generate(generate(sampling=sampling, priority=-4, n=2)))
+            got = engine.submitted[1].sampling
+            assert (got.temperature, got.top_k, got.top_p, got.min_p) == (0.5, 7, 0.25, 0.125)
+            assert (got.presence_penalty, got.frequency_penalty) == (-1, 2)
+            assert got.repetition_penalty == 1.5
+            assert got.logit_bias == ((3, 1.5), (5, -100.0))
+            assert (got.allowed_token_ids, got.bad_token_ids) == ((3, 4, 5), (4,))
+            assert (got.seed, got.max_tokens, got.min_tokens) == (-(2**63), 3, 2)
+            assert (got.ignore_eos, got.stop_token_ids) == (True, (300,))
+            assert (got.logprobs, got.prompt_logprobs) == (2, 0)
+            assert [r.choice for r in engine.submitted] == [0, 1]
+            assert {r.priority for r in engine.submitted} == {-4}
+            first = next(m for m in messages if m.index == 1)
+            chosen = first.logprobs[0].chosen
+            assert (chosen.token, chosen.raw) == ("Hello", b"Hello")
+            assert [top.token_id for top in first.logprobs[0].top] == [
+                chosen.token_id,
+                chosen.token_id + 1,
+            ]
+            assert not first.prompt_logprobs[0].HasField("chosen")
+            assert first.prompt_logprobs[1].chosen.token_id == engine.submitted[0].prompt[1]
+
+    asyncio.run(main())
+
+
+def test_unset_fields_take_defaults_and_unseeded_requests_differ():
+    async def main():
+        async with serving() as (stub, engine, _, _):
+            for _ in range(2):
+                await all_of(stub.Generate(generate()))
+            first, second = (r.sampling for r in engine.submitted)
+            assert (first.temperature, first.top_k, first.ignore_eos) == (1.0, 0, False)
+            assert first.max_tokens == INFO.max_model_len - len(engine.submitted[0].prompt)
+            assert first.seed != second.seed
+            assert first.logprobs is None
+
+    asyncio.run(main())
+
+
+def test_stop_string_across_tokens_cuts_text_and_usage_and_aborts():
+    async def main():
+        async with serving(step_s=0.001) as (stub, engine, generator, _):
+            messages = await all_of(stub.Generate(generate(stop=["nope", "好 👍"], n=2)))
+            for index in (0, 1):
+                mine = [m for m in messages if m.index == index]
+                assert "".join(m.text for m in mine) == "Hello, 你"
+                assert mine[-1].finish_reason == types_pb2.FINISH_REASON_STOP
+                assert mine[-1].stop_reason == "好 👍"
+                ids = [i for m in mine for i in m.token_ids]
+                assert generator.tokenizer.decode(ids) == "Hello, 你好 👍"
+            assert messages[-1].usage.completion_tokens == 2 * len(ids)
+            assert len(engine.aborted) == 2
+            assert generator.num_live == 0
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("include", [None, False, True])
+def test_stop_string_stays_in_the_text_where_asked(include):
+    async def main():
+        async with serving() as (stub, _, _, _):
+            asked = {} if include is None else {"include_stop_str_in_output": include}
+            request = generate("ab STOP cd", stop=["STOP"], max_tokens=60, **asked)
+            messages = await all_of(stub.Generate(request))
+            text = "".join(m.text for m in messages)
+            assert text == ("ab STOP" if include else "ab ")
+            assert messages[-1].stop_reason == "STOP"
+
+    asyncio.run(main())
+
+
+def test_chat_tokenize_detokenize_and_models():
+    async def main():
+        async with serving(served_model_name="public") as (stub, engine, generator, _):
+            chat = inference_pb2.Chat(
+                messages=[inference_pb2.ChatMessage(role="user", content="Hi")]
+            )
+            rendered = "[user] Hi\n[assistant] "
+            tokens = await stub.Tokenize(inference_pb2.TokenizeRequest(chat=chat, model="public"))
+            assert tokens.max_model_len == INFO.max_model_len
+            text = await stub.Detokenize(
+                inference_pb2.DetokenizeRequest(token_ids=tokens.token_ids)
+            )
+            assert text.text == rendered
+            plain = await stub.Tokenize(inference_pb2.TokenizeRequest(text=rendered))
+            assert plain.token_ids == tokens.token_ids
+            request = inference_pb2.GenerateRequest(chat=chat)
+            request.sampling.max_tokens = 1
+            await all_of(stub.Generate(request))
+            assert engine.submitted[0].prompt == tuple(tokens.token_ids)
+            ids = inference_pb2.GenerateRequest(token_ids={"ids": [5, 6]})
+            ids.sampling.max_tokens = 1
+            await all_of(stub.Generate(ids))
+            assert engine.submitted[1].prompt == (5, 6)
+            models = await stub.ListModels(inference_pb2.ListModelsRequest())
+            assert [(m.id, m.max_model_len) for m in models.models] == [("public", 512)]
+            generator.chat_template = None
+            error = await failure(stub.Tokenize(inference_pb2.TokenizeRequest(chat=chat)))
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "no chat template" in error.details()
+
+    asyncio.run(main())
+
+
+BAD = {
+    "empty": (generate(""), "INVALID_ARGUMENT", "prompt is empty"),
+    "no input": (inference_pb2.GenerateRequest(), "INVALID_ARGUMENT", "no input"),
+    "model": (generate(model="gpt-9"), "NOT_FOUND", "'gpt-9' is not served here; 'tiny' is"),
+    "temperature": (
+        generate(sampling=types_pb2.SamplingParams(temperature=-1)),
+        "INVALID_ARGUMENT",
+        "temperature must be from 0 to 100",
+    ),
+    "nan": (
+        generate(sampling=types_pb2.SamplingParams(top_p=float("nan"))),
+        "INVALID_ARGUMENT",
+        "top_p must be above 0 and at most 1, not nan",
+    ),
+    "ids": (
+        inference_pb2.GenerateRequest(token_ids={"ids": [5, 410]}),
+        "INVALID_ARGUMENT",
+        "prompt holds 410; token ids of this model are integers from 0 to 409",
+    ),
+    "too long": (generate("x" * 600), "INVALID_ARGUMENT", "the prompt has 600 tokens"),
+    "max_tokens": (
+        generate("xyz", max_tokens=510),
+        "INVALID_ARGUMENT",
+        "3 prompt tokens + max_tokens 510 = 513 exceed this model's context of 512",
+    ),
+    "n": (generate(n=-1), "INVALID_ARGUMENT", "n must be from 1 to"),
+    "stop": (generate(stop=[""]), "INVALID_ARGUMENT", "stop string has 0 characters"),
+    "id": (generate(request_id="a\nb"), "INVALID_ARGUMENT", "printable ASCII"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_request_gets_a_typed_error_and_the_next_one_an_answer(case):
+    request, code, message = BAD[case]
+
+    async def main():
+        async with serving() as (stub, engine, generator, _):
+            error = await failure(all_of(stub.Generate(request)))
+            assert error.code() is grpc.StatusCode[code]
+            assert message in error.details()
+            assert engine.submitted == []
+            assert await all_of(stub.Generate(generate(max_tokens=2)))
+            assert generator.num_live == 0
+
+    asyncio.run(main())
+
+
+def test_overload_and_absence_say_when_to_retry():
+    async def main():
+        async with serving(step_s=60) as (stub, engine, _, _):
+            calls = [stub.Generate(generate()) for _ in range(12)]
+            await eventually(lambda: len(engine.submitted) == 12)
+            error = await failure(all_of(stub.Generate(generate())))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert dict(error.trailing_metadata())["retry-after"] == "1"
+            engine.crash()
+            for call in calls:
+                error = await failure(all_of(call))
+                assert error.code() is grpc.StatusCode.INTERNAL
+                assert "engine stopped" in error.details()
+            error = await failure(all_of(stub.Generate(generate())))
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            assert "retry-after" in dict(error.trailing_metadata())
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline", "disconnect"])
+def test_client_that_goes_away_aborts_every_choice(how):
+    async def main():
+        async with serving(step_s=0.005) as (stub, engine, generator, channel):
+            request = generate(n=3)
+            call = stub.Generate(request, timeout=0.1 if how == "deadline" else None)
+            await anext(aiter(call))
+            assert engine.stats.num_running == 3
+            if how == "cancel":
+                call.cancel()
+            elif how == "disconnect":
+                await channel.close()
+            else:
+                error = await failure(all_of(call))
+                assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            await eventually(lambda: len(engine.aborted) == 3)
+            assert engine.stats.num_running == 0
+            assert generator.num_live == 0
+
+    asyncio.run(main())
+
+
+def test_slow_reader_is_held_back_and_slows_nobody():
+    def long_answer(request):
+        return [5 + i % 300 for i in range(request.sampling.max_tokens)]
+
+    async def main():
+        # Large answers per token and a small window fill the transport soon.
+        options = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+        async with serving(reply=long_answer, channel_options=options) as (stub, engine, _, _):
+            sampling = types_pb2.SamplingParams(logprobs=20, ignore_eos=True)
+            slow = stub.Generate(generate(sampling=sampling))
+            await anext(aiter(slow))
+            await eventually(lambda: engine.stats.num_running == 0)
+            quick = await all_of(stub.Generate(generate(max_tokens=3)))
+            assert quick[-1].usage.completion_tokens == 3
+            rest = await all_of(slow)
+            num_tokens = 512 - len(engine.submitted[0].prompt)
+            assert rest[-1].usage.completion_tokens == num_tokens
+            # What waited for the reader came in few, large messages, and all of it came.
+            assert max(len(m.token_ids) for m in rest) > 20
+            assert sum(len(m.logprobs) for m in rest) == num_tokens - 1
+
+    asyncio.run(main())
+
+
+def start(request_id, **fields):
+    return inference_pb2.GenerateStreamRequest(start=generate(request_id=request_id, **fields))
+
+
+def test_one_stream_carries_many_generations():
+    async def main():
+        async with serving() as (stub, _, _, _):
+            call = stub.GenerateStream()
+            for i in range(6):
+                await call.write(start(f"r{i}", max_tokens=i + 1))
+            await call.write(start("bad", max_tokens=-1))
+            await call.write(start("r7", model="other"))
+            await call.done_writing()
+            messages = await all_of(call)
+            for i in range(6):
+                mine = [m for m in messages if m.request_id == f"r{i}"]
+                assert mine[-1].usage.completion_tokens == i + 1
+                assert PROMPT.startswith("".join(m.text for m in mine).rstrip("\ufffd"))
+            failures = {m.request_id: m.error for m in messages if m.HasField("error")}
+            assert failures.keys() == {"bad", "r7"}
+            assert failures["bad"].code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+            assert "max_tokens" in failures["bad"].message
+            assert failures["r7"].code == grpc.StatusCode.NOT_FOUND.value[0]
+            assert await call.code() is grpc.StatusCode.OK
+
+    asyncio.run(main())
+
+
+def test_cancel_on_a_stream_ends_one_generation_only():
+    async def main():
+        async with serving(step_s=0.002, max_streams_per_call=3) as (stub, engine, generator, _):
+            call = stub.GenerateStream()
+            await call.write(start("kept", max_tokens=60))
+            await call.write(start("cancelled"))
+            await call.write(start("kept"))  # in use
+            await eventually(lambda: engine.stats.num_running == 2)
+            await call.write(start("third", max_tokens=1))
+            await call.write(inference_pb2.GenerateStreamRequest(cancel="unknown"))
+            await call.write(inference_pb2.GenerateStreamRequest(cancel="cancelled"))
+            await call.done_writing()
+            messages = await all_of(call)
+            last = {m.request_id: m for m in messages if m.HasField("usage")}
+            assert last["cancelled"].finish_reason == types_pb2.FINISH_REASON_ABORT
+            assert last["cancelled"].usage.completion_tokens < 60
+            assert last["kept"].usage.completion_tokens == 60
+            assert last["third"].finish_reason == types_pb2.FINISH_REASON_LENGTH
+            clash = [m for m in messages if m.error.code]
+            assert [(m.request_id, m.error.code) for m in clash] == [("kept", 6)]
+            assert len(engine.aborted) == 1
+            assert generator.num_live == 0
+
+    asyncio.run(main())
+
+
+def test_empty_message_on_a_stream_fails_and_the_rest_goes_on():
+    async def main():
+        async with serving(step_s=0.005) as (stub, engine, _, _):
+            call = stub.GenerateStream()
+            await call.write(start("runs", max_tokens=30))
+            first = await call.read()
+            assert first.request_id == "runs"
+            await call.write(inference_pb2.GenerateStreamRequest())
+            await call.write(start("next", max_tokens=2))
+            await call.done_writing()
+            messages = [first]
+            while (message := await call.read()) is not grpc.aio.EOF:
+                messages.append(message)
+            failed = [m for m in messages if m.HasField("error")]
+            assert [m.request_id for m in failed] == [""]
+            assert failed[0].error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+            assert "neither start nor cancel" in failed[0].error.message
+            ends = {m.request_id: m.finish_reason for m in messages if m.finish_reason}
+            length = types_pb2.FINISH_REASON_LENGTH
+            assert ends == {"runs": length, "next": length}
+            assert await call.code() == grpc.StatusCode.OK
+            assert engine.aborted == []
+
+    asyncio.run(main())
+
+
+def test_stream_bounds_its_generations_and_dies_with_its_client():
+    async def main():
+        async with serving(step_s=0.005, max_streams_per_call=2) as (stub, engine, _, _):
+            call = stub.GenerateStream()
+            for i in range(3):
+                await call.write(start(f"r{i}"))
+            async for message in call:
+                if message.HasField("error"):
+                    break
+            assert message.request_id == "r2"
+            assert message.error.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+            assert message.error.retry_after_s == 1.0
+            call.cancel()
+            await eventually(lambda: len(engine.aborted) == 2)
+
+    asyncio.run(main())
+
+
+def test_health_follows_the_engine():
+    async def main():
+        async with serving() as (_, engine, generator, channel):
+            health = health_pb2_grpc.HealthStub(channel)
+            serving_, not_serving = 1, 2
+            check = health_pb2.HealthCheckRequest
+            assert (await health.Check(check())).status == serving_
+            assert (await health.Check(check(service="jserve.v1.Inference"))).status == serving_
+            watch = health.Watch(check())
+            assert (await watch.read()).status == serving_
+            engine.crash()
+            assert (await health.Check(check())).status == not_serving
+            assert (await asyncio.wait_for(watch.read(), 5)).status == not_serving
+            engine.restart()
+            assert (await asyncio.wait_for(watch.read(), 5)).status == serving_
+            await generator.drain(0)
+            assert (await health.Check(check())).status == not_serving
+            listed = await health.List(health_pb2.HealthListRequest())
+            assert listed.statuses["jserve.v1.Inference"].status == not_serving
+            error = await failure(health.Check(check(service="other")))
+            assert error.code() is grpc.StatusCode.NOT_FOUND
+
+    asyncio.run(main())
+
+
+def test_reflection_describes_the_service():
+    async def main():
+        async with serving() as (_, _, _, channel):
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            call = stub.ServerReflectionInfo()
+            await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+            listed = (await call.read()).list_services_response.service
+            assert "jserve.v1.Inference" in {service.name for service in listed}
+            assert "grpc.health.v1.Health" in {service.name for service in listed}
+            symbol = "jserve.v1.Inference"
+            await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=symbol))
+            files = (await call.read()).file_descriptor_response.file_descriptor_proto
+            names = {descriptor_pb2.FileDescriptorProto.FromString(f).name for f in files}
+            assert "jserve/proto/inference.proto" in names
+            call.cancel()
+
+    asyncio.run(main())
+
+
+def test_api_key_guards_everything_but_health():
+    async def main():
+        async with serving(api_keys=("secret", "other")) as (stub, engine, _, channel):
+            bad = [(), (("authorization", "Bearer wrong"),), (("authorization", "secret"),)]
+            for metadata in bad:
+                call = stub.Generate(generate(max_tokens=1), metadata=metadata)
+                error = await failure(all_of(call))
+                assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+            error = await failure(stub.ListModels(inference_pb2.ListModelsRequest()))
+            assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+            error = await failure(all_of(stub.GenerateStream(iter([start("a")]))))
+            assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert engine.submitted == []
+            good = (("authorization", "Bearer other"),)
+            assert await all_of(stub.Generate(generate(max_tokens=1), metadata=good))
+            health = health_pb2_grpc.HealthStub(channel)
+            assert (await health.Check(health_pb2.HealthCheckRequest())).status == 1
+
+    asyncio.run(main())
+
+
+def test_message_over_the_limit_is_refused():
+    async def main():
+        async with serving(max_body_bytes=10_000) as (stub, _, _, _):
+            error = await failure(all_of(stub.Generate(generate("x" * 20_000))))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert await all_of(stub.Generate(generate(max_tokens=2)))
+
+    asyncio.run(main())
+
+
+def test_drain_finishes_what_runs_and_refuses_the_rest():
+    async def main():
+        async with serving(step_s=0.005) as (stub, _, generator, _):
+            running = stub.Generate(generate(max_tokens=20))
+            await anext(aiter(running))
+            draining = asyncio.create_task(generator.drain(5))
+            await asyncio.sleep(0)
+            error = await failure(all_of(stub.Generate(generate())))
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            assert "shutting down" in error.details()
+            assert (await all_of(running))[-1].usage.completion_tokens == 20
+            assert await draining
+
+            generator.draining = False
+            endless = stub.Generate(generate())
+            await anext(aiter(endless))
+            assert not await generator.drain(0.02)
+            error = await failure(all_of(endless))
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+
+    asyncio.run(main())
+
+
+def test_taken_port_is_a_config_error():
+    async def main():
+        generator = make_generator(FakeEngine(INFO))
+        first = GrpcServer(generator, GatewayMetrics(clock=generator.clock))
+        await first.start()
+        generator = make_generator(FakeEngine(INFO), grpc_port=first.port)
+        with pytest.raises(ConfigError, match="--grpc_port"):
+            await GrpcServer(generator, GatewayMetrics(clock=generator.clock)).start()
+        await first.stop(0)
+
+    asyncio.run(main())

@@ -1,0 +1,168 @@
+"""Ragged paged attention of Pallas for TPU, run by JAX's TPU interpreter with its race detector.
+
+The interpreter fills buffers with NaN, carries out a copy no sooner than it is waited for, and
+refuses to read out of bounds. What it cannot show, `tests/tpu_compile` does: that the kernel is
+accepted for the real chips.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+from jax.experimental.pallas import tpu as pltpu
+
+from jserve.pallas_kernels.backend import Backend, backend_for
+from jserve.pallas_kernels.ragged_paged_attention import tpu
+from jserve.pallas_kernels.ragged_paged_attention.cases import CASES, Case
+from jserve.pallas_kernels.ragged_paged_attention.dispatch import ragged_paged_attention
+from jserve.pallas_kernels.ragged_paged_attention.tpu_blocks import blocks_for
+from jserve.pallas_kernels.tpu_generation import OTHER, generation_in_use
+from tests.pallas_kernels.attention_problem import Problem
+
+
+@functools.cache
+def _compiled(window: int, prompts: bool):
+    return jax.jit(
+        functools.partial(
+            ragged_paged_attention, window=window, prompts=prompts, backend=Backend.TPU
+        )
+    )
+
+
+def _run(problem: Problem, dtype: jnp.dtype, kv_dtype: jnp.dtype) -> tuple[np.ndarray, np.ndarray]:
+    q, k, v, pages, batch = problem.arrays()
+    run = _compiled(problem.case.window, bool(problem.case.prompts))
+    q, k, v = (part.astype(dtype) for part in (q, k, v))
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        out, pages = run(q, k, v, jnp.asarray(pages, kv_dtype), batch)
+        out.block_until_ready()
+    assert interpreter.races is not None
+    assert not interpreter.races.races_found
+    assert np.isfinite(out).all()
+    return np.asarray(out, np.float32), np.asarray(pages, np.float32)
+
+
+def _check(problem: Problem, out: np.ndarray, pages: np.ndarray, atol: float) -> None:
+    owned, expected = problem.owned(), problem.expected()
+    assert (out[len(owned) :] == 0).all()
+    np.testing.assert_allclose(out[: len(owned)][owned], expected[owned], atol=atol, rtol=1e-5)
+    problem.check_pages(pages)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_agrees_with_float64(case: Case) -> None:
+    # The bound of every backend: roundings of float32 sums over some hundred weighted values.
+    problem = Problem(case)
+    _check(problem, *_run(problem, jnp.float32, jnp.float32), atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["short_prompts", "dim_64", "dim_128", "dim_256"])
+def test_bfloat16(name: str) -> None:
+    """Weights are rounded to bfloat16 before they meet V, and so is the result: 2⁻⁹ each."""
+    (case,) = (case for case in CASES if case.name == name)
+    problem = Problem(case, seed=1, kv_dtype=jnp.bfloat16)
+    problem.q = [q.astype(jnp.bfloat16).astype(np.float32) for q in problem.q]
+    largest = max(np.abs(kv[1]).max() for kv in problem.kv)
+    _check(problem, *_run(problem, jnp.bfloat16, jnp.bfloat16), atol=2**-8 * largest)
+
+
+@pytest.mark.parametrize("name", ["mixed", "wide_page"])
+def test_pages_of_bfloat16(name: str) -> None:
+    """Float32 queries over K and V that bfloat16 holds exactly lose nothing."""
+    (case,) = (case for case in CASES if case.name == name)
+    problem = Problem(case, seed=1, kv_dtype=jnp.bfloat16)
+    _check(problem, *_run(problem, jnp.float32, jnp.bfloat16), atol=2e-6)
+
+
+def test_pages_of_8_bits() -> None:
+    """As bfloat16, over K and V that 8 bits hold exactly."""
+    (case,) = (case for case in CASES if case.name == "dim_64")
+    problem = Problem(case, seed=2, kv_dtype=jnp.float8_e4m3fn)
+    problem.q = [q.astype(jnp.bfloat16).astype(np.float32) for q in problem.q]
+    largest = max(np.abs(kv[1]).max() for kv in problem.kv)
+    _check(problem, *_run(problem, jnp.bfloat16, jnp.float8_e4m3fn), atol=2**-8 * largest)
+
+
+_ROWS, _TOKENS, _PAGES = 6, 160, 160
+
+
+@st.composite
+def _problems(draw: st.DrawFn) -> Problem:
+    """Rows that start and end anywhere, idle ones among them, always in arrays of one size."""
+    decode = draw(st.lists(st.integers(0, 300), max_size=3))
+    chunk = st.tuples(st.integers(0, 270), st.one_of(st.integers(1, 50), st.just(16)))
+    prompts = draw(st.lists(chunk, min_size=1, max_size=3))
+    num_rows = len(decode) + len(prompts)
+    case = Case(
+        "random",
+        4,
+        2,
+        32,
+        16,
+        tuple(decode),
+        tuple(prompts),
+        window=draw(st.sampled_from((0, 40))),
+        idle_rows=_ROWS - num_rows,
+        padding=_TOKENS - len(decode) - sum(new for _, new in prompts),
+    )
+    pages = sum(-(-(done + 1) // 16) for done in decode)
+    pages += sum(-(-(done + new) // 16) for done, new in prompts)
+    idle = frozenset(draw(st.sets(st.integers(0, num_rows - 1), max_size=2)))
+    return Problem(case, seed=draw(st.integers(0, 99)), idle=idle, spare_pages=_PAGES - pages)
+
+
+@settings(max_examples=12)
+@given(_problems())
+def test_random_batches(problem: Problem) -> None:
+    _check(problem, *_run(problem, jnp.float32, jnp.float32), atol=2e-6)
+
+
+def test_chunks_and_neighbours_do_not_change_a_bit() -> None:
+    whole = Problem(Case("whole", 4, 2, 64, 128, (), ((0, 150),)), seed=3)
+    expected, _ = _run(whole, jnp.float32, jnp.float32)
+    done, parts = 0, []
+    for size in (61, 89):
+        part = Problem(Case("part", 4, 2, 64, 128, (7, 40), ((11, 30), (done, size))), seed=4)
+        part.kv[3] = whole.kv[0][:, : done + size]
+        part.q[3] = whole.q[0][done : done + size]
+        for p in range(done):
+            part.pages[part.tables[3, p // 128], :, :, p % 128] = part.kv[3][:, p]
+        out, _ = _run(part, jnp.float32, jnp.float32)
+        parts.append(out[32 : 32 + size])
+        done += size
+    np.testing.assert_array_equal(np.concatenate(parts), expected)
+
+
+def test_a_tpu_is_served_by_this_kernel() -> None:
+    assert backend_for("tpu", jnp.dtype(jnp.bfloat16), 4, device_kind="TPU v6 lite") is Backend.TPU
+
+
+def test_blocks_are_whole_pages_and_fit() -> None:
+    assert generation_in_use() == OTHER  # there is no TPU here, and no mesh of one
+    for generation in ("v5e", "v5p", "v6e", OTHER):
+        blocks = blocks_for(generation)
+        assert blocks.kv_buffers_mib < blocks.vmem_limit_mib
+        for page_size in (16, 64, 128, 256):
+            tokens = blocks.kv_tokens(page_size, 8, 128, 2)
+            assert tokens % page_size == 0
+            assert 4 * tokens * 8 * 128 * 2 <= blocks.kv_buffers_mib * 2**20
+    with pytest.raises(ValueError, match="the table has v5e"):
+        blocks_for("v99")
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    q, k, v, pages, batch = Problem(CASES[0]).arrays()
+    attend = functools.partial(tpu.ragged_paged_attention, window=0, prompts=True)
+    with pytest.raises(ValueError, match="no multiple of 8"):
+        attend(q, k, v, pages[:, :, :, :12], batch)
+    wide = (jnp.tile(part, (1, 1, 12)) for part in (q, k, v))
+    with pytest.raises(ValueError, match="above 128"):
+        attend(*wide, np.tile(pages, 12), batch)
+    large = batch._replace(page_table=jnp.zeros((512, 512), jnp.int32))
+    with pytest.raises(ValueError, match="too large for scalar memory"):
+        attend(q, k, v, pages, large)

@@ -1,0 +1,114 @@
+"""Steps between processes: the very buffer of the leader, rebuilt from little."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jserve.core.errors import EngineError
+from jserve.core.request import Request, SamplingParams
+from jserve.core.step import Chunk, Program, ProgramKind, StepPlan
+from jserve.engine.program.batch import BatchShape, pack
+from jserve.proto import group_pb2
+from jserve.proto.steps import StepReader, StepWriter
+from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.scheduler import Scheduler
+from tests.scheduler.test_properties import MODEL, Drill, Engine, engines
+
+MAX_BYTES = 4096  # of a step that admits nobody
+
+
+def _sent(message: group_pb2.Step) -> group_pb2.Step:
+    return group_pb2.Step.FromString(message.SerializeToString())
+
+
+def _check(plans: list[StepPlan], programs: tuple[Program, ...], shape: BatchShape) -> None:
+    writer, reader = StepWriter(programs), StepReader(programs)
+    for plan in plans:
+        batch = pack(plan, shape, MODEL.eos_token_ids)
+        step = _sent(writer.write(plan, batch.checksum))
+        rebuilt = pack(reader.read(step), shape, MODEL.eos_token_ids)
+        np.testing.assert_array_equal(rebuilt.buffer, batch.buffer)
+        assert rebuilt.program == batch.program
+        assert rebuilt.checksum == step.checksum
+
+
+@settings(max_examples=30)
+@given(engine=engines(), seed=st.integers(0, 2**32))
+def test_a_follower_rebuilds_the_buffer_of_every_step(engine: Engine, seed: int) -> None:
+    drill = Drill(engine, seed)
+    drill.run(150)
+    shape = BatchShape(engine.num_slots, MODEL.vocab, engine.page_size, engine.max_processor_rows)
+    _check(drill.plans, engine.programs, shape)
+
+
+def test_preempted_aborted_and_logged_sequences_are_among_them() -> None:
+    programs = (Program(ProgramKind.MIXED, 16, 4), Program(ProgramKind.DECODE, 4, 4, 4))
+    config = SchedulerConfig(max_queue=8, step_tokens=12, max_partial_prefills=2)
+    drill = Drill(Engine(4, 14, 4, 40, programs, 2, config), seed=1)
+    drill.run(600)
+    stats = drill.scheduler.stats()
+    assert stats.num_preemptions > 3
+    assert any(admission.output for plan in drill.plans for admission in plan.admissions)
+    assert any(chunk.prompt_targets for plan in drill.plans for chunk in plan.chunks)
+    _check(drill.plans, programs, BatchShape(4, MODEL.vocab, 4, 2))
+
+
+def test_a_step_of_256_rows_takes_less_than_4_kb() -> None:
+    programs = (Program(ProgramKind.MIXED, 1024, 256), Program(ProgramKind.DECODE, 256, 256, 8))
+    scheduler = Scheduler(
+        SchedulerConfig(),
+        num_slots=256,
+        num_pages=60_000,
+        page_size=16,
+        max_model_len=8192,
+        programs=programs,
+    )
+    rng = np.random.default_rng(0)
+    for i, length in enumerate(rng.integers(40, 400, 256)):
+        prompt = tuple(map(int, rng.integers(0, 120_000, length)))
+        scheduler.add(
+            Request(id=str(i), prompt=prompt, sampling=SamplingParams(max_tokens=60)), 0.0
+        )
+    writer = StepWriter(programs)
+    sizes: list[int] = []
+    num_pages: list[int] = []
+    prompt_bytes = 0
+    while scheduler.has_work and (plan := scheduler.plan(0.0)) is not None:
+        size = writer.write(plan, 2**32 - 1).ByteSize()
+        if plan.admissions:
+            prompt_bytes += size
+        else:
+            sizes.append(size)
+            num_pages.append(sum(len(chunk.new_pages) for chunk in plan.chunks))
+    assert len(sizes) > 6
+    assert max(num_pages) > 64
+    assert max(sizes) < MAX_BYTES
+    # Every prompt token once, in at most three bytes, beside what was asked for and the decodes.
+    tokens = scheduler.stats().prompt_tokens
+    assert prompt_bytes < 3 * tokens + 256 * 200 + 64 * MAX_BYTES // 2
+
+
+@pytest.mark.parametrize("kind", ProgramKind)
+def test_the_largest_step_of_256_rows_takes_less_than_4_kb(kind: ProgramKind) -> None:
+    """Every row takes a page, of a million, near the end of a context of a million tokens."""
+    program = Program(kind, 1024 if kind is ProgramKind.MIXED else 256, 256)
+    chunks = tuple(
+        Chunk(slot, "", 999_000 + slot, 1, (), True, (), 62_000 + slot, (1_000_000 + slot,))
+        for slot in range(256)
+    )
+    plan = StepPlan(0, program, 1, chunks)
+    step = StepWriter((program,)).write(plan, 2**32 - 1)
+    assert 2000 < step.ByteSize() < MAX_BYTES
+    rebuilt = StepReader((program,)).read(_sent(step))
+    assert [chunk.new_pages for chunk in rebuilt.chunks] == [c.new_pages for c in chunks]
+
+
+def test_a_missing_step_is_an_error() -> None:
+    program = Program(ProgramKind.DECODE, 2, 2)
+    writer, reader = StepWriter((program,)), StepReader((program,))
+    plan = StepPlan(0, program, 1, (Chunk(0, "", 3, 1),))
+    reader.read(writer.write(plan, 0))
+    writer.write(plan, 0)
+    with pytest.raises(EngineError, match="step 2 came instead of step 1"):
+        reader.read(writer.write(plan, 0))
