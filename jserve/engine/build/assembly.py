@@ -14,7 +14,12 @@ import jserve
 from jserve.core.request import EngineInfo
 from jserve.core.step import Program
 from jserve.engine.config import EngineConfig
-from jserve.engine.program.executable_cache import ExecutableCache, code_digest, machine_key
+from jserve.engine.program.executable_cache import (
+    ExecutableCache,
+    code_digest,
+    machine_key,
+    traced_sources,
+)
 from jserve.engine.executor import DeviceExecutor
 from jserve.engine.program.kv_scales import lower_kv_scales
 from jserve.engine.program.programs import CompileCounter, CompiledProgram, compile_programs, signature
@@ -160,12 +165,9 @@ def _compiled(
 
 
 def _cache(folder: Path, model: Model, mesh: Mesh) -> ExecutableCache:
-    root = Path(jserve.__file__).parent
-    # What a step is traced from; the rest of the engine may change without compiling again.
-    step = [root / "engine" / f"{name}.py" for name in ("batch", "kv_scales", "state", "step")]
-    traced = [root / "core", root / "model", root / "pallas_kernels", *step]
     kind = (str(model.dtype), model.quantization)
-    key = repr((model.spec, kind, code_digest(traced), machine_key()))
+    sources = traced_sources(Path(jserve.__file__).parent)
+    key = repr((model.spec, kind, code_digest(sources), machine_key()))
     return ExecutableCache(folder / "programs", key, list(mesh.devices.flat))
 
 

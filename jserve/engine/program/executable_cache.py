@@ -20,6 +20,20 @@ from jax.experimental import serialize_executable
 logger = logging.getLogger(__name__)
 
 
+def traced_sources(package: Path) -> list[Path]:
+    """The rooms of the `jserve` folder `package` that a compiled program is made from.
+
+    Whole rooms: a list of files would have to be remembered with every new one, and a stale
+    program would be loaded where it was forgotten.
+    """
+    return [
+        package / "core",
+        package / "model",
+        package / "pallas_kernels",
+        package / "engine" / "program",
+    ]
+
+
 def code_digest(sources: Iterable[Path]) -> str:
     """A digest of the source files, and those of packages, that programs are traced from."""
     digest = hashlib.sha256()
@@ -38,6 +52,13 @@ def cpu_features() -> list[str]:
     return [line for line in lines if line.startswith(("flags", "model name", "Features"))][:2]
 
 
+def num_usable_cores() -> int:
+    """Cores that this process may run on, which programs for CPU are partitioned for."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def machine_key() -> str:
     """What a compiled program depends on beside its own shapes and code."""
     device = jax.devices()[0]
@@ -52,7 +73,7 @@ def machine_key() -> str:
             jax.device_count(),
             jax.process_index(),  # each of several processes has devices of its own
             cpu_features(),
-            os.cpu_count(),
+            num_usable_cores(),
             os.environ.get("XLA_FLAGS", ""),
         )
     )
