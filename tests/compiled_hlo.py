@@ -1,4 +1,4 @@
-"""Reads a compiled program's text for what must not be in it: copies of large arrays."""
+"""Reads a program's text for what must not be in it: copies of arrays, dots of narrow floats."""
 
 import math
 import re
@@ -75,3 +75,44 @@ def copies_of(text: str, leaves: Iterable[jax.ShapeDtypeStruct], least_bytes: in
         and op.size_bytes >= least_bytes
         and tuple(sorted(op.shape)) in parts
     ]
+
+
+_DEFINED = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ([a-z]\w*)\[[^=]*? ([\w\-]+)\(([^)]*)\)")
+_LOWERED_DOT = re.compile(r'"?stablehlo\.(?:\w*dot\w*|convolution)"?[ (].* : \(([^)]*)\) ->')
+_FULL_WIDTH = {"f32", "f64"}
+
+
+def narrow_dots(lowered: jax.stages.Lowered, *, compile: bool = True) -> list[str]:  # noqa: A002
+    """The dots of a program whose operands are not float32, lowered and compiled for a CPU."""
+    found = []
+    for line in lowered.as_text().splitlines():
+        if operands := _LOWERED_DOT.search(line):
+            types = re.findall(r"tensor<(?:\d+x)*(\w+)>", operands[1])
+            found += [line.strip()] * any(dtype not in _FULL_WIDTH for dtype in types)
+    return found + _narrow_compiled_dots(lowered.compile().as_text()) if compile else found
+
+
+def _narrow_compiled_dots(text: str) -> list[str]:
+    """The same in a compiled program.
+
+    A library that takes a dot and the conversions before it may still read the narrow values, so
+    what goes into a library's fusion, or into a call of a library's matmul, counts as well.
+    """
+    found: list[str] = []
+    ops: dict[str, tuple[str, str]] = {}  # name → dtype, kind
+    computations = {"": ops}
+    for line in text.splitlines():
+        if begins := _COMPUTATION.match(line):
+            computations[begins[1]] = ops = {}
+        elif defined := _DEFINED.match(line):
+            name, dtype, kind, operands = defined.groups()
+            ops[name] = dtype, kind
+            read: list[str] = []
+            if kind == "dot" or (kind == "custom-call" and re.search("matmul|dot", line)):
+                read = [ops[at.strip().lstrip("%")][0] for at in operands.split(",")]
+            elif kind == "fusion" and "kind=kCustom" in line and (called := _CALLED.search(line)):
+                fused = computations[called[1]].values()
+                if any(kind == "dot" for _, kind in fused):
+                    read = [dtype for dtype, kind in fused if kind == "parameter"]
+            found += [line.strip()] * any(dtype not in _FULL_WIDTH for dtype in read)
+    return found

@@ -98,4 +98,6 @@ def _backend(job: EngineJob, engine: Engine) -> str:
         parts.append(f"weights {job.model.quantization}")
     if engine.backend is Backend.CPU:
         parts[0] = "XLA's own code, without the native CPU kernels"
+        if (job.platform.backend, job.model.dtype) == ("cpu", "bfloat16"):
+            parts.append("bfloat16 matmuls in float32")
     return ", ".join(parts)

@@ -32,7 +32,7 @@ def grouped_matmul(
         at = starts[expert] + (i - last_blocks[expert] + num_blocks[expert]) * block
         part = lax.dynamic_slice_in_dim(padded, at, block)
         own = [lax.dynamic_index_in_dim(weight, expert, keepdims=False) for weight in weights]
-        made = matmul.matmul(part, [_floats(weight, x.dtype) for weight in own])
+        made = matmul.matmul(part, own)
         return tuple(
             lax.dynamic_update_slice_in_dim(y, new, at, axis=0)
             for y, new in zip(ys, made, strict=True)
@@ -41,11 +41,6 @@ def grouped_matmul(
     zeros = tuple(jnp.zeros((rows + block, w.shape[1]), jnp.float32) for w in weights)
     ys = lax.fori_loop(0, last_blocks[-1], multiply, zeros)
     return tuple(y[:rows] for y in ys)
-
-
-def _floats(weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Codes as floats; floats as they are."""
-    return weight if jnp.issubdtype(weight.dtype, jnp.floating) else weight.astype(dtype)
 
 
 def _block_rows(rows: int, experts: int) -> int:

@@ -17,8 +17,10 @@ def quantized_matmul(
     return matmul.matmul(rounded(x), [dequantize(weight) for weight in weights], num_rows)
 
 
-def channel_matmul(x: jax.Array, weights: Sequence[ChannelMatrix]) -> tuple[jax.Array, ...]:
+def channel_matmul(
+    x: jax.Array, weights: Sequence[ChannelMatrix], num_rows: jax.Array | None
+) -> tuple[jax.Array, ...]:
     """See `dispatch`."""
-    products = matmul.matmul(x, [weight.codes.astype(x.dtype) for weight in weights])
+    products = matmul.matmul(x, [weight.codes for weight in weights], num_rows)
     scales = (weight.scales[None, :] for weight in weights)
     return tuple(product * scale for product, scale in zip(products, scales, strict=True))

@@ -72,4 +72,4 @@ def _channel_matmul(
     if all(has_kernel(backend, *weight.shape, x.dtype) for weight in weights):
         kernel = tpu.channel_matmul if backend is Backend.TPU else gpu.channel_matmul
         return kernel(x, weights, num_rows)
-    return _CHANNELS[backend](x, weights)
+    return _CHANNELS[backend](x, weights, num_rows)

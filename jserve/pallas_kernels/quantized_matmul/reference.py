@@ -29,8 +29,11 @@ def quantized_matmul(
     return tuple(dot(rounded(x), dequantize(weight)) for weight in weights)
 
 
-def channel_matmul(x: jax.Array, weights: Sequence[ChannelMatrix]) -> tuple[jax.Array, ...]:
+def channel_matmul(
+    x: jax.Array, weights: Sequence[ChannelMatrix], num_rows: jax.Array | None
+) -> tuple[jax.Array, ...]:
     """See `dispatch`."""
+    del num_rows
     return tuple(
         dot(x, weight.codes.astype(x.dtype)) * weight.scales[None, :] for weight in weights
     )

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jserve.pallas_kernels.matmul.cpu import einsum
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
 from jserve.pallas_kernels.ragged_paged_attention.reference import write_kv
 
@@ -63,8 +64,7 @@ def _attend_tile(
 
     def step(block: jax.Array, carry: _Softmax) -> _Softmax:
         keys, values, position = _load_block(pages, table, block, kv_len)
-        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
-        scores = jnp.einsum("kqd,ktd->kqt", q, keys, preferred_element_type=jnp.float32)
+        scores = einsum("kqd,ktd->kqt", q, keys, q.dtype)
         age = q_positions[None, :, None] - position[None, None, :]  # [1, queries, block]
         seen = age >= 0
         if window:
@@ -73,9 +73,7 @@ def _attend_tile(
         peak = jnp.maximum(carry.peak, jnp.max(scores, axis=-1))
         weights = jnp.where(seen, jnp.exp(scores - peak[:, :, None]), 0.0)
         fade = jnp.exp(carry.peak - peak)
-        added = jnp.einsum(
-            "kqt,ktd->kqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
-        )
+        added = einsum("kqt,ktd->kqd", weights, values, q.dtype)
         return _Softmax(
             peak,
             carry.total * fade + jnp.sum(weights, axis=-1),

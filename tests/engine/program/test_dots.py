@@ -1,0 +1,47 @@
+"""XLA's code on CPU multiplies float32 only in whole programs, as its ops do alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jserve.core.model_spec import ModelSpec
+from jserve.core.step import ProgramKind
+from jserve.engine.build.sizing import abstract_params, abstract_state, shape_engine
+from jserve.engine.program.kv_scales import lower_kv_scales
+from jserve.engine.program.programs import lower_step
+from jserve.model.functional import Model
+from jserve.model.sharding import device_mesh
+from jserve.pallas_kernels.backend import Backend
+from tests.compiled_hlo import narrow_dots
+from tests.engine.engine_harness import CONFIG, TINY
+
+SPARSE = dataclasses.replace(
+    TINY, family="mixtral", experts=4, experts_per_token=2, expert_ffn_dim=64
+)
+
+
+@pytest.mark.parametrize(
+    ("spec", "quantization", "kv_dtype"),
+    [
+        (TINY, "none", "bfloat16"),
+        (TINY, "fp8", "float8_e4m3fn"),
+        (SPARSE, "none", "bfloat16"),
+        (SPARSE, "int8_channel", "bfloat16"),
+    ],
+)
+def test_programs_multiply_float32(spec: ModelSpec, quantization: str, kv_dtype: str) -> None:
+    mesh = device_mesh(jax.devices()[:1], model=1)
+    model = Model(spec, jnp.dtype(jnp.bfloat16), Backend.CPU, quantization, mesh)
+    config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype, mixed_tokens=(32,))
+    shape = shape_engine(model, mesh, config, None)
+    params, state = abstract_params(model, mesh), abstract_state(model, mesh, shape)
+    for program in config.programs():
+        lowered = lower_step(model, mesh, program, shape.batch, params, state)
+        # Compiling takes long: once, of the program that has every op. Each op is compiled alone
+        # in the tests of kernels.
+        compiles = (spec, quantization) == (SPARSE, "none") and program.kind is ProgramKind.MIXED
+        assert not narrow_dots(lowered, compile=compiles)
+    if kv_dtype == "float8_e4m3fn":
+        assert not narrow_dots(lower_kv_scales(model, mesh, params), compile=False)
