@@ -6,8 +6,7 @@ import pytest
 
 from jserve.core.request import FinishReason, Request, SamplingParams
 from jserve.core.step import ProgramKind
-
-from .engine_harness import CONFIG, TINY, Harness, Outcome
+from tests.engine.engine_harness import CONFIG, TINY, Harness, Outcome
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh
 from jserve.scheduler.config import SchedulerConfig
 
-from .engine_harness import TINY
+from tests.engine.engine_harness import TINY
 
 MODEL = Model(TINY, jnp.float32)
 MESH = device_mesh(jax.devices()[:1], model=1)
