@@ -13,22 +13,27 @@ from jax.sharding import Mesh
 import jserve
 from jserve.core.request import EngineInfo
 from jserve.core.step import Program
-from jserve.engine.config import EngineConfig
-from jserve.engine.program.executable_cache import (
-    ExecutableCache,
-    code_digest,
-    machine_key,
-    traced_sources,
-)
-from jserve.engine.executor import DeviceExecutor
-from jserve.engine.program.kv_scales import lower_kv_scales
-from jserve.engine.program.programs import CompileCounter, CompiledProgram, compile_programs, signature
 from jserve.engine.build.sizing import (
     EngineShape,
     abstract_params,
     abstract_state,
     make_state,
     shape_engine,
+)
+from jserve.engine.config import EngineConfig
+from jserve.engine.executor import DeviceExecutor
+from jserve.engine.program.executable_cache import (
+    ExecutableCache,
+    code_digest,
+    machine_key,
+    traced_sources,
+)
+from jserve.engine.program.kv_scales import lower_kv_scales
+from jserve.engine.program.programs import (
+    CompileCounter,
+    CompiledProgram,
+    compile_programs,
+    signature,
 )
 from jserve.engine.program.state import DeviceState
 from jserve.engine.program.step import Params

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from jserve.core.errors import ConfigError
 from jserve.core.step import Program, ProgramKind
 from jserve.engine.build.chips import Chip
-from jserve.engine.config import EngineConfig
 from jserve.engine.build.memory import GRID, device_pages, host_pages
 from jserve.engine.build.sizing import (
     DeviceBytes,
@@ -14,6 +13,7 @@ from jserve.engine.build.sizing import (
     least_shape,
     with_pages,
 )
+from jserve.engine.config import EngineConfig
 from jserve.engine.program.state import page_bytes
 from jserve.model.functional import Model
 from jserve.model.sharding import AnyMesh, vocab_axes

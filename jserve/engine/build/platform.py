@@ -5,8 +5,8 @@ import os
 import resource
 import sys
 
-from jserve.engine.config import PlatformConfig
 from jserve.engine.build.chips import GPU_SHARE
+from jserve.engine.config import PlatformConfig
 
 _log = logging.getLogger(__name__)
 

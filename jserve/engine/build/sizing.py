@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 
 from jserve.core.errors import ConfigError
 from jserve.core.step import ProgramKind
-from jserve.engine.program.batch import BatchShape
-from jserve.engine.config import EngineConfig
-from jserve.engine.program.executable_cache import ExecutableCache
 from jserve.engine.build.memory import GRID, device_pages, host_available_bytes, host_pages
+from jserve.engine.config import EngineConfig
 from jserve.engine.group.processes import least_of_all
+from jserve.engine.program.batch import BatchShape
+from jserve.engine.program.executable_cache import ExecutableCache
 from jserve.engine.program.programs import compile_programs
 from jserve.engine.program.state import DeviceState, init_state, page_bytes, state_shardings
 from jserve.model.functional import Model

@@ -8,15 +8,15 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jserve.checkpoints.config import ModelConfig, check_platform
+from jserve.checkpoints.tensor_source import Progress
 from jserve.engine.build.assembly import Engine, build_engine
 from jserve.engine.config import EngineConfig
 from jserve.engine.group.processes import engine_devices
 from jserve.engine.program.programs import CompiledProgram
 from jserve.engine.program.step import Params
-from jserve.checkpoints.config import ModelConfig, check_platform
-from jserve.model.loading.load import load_params, model_spec, prepare
-from jserve.checkpoints.tensor_source import Progress
 from jserve.model.functional import Model
+from jserve.model.loading.load import load_params, model_spec, prepare
 from jserve.model.sharding import device_mesh, param_shardings, vocab_axes
 from jserve.pallas_kernels.backend import backend_for
 from jserve.pallas_kernels.ragged_paged_attention.dispatch import backend_of_pages

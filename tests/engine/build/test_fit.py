@@ -7,14 +7,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from jserve.checkpoints.hf_config import spec_from_hf
+from jserve.checkpoints.json_file import read_json
 from jserve.config import load
 from jserve.core.errors import ConfigError
 from jserve.engine.build.chips import chip_of
-from jserve.engine.config import EngineConfig
 from jserve.engine.build.fit import MemoryPlan, plan_memory
 from jserve.engine.build.sizing import device_bytes, least_shape
-from jserve.checkpoints.hf_config import spec_from_hf
-from jserve.checkpoints.json_file import read_json
+from jserve.engine.config import EngineConfig
 from jserve.model.functional import Model
 from jserve.model.sharding import abstract_mesh
 from jserve.pallas_kernels.backend import Backend

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from jserve.engine.config import PlatformConfig
 from jserve.core.errors import ConfigError
+from jserve.engine.config import PlatformConfig
 
 _PROGRAM = """
 import json, os, resource, sys

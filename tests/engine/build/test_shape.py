@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 from jserve.core.errors import ConfigError
-from jserve.engine.config import EngineConfig
+from jserve.core.model_spec import ModelSpec, RopeScaling, RopeScalingKind
 from jserve.engine.build.sizing import shape_engine
+from jserve.engine.config import EngineConfig
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh
-from jserve.core.model_spec import ModelSpec, RopeScaling, RopeScalingKind
 
 SPEC = ModelSpec(
     family="llama",

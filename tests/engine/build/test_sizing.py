@@ -8,13 +8,12 @@ import pytest
 
 from jserve.core.errors import ConfigError
 from jserve.engine.build.assembly import build_engine
-from jserve.engine.config import EngineConfig
 from jserve.engine.build.sizing import shape_engine
+from jserve.engine.config import EngineConfig
 from jserve.engine.program.state import page_bytes
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh
 from jserve.scheduler.config import SchedulerConfig
-
 from tests.engine.engine_harness import TINY
 
 MODEL = Model(TINY, jnp.float32)

@@ -1,0 +1,1 @@
+"""From configs to a ready engine: platform, sizes, memory, assembly."""
