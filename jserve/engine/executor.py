@@ -54,7 +54,7 @@ class DeviceExecutor:
     def run(self, batch: Batch) -> DeviceResult:
         """Starts the program of a batch; nobody need collect its result."""
         call = self._programs[batch.program]
-        self._state, result = call(self._params, (), self._state, batch.buffer)
+        self._state, result = call(self._params, self._state, batch.buffer)
         return result
 
     def submit_batch(self, plan: StepPlan, batch: Batch) -> PendingStep:

@@ -22,7 +22,7 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 @dataclass(frozen=True, slots=True)
 class CompiledProgram:
-    """One program, ready to be called with `(params, adapters, state, buffer)`."""
+    """One program, ready to be called with `(params, state, buffer)`."""
 
     program: Program
     call: jax.stages.Compiled
@@ -76,10 +76,10 @@ def lower_step(
     kept = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(
         make_step(model, mesh, program, shape),
-        donate_argnums=2,
+        donate_argnums=1,
         out_shardings=(kept, everywhere),
     )
-    return step.lower(params, (), state, buffer)
+    return step.lower(params, state, buffer)
 
 
 def signature(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:

@@ -57,7 +57,7 @@ class _Rows(NamedTuple):
 
 
 def make_step(model: Model, mesh: Mesh, program: Program, shape: BatchShape):
-    """The program as `(params, adapters, state, buffer) -> (state, result)`, to be jitted."""
+    """The program as `(params, state, buffer) -> (state, result)`, to be jitted."""
     if model.spec.experts and mesh.size > 1 and model.mesh != mesh:
         raise ValueError(f"experts are spread over {mesh}, but the model was made for {model.mesh}")
     step = mixed_step if program.kind is ProgramKind.MIXED else decode_step
@@ -70,12 +70,10 @@ def mixed_step(
     program: Program,
     shape: BatchShape,
     params: Params,
-    adapters: tuple[()],
     state: DeviceState,
     buffer: jax.Array,
 ) -> tuple[DeviceState, DeviceResult]:
     """One step over a ragged batch: decode rows first, then prompt chunks."""
-    del adapters
     batch = layout(program, shape).unpack(buffer)
     sampler = ShardedSampler(mesh, shape.vocab)
     state = _admit(sampler, _grow_tables(state, batch), batch)
@@ -139,12 +137,10 @@ def decode_step(
     program: Program,
     shape: BatchShape,
     params: Params,
-    adapters: tuple[()],
     state: DeviceState,
     buffer: jax.Array,
 ) -> tuple[DeviceState, DeviceResult]:
     """Up to `program.steps` decode steps; a row that finishes freezes, the others go on."""
-    del adapters
     batch = layout(program, shape).unpack(buffer)
     state = _grow_tables(state, batch)
     slots = batch["row_slot"]

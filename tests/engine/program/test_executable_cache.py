@@ -34,7 +34,7 @@ def copy(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("engine/program/programs.py", "donate_argnums=2", "donate_argnums=()"),
+        ("engine/program/programs.py", "donate_argnums=1", "donate_argnums=()"),
         ("engine/program/step.py", "import", "import "),
         ("model/layers.py", "import", "import "),
         ("pallas_kernels/native/matmul.cc", "static", "static "),
