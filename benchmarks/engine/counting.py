@@ -62,7 +62,7 @@ class Counter:
     def plan(self, plan: StepPlan) -> Work:
         """All steps of a plan; a decode program makes one of every decode step."""
         if plan.program.kind is ProgramKind.MIXED:
-            sampled = sum(chunk.samples for chunk in plan.chunks)
+            sampled = sum(chunk.max_new for chunk in plan.chunks)
             return self.step([_span(chunk) for chunk in plan.chunks], sampled)
         work = Work()
         for n in range(plan.num_steps):

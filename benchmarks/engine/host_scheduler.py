@@ -51,7 +51,7 @@ def outcome(plan: StepPlan) -> StepResult:
     """Every row that samples yields all its tokens; nobody ends."""
     rows = plan.program.rows
     num_new = np.zeros(rows, np.int32)
-    num_new[: len(plan.chunks)] = [plan.num_steps if c.samples else 0 for c in plan.chunks]
+    num_new[: len(plan.chunks)] = [chunk.max_new for chunk in plan.chunks]
     tokens = np.full((rows, plan.program.steps), 7, np.int32)
     return StepResult(plan.step_id, tokens, num_new, np.full(rows, FinishCode.RUNNING, np.int32))
 

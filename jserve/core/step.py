@@ -1,7 +1,15 @@
-"""What runs in one step and what came of it: the contract of scheduler and executor.
+"""The contract of scheduler and executor: what runs in one step, and what came of it.
 
-A step runs one device program over `rows`; each row is one slot. `mixed` programs take a ragged
-batch of prompt chunks and decode tokens; `decode` programs run several decode steps in one call.
+A step runs one device program. Row r of the program is `plan.chunks[r]`, and:
+
+- A slot has at most one row in a step.
+- Decode rows, whose `tokens` are empty, come first; prompt chunks follow. A `decode` program has
+  decode rows only and admits nobody.
+- The tokens of a step are ragged: the index of a row's first token is the sum of `num_tokens` of
+  the rows before it.
+- A row yields at most `max_new` tokens: 0 if its last token is not to be sampled from, 1 in a
+  mixed program, up to `num_steps` in a decode program. It may yield fewer, even none.
+- Plans run in the order of their `step_id`, which counts from 0.
 """
 
 import enum
@@ -55,11 +63,18 @@ class Admission:
     output: tuple[int, ...] = ()
 
 
+class NewPages(NamedTuple):
+    """Pages appended to a slot's page table of one page group."""
+
+    group: int  # index of the page group
+    first: int  # index in the slot's page table of ids[0]
+    ids: tuple[int, ...]
+
+
 class Chunk(NamedTuple):
     """Consecutive tokens of one sequence in one step. A tuple: each step makes one per row.
 
     `tokens` is empty for a decode row: its one token is the slot's last token, on the device.
-    `samples` says that the row's last token yields a new token.
     """
 
     slot: int
@@ -67,17 +82,16 @@ class Chunk(NamedTuple):
     start: int  # absolute position of the first token
     num_tokens: int  # 1 for a decode row of any program
     tokens: tuple[int, ...] = ()
-    samples: bool = True
+    max_new: int = 1  # the most tokens that the row may yield
     # The prompt token after each token, where their log-probabilities are asked for; the
     # prompt's last token has none.
     prompt_targets: tuple[int, ...] = ()
-    first_new_page: int = 0  # index in the slot's page table of new_pages[0]
-    new_pages: tuple[int, ...] = ()
+    pages: tuple[NewPages, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. Row r of the program is `chunks[r]`."""
+    """One step; the module's docstring states the rules."""
 
     step_id: int
     program: Program
@@ -110,7 +124,7 @@ class StepResult:
 
     step_id: int
     tokens: np.ndarray  # [rows, steps] int32
-    num_new: np.ndarray  # [rows] int32, 0 ≤ num_new ≤ num_steps
+    num_new: np.ndarray  # [rows] int32, 0 ≤ num_new ≤ max_new of the row
     finish: np.ndarray  # [rows] int32, FinishCode
     logprobs: RowLogprobs | None = None  # present when a row's request asks for logprobs
     # By ragged token, chunk after chunk: of the token's `prompt_targets` entry, [tokens, 1, …].

@@ -8,6 +8,7 @@ import numpy as np
 
 from jserve.core.step import Program, RowLogprobs, StepPlan, StepResult
 from jserve.engine.program.batch import Batch, BatchShape, pack
+from jserve.engine.program.layout import result_layout
 from jserve.engine.program.programs import CompiledProgram
 from jserve.engine.program.state import DeviceState
 from jserve.engine.program.step import DeviceResult, Params
@@ -70,25 +71,25 @@ class DeviceExecutor:
             wants_logprobs=bool(self._wants_logprobs[batch.slots].any()),
             wants_prompt_logprobs=batch.has_targets,
         )
-        result.tokens.copy_to_host_async()
+        result.packed.copy_to_host_async()
         if pending.wants_logprobs:
             jax.tree.map(lambda part: part.copy_to_host_async(), result.logprobs)
         return pending
 
     def collect(self, handle: PendingStep) -> StepResult:
-        """Waits for the step and returns its outcome in the plan's order of chunks."""
-        order, result = handle.batch.order, handle.result
-        rows = np.empty_like(order)
-        rows[order] = np.arange(len(order))
-        packed = np.asarray(result.tokens)[rows]
+        """Waits for the step and returns its outcome, row by row of the plan."""
+        plan, result = handle.plan, handle.result
+        rows = len(plan.chunks)
+        outcome = result_layout(plan.program).views(np.asarray(result.packed))
         prompt_logprobs = None
         if handle.wants_prompt_logprobs and result.prompt_logprobs is not None:
-            prompt_logprobs = _logprobs(result.prompt_logprobs, _plan_tokens(handle))
+            num_tokens = sum(chunk.num_tokens for chunk in plan.chunks)
+            prompt_logprobs = _logprobs(result.prompt_logprobs, num_tokens)
         return StepResult(
-            step_id=handle.plan.step_id,
-            tokens=packed[:, :-2],
-            num_new=packed[:, -2],
-            finish=packed[:, -1],
+            step_id=plan.step_id,
+            tokens=outcome["tokens"][:rows],
+            num_new=outcome["num_new"][:rows],
+            finish=outcome["finish"][:rows],
             logprobs=_logprobs(result.logprobs, rows) if handle.wants_logprobs else None,
             prompt_logprobs=prompt_logprobs,
         )
@@ -115,16 +116,5 @@ class LeadingExecutor:
         return self._executor.collect(handle)
 
 
-def _plan_tokens(handle: PendingStep) -> np.ndarray:
-    """The ragged index on the device of each token of the plan, chunk after chunk."""
-    firsts = handle.batch.first_token
-    return np.concatenate(
-        [
-            np.arange(first, first + chunk.num_tokens)
-            for first, chunk in zip(firsts, handle.plan.chunks, strict=True)
-        ]
-    )
-
-
-def _logprobs(found: Logprobs, index: np.ndarray) -> RowLogprobs:
-    return RowLogprobs(*(np.asarray(part)[index] for part in found))
+def _logprobs(found: Logprobs, count: int) -> RowLogprobs:
+    return RowLogprobs(*(np.asarray(part)[:count] for part in found))

@@ -61,7 +61,7 @@ class Stop(_message.Message):
     def __init__(self) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("number", "checksum", "program", "num_steps", "slots", "starts", "chunk_rows", "chunk_tokens", "chunk_samples", "chunk_targets", "page_rows", "page_firsts", "page_counts", "page_ids", "admissions")
+    __slots__ = ("number", "checksum", "program", "num_steps", "slots", "starts", "chunk_rows", "chunk_tokens", "chunk_targets", "limit_rows", "limits", "page_rows", "page_groups", "page_firsts", "page_counts", "page_ids", "admissions")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
     PROGRAM_FIELD_NUMBER: _ClassVar[int]
@@ -70,9 +70,11 @@ class Step(_message.Message):
     STARTS_FIELD_NUMBER: _ClassVar[int]
     CHUNK_ROWS_FIELD_NUMBER: _ClassVar[int]
     CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    CHUNK_SAMPLES_FIELD_NUMBER: _ClassVar[int]
     CHUNK_TARGETS_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_ROWS_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
     PAGE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    PAGE_GROUPS_FIELD_NUMBER: _ClassVar[int]
     PAGE_FIRSTS_FIELD_NUMBER: _ClassVar[int]
     PAGE_COUNTS_FIELD_NUMBER: _ClassVar[int]
     PAGE_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -85,14 +87,16 @@ class Step(_message.Message):
     starts: _containers.RepeatedScalarFieldContainer[int]
     chunk_rows: _containers.RepeatedScalarFieldContainer[int]
     chunk_tokens: _containers.RepeatedScalarFieldContainer[int]
-    chunk_samples: _containers.RepeatedScalarFieldContainer[bool]
     chunk_targets: _containers.RepeatedScalarFieldContainer[bool]
+    limit_rows: _containers.RepeatedScalarFieldContainer[int]
+    limits: _containers.RepeatedScalarFieldContainer[int]
     page_rows: _containers.RepeatedScalarFieldContainer[int]
+    page_groups: _containers.RepeatedScalarFieldContainer[int]
     page_firsts: _containers.RepeatedScalarFieldContainer[int]
     page_counts: _containers.RepeatedScalarFieldContainer[int]
     page_ids: _containers.RepeatedScalarFieldContainer[int]
     admissions: _containers.RepeatedCompositeFieldContainer[StepAdmission]
-    def __init__(self, number: _Optional[int] = ..., checksum: _Optional[int] = ..., program: _Optional[int] = ..., num_steps: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., chunk_rows: _Optional[_Iterable[int]] = ..., chunk_tokens: _Optional[_Iterable[int]] = ..., chunk_samples: _Optional[_Iterable[bool]] = ..., chunk_targets: _Optional[_Iterable[bool]] = ..., page_rows: _Optional[_Iterable[int]] = ..., page_firsts: _Optional[_Iterable[int]] = ..., page_counts: _Optional[_Iterable[int]] = ..., page_ids: _Optional[_Iterable[int]] = ..., admissions: _Optional[_Iterable[_Union[StepAdmission, _Mapping]]] = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., checksum: _Optional[int] = ..., program: _Optional[int] = ..., num_steps: _Optional[int] = ..., slots: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., chunk_rows: _Optional[_Iterable[int]] = ..., chunk_tokens: _Optional[_Iterable[int]] = ..., chunk_targets: _Optional[_Iterable[bool]] = ..., limit_rows: _Optional[_Iterable[int]] = ..., limits: _Optional[_Iterable[int]] = ..., page_rows: _Optional[_Iterable[int]] = ..., page_groups: _Optional[_Iterable[int]] = ..., page_firsts: _Optional[_Iterable[int]] = ..., page_counts: _Optional[_Iterable[int]] = ..., page_ids: _Optional[_Iterable[int]] = ..., admissions: _Optional[_Iterable[_Union[StepAdmission, _Mapping]]] = ...) -> None: ...
 
 class StepAdmission(_message.Message):
     __slots__ = ("slot", "request", "output")

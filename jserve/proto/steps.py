@@ -8,7 +8,7 @@ from itertools import repeat
 from typing import NamedTuple
 
 from jserve.core.errors import EngineError
-from jserve.core.step import Admission, Chunk, Program, ProgramKind, StepPlan
+from jserve.core.step import Admission, Chunk, NewPages, Program, ProgramKind, StepPlan
 from jserve.proto import group_pb2
 from jserve.proto.convert import request_of_proto, request_to_proto
 
@@ -35,11 +35,10 @@ class StepWriter:
             step.starts.extend([chunk.start for chunk in chunks])
             _write_chunks(step, chunks)
             step.admissions.extend(map(_write_admission, plan.admissions))
-        grown = [(row, chunk) for row, chunk in enumerate(chunks) if chunk.new_pages]
-        step.page_rows.extend([row for row, _ in grown])
-        step.page_firsts.extend([chunk.first_new_page for _, chunk in grown])
-        step.page_counts.extend([len(chunk.new_pages) for _, chunk in grown])
-        step.page_ids.extend([page for _, chunk in grown for page in chunk.new_pages])
+        limited = [row for row, chunk in enumerate(chunks) if chunk.max_new != plan.num_steps]
+        step.limit_rows.extend(limited)
+        step.limits.extend([chunks[row].max_new for row in limited])
+        _write_pages(step, chunks)
         return step
 
 
@@ -52,7 +51,7 @@ class StepReader:
         self._contexts: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # prompt, all
 
     def read(self, step: group_pb2.Step) -> StepPlan:
-        """The plan of `step` without what a buffer lacks: request ids, starts of decode rows.
+        """The plan of `step` without request ids and the starts of a decode program's rows.
 
         Raises EngineError for a step out of order.
         """
@@ -69,26 +68,26 @@ class StepReader:
             starts=list(step.starts) or [0] * rows,
             num_tokens=[1] * rows,
             tokens=[()] * rows,
-            samples=[True] * rows,
+            max_new=[step.num_steps] * rows,
             prompt_targets=[()] * rows,
-            first_new_pages=[0] * rows,
-            new_pages=[()] * rows,
+            pages=[()] * rows,
         )
         self._read_chunks(step, columns)
+        for row, limit in zip(step.limit_rows, step.limits, strict=True):
+            columns.max_new[row] = limit
         _read_pages(step, columns)
         program = self._programs[step.program]
         return StepPlan(step.number, program, step.num_steps, columns.chunks(), admissions)
 
     def _read_chunks(self, step: group_pb2.Step, columns: "_Columns") -> None:
-        for row, num_tokens, samples, targets in zip(
-            step.chunk_rows, step.chunk_tokens, step.chunk_samples, step.chunk_targets, strict=True
+        for row, num_tokens, targets in zip(
+            step.chunk_rows, step.chunk_tokens, step.chunk_targets, strict=True
         ):
             start = columns.starts[row]
             end = start + num_tokens
             prompt, context = self._contexts[columns.slots[row]]
             columns.num_tokens[row] = num_tokens
             columns.tokens[row] = context[start:end]
-            columns.samples[row] = samples
             if targets:
                 columns.prompt_targets[row] = prompt[start + 1 : end + 1]
 
@@ -100,10 +99,9 @@ class _Columns(NamedTuple):
     starts: list[int]
     num_tokens: list[int]
     tokens: list[tuple[int, ...]]
-    samples: list[bool]
+    max_new: list[int]
     prompt_targets: list[tuple[int, ...]]
-    first_new_pages: list[int]
-    new_pages: list[tuple[int, ...]]
+    pages: list[tuple[NewPages, ...]]
 
     def chunks(self) -> tuple[Chunk, ...]:
         slots, *others = self
@@ -115,15 +113,28 @@ def _write_chunks(step: group_pb2.Step, chunks: Sequence[Chunk]) -> None:
         if chunk.tokens:
             step.chunk_rows.append(row)
             step.chunk_tokens.append(chunk.num_tokens)
-            step.chunk_samples.append(chunk.samples)
             step.chunk_targets.append(bool(chunk.prompt_targets))
+
+
+def _write_pages(step: group_pb2.Step, chunks: Sequence[Chunk]) -> None:
+    for row, chunk in enumerate(chunks):
+        for group, first, ids in chunk.pages:
+            step.page_rows.append(row)
+            step.page_groups.append(group)
+            step.page_firsts.append(first)
+            step.page_counts.append(len(ids))
+            step.page_ids.extend(ids)
+    if not any(step.page_groups):
+        del step.page_groups[:]
 
 
 def _read_pages(step: group_pb2.Step, columns: _Columns) -> None:
     ids, taken = tuple(step.page_ids), 0
-    for row, first, count in zip(step.page_rows, step.page_firsts, step.page_counts, strict=True):
-        columns.first_new_pages[row] = first
-        columns.new_pages[row] = ids[taken : taken + count]
+    groups = step.page_groups or repeat(0, len(step.page_rows))
+    for row, group, first, count in zip(
+        step.page_rows, groups, step.page_firsts, step.page_counts, strict=True
+    ):
+        columns.pages[row] += (NewPages(group, first, ids[taken : taken + count]),)
         taken += count
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from jserve.core.step import Admission, Chunk, Program, StepPlan
+from jserve.core.step import Admission, Chunk, NewPages, Program, StepPlan
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.pace import Pace
 from jserve.scheduler.policy import decode_steps
@@ -19,7 +19,6 @@ class Rows:
 
     chunks: list[Chunk] = field(default_factory=list[Chunk])
     sequences: list[Sequence] = field(default_factory=list[Sequence])
-    planned: list[int] = field(default_factory=list[int])  # tokens that the row yields at most
 
 
 @dataclass(slots=True)
@@ -261,22 +260,23 @@ def _decode_rows(decodes: list[_Decode]) -> Rows:
     chunks: list[Chunk] = []
     for seq, first_page, new in decodes:
         start, pages = seq.num_computed, seq.pages
-        new_pages = tuple(pages[first_page:]) if len(pages) > first_page else ()
-        # `_make` takes half the time of naming the fields, and this runs for every row.
-        chunks.append(
-            Chunk._make((seq.slot, seq.id, start, 1, (), True, (), first_page, new_pages))
+        grown = (
+            (NewPages(0, first_page, tuple(pages[first_page:])),) if len(pages) > first_page else ()
         )
+        # `_make` takes half the time of naming the fields, and this runs for every row.
+        chunks.append(Chunk._make((seq.slot, seq.id, start, 1, (), new, (), grown)))
         seq.num_computed = start + new
         seq.num_tokens += new
         seq.num_in_flight += 1
-    return Rows(chunks, [seq for seq, _, _ in decodes], [new for _, _, new in decodes])
+    return Rows(chunks, [seq for seq, _, _ in decodes])
 
 
 def _add_prompt(rows: Rows, grant: _Grant) -> None:
     seq = grant.seq
     start, end = seq.num_computed, seq.num_computed + grant.num_tokens
-    samples = end == len(seq.context)
+    max_new = int(end == len(seq.context))
     wants_logprobs = seq.prompt_logprobs is not None
+    new_pages = tuple(seq.pages[grant.first_page :])
     rows.chunks.append(
         Chunk(
             slot=seq.slot,
@@ -284,14 +284,12 @@ def _add_prompt(rows: Rows, grant: _Grant) -> None:
             start=start,
             num_tokens=grant.num_tokens,
             tokens=seq.context[start:end],
-            samples=samples,
+            max_new=max_new,
             prompt_targets=seq.request.prompt[start + 1 : end + 1] if wants_logprobs else (),
-            first_new_page=grant.first_page,
-            new_pages=tuple(seq.pages[grant.first_page :]),
+            pages=(NewPages(0, grant.first_page, new_pages),) if new_pages else (),
         )
     )
     rows.sequences.append(seq)
-    rows.planned.append(int(samples))
     seq.num_computed = end
-    seq.num_tokens += int(samples)
+    seq.num_tokens += max_new
     seq.num_in_flight += 1

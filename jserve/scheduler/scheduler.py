@@ -203,7 +203,7 @@ class Scheduler:
         codes: list[int] = result.finish.tolist()
         updates: list[SequenceUpdate] = []
         num_output = 0
-        planned = step.rows.planned
+        chunks = plan.chunks
         running, finished = SequenceState.RUNNING, SequenceState.FINISHED  # looked up once
         for row, seq in enumerate(step.rows.sequences):
             seq.num_in_flight -= 1
@@ -219,8 +219,8 @@ class Scheduler:
             if finish is not None:
                 self._end(seq)
                 self._counters.finished(now_s)
-            elif state is not running or num != planned[row]:
-                self._settle(seq, planned[row] - num)
+            elif state is not running or num != chunks[row].max_new:
+                self._settle(seq, chunks[row].max_new - num)
             if not new and finish is None:
                 continue
             if seq.plain:

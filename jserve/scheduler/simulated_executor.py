@@ -141,13 +141,13 @@ class SimulatedExecutor:
         name = f"{chunk.request_id} in slot {chunk.slot}"
         for page in slot.pages:
             _require(self._writer[page] is slot, f"{name}: page {page} was given to another")
-        _require(
-            chunk.first_new_page == len(slot.pages), f"{name}: a gap or overlap in its page table"
-        )
-        for page in chunk.new_pages:
-            _require(1 <= page < len(self._kv), f"{name}: no page {page}")
-            self._writer[page] = slot
-        slot.pages += chunk.new_pages
+        for group, first, ids in chunk.pages:
+            _require(group == 0, f"{name}: no page group {group}")
+            _require(first == len(slot.pages), f"{name}: a gap or overlap in its page table")
+            for page in ids:
+                _require(1 <= page < len(self._kv), f"{name}: no page {page}")
+                self._writer[page] = slot
+            slot.pages += ids
         _require(len(set(slot.pages)) == len(slot.pages), f"{name}: a page twice")
 
     # What the device does.
@@ -158,7 +158,8 @@ class SimulatedExecutor:
         _require(chunk.start == slot.num_computed, f"{name}, {slot.num_computed} are computed")
         _require(chunk.tokens == slot.context[chunk.start : end], f"{name}: wrong tokens")
         _require(len(chunk.tokens) == chunk.num_tokens, f"{name}: wrong number of tokens")
-        _require(chunk.samples == (end == len(slot.context)), f"{name}: samples too soon or late")
+        samples = end == len(slot.context)
+        _require(chunk.max_new == samples, f"{name}: samples too soon or late")
         targets = prompt[chunk.start + 1 : end + 1]
         _require(chunk.prompt_targets in ((), targets), f"{name}: wrong targets")
         digest = EMPTY_DIGEST
@@ -167,7 +168,7 @@ class SimulatedExecutor:
             if i < len(chunk.prompt_targets):
                 logprobs = self._model.logprobs(digest, targets[i])
                 outcome.add_prompt_logprobs(outcome.first_token + i, logprobs)
-        if chunk.samples:
+        if samples:
             self._sample(slot, digest, row, outcome)
 
     def _run_decode(
@@ -177,8 +178,12 @@ class SimulatedExecutor:
             return
         name = f"{chunk.request_id}: decode at {chunk.start}"
         _require(chunk.start == slot.num_computed, f"{name}, {slot.num_computed} are computed")
-        _require(chunk.num_tokens == 1 and chunk.samples, f"{name}: not one token that samples")
-        for _ in range(num_steps):
+        _require(chunk.num_tokens == 1, f"{name}: not one token")
+        _require(
+            1 <= chunk.max_new <= num_steps, f"{name}: {chunk.max_new} tokens in {num_steps} steps"
+        )
+        for done in range(num_steps):
+            _require(done < chunk.max_new, f"{name}: yields more than {chunk.max_new} tokens")
             if slot.last_token is None:
                 raise PlanError(f"{name}: nothing was sampled before")
             self._sample(slot, self._compute(slot, slot.last_token), row, outcome)

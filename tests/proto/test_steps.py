@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jserve.core.errors import EngineError
 from jserve.core.request import Request, SamplingParams
-from jserve.core.step import Chunk, Program, ProgramKind, StepPlan
+from jserve.core.step import Chunk, NewPages, Program, ProgramKind, StepPlan
 from jserve.engine.program.batch import BatchShape, pack
 from jserve.proto import group_pb2
 from jserve.proto.steps import StepReader, StepWriter
@@ -80,7 +80,7 @@ def test_a_step_of_256_rows_takes_less_than_4_kb() -> None:
             prompt_bytes += size
         else:
             sizes.append(size)
-            num_pages.append(sum(len(chunk.new_pages) for chunk in plan.chunks))
+            num_pages.append(sum(len(new.ids) for chunk in plan.chunks for new in chunk.pages))
     assert len(sizes) > 6
     assert max(num_pages) > 64
     assert max(sizes) < MAX_BYTES
@@ -94,14 +94,14 @@ def test_the_largest_step_of_256_rows_takes_less_than_4_kb(kind: ProgramKind) ->
     """Every row takes a page, of a million, near the end of a context of a million tokens."""
     program = Program(kind, 1024 if kind is ProgramKind.MIXED else 256, 256)
     chunks = tuple(
-        Chunk(slot, "", 999_000 + slot, 1, (), True, (), 62_000 + slot, (1_000_000 + slot,))
+        Chunk(slot, "", 999_000 + slot, 1, pages=(NewPages(0, 62_000 + slot, (1_000_000 + slot,)),))
         for slot in range(256)
     )
     plan = StepPlan(0, program, 1, chunks)
     step = StepWriter((program,)).write(plan, 2**32 - 1)
     assert 2000 < step.ByteSize() < MAX_BYTES
     rebuilt = StepReader((program,)).read(_sent(step))
-    assert [chunk.new_pages for chunk in rebuilt.chunks] == [c.new_pages for c in chunks]
+    assert [chunk.pages for chunk in rebuilt.chunks] == [c.pages for c in chunks]
 
 
 def test_a_missing_step_is_an_error() -> None:

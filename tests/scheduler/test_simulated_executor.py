@@ -8,6 +8,7 @@ from jserve.core.step import (
     Admission,
     Chunk,
     FinishCode,
+    NewPages,
     Program,
     ProgramKind,
     StepPlan,
@@ -37,6 +38,10 @@ def request(name: str = "a", prompt: int = 3, **sampling: object) -> Request:
     return Request(id=name, prompt=tuple(range(1, prompt + 1)), sampling=params)
 
 
+def pages(*ids: int, first: int = 0) -> tuple[NewPages, ...]:
+    return (NewPages(0, first, ids),)
+
+
 def prompt_chunk(asked: Request, slot: int = 0, **changes: object) -> Chunk:
     chunk = Chunk(
         slot=slot,
@@ -44,13 +49,13 @@ def prompt_chunk(asked: Request, slot: int = 0, **changes: object) -> Chunk:
         start=0,
         num_tokens=len(asked.prompt),
         tokens=asked.prompt,
-        new_pages=(slot + 1,),
+        pages=pages(slot + 1),
     )
     return chunk._replace(**changes)
 
 
 def decode_chunk(start: int, slot: int = 0, name: str = "a", **changes: object) -> Chunk:
-    return Chunk(slot, name, start, 1, first_new_page=1)._replace(**changes)
+    return Chunk(slot, name, start, 1)._replace(**changes)
 
 
 def first_step(*chunks: Chunk, admissions: tuple[Admission, ...]) -> StepPlan:
@@ -68,7 +73,7 @@ def test_answers_as_the_model_alone() -> None:
     asked = request(max_tokens=5)
     executor, first = started(asked)
     # Two pages hold positions 0 to 7; the fifth token is not computed.
-    plan = StepPlan(1, DECODE, 4, (decode_chunk(3, new_pages=(2,)),))
+    plan = StepPlan(1, DECODE, 4, (decode_chunk(3, max_new=4, pages=pages(2, first=1)),))
     second = executor.collect(executor.submit(plan))
     tokens = [first.tokens[0, 0], *second.tokens[0, : second.num_new[0]]]
     assert tokens == MODEL.generate(asked, 100)[0]
@@ -81,11 +86,11 @@ def test_freezes_a_row_that_has_stopped() -> None:
     assert first != second
     asked = request(stop_token_ids=(second,))
     executor, _ = started(asked)
-    plan = StepPlan(1, DECODE, 4, (decode_chunk(3, new_pages=(2,)),))
+    plan = StepPlan(1, DECODE, 4, (decode_chunk(3, max_new=4, pages=pages(2, first=1)),))
     result = executor.collect(executor.submit(plan))
     assert (result.num_new[0], result.finish[0]) == (1, FinishCode.STOP)
     # What was planned without knowing yields nothing, and is no mistake.
-    plan = StepPlan(2, DECODE, 4, (decode_chunk(7, first_new_page=2, new_pages=(3,)),))
+    plan = StepPlan(2, DECODE, 4, (decode_chunk(7, max_new=2, pages=pages(3, first=2)),))
     result = executor.collect(executor.submit(plan))
     assert result.num_new[0] == 0
 
@@ -148,16 +153,19 @@ IN_A, IN_B = Admission(0, A), Admission(1, B)
         (first_step(prompt_chunk(A), admissions=()), "nobody was admitted"),
         (first_step(prompt_chunk(A, slot=2), admissions=(Admission(2, A),)), "no slot 2"),
         (first_step(prompt_chunk(B, slot=0), admissions=(IN_A,)), "holds a, not b"),
-        (first_step(prompt_chunk(A, new_pages=(0,)), admissions=(IN_A,)), "no page 0"),
-        (first_step(prompt_chunk(A, new_pages=(5,)), admissions=(IN_A,)), "no page 5"),
-        (first_step(prompt_chunk(A, new_pages=(1, 1)), admissions=(IN_A,)), "a page twice"),
-        (first_step(prompt_chunk(A, new_pages=()), admissions=(IN_A,)), "no page for position 0"),
-        (first_step(prompt_chunk(A, first_new_page=1), admissions=(IN_A,)), "gap or overlap"),
+        (first_step(prompt_chunk(A, pages=pages(0)), admissions=(IN_A,)), "no page 0"),
+        (first_step(prompt_chunk(A, pages=pages(5)), admissions=(IN_A,)), "no page 5"),
+        (first_step(prompt_chunk(A, pages=pages(1, 1)), admissions=(IN_A,)), "a page twice"),
+        (first_step(prompt_chunk(A, pages=pages()), admissions=(IN_A,)), "no page for position 0"),
+        (
+            first_step(prompt_chunk(A, pages=pages(1, first=1)), admissions=(IN_A,)),
+            "gap or overlap",
+        ),
         (first_step(prompt_chunk(A, start=1), admissions=(IN_A,)), "0 are computed"),
         (first_step(prompt_chunk(A, tokens=(9, 9, 9)), admissions=(IN_A,)), "wrong tokens"),
-        (first_step(prompt_chunk(A, samples=False), admissions=(IN_A,)), "too soon or late"),
+        (first_step(prompt_chunk(A, max_new=0), admissions=(IN_A,)), "too soon or late"),
         (first_step(prompt_chunk(A, prompt_targets=(7,)), admissions=(IN_A,)), "wrong targets"),
-        (first_step(decode_chunk(0, first_new_page=0), admissions=(IN_A,)), "nothing was sampled"),
+        (first_step(decode_chunk(0), admissions=(IN_A,)), "nothing was sampled"),
         (first_step(prompt_chunk(A), admissions=(Admission(0, A, (1,) * 9),)), "had ended"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -171,9 +179,12 @@ def test_refuses_a_wrong_plan(plan: StepPlan, message: str) -> None:
     ("chunk", "message"),
     [
         (decode_chunk(4), "3 are computed"),
-        (decode_chunk(3, first_new_page=0), "gap or overlap"),
-        (decode_chunk(3, samples=False), "one token that samples"),
-        (decode_chunk(3), "no page for position 4"),
+        (decode_chunk(3, pages=pages(2)), "gap or overlap"),
+        (decode_chunk(3, max_new=0), "0 tokens in 4 steps"),
+        (decode_chunk(3, max_new=5), "5 tokens in 4 steps"),
+        (decode_chunk(3, num_tokens=2), "not one token"),
+        (decode_chunk(3, max_new=2, pages=pages(2, first=1)), "yields more than 2"),
+        (decode_chunk(3, max_new=4), "no page for position 4"),
     ],
 )
 def test_refuses_a_wrong_decode(chunk: Chunk, message: str) -> None:
@@ -184,10 +195,10 @@ def test_refuses_a_wrong_decode(chunk: Chunk, message: str) -> None:
 
 def test_refuses_to_go_on_with_pages_that_were_given_away() -> None:
     executor, _ = started(A)
-    thief = prompt_chunk(B, slot=1, new_pages=(1,))
+    thief = prompt_chunk(B, slot=1, pages=pages(1))
     executor.submit(StepPlan(1, MIXED, 1, (decode_chunk(3), thief), (IN_B,)))
     with pytest.raises(PlanError, match="page 1 was given to another"):
-        executor.submit(StepPlan(2, DECODE, 1, (decode_chunk(4, new_pages=(2,)),)))
+        executor.submit(StepPlan(2, DECODE, 1, (decode_chunk(4, pages=pages(2, first=1)),)))
 
 
 def test_results_are_collected_in_order() -> None:

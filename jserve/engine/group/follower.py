@@ -120,5 +120,5 @@ def follow(executor: DeviceExecutor, reader: StepReader, leader: Leader) -> None
             raise EngineError(f"step {step.number} is not what the leader runs: checksums differ")
         in_flight.append(executor.run(batch))
         if len(in_flight) > _MAX_IN_FLIGHT:
-            jax.block_until_ready(in_flight.popleft().tokens)
-    jax.block_until_ready([result.tokens for result in in_flight])
+            jax.block_until_ready(in_flight.popleft().packed)
+    jax.block_until_ready([result.packed for result in in_flight])

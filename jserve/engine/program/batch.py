@@ -7,13 +7,13 @@ scatters drop them.
 
 import functools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from jserve.core.step import Admission, Chunk, Program, ProgramKind, StepPlan
+from jserve.engine.program.layout import Layout
 from jserve.model.sampling.host import host_row
 from jserve.model.sampling.state import SLOT_ROW_WORDS, processor_row_dtype
 
@@ -26,48 +26,6 @@ class BatchShape:
     vocab: int
     page_size: int
     processor_rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Section:
-    start: int
-    shape: tuple[int, ...]
-
-    @property
-    def stop(self) -> int:
-        return self.start + int(np.prod(self.shape, dtype=np.int64))
-
-
-class Layout(Mapping[str, _Section]):
-    """Named sections of one int32 buffer."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self._sections: dict[str, _Section] = {}
-        self.size = 0
-        for name, shape in shapes.items():
-            self._sections[name] = _Section(self.size, shape)
-            self.size = self._sections[name].stop
-
-    def __getitem__(self, name: str) -> _Section:
-        return self._sections[name]
-
-    def __iter__(self):
-        return iter(self._sections)
-
-    def __len__(self) -> int:
-        return len(self._sections)
-
-    def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
-        """The sections of a host buffer, writable."""
-        return {
-            name: buffer[part.start : part.stop].reshape(part.shape) for name, part in self.items()
-        }
-
-    def unpack(self, buffer: jax.Array) -> dict[str, jax.Array]:
-        """The sections of a device buffer, while tracing."""
-        return {
-            name: buffer[part.start : part.stop].reshape(part.shape) for name, part in self.items()
-        }
 
 
 @functools.cache
@@ -98,7 +56,7 @@ def layout(program: Program, shape: BatchShape) -> Layout:
             "row_start": (rows,),  # absolute; of prompt rows
             "row_tokens": (rows,),
             "row_first": (rows,),  # ragged index of the row's first token
-            "row_samples": (rows,),
+            "row_max_new": (rows,),
             "tokens": (program.tokens,),
             "token_row": (program.tokens,),
             "token_target": (program.tokens,),  # next prompt token, for its logprob
@@ -116,13 +74,11 @@ def layout(program: Program, shape: BatchShape) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A packed plan. `order[r]` is the plan's chunk that runs as the program's row r."""
+    """A packed plan."""
 
     program: Program
     buffer: np.ndarray  # int32; owned by the device once submitted, never written again
-    order: np.ndarray  # [len(plan.chunks)]
-    slots: np.ndarray  # [len(plan.chunks)] of the program's rows
-    first_token: np.ndarray  # [len(plan.chunks)] ragged index of each chunk's first token
+    slots: np.ndarray  # [len(plan.chunks)] slot of each row
     has_targets: bool  # whether log-probabilities of prompt tokens are wanted
 
     @property
@@ -132,33 +88,25 @@ class Batch:
 
 
 def pack(plan: StepPlan, shape: BatchShape, eos_token_ids: tuple[int, ...]) -> Batch:
-    """Writes a plan into a fresh buffer. Decode rows go first, as attention wants them."""
-    program = plan.program
+    """Writes a plan into a fresh buffer, row by row in the order of its chunks."""
+    program, chunks = plan.program, plan.chunks
+    if len(chunks) > program.rows:
+        raise ValueError(f"{program.name}: {len(chunks)} rows do not fit")
     parts = layout(program, shape)
     buffer = np.zeros(parts.size, np.int32)
     views = parts.views(buffer)
-    order = np.arange(len(plan.chunks))
-    chunks: Sequence[Chunk] = plan.chunks
-    if program.kind is ProgramKind.MIXED:
-        order = np.array(sorted(order, key=lambda i: bool(plan.chunks[i].tokens)))
-        chunks = [plan.chunks[i] for i in order]
-    if len(chunks) > program.rows:
-        raise ValueError(f"{program.name}: {len(chunks)} rows do not fit")
-
     views["num_rows"][...] = len(chunks)
     views["num_steps"][...] = plan.num_steps
     views["row_slot"].fill(shape.num_slots)
     slots = np.array([chunk.slot for chunk in chunks])
     views["row_slot"][: len(chunks)] = slots
     _pack_pages(views, chunks, shape)
-    first, has_targets = order, False
+    has_targets = False
     if program.kind is ProgramKind.MIXED:
         first = _pack_tokens(views, chunks, program)
         has_targets = _pack_targets(views, chunks, first)
         _pack_admissions(views, plan.admissions, shape, eos_token_ids)
-    first_token = np.empty(len(chunks), np.int64)
-    first_token[order] = first
-    return Batch(program, buffer, order, slots, first_token, has_targets)
+    return Batch(program, buffer, slots, has_targets)
 
 
 def _pack_pages(views: dict[str, np.ndarray], chunks: Sequence[Chunk], shape: BatchShape) -> None:
@@ -166,10 +114,10 @@ def _pack_pages(views: dict[str, np.ndarray], chunks: Sequence[Chunk], shape: Ba
     places: list[int] = []
     pages: list[int] = []
     for chunk in chunks:
-        if new := chunk.new_pages:
-            slots += [chunk.slot] * len(new)
-            places += range(chunk.first_new_page, chunk.first_new_page + len(new))
-            pages += new
+        for _, first, ids in chunk.pages:
+            slots += [chunk.slot] * len(ids)
+            places += range(first, first + len(ids))
+            pages += ids
     views["page_slot"].fill(shape.num_slots)
     for name, values in (("page_slot", slots), ("page_index", places), ("page_id", pages)):
         views[name][: len(values)] = values
@@ -188,7 +136,7 @@ def _pack_tokens(
     views["row_start"][rows] = [chunk.start for chunk in chunks]
     views["row_tokens"][rows] = counts
     views["row_first"][rows] = first
-    views["row_samples"][rows] = [chunk.samples for chunk in chunks]
+    views["row_max_new"][rows] = [chunk.max_new for chunk in chunks]
     views["token_row"][: counts.sum()] = np.repeat(np.arange(len(chunks)), counts)
     for chunk, at in zip(chunks, first, strict=True):
         if chunk.tokens:
@@ -197,7 +145,7 @@ def _pack_tokens(
 
 
 def _pack_targets(views: dict[str, np.ndarray], chunks: Sequence[Chunk], first: np.ndarray) -> bool:
-    """Whether there were any."""
+    """Writes the prompt tokens whose log-probabilities are wanted; false if there are none."""
     views["token_target"].fill(-1)
     found = False
     for chunk, at in zip(chunks, first, strict=True):

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from jserve.core.step import FinishCode, Program, ProgramKind
 from jserve.engine.program.batch import BatchShape, layout
+from jserve.engine.program.layout import result_layout
 from jserve.engine.program.state import FULL, DeviceState
 from jserve.model.functional import Model
 from jserve.model.sampling.logprobs import Logprobs, no_logprobs
@@ -41,9 +42,13 @@ class LayerKV(NamedTuple):
 class DeviceResult(NamedTuple):
     """One step's outcome on the device; the host copies only what a plan needs."""
 
-    tokens: jax.Array  # [rows, steps + 2] int32: tokens, then num_new, then FinishCode
+    packed: jax.Array  # [words] int32, by `result_layout`
     logprobs: Logprobs  # [rows, steps, …]
     prompt_logprobs: Logprobs | None  # [tokens, 1, …], mixed only
+
+
+# The carry of a decode program's loop: decode steps done, state, result by name, logprobs.
+_Carry = tuple[jax.Array, DeviceState, dict[str, jax.Array], Logprobs]
 
 
 class _Rows(NamedTuple):
@@ -101,7 +106,7 @@ def mixed_step(
             token_live & ~decode[owner],
         )
     )
-    samples = live & (batch["row_samples"] != 0)
+    samples = live & (batch["row_max_new"] > 0)
     num_used = jnp.where(jnp.any(samples), batch["num_rows"], 0)
     rows = _Rows(slots, live, samples, starts + q_lens, num_used)
     ragged = make_ragged_batch(
@@ -121,10 +126,9 @@ def mixed_step(
     )
     last = jnp.clip(batch["row_first"] + batch["row_tokens"] - 1, 0, program.tokens - 1)
     state, tokens_new, finish, logprobs = _advance(model, mesh, params, state, hidden[last], rows)
+    outcome = {"tokens": tokens_new, "num_new": rows.samples, "finish": finish}
     result = DeviceResult(
-        jnp.concatenate(
-            [tokens_new[:, None], rows.samples.astype(jnp.int32)[:, None], finish[:, None]], axis=1
-        ),
+        result_layout(program).pack(outcome),
         jax.tree.map(lambda part: part[:, None], logprobs),
         _prompt_logprobs(model, mesh, params, hidden, batch["token_target"]),
     )
@@ -151,12 +155,12 @@ def decode_step(
     def running(state: DeviceState) -> jax.Array:
         return (row < batch["num_rows"]) & state.active[held]
 
-    def more(carry: tuple[jax.Array, DeviceState, DeviceResult]) -> jax.Array:
-        n, state, _ = carry
+    def more(carry: _Carry) -> jax.Array:
+        n, state, *_ = carry
         return (n < batch["num_steps"]) & jnp.any(running(state))
 
-    def decode(carry: tuple[jax.Array, DeviceState, DeviceResult]):
-        n, state, result = carry
+    def decode(carry: _Carry) -> _Carry:
+        n, state, outcome, logprobs = carry
         live = running(state)
         starts = state.lengths[held]
         rows = _Rows(slots, live, live, starts + 1, batch["num_rows"])
@@ -177,20 +181,19 @@ def decode_step(
         state, hidden = _layers(
             model, mesh, params, state, tokens, positions, ragged, batch["num_rows"], prompts=False
         )
-        state, tokens, finish, logprobs = _advance(model, mesh, params, state, hidden, rows)
-        packed = result.tokens.at[:, n].set(tokens)
-        packed = packed.at[:, -2].add(live.astype(jnp.int32))
-        packed = packed.at[:, -1].set(jnp.where(live, finish, packed[:, -1]))
-        stored = jax.tree.map(lambda all_, new: all_.at[:, n].set(new), result.logprobs, logprobs)
-        return n + 1, state, DeviceResult(packed, stored, None)
+        state, tokens, finish, new = _advance(model, mesh, params, state, hidden, rows)
+        outcome = {
+            "tokens": outcome["tokens"].at[:, n].set(tokens),
+            "num_new": outcome["num_new"] + live.astype(jnp.int32),
+            "finish": jnp.where(live, finish, outcome["finish"]),
+        }
+        logprobs = jax.tree.map(lambda all_, part: all_.at[:, n].set(part), logprobs, new)
+        return n + 1, state, outcome, logprobs
 
-    empty = DeviceResult(
-        jnp.zeros((program.rows, program.steps + 2), jnp.int32),
-        _no_logprobs(program.rows, program.steps),
-        None,
-    )
-    _, state, result = lax.while_loop(more, decode, (jnp.int32(0), state, empty))
-    return state, result
+    outputs = result_layout(program)
+    start = (jnp.int32(0), state, outputs.zeros(), _no_logprobs(program.rows, program.steps))
+    _, state, outcome, logprobs = lax.while_loop(more, decode, start)
+    return state, DeviceResult(outputs.pack(outcome), logprobs, None)
 
 
 def _layers(

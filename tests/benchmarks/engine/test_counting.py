@@ -93,7 +93,7 @@ def test_a_window_is_its_decode_steps():
 
 
 def test_a_mixed_step_runs_the_head_for_rows_that_sample():
-    prompt = Chunk(0, "a", start=2, num_tokens=4, tokens=(1, 2, 3, 4), samples=False)
+    prompt = Chunk(0, "a", start=2, num_tokens=4, tokens=(1, 2, 3, 4), max_new=0)
     work = COUNTER.plan(plan(MIXED, 1, prompt))
     assert work == Work(
         bytes=1000 + 16 * (6 + 6), operations=2 * 4 * 240 + 16 * (3 + 4 + 5 + 6 + 3 + 4 + 4 + 4)

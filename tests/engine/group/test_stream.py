@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from jserve.core.errors import ConfigError, EngineError
-from jserve.core.step import Chunk, Program, ProgramKind, StepPlan
+from jserve.core.step import Chunk, NewPages, Program, ProgramKind, StepPlan
 from jserve.engine.group import leader as leader_module
 from jserve.engine.group.follower import Leader, follow
 from jserve.engine.group.leader import Followers
@@ -23,7 +23,9 @@ FACTS = {"jax": "1", "engine.num_slots": "2"}
 
 
 def plan(position: int) -> StepPlan:
-    return StepPlan(0, PROGRAM, 1, (Chunk(1, "", position, 1, (), True, (), 0, (position,)),))
+    return StepPlan(
+        0, PROGRAM, 1, (Chunk(1, "", position, 1, pages=(NewPages(0, 0, (position,)),)),)
+    )
 
 
 class Losses:
@@ -54,7 +56,7 @@ class Recorder:
         self.pages.append(int(batch.buffer.max()))
         return self
 
-    tokens = 0
+    packed = 0
 
 
 @contextmanager
