@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 from jserve.core.step import Admission, Chunk, NewPages, Program, StepPlan
 from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.lifecycle import Lifecycle
 from jserve.scheduler.pace import Pace
 from jserve.scheduler.policy import decode_steps
 from jserve.scheduler.programs import ProgramTable
-from jserve.scheduler.running import RunningSet
-from jserve.scheduler.sequence import Sequence, SequenceState, insert_ranked, remove_ranked
+from jserve.scheduler.sequence import Sequence
 from jserve.scheduler.stats import Counters
 
 
@@ -47,6 +47,7 @@ class _Grant:
 class _Draft:
     """A mixed step that is built. Decode rows come first, then prompts by rank."""
 
+    now_s: float
     left: int  # prompt tokens that the step still holds
     share: int  # prompt tokens that one sequence gets before others had theirs
     decodes: list[_Decode] = field(default_factory=list[_Decode])
@@ -55,10 +56,10 @@ class _Draft:
 
 
 class Planner:
-    """Who waits and who runs. Owns the queue and, through `running`, slots and pages.
+    """Decides what the next step runs; `Lifecycle` keeps the states that follow from it.
 
-    Memory goes by rank, across decodes and prompts: a sequence that lacks a page takes it from the
-    last of the running, which is computed again later, in its old place of the queue. So the first
+    Memory goes by rank, across decodes and prompts: a sequence that lacks a page takes it from a
+    sequence behind it, which is computed again later, in its old place of the queue. So the first
     in rank always gets on, and every sequence ends.
     """
 
@@ -67,51 +68,37 @@ class Planner:
         config: SchedulerConfig,
         *,
         programs: ProgramTable,
-        running: RunningSet,
+        lifecycle: Lifecycle,
         counters: Counters,
         max_processor_rows: int,
     ) -> None:
-        self.running = running
-        self.waiting: list[Sequence] = []  # by rank; changed here only
         self._config = config
         self._programs = programs
+        self._lifecycle = lifecycle
+        self._waiting = lifecycle.waiting
+        self._running = lifecycle.running
         self._counters = counters
         self._max_processor_rows = max_processor_rows
         self._step_tokens = programs.step_tokens(config.step_tokens)
         self.pace = Pace()
 
-    def enqueue(self, seq: Sequence) -> None:
-        """Puts `seq` in its place of the queue."""
-        seq.state = SequenceState.WAITING
-        insert_ranked(self.waiting, seq)
-
-    def drop(self, seq: Sequence) -> None:
-        """Ends `seq`, wherever it is; what it holds is free at once."""
-        if seq.state is SequenceState.WAITING:
-            remove_ranked(self.waiting, seq)
-        elif seq.state is SequenceState.RUNNING:
-            self.running.leave(seq)
-        seq.state = SequenceState.FINISHED
-
     def plan(self, now_s: float) -> Step | None:
         """The next step, with slots, pages and counts of its sequences as after it."""
-        running = self.running.sequences
-        if self._head_fits() or any(seq.num_computed < len(seq.context) for seq in running):
+        if self._head_fits() or any(s.num_computed < len(s.context) for s in self._running):
             step = self._mixed_step(now_s)
         else:
-            step = self._decode_step()
+            step = self._decode_step(now_s)
         if not step.plan.chunks:
             return None
         step.planned_s = now_s
         self._counters.num_steps += 1
         for seq in step.rows.sequences:
             if seq.num_tokens == seq.max_total:  # its last token is in flight: it needs no more
-                self.running.leave(seq)
-                seq.state = SequenceState.RETIRED
+                self._lifecycle.retire(seq)
         return step
 
-    def _decode_step(self) -> Step:
-        running = self.running.sequences
+    def _decode_step(self, now_s: float) -> Step:
+        running = self._running
         bounds = (
             self._programs.max_decode_steps(len(running)),
             self._config.decode_steps,
@@ -120,9 +107,9 @@ class Planner:
         steps = decode_steps(
             min(bound for bound in bounds if bound is not None),
             [seq.max_total - seq.num_tokens for seq in running],
-            waiting=bool(self.waiting),
+            waiting=len(self._waiting) > 0,
         )
-        while steps > 1 and not self.running.can_grow_all(steps):
+        while steps > 1 and not self._lifecycle.can_grow_all(steps):
             steps //= 2  # rather a shorter run than a preemption
         decodes: list[_Decode] = []
         for seq in running:  # which may lose its end to a preemption
@@ -130,9 +117,9 @@ class Planner:
             new = left if left < steps else steps
             first_page = len(seq.pages)
             # Most have room; the test here saves a call for every row.
-            if seq.num_computed + new <= seq.capacity or self._reserve(seq, new):
+            if seq.num_computed + new <= seq.capacity or self._reserve(seq, new, now_s):
                 decodes.append((seq, first_page, new))
-        rows = _decode_rows(decodes)
+        rows = issue_decodes(decodes)
         return self._step(self._programs.decode(len(rows.chunks), steps), steps, rows)
 
     def _step(
@@ -148,26 +135,26 @@ class Planner:
         return Step(plan, rows)
 
     def _mixed_step(self, now_s: float) -> Step:
-        running = self.running.sequences
+        running = self._running
         left = self._step_tokens - sum(s.num_computed >= len(s.context) for s in running)
-        draft = _Draft(left=left, share=-(-left // self._config.max_partial_prefills))
+        draft = _Draft(now_s, left=left, share=-(-left // self._config.max_partial_prefills))
         for seq in running:  # which may lose its end to a preemption
             first_page = len(seq.pages)
             if seq.num_computed < len(seq.context):
                 self._grant(draft, _Grant(seq, first_page))
-            elif self._reserve(seq, 1):
+            elif self._reserve(seq, 1, now_s):
                 draft.decodes.append((seq, first_page, 1))
-        self._admit(draft, now_s)
+        self._admit(draft)
         for grant in draft.prompts:  # what the shares of others left over
             self._extend(draft, grant, draft.left)
         return self._build_mixed(draft)
 
     def _build_mixed(self, draft: _Draft) -> Step:
-        rows = _decode_rows(draft.decodes)
+        rows = issue_decodes(draft.decodes)
         num_tokens = len(draft.decodes)
         for grant in draft.prompts:
             if grant.num_tokens > 0:
-                _add_prompt(rows, grant)
+                issue_prompt(rows, grant)
                 num_tokens += grant.num_tokens
         if num_tokens > len(draft.decodes):
             program = self._programs.mixed(num_tokens, len(rows.chunks))
@@ -179,53 +166,53 @@ class Planner:
 
     def _admission_room(self) -> int:
         """Pages for newcomers: free, not owed to half computed prompts, not kept for growth."""
-        headroom = self._config.headroom_pages * len(self.running.sequences)
-        return self.running.num_free_pages - self.running.owed_pages() - headroom
+        headroom = self._config.headroom_pages * len(self._running)
+        return self._lifecycle.num_free_pages - self._lifecycle.owed_pages() - headroom
 
     def _head_fits(self) -> bool:
-        if not self.waiting or not self.running.num_free_slots:
+        if not len(self._waiting) or not self._lifecycle.num_free_slots:
             return False
-        return self.running.pages_for(self.waiting[0].num_context) <= self._admission_room()
+        head = self._waiting.first
+        return self._lifecycle.pages_for(head.num_context) <= self._admission_room()
 
-    def _admit(self, draft: _Draft, now_s: float) -> None:
+    def _admit(self, draft: _Draft) -> None:
         """Fills `draft` with newcomers until one must wait."""
-        room = self._admission_room() if self.waiting else 0
+        room = self._admission_room() if len(self._waiting) else 0
         num_processors = 0
-        while self.waiting and self.running.num_free_slots and draft.left > 0:
-            seq = self.waiting[0]
-            pages = self.running.pages_for(seq.num_context)
+        while len(self._waiting) and self._lifecycle.num_free_slots and draft.left > 0:
+            seq = self._waiting.first
+            pages = self._lifecycle.pages_for(seq.num_context)
             num_processors += seq.request.sampling.has_token_rules
             if pages > room or num_processors > self._max_processor_rows:
                 return
             if seq.num_in_flight > 0:  # just preempted: its tokens are not all known yet
                 return
             room -= pages + self._config.headroom_pages
-            self._enter(draft, seq, now_s)
+            self._enter(draft, seq)
 
-    def _enter(self, draft: _Draft, seq: Sequence, now_s: float) -> None:
-        self.waiting.pop(0)
-        self.running.enter(seq)
+    def _enter(self, draft: _Draft, seq: Sequence) -> None:
+        self._lifecycle.admit(seq)
         if seq.queue_s is None:
-            seq.queue_s = now_s - seq.arrival_s
+            seq.queue_s = draft.now_s - seq.arrival_s
             self._counters.prompt_tokens += len(seq.request.prompt)
         draft.admissions.append(Admission(seq.slot, seq.request, tuple(seq.output)))
         grant = _Grant(seq, first_page=0)
         self._extend(draft, grant, draft.share)
         draft.prompts.append(grant)
 
-    # Memory: by rank, from the end of the running.
+    # Memory goes by rank: the policy's victims rank behind the sequence that lacks a page.
 
     def _grant(self, draft: _Draft, grant: _Grant) -> None:
         """Gives a half computed prompt its share; it preempts only if not one token fits.
 
-        The last in rank waits with what it holds instead of preempting itself.
+        A prompt that would be its own victim waits with what it holds instead.
         """
         self._extend(draft, grant, draft.share)
         while grant.num_tokens == 0 and draft.left > 0:
-            last = self.running.sequences[-1]
-            if last is grant.seq:
+            victim = self._lifecycle.victim(grant.seq)
+            if victim is grant.seq:
                 break
-            self._preempt(last)
+            self._preempt(victim, draft.now_s)
             self._extend(draft, grant, draft.share)
         draft.prompts.append(grant)
 
@@ -233,30 +220,29 @@ class Planner:
         """Adds up to `most` tokens to `grant`, as the step and the free pages allow."""
         start = grant.seq.num_computed + grant.num_tokens
         end = min(len(grant.seq.context), start + min(most, draft.left))
-        end = min(end, self.running.most_positions(grant.seq))
-        self.running.grow(grant.seq, end)
+        end = min(end, self._lifecycle.most_positions(grant.seq))
+        self._lifecycle.grow(grant.seq, end)
         grant.num_tokens += end - start
         draft.left -= end - start
 
-    def _reserve(self, seq: Sequence, new: int) -> bool:
+    def _reserve(self, seq: Sequence, new: int, now_s: float) -> bool:
         """Pages for `new` more tokens of `seq`; False if it had to be preempted itself."""
         end = seq.num_computed + new
-        while end > seq.capacity and not self.running.grow(seq, end):
-            last = self.running.sequences[-1]
-            self._preempt(last)
-            if last is seq:
+        while end > seq.capacity and not self._lifecycle.grow(seq, end):
+            victim = self._lifecycle.victim(seq)
+            self._preempt(victim, now_s)
+            if victim is seq:
                 return False
         return True
 
-    def _preempt(self, seq: Sequence) -> None:
-        """Takes all from `seq`; tokens in flight still count when their step is committed."""
+    def _preempt(self, seq: Sequence, now_s: float) -> None:
         self._counters.num_preemptions += 1
         self._counters.recomputed_tokens += seq.num_computed
-        self.running.leave(seq)
-        self.enqueue(seq)
+        self._lifecycle.preempt(seq, now_s)
 
 
-def _decode_rows(decodes: list[_Decode]) -> Rows:
+def issue_decodes(decodes: list[_Decode]) -> Rows:
+    """Rows of `decodes`; counts their tokens as computed, and them as in flight."""
     chunks: list[Chunk] = []
     for seq, first_page, new in decodes:
         start, pages = seq.num_computed, seq.pages
@@ -271,7 +257,8 @@ def _decode_rows(decodes: list[_Decode]) -> Rows:
     return Rows(chunks, [seq for seq, _, _ in decodes])
 
 
-def _add_prompt(rows: Rows, grant: _Grant) -> None:
+def issue_prompt(rows: Rows, grant: _Grant) -> None:
+    """Adds a chunk to `rows`; counts its tokens as computed, and the sequence as in flight."""
     seq = grant.seq
     start, end = seq.num_computed, seq.num_computed + grant.num_tokens
     max_new = int(end == len(seq.context))

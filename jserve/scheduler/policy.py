@@ -1,20 +1,39 @@
-"""Who goes first, and for how long: pure functions. Policies rank, the scheduler allocates."""
+"""Who goes first, who makes room, and for how long: pure functions. The scheduler allocates."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from jserve.core.request import Request
-
-# Smaller ranks are served first and preempted last. No two are equal.
-Rank = tuple[float, ...]
-
-# Ranks a request when it arrives, from itself and its arrival number (0, 1, 2, …). A rank never
-# changes: a preempted sequence goes back to its place.
-Policy = Callable[[Request, int], Rank]
+from jserve.scheduler.queue import RankedQueue
+from jserve.scheduler.sequence import Rank, Sequence, SequenceView
 
 
-def first_come_first_served(request: Request, arrival: int) -> Rank:
-    """Smaller `priority` first, then the earlier arrival."""
-    return (request.priority, arrival)
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The two decisions of a scheduling policy.
+
+    Attributes:
+        rank: ranks a sequence at an event, from a view of it and the time in seconds. It is called
+            on events only, never per step: what must grow with time belongs into the rank itself
+            (a deadline, not the slack that is left).
+        victim: chooses which of the running sequences gives its pages back when `for_seq` lacks
+            some. The victim ranks behind `for_seq`, or is `for_seq`. It only reads them.
+    """
+
+    rank: Callable[[SequenceView, float], Rank]
+    victim: Callable[[RankedQueue, Sequence], Sequence]
+
+
+def by_priority_and_arrival(view: SequenceView, now_s: float) -> Rank:
+    """Ranks the smaller `priority` first, then the earlier arrival; no event changes that."""
+    return (view.request.priority, view.arrival)
+
+
+def last_in_rank(running: RankedQueue, for_seq: Sequence) -> Sequence:
+    """Chooses the sequence that would be served last."""
+    return running.last
+
+
+FIRST_COME_FIRST_SERVED = Policy(rank=by_priority_and_arrival, victim=last_in_rank)
 
 
 def decode_steps(most: int, remaining: list[int], *, waiting: bool) -> int:

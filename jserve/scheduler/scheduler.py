@@ -8,10 +8,10 @@ from jserve.core.request import FinishReason, Request, SequenceUpdate
 from jserve.core.step import Program, ProgramKind, RowLogprobs, StepPlan, StepResult
 from jserve.scheduler import logprobs
 from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.lifecycle import Lifecycle
 from jserve.scheduler.planner import Planner, Step
-from jserve.scheduler.policy import Policy, first_come_first_served
+from jserve.scheduler.policy import FIRST_COME_FIRST_SERVED, Policy
 from jserve.scheduler.programs import ProgramTable
-from jserve.scheduler.running import RunningSet
 from jserve.scheduler.sequence import Sequence, SequenceState
 from jserve.scheduler.stats import Counters, SchedulerStats
 
@@ -39,7 +39,7 @@ class Scheduler:
         max_model_len: int,
         programs: tuple[Program, ...],
         max_processor_rows: int = 8,
-        policy: Policy = first_come_first_served,
+        policy: Policy = FIRST_COME_FIRST_SERVED,
     ) -> None:
         """`max_processor_rows`: admissions with masks or biases that one step's batch can carry.
 
@@ -48,13 +48,14 @@ class Scheduler:
         """
         self._config = config
         self._max_model_len = max_model_len
-        self._policy = policy
         self._counters = Counters()
-        self._running = RunningSet(num_slots, num_pages, page_size)
+        self._lifecycle = Lifecycle(
+            policy, num_slots=num_slots, num_pages=num_pages, page_size=page_size
+        )
         self._planner = Planner(
             config,
             programs=ProgramTable(programs, num_slots),
-            running=self._running,
+            lifecycle=self._lifecycle,
             counters=self._counters,
             max_processor_rows=max_processor_rows,
         )
@@ -77,7 +78,7 @@ class Scheduler:
         max_total = self._checked_max_total(request)
         if self._draining:
             raise Unavailable("the engine is draining; send to another", retry_after_s=1.0)
-        num_waiting = len(self._planner.waiting)
+        num_waiting = len(self._lifecycle.waiting)
         if num_waiting >= self._config.max_queue:
             raise Overloaded(
                 f"the queue is full with {num_waiting} waiting sequences; try again later",
@@ -86,7 +87,7 @@ class Scheduler:
         seq = Sequence(
             id=request.id,
             request=_with_limit(request, max_total),
-            rank=self._policy(request, self._num_arrivals),
+            arrival=self._num_arrivals,
             arrival_s=now_s,
             max_total=max_total,
         )
@@ -94,7 +95,7 @@ class Scheduler:
             seq.prompt_logprobs = [None for _ in request.prompt]
         self._num_arrivals += 1
         self._live[request.id] = seq
-        self._planner.enqueue(seq)
+        self._lifecycle.arrive(seq, now_s)
 
     def _checked_max_total(self, request: Request) -> int:
         prompt = len(request.prompt)
@@ -114,11 +115,11 @@ class Scheduler:
                 param="prompt",
             )
         max_total = min(prompt + request.sampling.max_tokens, self._max_model_len)
-        pages = self._running.pages_for(max_total - 1)  # the last token is never computed
-        if pages > self._running.num_pages:
+        pages = self._lifecycle.pages_for(max_total - 1)  # the last token is never computed
+        if pages > self._lifecycle.num_pages:
             raise PromptTooLong(
                 f"prompt and output of {max_total} tokens need {pages} pages of KV memory, the "
-                f"engine has {self._running.num_pages}; shorten the prompt or lower max_tokens",
+                f"engine has {self._lifecycle.num_pages}; shorten the prompt or lower max_tokens",
                 param="max_tokens",
             )
         return max_total
@@ -160,12 +161,12 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """The present state and the counters since the start."""
-        num_waiting = len(self._planner.waiting)
+        num_waiting = len(self._lifecycle.waiting)
         return self._counters.snapshot(
             num_waiting=num_waiting,
             num_running=len(self._live) - num_waiting,
-            free_slots=self._running.num_free_slots,
-            free_pages=self._running.num_free_pages,
+            free_slots=self._lifecycle.num_free_slots,
+            free_pages=self._lifecycle.num_free_pages,
         )
 
     # Before a step.
@@ -220,7 +221,7 @@ class Scheduler:
                 self._end(seq)
                 self._counters.finished(now_s)
             elif state is not running or num != chunks[row].max_new:
-                self._settle(seq, chunks[row].max_new - num)
+                self._settle(seq, chunks[row].max_new - num, now_s)
             if not new and finish is None:
                 continue
             if seq.plain:
@@ -230,7 +231,7 @@ class Scheduler:
         self._counters.output_tokens += num_output
         return updates
 
-    def _settle(self, seq: Sequence, shortfall: int) -> None:
+    def _settle(self, seq: Sequence, shortfall: int, now_s: float) -> None:
         """Corrects the counts of a sequence that goes on with `shortfall` tokens under its plan."""
         if shortfall < 0 or len(seq.request.prompt) + len(seq.output) >= seq.max_total:
             raise EngineError(
@@ -241,11 +242,11 @@ class Scheduler:
         if seq.state is SequenceState.RUNNING:
             seq.num_tokens -= shortfall
             seq.num_computed -= shortfall
-        elif seq.state is SequenceState.RETIRED:  # too early: it owes tokens after all
-            self._planner.enqueue(seq)
+        elif seq.state is SequenceState.RETIRED:
+            self._lifecycle.requeue(seq, now_s)
 
     def _end(self, seq: Sequence) -> None:
-        self._planner.drop(seq)
+        self._lifecycle.finish(seq)
         del self._live[seq.id]
 
 

@@ -1,45 +1,75 @@
-"""The progress of one request, and lists of sequences in the order of their rank."""
+"""The progress of one request, and the states it passes through.
+
+                       finish (from any state)
+      ┌───────────────────────┬───────────────────┬───────────┐
+      │        admit          │      retire       │           ▼
+    WAITING ────────────▶ RUNNING ───────────▶ RETIRED     FINISHED
+      ▲  ▲                    │                   │
+      │  └───── preempt ──────┘                   │
+      └───────────────── requeue ─────────────────┘
+
+`Lifecycle` owns every transition.
+"""
 
 import enum
-from bisect import bisect_left, insort
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from operator import attrgetter
+from typing import NamedTuple
 
 from jserve.core.request import Request, TokenLogprobs
-from jserve.scheduler.policy import Rank
+
+# Smaller ranks are served first and preempted last; equal ranks keep the order of their arrival.
+Rank = tuple[float, ...]
 
 
 class SequenceState(enum.Enum):
     """Where a sequence is; it holds a slot and pages only while RUNNING."""
 
-    WAITING = "waiting"  # in the queue: new, or preempted
+    WAITING = "waiting"  # in the queue: new, preempted, or owed tokens after all
     RUNNING = "running"
     RETIRED = "retired"  # every token it may get is in flight
     FINISHED = "finished"  # no longer the scheduler's; results still in flight are dropped
+
+
+class Event(enum.Enum):
+    """The moments at which a policy ranks a sequence."""
+
+    ARRIVAL = "arrival"
+    PREEMPTION = "preemption"
+    REQUEUE = "requeue"  # it had retired, and the device yielded less than planned
+
+
+class SequenceView(NamedTuple):
+    """The facts that a policy ranks a sequence by, as they are at an event."""
+
+    event: Event
+    request: Request
+    arrival: int  # 0, 1, 2, … in the order of arrival
+    arrival_s: float
+    num_output: int  # committed tokens
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """Owned and changed by the scheduler alone.
 
-    Counts include what submitted steps will do, whether committed or not: a sequence that does not
-    finish gets every planned token, and one that does is past caring. Between steps either
-    `num_computed < len(context)` (a prompt, or a recomputation, is being computed by chunks) or
+    Counts include what submitted steps will do, whether committed or not: a sequence that goes on
+    gets every planned token, and the counts of one that finishes are never read again. Between
+    steps either `num_computed < len(context)` (chunks compute a prompt, or compute it again) or
     `num_computed == num_tokens - 1` (its last token lies on the device, and the next is decoded).
     """
 
     id: str  # of its request
     request: Request
-    rank: Rank
+    arrival: int
     arrival_s: float
     max_total: int  # prompt and output tokens at which it ends
-    state: SequenceState = SequenceState.WAITING
+    rank: Rank = ()  # changed by `RankedQueue.rerank` alone once the sequence is in a queue
+    state: SequenceState = SequenceState.WAITING  # changed by `Lifecycle` alone
     output: list[int] = field(default_factory=list[int])  # committed tokens
     queue_s: float | None = None  # arrival to first admission
     num_in_flight: int = 0  # submitted steps with a row of this sequence
     reported: bool = False  # the first update is out
-    plain: bool = False  # and the others carry tokens alone
+    plain: bool = False  # later updates carry tokens alone
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # collected over chunks
 
     # Of the present stay in a slot:
@@ -55,18 +85,6 @@ class Sequence:
         """Tokens that the next stay in a slot must compute before it decodes."""
         return len(self.request.prompt) + len(self.output)
 
-
-_RANK: Callable[[Sequence], Rank] = attrgetter("rank")
-
-
-def insert_ranked(sequences: list[Sequence], seq: Sequence) -> None:
-    """Puts `seq` in its place."""
-    insort(sequences, seq, key=_RANK)
-
-
-def remove_ranked(sequences: list[Sequence], seq: Sequence) -> None:
-    """Takes out `seq`, which must be there."""
-    index = bisect_left(sequences, seq.rank, key=_RANK)
-    if index == len(sequences) or sequences[index] is not seq:
-        raise ValueError(f"{seq.request.id} is not in the list")
-    del sequences[index]
+    def view(self, event: Event) -> SequenceView:
+        """The sequence as a policy sees it."""
+        return SequenceView(event, self.request, self.arrival, self.arrival_s, len(self.output))

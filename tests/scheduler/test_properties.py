@@ -90,7 +90,7 @@ class Drill:
             model=MODEL,
             max_processor_rows=engine.max_processor_rows,
         )
-        self.planner = self.scheduler._planner  # the drill looks inside
+        self.lifecycle = self.scheduler._lifecycle  # the drill looks inside
         self.now_s = 0.0
         self.depth = depth
         self.num_requests = 0
@@ -141,7 +141,7 @@ class Drill:
             len(request.prompt) < self.engine.max_model_len
             and total - 1 <= self.engine.num_pages * self.engine.page_size
         )
-        queued = len(self.planner.waiting)
+        queued = len(self.lifecycle.waiting)
         try:
             self.scheduler.add(request, self.now_s)
         except PromptTooLong:
@@ -196,14 +196,14 @@ class Drill:
         if len(self.in_flight) == self.depth:
             self.commit()
             return
-        running = list(self.planner.running.sequences)
+        running = list(self.lifecycle.running)
         held = {seq.id: len(seq.pages) for seq in running}
         decodes = [s for s in running if s.num_computed >= len(s.context)]
         plan = self.scheduler.plan(self.now_s)
         if plan is None:
             # Nothing can run only because it waits for steps in flight.
-            assert not self.planner.running.sequences
-            assert not self.planner.waiting or self.planner.waiting[0].num_in_flight
+            assert not len(self.lifecycle.running)
+            assert not self.lifecycle.waiting or self.lifecycle.waiting.first.num_in_flight
             return
         self.plans.append(plan)
         rows = {chunk.slot for chunk in plan.chunks}
@@ -231,11 +231,11 @@ class Drill:
             if admission.output:  # the prompt was reported with the first token
                 [chunk] = [chunk for chunk in plan.chunks if chunk.slot == admission.slot]
                 assert chunk.prompt_targets == ()
-        if plan.admissions and self.planner.waiting:
+        if plan.admissions and self.lifecycle.waiting:
             admitted = {a.slot for a in plan.admissions}
-            running = self.planner.running.sequences
+            running = self.lifecycle.running
             newcomers = [s.rank for s in running if s.slot in admitted]
-            assert max(newcomers, default=(-9,)) < self.planner.waiting[0].rank
+            assert max(newcomers, default=(-9,)) < self.lifecycle.waiting.first.rank
 
     def commit(self) -> None:
         if not self.in_flight:
@@ -258,7 +258,7 @@ class Drill:
 
     def check_memory(self) -> None:
         """Every slot and page is free or has one owner."""
-        running = self.planner.running.sequences
+        running = self.lifecycle.running
         pages = [page for seq in running for page in seq.pages]
         assert len(set(pages)) == len(pages)
         stats = self.scheduler.stats()
