@@ -74,6 +74,18 @@ class Lifecycle:
             self._vacate(seq)
         seq.state = SequenceState.FINISHED
 
+    # Decisions of the policy.
+
+    def note_first_output(self, seq: Sequence, now_s: float) -> None:
+        """Ranks `seq` again now that its first token is committed."""
+        rank = self._policy.rank(seq.view(Event.FIRST_OUTPUT), now_s)
+        if seq.state is SequenceState.WAITING:
+            self.waiting.rerank(seq, rank)
+        elif seq.state is SequenceState.RUNNING:
+            self.running.rerank(seq, rank)
+        else:
+            seq.rank = rank
+
     def victim(self, for_seq: Sequence) -> Sequence:
         """The running sequence to preempt so that `for_seq` gets pages; it may be `for_seq`.
 

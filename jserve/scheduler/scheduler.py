@@ -227,6 +227,8 @@ class Scheduler:
             if seq.plain:
                 updates.append(SequenceUpdate(seq.id, tuple(new), finish))
             else:
+                if not seq.reported and finish is None:
+                    self._lifecycle.note_first_output(seq, now_s)
                 updates.append(_full_update(seq, row, new, finish, result))
         self._counters.output_tokens += num_output
         return updates

@@ -34,6 +34,7 @@ class Event(enum.Enum):
     """The moments at which a policy ranks a sequence."""
 
     ARRIVAL = "arrival"
+    FIRST_OUTPUT = "first output"  # its first token is committed
     PREEMPTION = "preemption"
     REQUEUE = "requeue"  # it had retired, and the device yielded less than planned
 

@@ -17,7 +17,10 @@ from jserve.core.errors import (
 from jserve.core.request import FinishReason, Request, SamplingParams, SequenceUpdate
 from jserve.core.step import FinishCode, Program, ProgramKind, StepPlan, StepResult
 from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.policy import FIRST_COME_FIRST_SERVED, Policy, last_in_rank
+from jserve.scheduler.queue import RankedQueue
 from jserve.scheduler.scheduler import Scheduler
+from jserve.scheduler.sequence import Event, Sequence, SequenceView
 from jserve.scheduler.simulated_executor import SimulatedExecutor
 from jserve.scheduler.simulated_model import SimulatedModel
 
@@ -42,6 +45,7 @@ class Rig:
         programs: tuple[Program, ...] = PROGRAMS,
         model: SimulatedModel = ENDLESS,
         max_processor_rows: int = 8,
+        policy: Policy = FIRST_COME_FIRST_SERVED,
     ) -> None:
         self.model = model
         self.scheduler = Scheduler(
@@ -52,6 +56,7 @@ class Rig:
             max_model_len=max_model_len,
             programs=programs,
             max_processor_rows=max_processor_rows,
+            policy=policy,
         )
         self.executor = SimulatedExecutor(
             programs,
@@ -590,6 +595,77 @@ def test_the_first_in_rank_takes_pages_even_for_its_prompt() -> None:
     rig.run()
     assert rig.outputs["low"] == rig.model.generate(low, 100)[0]
     assert rig.outputs["high"] == rig.model.generate(high, 100)[0]
+
+
+# Policies.
+
+
+class Recorder:
+    """Ranks by how much a sequence has got, and notes at which events it was asked."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Event, str, float]] = []
+
+    def rank(self, view: SequenceView, now_s: float) -> tuple[float, ...]:
+        self.events.append((view.event, view.request.id, now_s))
+        return (-view.num_output, view.arrival)
+
+
+def test_a_policy_ranks_at_events_and_never_per_step() -> None:
+    recorder = Recorder()
+    rig = Rig(policy=Policy(rank=recorder.rank, victim=last_in_rank))
+    for name in "ab":
+        rig.add(name, max_tokens=40)
+    rig.now_s = 3.0
+    rig.run(depth=2)
+    assert recorder.events == [
+        (Event.ARRIVAL, "a", 0.0),
+        (Event.ARRIVAL, "b", 0.0),
+        (Event.FIRST_OUTPUT, "a", 3.0),
+        (Event.FIRST_OUTPUT, "b", 3.0),
+    ]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_ranks_that_change_at_every_event_lose_nobody(depth: int) -> None:
+    recorder = Recorder()
+    rig = Rig(
+        SchedulerConfig(headroom_pages=0),
+        num_pages=9,
+        policy=Policy(rank=recorder.rank, victim=last_in_rank),
+    )
+    requests = [rig.add(name, prompt=6, max_tokens=18) for name in "abcdefg"]
+    rig.run(depth)
+    assert rig.outputs == {r.id: rig.model.generate(r, 100)[0] for r in requests}
+    assert {event for event, _, _ in recorder.events} >= {Event.FIRST_OUTPUT, Event.PREEMPTION}
+    assert rig.scheduler.stats().free_pages == 9
+
+
+def test_the_policy_chooses_the_victim() -> None:
+    def first_behind(running: RankedQueue, for_seq: Sequence) -> Sequence:
+        behind = [seq for seq in running if seq.rank > for_seq.rank]
+        return behind[0] if behind else for_seq
+
+    policy = Policy(rank=FIRST_COME_FIRST_SERVED.rank, victim=first_behind)
+    rig = Rig(SchedulerConfig(headroom_pages=0), num_pages=9, policy=policy)
+    requests = [rig.add(name, prompt=6, max_tokens=18) for name in "abc"]
+    plans: list[StepPlan] = []
+    while rig.scheduler.stats().num_preemptions == 0:
+        plans.append(rig.step()[0])
+    assert names(plans[-1]) == ["a", "c"]  # the last in rank stays
+    rig.run(depth=2)
+    assert rig.outputs == {r.id: rig.model.generate(r, 100)[0] for r in requests}
+
+
+def test_a_victim_before_the_one_that_lacks_pages_is_refused() -> None:
+    policy = Policy(
+        rank=FIRST_COME_FIRST_SERVED.rank, victim=lambda running, for_seq: running.first
+    )
+    rig = Rig(SchedulerConfig(headroom_pages=0), num_pages=8, policy=policy)
+    for name, prompt in (("a", 4), ("b", 6)):
+        rig.add(name, prompt=prompt, max_tokens=18)
+    with pytest.raises(ValueError, match="preempts a, which is not behind b"):
+        rig.run()
 
 
 # Log-probabilities.
