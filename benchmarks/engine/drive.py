@@ -1,10 +1,9 @@
-"""Drives an engine as `EngineLoop.run_once` does, one step in flight ahead, and times each part."""
+"""Drives an engine by the pipeline that serves, and times each part of its turns."""
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -12,8 +11,9 @@ import numpy as np
 
 from jserve.core.errors import ConfigError
 from jserve.core.request import Request, SamplingParams
-from jserve.core.step import ProgramKind, StepPlan
+from jserve.core.step import Executor, ProgramKind, StepPlan, StepResult
 from jserve.engine.build.assembly import Engine
+from jserve.engine.pipeline import Pipeline
 
 _R = TypeVar("_R")
 
@@ -51,17 +51,45 @@ class _Submitted(NamedTuple):
     submit_s: float
 
 
+class _TimedExecutor:
+    """An executor that measures itself and, by what lies between its calls, the scheduler."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._ended_s = 0.0  # when the device finished its latest step
+        self.turn_began_s = 0.0  # CPU seconds of the thread, as all that follow
+        self.collected_s = 0.0
+        self.finished: Turn | None = None  # the step that was collected last, its commit to come
+
+    def submit(self, plan: StepPlan) -> _Submitted:
+        plan_s = time.thread_time() - self.turn_began_s
+        at_s = time.perf_counter()
+        handle, submit_s = _timed(lambda: self._executor.submit(plan))
+        return _Submitted(plan, handle, at_s, plan_s, submit_s)
+
+    def collect(self, handle: _Submitted) -> StepResult:
+        jax.block_until_ready(handle.handle.result.tokens)
+        started_s = max(self._ended_s, handle.at_s)
+        self._ended_s = time.perf_counter()
+        result, collect_s = _timed(lambda: self._executor.collect(handle.handle))
+        host = HostTimes(handle.plan_s, handle.submit_s, collect_s, commit=0.0)
+        num_tokens = int(result.num_new.sum())
+        self.finished = Turn(handle.plan, num_tokens, started_s, self._ended_s, host)
+        self.collected_s = time.thread_time()
+        return result
+
+
 class Driver:
     """Owns the scheduler and executor of an engine while it is measured."""
 
     def __init__(self, engine: Engine, seed: int = 0) -> None:
         self.engine = engine
-        self._scheduler, self._executor = engine.scheduler, engine.executor
-        self._in_flight: deque[_Submitted] = deque()
+        self._scheduler = engine.scheduler
+        self._executor = _TimedExecutor(engine.executor)
+        self._pipeline = Pipeline(engine.scheduler, self._executor)
         self._rng = np.random.default_rng(seed)
         self._live: list[str] = []
         self._num_added = 0
-        self._ended_s = 0.0  # when the device finished its latest step
 
     def add(self, count: int, prompt_tokens: int, max_tokens: int) -> None:
         """Queues greedy requests of random prompts that nothing but their limit ends."""
@@ -75,13 +103,15 @@ class Driver:
 
     def turns(self) -> Iterator[Turn]:
         """Steps as they end, until there is no work. Leave it any time; the next call goes on."""
-        while self._scheduler.has_work or self._in_flight:
-            planned = self._submit_next()
-            if not self._in_flight:
+        while self._pipeline.has_work:
+            self._executor.turn_began_s = time.thread_time()
+            updates = self._pipeline.turn(time.monotonic)
+            commit_s = time.thread_time() - self._executor.collected_s
+            turn = self._executor.finished
+            if updates is not None and turn is not None:
+                yield replace(turn, host=turn.host._replace(commit=commit_s))
+            elif not self._pipeline.num_in_flight:
                 raise RuntimeError("nothing runs, though there is work")
-            if planned and len(self._in_flight) < 2:
-                continue
-            yield self._finish_oldest()
 
     def clear(self) -> None:
         """Ends everything that runs or waits."""
@@ -102,26 +132,6 @@ class Driver:
             for _ in self.turns():
                 pass
         self._live.clear()
-
-    def _submit_next(self) -> bool:
-        plan, plan_s = _timed(lambda: self._scheduler.plan(time.monotonic()))
-        if plan is None:
-            return False
-        at_s = time.perf_counter()
-        handle, submit_s = _timed(lambda: self._executor.submit(plan))
-        self._in_flight.append(_Submitted(plan, handle, at_s, plan_s, submit_s))
-        return True
-
-    def _finish_oldest(self) -> Turn:
-        step = self._in_flight.popleft()
-        jax.block_until_ready(step.handle.result.tokens)
-        started_s = max(self._ended_s, step.at_s)
-        self._ended_s = time.perf_counter()
-        result, collect_s = _timed(lambda: self._executor.collect(step.handle))
-        _, commit_s = _timed(lambda: self._scheduler.commit(step.plan, result, time.monotonic()))
-        num_tokens = int(result.num_new.sum())
-        host = HostTimes(step.plan_s, step.submit_s, collect_s, commit_s)
-        return Turn(step.plan, num_tokens, started_s, self._ended_s, host)
 
 
 def decode(

@@ -14,6 +14,7 @@ import numpy as np
 from benchmarks.serving import report
 from jserve.core.request import Request, SamplingParams
 from jserve.core.step import FinishCode, Program, ProgramKind, StepPlan, StepResult
+from jserve.engine.pipeline import Pipeline
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
 
@@ -21,7 +22,7 @@ _PROMPT = tuple(range(100))
 
 
 def crowded_scheduler(num_slots: int, steps: int, max_tokens: int) -> Scheduler:
-    """Every slot decodes; nobody waits."""
+    """As many requests as slots, which all decode once their prompts are computed."""
     programs = (
         Program(ProgramKind.MIXED, 4096, num_slots),
         Program(ProgramKind.DECODE, num_slots, num_slots, steps),
@@ -37,14 +38,23 @@ def crowded_scheduler(num_slots: int, steps: int, max_tokens: int) -> Scheduler:
     for i in range(num_slots):
         sampling = SamplingParams(max_tokens=max_tokens)
         scheduler.add(Request(id=f"request-{i}", prompt=_PROMPT, sampling=sampling), 0.0)
-    while True:
-        plan = scheduler.plan(0.0)
-        if plan is None or plan.program.kind is ProgramKind.DECODE:
-            break
-        scheduler.commit(plan, outcome(plan), 0.0)
-    if plan is not None:
-        scheduler.commit(plan, outcome(plan), 0.0)
     return scheduler
+
+
+class InstantExecutor:
+    """Computes nothing, and notes when the scheduler's part of a turn ends and begins again."""
+
+    def __init__(self) -> None:
+        self.submitted_s = 0.0  # CPU seconds of the thread: the last plan was there
+        self.collected_s = 0.0  # the last commit began
+
+    def submit(self, plan: StepPlan) -> StepResult:
+        self.submitted_s = time.thread_time()
+        return outcome(plan)
+
+    def collect(self, handle: StepResult) -> StepResult:
+        self.collected_s = time.thread_time()
+        return handle
 
 
 def outcome(plan: StepPlan) -> StepResult:
@@ -57,25 +67,21 @@ def outcome(plan: StepPlan) -> StepResult:
 
 
 def measure(num_slots: int, steps: int, repeats: int) -> dict[str, float]:
-    """Medians of CPU microseconds of the thread, which a busy machine blurs less than time.
-
-    One step is always in flight, as in the engine.
-    """
+    """Medians of CPU microseconds of the thread, which a busy machine blurs less than time."""
     scheduler = crowded_scheduler(num_slots, steps, max_tokens=steps * (repeats + 4) + 32)
-    before = scheduler.plan(0.0)
+    executor = InstantExecutor()
+    pipeline = Pipeline(scheduler, executor)
+    while (plan := pipeline.start(_now)) and plan.program.kind is not ProgramKind.DECODE:
+        pipeline.finish(_now)
     plan_us: list[float] = []
     commit_us: list[float] = []
     for _ in range(repeats):
         start = time.thread_time()
-        plan = scheduler.plan(0.0)
-        plan_us.append((time.thread_time() - start) * 1e6)
-        if before is None or plan is None:
+        updates = pipeline.turn(_now)
+        plan_us.append((executor.submitted_s - start) * 1e6)
+        commit_us.append((time.thread_time() - executor.collected_s) * 1e6)
+        if not updates or pipeline.num_in_flight < 1:
             raise RuntimeError("the scheduler ran dry; lower --repeats")
-        result = outcome(before)
-        start = time.thread_time()
-        scheduler.commit(before, result, 0.0)
-        commit_us.append((time.thread_time() - start) * 1e6)
-        before = plan
     both = [p + c for p, c in zip(plan_us, commit_us, strict=True)]
     return {
         "plan_us": round(statistics.median(plan_us), 1),
@@ -83,6 +89,10 @@ def measure(num_slots: int, steps: int, repeats: int) -> dict[str, float]:
         "both_us": round(statistics.median(both), 1),
         "both_p99_us": round(statistics.quantiles(both, n=100)[98], 1),
     }
+
+
+def _now() -> float:
+    return 0.0
 
 
 def main() -> None:

@@ -1,18 +1,16 @@
-"""The engine's heartbeat: one thread that plans step n+1 while the device runs step n."""
+"""The engine's heartbeat: one thread that takes commands in, turns the pipeline, posts updates."""
 
-from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from jserve.core.clock import Clock
 from jserve.core.errors import JserveError
 from jserve.core.request import EngineStats
-from jserve.core.step import Executor, StepPlan
+from jserve.core.step import Executor
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
+from jserve.engine.pipeline import Pipeline
 from jserve.scheduler.scheduler import Scheduler
 
 _IDLE_WAIT_S = 0.5  # an idle engine wakes up to look whether it was asked to stop
-_MAX_IN_FLIGHT = 2
 
 
 class EngineLoop:
@@ -29,12 +27,11 @@ class EngineLoop:
     ) -> None:
         """`num_compiles` counts the compilations since the engine was ready; it should stay 0."""
         self._scheduler = scheduler
-        self._executor = executor
+        self._pipeline = Pipeline(scheduler, executor)
         self._inbox = inbox
         self._outbox = outbox
         self._clock = clock
         self._num_compiles = num_compiles
-        self._in_flight: deque[tuple[StepPlan, Any]] = deque()
         self._draining = False
         self._stopping = False
 
@@ -55,7 +52,7 @@ class EngineLoop:
                 if self._draining:
                     self._drain_inbox()  # what came before the drain still counts
                     self._scheduler.drain()
-                    if not self._scheduler.has_work and not self._in_flight:
+                    if not self._pipeline.has_work:
                         return
                 self.run_once()
             self._fail_all("the engine was stopped before the answer was complete")
@@ -64,20 +61,13 @@ class EngineLoop:
             raise
 
     def run_once(self) -> None:
-        """One turn: take what came in, start the next step, finish the one before it."""
+        """Takes what came in, starts the next step, and finishes the one before it."""
         self._drain_inbox()
-        plan = self._scheduler.plan(self._clock.now_s())
-        if plan is not None:
-            self._in_flight.append((plan, self._executor.submit(plan)))
-        if not self._in_flight:
+        updates = self._pipeline.turn(self._clock.now_s)
+        if updates is not None:
+            self._outbox.post(updates, self._stats())
+        elif not self._pipeline.num_in_flight:
             self._inbox.wait(_IDLE_WAIT_S)
-            return
-        if plan is not None and len(self._in_flight) < _MAX_IN_FLIGHT:
-            return
-        plan, handle = self._in_flight.popleft()
-        result = self._executor.collect(handle)
-        updates = self._scheduler.commit(plan, result, self._clock.now_s())
-        self._outbox.post(updates, self._stats())
 
     def _drain_inbox(self) -> None:
         for command in self._inbox.drain():
@@ -91,8 +81,7 @@ class EngineLoop:
                     self._scheduler.abort(request_id)
 
     def _fail_all(self, message: str) -> None:
-        self._in_flight.clear()
-        self._outbox.post(self._scheduler.fail_all(message), self._stats())
+        self._outbox.post(self._pipeline.fail(message), self._stats())
 
     def _stats(self) -> EngineStats:
         stats = self._scheduler.stats()

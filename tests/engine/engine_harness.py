@@ -12,6 +12,7 @@ from jserve.core.model_spec import ModelSpec
 from jserve.core.request import FinishReason, Request, SequenceUpdate, TokenLogprobs
 from jserve.engine.build.assembly import Engine, build_engine
 from jserve.engine.config import EngineConfig
+from jserve.engine.pipeline import Pipeline
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh, param_shardings
 from jserve.pallas_kernels.backend import Backend, backend_for
@@ -109,20 +110,16 @@ class Harness:
         arrivals = arrivals or [0] * len(requests)
         outcomes = {request.id: Outcome() for request in requests}
         queue = deque(sorted(zip(arrivals, requests, strict=True), key=lambda pair: pair[0]))
-        in_flight = deque()
+        pipeline = Pipeline(self.scheduler, self.engine.executor, depth=2 if self.overlap else 1)
         compiles = self.engine.num_compiles()
         for turn in range(10_000):
+            now_s = float(turn)
             while queue and queue[0][0] <= turn:
-                self.scheduler.add(queue.popleft()[1], float(turn))
-            plan = self.scheduler.plan(float(turn))
-            if plan is not None:
-                in_flight.append((plan, self.engine.executor.submit(plan)))
-            if in_flight and (plan is None or len(in_flight) > self.overlap):
-                plan, handle = in_flight.popleft()
-                result = self.engine.executor.collect(handle)
-                for update in self.scheduler.commit(plan, result, float(turn)):
-                    _note(outcomes[update.request_id], update)
-            elif plan is None and not queue:
+                self.scheduler.add(queue.popleft()[1], now_s)
+            updates = pipeline.turn(lambda now_s=now_s: now_s)
+            for update in updates or ():
+                _note(outcomes[update.request_id], update)
+            if updates is None and not pipeline.num_in_flight and not queue:
                 break
         stats = self.scheduler.stats()
         assert (stats.num_running, stats.num_waiting) == (0, 0)
@@ -169,7 +166,7 @@ def _dense(model: Model):
 
 
 def _note(outcome: Outcome, update: SequenceUpdate) -> None:
-    assert outcome.finish is None, "news after the finish"
+    assert outcome.finish is None, "an update after the finish"
     outcome.tokens += update.tokens
     outcome.logprobs += update.logprobs or ()
     outcome.finish = update.finish

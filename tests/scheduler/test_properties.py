@@ -1,7 +1,6 @@
 """The scheduler under random load: 10⁵ operations against a simulated device that checks plans."""
 
 import random
-from collections import deque
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from jserve.core.errors import Overloaded, PromptTooLong
 from jserve.core.request import Request, SamplingParams, SequenceUpdate, TokenLogprobs
 from jserve.core.step import Program, ProgramKind, StepPlan
+from jserve.engine.pipeline import Pipeline
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
 from jserve.scheduler.sequence import SequenceState
@@ -92,9 +92,8 @@ class Drill:
         )
         self.lifecycle = self.scheduler._lifecycle  # the drill looks inside
         self.now_s = 0.0
-        self.depth = depth
+        self.pipeline = Pipeline(self.scheduler, self.executor, depth)
         self.num_requests = 0
-        self.in_flight: deque[tuple[StepPlan, object]] = deque()
         self.plans: list[StepPlan] = []
         self.requests: dict[str, Request] = {}  # live ones
         self.arrivals: dict[str, float] = {}
@@ -122,7 +121,7 @@ class Drill:
             self.commit()
             most -= 1
             assert most > 0, "no progress"
-        while self.in_flight:
+        while self.pipeline.num_in_flight:
             self.commit()
         assert not self.requests
         stats = self.scheduler.stats()
@@ -193,13 +192,13 @@ class Drill:
         self.queue_s.pop(name, None)
 
     def plan(self) -> None:
-        if len(self.in_flight) == self.depth:
+        if self.pipeline.num_in_flight == self.pipeline.depth:
             self.commit()
             return
         running = list(self.lifecycle.running)
         held = {seq.id: len(seq.pages) for seq in running}
         decodes = [s for s in running if s.num_computed >= len(s.context)]
-        plan = self.scheduler.plan(self.now_s)
+        plan = self.pipeline.start(self.now)
         if plan is None:
             # Nothing can run only because it waits for steps in flight.
             assert not len(self.lifecycle.running)
@@ -221,7 +220,9 @@ class Drill:
             free = self.scheduler.stats().free_pages
             assert free <= held[last_victim.id], "a needless preemption"
         self.check_admissions(plan)
-        self.in_flight.append((plan, self.executor.submit(plan)))
+
+    def now(self) -> float:
+        return self.now_s
 
     def check_admissions(self, plan: StepPlan) -> None:
         """Nobody who waits, and could run, was overtaken."""
@@ -238,13 +239,11 @@ class Drill:
             assert max(newcomers, default=(-9,)) < self.lifecycle.waiting.first.rank
 
     def commit(self) -> None:
-        if not self.in_flight:
+        if not self.pipeline.num_in_flight:
             self.plan()
             return
-        plan, handle = self.in_flight.popleft()
-        result = self.executor.collect(handle)
-        for update in self.scheduler.commit(plan, result, self.now_s):
-            assert update.request_id in self.requests, "news of a dead sequence"
+        for update in self.pipeline.finish(self.now):
+            assert update.request_id in self.requests, "an update of a dead sequence"
             updates = self.updates[update.request_id]
             updates.append(update)
             first = len(updates) == 1

@@ -1,7 +1,7 @@
 """The scheduler's promises, one by one, on a simulated device that checks every plan."""
 
-from collections import deque
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from jserve.core.errors import (
 )
 from jserve.core.request import FinishReason, Request, SamplingParams, SequenceUpdate
 from jserve.core.step import FinishCode, Program, ProgramKind, StepPlan, StepResult
+from jserve.engine.pipeline import Pipeline
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.policy import FIRST_COME_FIRST_SERVED, Policy, last_in_rank
 from jserve.scheduler.queue import RankedQueue
@@ -30,6 +31,18 @@ MIXED_32 = Program(ProgramKind.MIXED, 32, 4)
 DECODE_2 = Program(ProgramKind.DECODE, 2, 2, 8)
 DECODE_4 = Program(ProgramKind.DECODE, 4, 4, 8)
 PROGRAMS = (MIXED_32, DECODE_4, MIXED_8, DECODE_2)
+
+
+class Recording(SimulatedExecutor):
+    """Remembers the plans that it ran."""
+
+    def __init__(self, programs: tuple[Program, ...], **sizes: Any) -> None:
+        super().__init__(programs, **sizes)
+        self.plans: list[StepPlan] = []
+
+    def submit(self, plan: StepPlan) -> StepResult:
+        self.plans.append(plan)
+        return super().submit(plan)
 
 
 class Rig:
@@ -58,7 +71,7 @@ class Rig:
             max_processor_rows=max_processor_rows,
             policy=policy,
         )
-        self.executor = SimulatedExecutor(
+        self.executor = Recording(
             programs,
             num_slots=num_slots,
             num_pages=num_pages,
@@ -66,7 +79,7 @@ class Rig:
             model=model,
             max_processor_rows=max_processor_rows,
         )
-        self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
+        self.pipeline = Pipeline(self.scheduler, self.executor)
         self.outputs: dict[str, list[int]] = {}
         self.finished: dict[str, FinishReason] = {}
         self.now_s = 0.0
@@ -83,19 +96,20 @@ class Rig:
         self.scheduler.add(request, self.now_s)
         return request
 
+    @property
+    def in_flight(self) -> list[StepPlan]:
+        """Plans that are submitted and not committed, the oldest first."""
+        plans = self.executor.plans
+        return plans[len(plans) - self.pipeline.num_in_flight :]
+
     def plan(self) -> StepPlan:
-        plan = self.scheduler.plan(self.now_s)
+        plan = self.pipeline.start(self.now)
         assert plan is not None
-        self.in_flight.append((plan, self.executor.submit(plan)))
         return plan
 
     def commit(self) -> list[SequenceUpdate]:
-        plan, handle = self.in_flight.popleft()
-        updates = self.scheduler.commit(plan, self.executor.collect(handle), self.now_s)
-        for update in updates:
-            self.outputs.setdefault(update.request_id, []).extend(update.tokens)
-            if update.finish is not None:
-                self.finished[update.request_id] = update.finish
+        updates = self.pipeline.finish(self.now)
+        self.note(updates)
         return updates
 
     def step(self) -> tuple[StepPlan, list[SequenceUpdate]]:
@@ -104,15 +118,20 @@ class Rig:
 
     def run(self, depth: int = 1) -> list[StepPlan]:
         """Until nothing is left, with `depth` steps in flight."""
-        plans: list[StepPlan] = []
+        num_before = len(self.executor.plans)
+        self.pipeline.depth = depth
         while self.scheduler.has_work:
-            plan = self.scheduler.plan(self.now_s)
-            if plan is not None:
-                plans.append(plan)
-                self.in_flight.append((plan, self.executor.submit(plan)))
-            if plan is None or len(self.in_flight) == depth:
-                self.commit()
-        return plans
+            self.note(self.pipeline.turn(self.now) or [])
+        return self.executor.plans[num_before:]
+
+    def now(self) -> float:
+        return self.now_s
+
+    def note(self, updates: list[SequenceUpdate]) -> None:
+        for update in updates:
+            self.outputs.setdefault(update.request_id, []).extend(update.tokens)
+            if update.finish is not None:
+                self.finished[update.request_id] = update.finish
 
     def is_empty(self) -> bool:
         stats = self.scheduler.stats()
@@ -572,7 +591,7 @@ def test_a_preempted_sequence_is_not_admitted_while_a_step_of_its_is_in_flight()
             rig.commit()
     rig.scheduler.abort("a")  # now there is room for c at once
     rig.add("late", prompt=1, max_tokens=1)
-    while any("c" in names(plan) for plan, _ in rig.in_flight):
+    while any("c" in names(plan) for plan in rig.in_flight):
         plan = rig.plan()
         assert names(plan) == ["b"]  # late does not take the place of c
         assert plan.num_steps == 1  # and c does not wait for a long run
