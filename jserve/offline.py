@@ -17,6 +17,7 @@ from jserve.engine.build.start import start_engine
 from jserve.engine.config import PlatformConfig
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
 from jserve.engine.loop import EngineLoop
+from jserve.engine.step_log import open_step_log
 from jserve.gateway.pieces import Choice, Generation, Piece, Prompt
 from jserve.gateway.text_model import TextModel
 from jserve.gateway.validation import (
@@ -73,6 +74,7 @@ class LLM:
             self._outbox,
             WallClock(),
             engine.num_compiles,
+            open_step_log(config.engine),
         )
         self._serial = itertools.count()
         self._stats = EngineStats()

@@ -66,6 +66,7 @@ class EngineConfig:
     num_processes: int = 1  # that the devices belong to, as many to each; the first one leads
     join_timeout_s: float = 600.0  # what the processes may take to find each other
     drain_timeout_s: float = 30.0  # what runs may take after a stop was asked for
+    step_log: str | None = None  # file to append a JSON line per step to; see docs/extending.md
 
     def __post_init__(self) -> None:
         if self.num_slots < 2:

@@ -8,6 +8,7 @@ from jserve.core.request import EngineStats
 from jserve.core.step import Executor
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
 from jserve.engine.pipeline import Pipeline
+from jserve.engine.step_log import StepLog
 from jserve.scheduler.scheduler import Scheduler
 
 _IDLE_WAIT_S = 0.5  # an idle engine wakes up to look whether it was asked to stop
@@ -24,10 +25,11 @@ class EngineLoop:
         outbox: Outbox,
         clock: Clock,
         num_compiles: Callable[[], int],
+        step_log: StepLog | None = None,
     ) -> None:
         """`num_compiles` counts the compilations since the engine was ready; it should stay 0."""
         self._scheduler = scheduler
-        self._pipeline = Pipeline(scheduler, executor)
+        self._pipeline = Pipeline(scheduler, executor, log=step_log)
         self._inbox = inbox
         self._outbox = outbox
         self._clock = clock

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from jserve.core.request import SequenceUpdate
 from jserve.core.step import Executor, StepPlan
+from jserve.engine.step_log import StepLog
 from jserve.scheduler.scheduler import Scheduler
 
 Now = Callable[[], float]  # the time in seconds; called where a moment matters
@@ -23,6 +24,8 @@ def run_serial(
 class _Submitted(NamedTuple):
     plan: StepPlan
     handle: Any
+    planned_s: float
+    submitted_s: float  # only for the log; without one it is `planned_s`
 
 
 class Pipeline:
@@ -32,12 +35,19 @@ class Pipeline:
     what the scheduler learns.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, depth: int = 2) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        depth: int = 2,
+        log: StepLog | None = None,
+    ) -> None:
         if depth < 1:
             raise ValueError(f"depth is {depth}; a pipeline has at least one step in flight")
         self._scheduler = scheduler
         self._executor = executor
         self.depth = depth
+        self._log = log
         self._in_flight: deque[_Submitted] = deque()
 
     @property
@@ -63,16 +73,29 @@ class Pipeline:
 
     def start(self, now: Now) -> StepPlan | None:
         """Plans and submits a step; None if nothing can run before a commit."""
-        plan = self._scheduler.plan(now())
+        planned_s = now()
+        plan = self._scheduler.plan(planned_s)
         if plan is not None:
-            self._in_flight.append(_Submitted(plan, self._executor.submit(plan)))
+            handle = self._executor.submit(plan)
+            submitted_s = planned_s if self._log is None else now()
+            self._in_flight.append(_Submitted(plan, handle, planned_s, submitted_s))
         return plan
 
     def finish(self, now: Now) -> list[SequenceUpdate]:
         """Waits for the oldest step in flight and commits it; there must be one."""
         step = self._in_flight.popleft()
         result = self._executor.collect(step.handle)
-        return self._scheduler.commit(step.plan, result, now())
+        committed_s = now()
+        updates = self._scheduler.commit(step.plan, result, committed_s)
+        if self._log is not None:
+            self._log.write(
+                step.plan,
+                result,
+                planned_s=step.planned_s,
+                submitted_s=step.submitted_s,
+                committed_s=committed_s,
+            )
+        return updates
 
     def fail(self, message: str) -> list[SequenceUpdate]:
         """Forgets the steps in flight and ends every sequence with `message`."""

@@ -7,6 +7,7 @@ from jserve.engine.build.assembly import Engine
 from jserve.engine.build.start import start_engine
 from jserve.engine.group import process_group
 from jserve.engine.job import EngineJob
+from jserve.engine.step_log import open_step_log
 from jserve.engine.worker import worker
 from jserve.model.loading.load import prepare
 from jserve.pallas_kernels.backend import Backend
@@ -27,6 +28,7 @@ def run_engine(job: EngineJob, report: Report) -> None:
     The platform must be pinned.
     """
     host = job.address.rpartition(":")[0]
+    step_log = open_step_log(job.engine)
     with process_group.leading(job, report) as lead:
         engine = _start(job, report)
         worker.serve(
@@ -34,6 +36,7 @@ def run_engine(job: EngineJob, report: Report) -> None:
             lead(engine),
             job.address,
             drain_timeout_s=job.engine.drain_timeout_s,
+            step_log=step_log,
             on_ready=lambda port: report(
                 Ready(f"{host}:{port}", _summary(job, engine), engine.phases)
             ),

@@ -13,6 +13,7 @@ from jserve.core.step import Executor
 from jserve.engine.build.assembly import Engine
 from jserve.engine.inbox import Inbox, Outbox
 from jserve.engine.loop import EngineLoop
+from jserve.engine.step_log import StepLog
 from jserve.engine.worker.session import serve_sessions
 
 
@@ -22,6 +23,7 @@ def serve(
     address: str,
     *,
     drain_timeout_s: float,
+    step_log: StepLog | None,
     on_ready: Callable[[int], None],
 ) -> None:
     """Serves gateways at `address` until SIGTERM; then finishes what runs, within the timeout.
@@ -29,7 +31,7 @@ def serve(
     `executor` is the engine's own, or leads others. `on_ready` gets the port. Raises EngineError
     when the loop died: the process should end.
     """
-    asyncio.run(_serve(engine, executor, address, drain_timeout_s, on_ready))
+    asyncio.run(_serve(engine, executor, address, drain_timeout_s, step_log, on_ready))
 
 
 async def _serve(
@@ -37,10 +39,13 @@ async def _serve(
     executor: Executor,
     address: str,
     drain_timeout_s: float,
+    step_log: StepLog | None,
     on_ready: Callable[[int], None],
 ) -> None:
     inbox, outbox = Inbox(), Outbox()
-    loop = EngineLoop(engine.scheduler, executor, inbox, outbox, WallClock(), engine.num_compiles)
+    loop = EngineLoop(
+        engine.scheduler, executor, inbox, outbox, WallClock(), engine.num_compiles, step_log
+    )
     events = asyncio.get_running_loop()
     ended: asyncio.Future[None] = events.create_future()
     thread = threading.Thread(

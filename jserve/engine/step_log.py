@@ -1,0 +1,106 @@
+"""The step log: one JSON line per committed step, for cost models and the simulator.
+
+docs/extending.md describes the fields.
+"""
+
+import errno
+import json
+import logging
+import os
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+
+from jserve.core.errors import ConfigError
+from jserve.core.step import StepPlan, StepResult
+from jserve.engine.config import EngineConfig
+
+_log = logging.getLogger(__name__)
+
+
+class StepFeatures(NamedTuple):
+    """The facts about a plan that its time depends on."""
+
+    program: str
+    num_steps: int
+    decode_rows: int
+    prompt_tokens: int  # of all chunks
+    decode_context: int  # tokens that the first decode step of each row attends to, summed
+    chunk_context: int  # tokens of a chunk × tokens that its last one attends to, summed
+
+
+def features(plan: StepPlan) -> StepFeatures:
+    """The features of `plan`."""
+    decode_rows = prompt_tokens = decode_context = chunk_context = 0
+    for chunk in plan.chunks:
+        end = chunk.start + chunk.num_tokens
+        if chunk.tokens:
+            prompt_tokens += chunk.num_tokens
+            chunk_context += chunk.num_tokens * end
+        else:
+            decode_rows += 1
+            decode_context += end
+    return StepFeatures(
+        plan.program.name, plan.num_steps, decode_rows, prompt_tokens, decode_context, chunk_context
+    )
+
+
+class StepLog:
+    """Appends to one file. Owned by the thread that commits steps.
+
+    A write that fails, on a full disk say, is reported once and ends the log, never the engine.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError if `path` cannot be opened."""
+        try:
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise ConfigError(
+                f"engine.step_log is {str(path)!r}, which cannot be opened: {error.strerror}"
+            ) from error
+        self._close = weakref.finalize(self, os.close, self._file)
+        self._path = path
+        self._committed_s = float("-inf")  # of the step before
+
+    def write(
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        *,
+        planned_s: float,
+        submitted_s: float,
+        committed_s: float,
+    ) -> None:
+        """Writes the line of one committed step; times are monotonic seconds."""
+        started_s = max(planned_s, self._committed_s)
+        self._committed_s = committed_s
+        if not self._close.alive:
+            return
+        line = {
+            "step": plan.step_id,
+            **features(plan)._asdict(),
+            "output_tokens": int(result.num_new[: len(plan.chunks)].sum()),
+            "planned_s": planned_s,
+            "submitted_s": submitted_s,
+            "started_s": started_s,
+            "committed_s": committed_s,
+        }
+        try:
+            self._append(json.dumps(line).encode() + b"\n")
+        except OSError as error:
+            self.close()
+            _log.warning("the step log %s ends here: %s", self._path, error.strerror)
+
+    def close(self) -> None:
+        """Ends the log: later steps are not written. A log nobody closed ends with its process."""
+        self._close()
+
+    def _append(self, line: bytes) -> None:
+        if os.write(self._file, line) != len(line):
+            raise OSError(errno.ENOSPC, "only a part of a line was written")
+
+
+def open_step_log(config: EngineConfig) -> StepLog | None:
+    """The log that `config` asks for. Raises ConfigError if its file cannot be opened."""
+    return None if config.step_log is None else StepLog(Path(config.step_log).expanduser())

@@ -1,0 +1,137 @@
+"""The step log against the plans that ran, and when the disk is full."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jserve.core.errors import ConfigError
+from jserve.core.request import Request, SamplingParams
+from jserve.core.step import Program, ProgramKind, StepPlan, StepResult
+from jserve.engine.config import EngineConfig
+from jserve.engine.pipeline import Pipeline
+from jserve.engine.step_log import StepLog, open_step_log
+from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.scheduler import Scheduler
+from jserve.scheduler.simulated_executor import SimulatedExecutor
+from jserve.scheduler.simulated_model import SimulatedModel
+
+PROGRAMS = (Program(ProgramKind.MIXED, 8, 4), Program(ProgramKind.DECODE, 4, 4, 3))
+
+
+class Recording(SimulatedExecutor):
+    """Remembers plans and results."""
+
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(PROGRAMS, model=SimulatedModel(eos_token_ids=()), **sizes)
+        self.plans: list[StepPlan] = []
+        self.results: list[StepResult] = []
+
+    def submit(self, plan: StepPlan) -> StepResult:
+        self.plans.append(plan)
+        return super().submit(plan)
+
+    def collect(self, handle: StepResult) -> StepResult:
+        self.results.append(super().collect(handle))
+        return self.results[-1]
+
+
+class Clock:
+    """A second passes with every look at it."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        self.now_s += 1.0
+        return self.now_s
+
+
+def run(log: StepLog | None, prompts: dict[str, int], max_tokens: int) -> Recording:
+    sizes = {"num_slots": 4, "num_pages": 40, "page_size": 4}
+    scheduler = Scheduler(SchedulerConfig(), max_model_len=64, programs=PROGRAMS, **sizes)
+    executor = Recording(**sizes)
+    for name, length in prompts.items():
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        scheduler.add(Request(id=name, prompt=tuple(range(length)), sampling=sampling), 0.0)
+    pipeline, clock = Pipeline(scheduler, executor, log=log), Clock()
+    while pipeline.has_work:
+        pipeline.turn(clock)
+    return executor
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_features_of_one_request_by_hand(tmp_path: Path) -> None:
+    run(StepLog(tmp_path / "steps"), {"a": 10}, max_tokens=4)
+    found = lines(tmp_path / "steps")
+    names = ("program", "num_steps", "decode_rows", "prompt_tokens")
+    names += ("decode_context", "chunk_context", "output_tokens")
+    assert [tuple(line[name] for name in names) for line in found] == [
+        ("mixed[8]", 1, 0, 8, 0, 64, 0),
+        ("mixed[8]", 1, 0, 2, 0, 20, 1),
+        ("decode[4x3]", 3, 1, 0, 11, 0, 3),
+    ]
+    # Looks at the clock: plan 0, submit 0; plan 1, submit 1, commit 0; plan 2, submit 2, …
+    times = ("planned_s", "submitted_s", "started_s", "committed_s")
+    assert [tuple(line[name] for name in times) for line in found] == [
+        (1, 2, 1, 5),
+        (3, 4, 5, 8),
+        (6, 7, 8, 10),
+    ]
+
+
+def test_every_step_is_there_with_the_features_of_its_plan(tmp_path: Path) -> None:
+    """Each feature is counted again, position by position, from what the device was given."""
+    path = tmp_path / "steps"
+    ran = run(StepLog(path), {name: 3 + 7 * i for i, name in enumerate("abcdef")}, max_tokens=9)
+    found = lines(path)
+    assert [line["step"] for line in found] == list(range(len(ran.plans)))
+    computed: dict[str, int] = {}  # tokens by request, as the device counts them
+    kinds: set[tuple[bool, bool]] = set()
+    for line, plan, result in zip(found, ran.plans, ran.results, strict=True):
+        decodes = [chunk for chunk in plan.chunks if not chunk.tokens]
+        prompts = [chunk for chunk in plan.chunks if chunk.tokens]
+        kinds.add((bool(decodes), bool(prompts)))
+        assert (line["program"], line["num_steps"]) == (plan.program.name, plan.num_steps)
+        assert line["decode_rows"] == len(decodes)
+        assert line["prompt_tokens"] == sum(len(chunk.tokens) for chunk in prompts)
+        assert line["decode_context"] == sum(computed[c.request_id] + 1 for c in decodes)
+        assert line["chunk_context"] == sum(
+            len(c.tokens) * (computed.get(c.request_id, 0) + len(c.tokens)) for c in prompts
+        )
+        assert line["output_tokens"] == sum(map(int, result.num_new))
+        for row, chunk in enumerate(plan.chunks):
+            steps = len(chunk.tokens) or int(result.num_new[row])
+            computed[chunk.request_id] = computed.get(chunk.request_id, 0) + steps
+    assert kinds == {(True, True), (True, False), (False, True)}
+
+
+def test_a_log_goes_on_where_another_process_ended(tmp_path: Path) -> None:
+    path = tmp_path / "steps"
+    for _ in range(2):
+        log = StepLog(path)
+        run(log, {"a": 3}, max_tokens=1)
+        log.close()
+    assert [line["step"] for line in lines(path)] == [0, 0]
+
+
+def test_a_full_disk_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        ran = run(StepLog(Path("/dev/full")), {"a": 10}, max_tokens=20)
+    assert len(ran.results) > 5
+    assert len(caplog.records) == 1
+    assert "/dev/full ends here: No space left" in caplog.text
+
+
+def test_the_config_names_the_file(tmp_path: Path) -> None:
+    assert open_step_log(EngineConfig()) is None
+    log = open_step_log(EngineConfig(step_log=str(tmp_path / "steps")))
+    assert log is not None
+    run(log, {"a": 3}, max_tokens=1)
+    assert len(lines(tmp_path / "steps")) == 1
+    with pytest.raises(ConfigError, match=r"engine.step_log is .*missing/steps.*No such file"):
+        open_step_log(EngineConfig(step_log=str(tmp_path / "missing" / "steps")))
