@@ -12,7 +12,7 @@ from jserve.config import ServeConfig
 from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
 from jserve.engine.build.chips import CHIPS, chip_of
-from jserve.engine.build.fit import MemoryPlan, plan_memory
+from jserve.engine.build.fit import MemoryFit, fit_memory
 from jserve.launch.console import Console
 from jserve.model.functional import Model
 from jserve.model.loading.load import architecture
@@ -51,7 +51,7 @@ def plan(config: ServeConfig, architecture_file: str | None) -> int:
     )
     check_platform(config.model.quantization, chip.platform)
     model = Model(spec, dtype, backend, config.model.quantization, mesh)
-    _show(console, config, plan_memory(model, mesh, config.engine, chip))
+    _show(console, config, fit_memory(model, mesh, config.engine, chip))
     return 0
 
 
@@ -66,15 +66,16 @@ def _spec(config: ServeConfig, architecture_file: str | None, console: Console) 
         raise ConfigError(f"{error}; --architecture=config.json plans without") from error
 
 
-def _show(console: Console, config: ServeConfig, plan: MemoryPlan) -> None:
-    shape, need, chip = plan.shape, plan.need, plan.chip
+def _show(console: Console, config: ServeConfig, fit: MemoryFit) -> None:
+    shape, need, chip = fit.shape, fit.budget, fit.chip
+    assert need.largest is not None
     slots, longest = shape.batch.num_slots, shape.max_model_len
-    free = chip.usable_bytes - plan.used_bytes
+    free = chip.usable_bytes - fit.used_bytes
     kind = config.model.quantization
     rows = {
         "weights": f"{_gib(need.params)}  in {config.model.dtype if kind == 'none' else kind}",
         "slots": f"{_gib(need.slots)}  the state of {slots}",
-        "temporaries": f"{_gib(need.temporaries)}  of {plan.largest.name}, estimated",
+        "temporaries": f"{_gib(need.temporaries)}  of {need.largest.name}, estimated",
         "programs": f"{_gib(need.code)}  their code, estimated",
         "KV pages": f"{_gib(shape.num_pages * need.page)}  {shape.num_pages} of "
         f"{shape.batch.page_size} tokens in {shape.kv_dtype}, {need.page / 2**20:.2f} MiB each",
@@ -85,9 +86,9 @@ def _show(console: Console, config: ServeConfig, plan: MemoryPlan) -> None:
     console.table(
         "What fits",
         {
-            "tokens in KV memory": f"{plan.kv_tokens:,}",
-            "a slot's share": f"{plan.kv_tokens // slots:,} tokens ({slots} slots)",
-            "longest contexts": f"{plan.full_sequences} of {longest:,} tokens at once",
+            "tokens in KV memory": f"{fit.kv_tokens:,}",
+            "a slot's share": f"{fit.kv_tokens // slots:,} tokens ({slots} slots)",
+            "longest contexts": f"{fit.full_sequences} of {longest:,} tokens at once",
         },
     )
 

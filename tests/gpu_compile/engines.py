@@ -11,8 +11,9 @@ from jserve.checkpoints.hf_config import spec_from_hf
 from jserve.checkpoints.json_file import read_json
 from jserve.core.step import Program as StepProgram
 from jserve.core.step import ProgramKind
-from jserve.engine.build.fit import temporary_bytes
-from jserve.engine.build.sizing import abstract_params, abstract_state, shape_engine
+from jserve.engine.build.kv_budget import estimated_temporary_bytes
+from jserve.engine.build.shape import abstract_params, abstract_state
+from jserve.engine.build.sizing import shape_engine
 from jserve.engine.config import EngineConfig
 from jserve.engine.program.kv_scales import lower_kv_scales
 from jserve.engine.program.programs import lower_step
@@ -76,7 +77,7 @@ class Engine:
             launches,
             kept,
             frozenset(watched),
-            most_temp_bytes=temporary_bytes(model, one, program),
+            most_temp_bytes=estimated_temporary_bytes(model, one, program),
         )
 
     def scaling(self) -> Program:

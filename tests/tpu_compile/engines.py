@@ -27,8 +27,9 @@ from jserve.checkpoints.hf_config import spec_from_hf
 from jserve.checkpoints.json_file import read_json
 from jserve.core.step import Program
 from jserve.engine.build.chips import Chip, chip_of
-from jserve.engine.build.fit import plan_memory, temporary_bytes
-from jserve.engine.build.sizing import EngineShape, abstract_params, abstract_state
+from jserve.engine.build.fit import fit_memory
+from jserve.engine.build.kv_budget import estimated_temporary_bytes
+from jserve.engine.build.shape import EngineShape, abstract_params, abstract_state
 from jserve.engine.config import EngineConfig
 from jserve.engine.program.kv_scales import lower_kv_scales
 from jserve.engine.program.programs import lower_step
@@ -114,7 +115,7 @@ def compile_program(
         "argument_bytes": memory.argument_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
-        "planned_temp_bytes": temporary_bytes(model, mesh, program),
+        "planned_temp_bytes": estimated_temporary_bytes(model, mesh, program),
         "code_bytes": memory.generated_code_size_in_bytes,
         "copies": [f"{op.kind} {op.dtype}{list(op.shape)}" for op in copies],
         "seconds": round(time.perf_counter() - started, 1),
@@ -129,11 +130,11 @@ def compile_engine(generation: str, engine: Engine) -> list[dict[str, Any]]:
     mesh = device_mesh(list(topology.devices)[: engine.chips], **config.mesh_axes)
     chip = chip_of(generation)
     model = engine.model(mesh)
-    plan = plan_memory(model, mesh, config, chip)
-    kept = plan.need.slots + plan.need.page * (plan.shape.num_pages + 1)
+    fit = fit_memory(model, mesh, config, chip)
+    kept = fit.budget.slots + fit.budget.page * (fit.shape.num_pages + 1)
     rows: list[dict[str, Any]] = []
     for program in config.programs():
-        found = compile_program(model, mesh, plan.shape, program)
+        found = compile_program(model, mesh, fit.shape, program)
         used = found["argument_bytes"] + found["temp_bytes"] + found["code_bytes"]
         faults = {
             "state is not updated in place": found["alias_bytes"] < kept,
@@ -143,7 +144,7 @@ def compile_engine(generation: str, engine: Engine) -> list[dict[str, Any]]:
         }
         wrong = [fault for fault, is_so in faults.items() if is_so]
         rows.append({**found, "wrong": wrong})
-    if plan.shape.kv_dtype.itemsize == 1:
+    if fit.shape.kv_dtype.itemsize == 1:
         rows.append(compile_scaling(model, mesh, chip))
     return [{"generation": generation, **dataclasses.asdict(engine), **row} for row in rows]
 

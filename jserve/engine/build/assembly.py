@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 import jserve
 from jserve.core.request import EngineInfo
 from jserve.core.step import Program
-from jserve.engine.build.sizing import (
+from jserve.engine.build.shape import (
     EngineShape,
     abstract_params,
     abstract_state,
     make_state,
-    shape_engine,
 )
+from jserve.engine.build.sizing import shape_engine
 from jserve.engine.config import EngineConfig
 from jserve.engine.executor import DeviceExecutor
 from jserve.engine.program.executable_cache import (

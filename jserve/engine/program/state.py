@@ -79,9 +79,3 @@ def state_shardings(state: DeviceState, mesh: AnyMesh) -> DeviceState:
         kv_scales=named_sharding(mesh, SCALES_AXES),
         sampler=jax.tree.map(lambda spec: NamedSharding(mesh, spec), sampler),
     )
-
-
-def page_bytes(model: Model, page_size: int, kv_dtype: jnp.dtype, kv_heads: int) -> int:
-    """Bytes of one page of `kv_heads` heads over all layers."""
-    spec = model.spec
-    return 2 * kv_heads * page_size * spec.head_dim * spec.layers * kv_dtype.itemsize

@@ -12,8 +12,9 @@ from jserve.checkpoints.json_file import read_json
 from jserve.config import load
 from jserve.core.errors import ConfigError
 from jserve.engine.build.chips import chip_of
-from jserve.engine.build.fit import MemoryPlan, plan_memory
-from jserve.engine.build.sizing import device_bytes, least_shape
+from jserve.engine.build.fit import MemoryFit, fit_memory
+from jserve.engine.build.kv_budget import budget_without_programs
+from jserve.engine.build.shape import least_shape
 from jserve.engine.config import EngineConfig
 from jserve.model.functional import Model
 from jserve.model.sharding import abstract_mesh
@@ -37,11 +38,11 @@ CONFIGS = {  # config → its model, and layers · KV heads · head size, by whi
 }
 
 
-def _plan(config_name: str, architecture: str, *changes: str) -> MemoryPlan:
+def _plan(config_name: str, architecture: str, *changes: str) -> MemoryFit:
     config = load(str(ROOT / "configs" / config_name), changes)
     mesh = abstract_mesh(**config.engine.mesh_axes)
     chip = chip_of(config.platform.chip)
-    return plan_memory(_model(architecture), mesh, config.engine, chip)
+    return fit_memory(_model(architecture), mesh, config.engine, chip)
 
 
 def _model(architecture: str) -> Model:
@@ -53,7 +54,7 @@ def _model(architecture: str) -> Model:
 def test_a_model_has_the_published_number_of_parameters(architecture: str) -> None:
     model = _model(architecture)
     shape = least_shape(model, abstract_mesh(model=1), EngineConfig())
-    need = device_bytes(model, abstract_mesh(model=1), shape)
+    need = budget_without_programs(model, abstract_mesh(model=1), shape)
     assert need.params == 2 * PARAMETERS[architecture]
 
 
@@ -65,11 +66,11 @@ def test_every_config_for_accelerators_fits_its_chips(config_name: str) -> None:
     # On every chip: norms, and of Qwen3 the routers and the weights of K and V. The rest is split.
     whole = 48 * 2048 * (128 + 2 * 4 * 128) if architecture == "qwen3-30b-a3b" else 0
     expected = 2 * (whole + (PARAMETERS[architecture] - whole) / chips)
-    assert plan.need.params == pytest.approx(expected, rel=1e-3)
-    assert plan.need.page == 2 * 2 * kv_width * plan.shape.batch.page_size / chips
+    assert plan.budget.params == pytest.approx(expected, rel=1e-3)
+    assert plan.budget.page == 2 * 2 * kv_width * plan.shape.batch.page_size / chips
     assert plan.used_bytes <= plan.chip.usable_bytes
     # The memory is used: less than a coarse step of pages is left.
-    assert plan.chip.usable_bytes - plan.used_bytes < 65 * plan.need.page
+    assert plan.chip.usable_bytes - plan.used_bytes < 65 * plan.budget.page
     assert plan.kv_tokens >= plan.shape.batch.num_slots * 1024
     assert plan.full_sequences * plan.shape.max_model_len <= plan.kv_tokens
 

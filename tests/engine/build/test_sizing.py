@@ -8,9 +8,9 @@ import pytest
 
 from jserve.core.errors import ConfigError
 from jserve.engine.build.assembly import build_engine
+from jserve.engine.build.kv_budget import page_bytes
 from jserve.engine.build.sizing import shape_engine
 from jserve.engine.config import EngineConfig
-from jserve.engine.program.state import page_bytes
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh
 from jserve.scheduler.config import SchedulerConfig

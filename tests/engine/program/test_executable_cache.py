@@ -11,7 +11,7 @@ import pytest
 
 import jserve
 from jserve.core.step import ProgramKind
-from jserve.engine.build.sizing import abstract_params, abstract_state, least_shape
+from jserve.engine.build.shape import abstract_params, abstract_state, least_shape
 from jserve.engine.program.executable_cache import code_digest, machine_key, traced_sources
 from jserve.engine.program.kv_scales import lower_kv_scales
 from jserve.engine.program.programs import lower_step

@@ -1,0 +1,91 @@
+"""Static sizes of an engine, and the shapes of what it holds on its devices."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jserve.core.errors import ConfigError
+from jserve.engine.config import EngineConfig
+from jserve.engine.program.batch import BatchShape
+from jserve.engine.program.state import DeviceState, init_state, state_shardings
+from jserve.model.functional import Model
+from jserve.model.sharding import AnyMesh, param_shardings, stored_kv_heads
+
+GRID = 64  # pages; a small change of free memory must not change a compiled shape
+
+
+@dataclass(frozen=True, slots=True)
+class EngineShape:
+    """Static sizes that, with the model, fix the programs of an engine."""
+
+    batch: BatchShape
+    num_pages: int
+    max_model_len: int
+    kv_dtype: jnp.dtype
+    kv_heads: int  # stored in a page, copies included
+
+    @property
+    def pages_per_slot(self) -> int:
+        """Width of the page table; whole blocks, so that a block load never leaves it."""
+        pages = -(-self.max_model_len // self.batch.page_size)
+        return -(-pages // 128) * 128
+
+
+def with_pages(least: EngineShape, config: EngineConfig, num_pages: int) -> EngineShape:
+    """`least` with `num_pages` pages. Raises ConfigError if they cannot hold the config's context."""
+    held = num_pages * config.page_size
+    if config.max_model_len > held:
+        raise ConfigError(
+            f"engine.max_model_len is {config.max_model_len}, but all {num_pages} pages hold "
+            f"{held} tokens; lower it or raise engine.kv_bytes"
+        )
+    max_model_len = min(least.max_model_len, held)
+    return dataclasses.replace(least, num_pages=num_pages, max_model_len=max_model_len)
+
+
+def least_shape(model: Model, mesh: AnyMesh, config: EngineConfig) -> EngineShape:
+    """The shape with the fewest pages. Raises ConfigError for a context beyond the model's."""
+    spec = model.spec
+    max_model_len = config.max_model_len or spec.max_context
+    if max_model_len > spec.max_context:
+        raise ConfigError(
+            f"engine.max_model_len is {max_model_len}; the model's context is {spec.max_context}"
+        )
+    batch = BatchShape(config.num_slots, spec.vocab, config.page_size, config.processor_rows)
+    kv_dtype = jnp.dtype(config.kv_dtype or model.dtype)
+    kv_heads = stored_kv_heads(spec, mesh)
+    return EngineShape(batch, GRID, max_model_len, kv_dtype, kv_heads)
+
+
+def abstract_params(model: Model, mesh: AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings of the parameters."""
+    shardings = param_shardings(model.param_specs(), model.spec, mesh)
+    return {
+        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name])
+        for name, spec in model.param_specs().items()
+    }
+
+
+def make_state(model: Model, shape: EngineShape) -> DeviceState:
+    """The state of an idle engine."""
+    return init_state(
+        model,
+        kv_heads=shape.kv_heads,
+        num_slots=shape.batch.num_slots,
+        num_pages=shape.num_pages,
+        page_size=shape.batch.page_size,
+        pages_per_slot=shape.pages_per_slot,
+        kv_dtype=shape.kv_dtype,
+    )
+
+
+def abstract_state(model: Model, mesh: AnyMesh, shape: EngineShape) -> DeviceState:
+    """Shapes, types and shardings of `make_state`."""
+    state = jax.eval_shape(lambda: make_state(model, shape))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_shardings(state, mesh),
+    )
