@@ -5,7 +5,7 @@ Set model.source to the folder that the weights were downloaded to.
 
 from jserve.checkpoints.config import ModelConfig
 from jserve.config import ServeConfig
-from jserve.engine.config import EngineConfig, PlatformConfig
+from jserve.engine.config import EngineConfig, Platform, PlatformConfig
 
 
 def get_config() -> ServeConfig:
@@ -14,12 +14,12 @@ def get_config() -> ServeConfig:
         model=ModelConfig(
             name="llama-3.3-70b-instruct", source="models/Llama-3.3-70B-Instruct", dtype="bfloat16"
         ),
-        platform=PlatformConfig(backend="tpu", chip="v5p"),
+        platform=PlatformConfig(backend=Platform.TPU, chip="v5p"),
         engine=EngineConfig(
             num_slots=128,
             max_model_len=16384,
             page_size=128,
-            kv_bytes=0,
+            kv_bytes=None,
             mixed_tokens=(256, 1024),
             decode_rows=(8, 128),
             tensor_parallel=4,

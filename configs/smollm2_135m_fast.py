@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from jserve.config import ServeConfig, load
+from jserve.engine.config import KVDtype
 
 
 def get_config() -> ServeConfig:
@@ -16,5 +17,5 @@ def get_config() -> ServeConfig:
     return dataclasses.replace(
         exact,
         model=dataclasses.replace(exact.model, quantization="int4"),
-        engine=dataclasses.replace(exact.engine, kv_dtype="bfloat16"),
+        engine=dataclasses.replace(exact.engine, kv_dtype=KVDtype.BFLOAT16),
     )

@@ -217,9 +217,9 @@ class LLM:
 
 def _pin(config: PlatformConfig) -> None:
     jax.config.update("jax_platforms", config.jax_platforms)
-    if jax.default_backend() != config.backend:
+    if jax.default_backend() != config.backend.value:
         raise ConfigError(
-            f"platform.backend is {config.backend!r}, but this process already runs JAX on "
+            f"platform.backend is {config.backend.value!r}, but this process already runs JAX on "
             f"{jax.default_backend()!r}; make the LLM first, or change the config"
         )
 

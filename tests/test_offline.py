@@ -7,6 +7,7 @@ import pytest
 from jserve.config import load
 from jserve.core.errors import ConfigError, PromptTooLong, RequestError
 from jserve.core.request import FinishReason
+from jserve.engine.config import Platform
 from jserve.gateway.validation import SamplingFields
 from jserve.offline import LLM
 
@@ -89,6 +90,6 @@ def test_wrong_requests_are_refused_before_anything_runs(llm: LLM) -> None:
 
 def test_another_backend_than_the_running_one_is_refused() -> None:
     config = load("configs/tiny_random.py")
-    platform = dataclasses.replace(config.platform, backend="gpu")
+    platform = dataclasses.replace(config.platform, backend=Platform.GPU)
     with pytest.raises(ConfigError, match="already runs JAX"):
         LLM(dataclasses.replace(config, platform=platform))

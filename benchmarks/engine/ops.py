@@ -20,6 +20,7 @@ from benchmarks.kernels.chained_attention import Heads, Turns, time_attention
 from benchmarks.serving import report
 from jserve.checkpoints.config import RandomWeights
 from jserve.core.errors import ConfigError
+from jserve.engine.build.shape import stored_kv_dtype
 from jserve.model.functional import Model
 from jserve.pallas_kernels.backend import Backend, backend_for
 
@@ -72,7 +73,7 @@ def main() -> None:
     )
     model = Model(spec, dtype, backend, serve.model.quantization)
     params = model.init(0)
-    kv_dtype = jnp.dtype(serve.engine.kv_dtype or dtype)
+    kv_dtype = stored_kv_dtype(serve.engine, dtype)
 
     heads = Heads(
         spec.q_heads,

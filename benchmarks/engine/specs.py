@@ -14,7 +14,7 @@ _GPU = EngineConfig(
     num_slots=128,
     max_model_len=16384,
     page_size=64,
-    kv_bytes=0,
+    kv_bytes=None,
     mixed_tokens=(256, 2048),
     decode_rows=(8, 128),
 )

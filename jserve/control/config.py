@@ -1,4 +1,4 @@
-"""How engine processes are kept alive and brought down."""
+"""Settings for restarting and stopping engine processes."""
 
 from dataclasses import dataclass
 

@@ -1,14 +1,15 @@
-"""The engine's own knobs. Plain data, no JAX."""
+"""The engine's own knobs. Plain data, no JAX. None means: derived from the model or the machine."""
 
+import enum
 from dataclasses import dataclass
 
 from jserve.core.errors import ConfigError
 from jserve.core.step import Program, ProgramKind
 
 _AT_LEAST = {
-    "max_model_len": 0,
-    "num_pages": 0,
-    "kv_bytes": 0,
+    "max_model_len": 1,
+    "num_pages": 1,
+    "kv_bytes": 1,
     "decode_steps": 1,
     "tensor_parallel": 1,
     "expert_parallel": 1,
@@ -17,26 +18,35 @@ _AT_LEAST = {
     "processor_rows": 1,  # or a request with a mask could never be admitted
     "drain_timeout_s": 0,
 }
-_KV_DTYPES = ("", "float32", "bfloat16", "float8_e4m3fn")
+
+
+class Platform(enum.Enum):
+    """A kind of device that JAX runs on."""
+
+    CPU = "cpu"
+    GPU = "gpu"
+    TPU = "tpu"
+
+
+class KVDtype(enum.Enum):
+    """A type that pages hold K and V in, by its NumPy name."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT8 = "float8_e4m3fn"
+
 
 # `cpu` beside an accelerator lets weights be prepared in host memory.
-_JAX_PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
+_JAX_PLATFORMS = {Platform.CPU: "cpu", Platform.GPU: "cuda,cpu", Platform.TPU: "tpu,cpu"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlatformConfig:
-    """What JAX runs on, decided before it starts, whatever plugins are installed."""
+    """The platform JAX runs on, decided before it starts, whatever plugins are installed."""
 
-    backend: str = "cpu"  # cpu, gpu or tpu
-    chip: str = ""  # that the config was made for, see engine.build.chips; for `jserve plan`
+    backend: Platform = Platform.CPU
+    chip: str | None = None  # one of engine.build.chips: the target of `jserve plan`
     xla_flags: tuple[str, ...] = ()  # added to the launcher's own for this backend
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError if `backend` is unknown."""
-        if self.backend not in _JAX_PLATFORMS:
-            raise ConfigError(
-                f"platform.backend is {self.backend!r}; use one of {', '.join(_JAX_PLATFORMS)}"
-            )
 
     @property
     def jax_platforms(self) -> str:
@@ -49,23 +59,23 @@ class EngineConfig:
     """Slots, KV memory and the short list of compiled programs."""
 
     num_slots: int = 32
-    max_model_len: int = 0  # prompt and output tokens of one sequence; 0: the model's own limit
+    max_model_len: int | None = None  # prompt and output tokens of one sequence; None: the model's
     page_size: int = 16  # tokens a page; 16 on CPU, 64-128 on GPU, 128 on TPU
-    num_pages: int = 0  # 0: what kv_bytes holds
-    kv_dtype: str = ""  # of K and V in pages: float32, bfloat16, float8_e4m3fn; empty: the model's
-    kv_bytes: int = 1 << 30  # KV memory; on accelerators 0 takes what the programs leave
+    num_pages: int | None = None  # None: as many as kv_bytes holds
+    kv_dtype: KVDtype | None = None  # type of K and V in pages; None: the model's
+    kv_bytes: int | None = 1 << 30  # KV memory; None: all that programs leave of an accelerator
     mixed_tokens: tuple[int, ...] = (128,)  # sizes of the ragged programs
     decode_rows: tuple[int, ...] = (4, 32)  # sizes of the decode programs; the last: all slots
     decode_steps: int = 8  # decode steps in one program run, at most
     processor_rows: int = 4  # sequences with masks or biases admitted in one step
     cache_executables: bool = True  # keep compiled programs in the model cache folder
     tensor_parallel: int = 1  # devices that each hold a share of heads, FFN columns and vocabulary
-    # Of those, devices with experts of their own: attention and dense layers still use all of
-    # them; tensor_parallel // expert_parallel devices share the columns of each expert.
+    # Groups of those devices with experts of their own: tensor_parallel // expert_parallel devices
+    # share the columns of each expert. Attention and dense layers still use all devices.
     expert_parallel: int = 1
-    num_processes: int = 1  # that the devices belong to, as many to each; the first one leads
-    join_timeout_s: float = 600.0  # what the processes may take to find each other
-    drain_timeout_s: float = 30.0  # what runs may take after a stop was asked for
+    num_processes: int = 1  # processes with an equal share of the devices; the first one leads
+    join_timeout_s: float = 600.0  # longest wait for the processes to find each other
+    drain_timeout_s: float = 30.0  # longest wait for running requests after a stop was asked for
     step_log: str | None = None  # file to append a JSON line per step to; see docs/extending.md
 
     def __post_init__(self) -> None:
@@ -84,14 +94,11 @@ class EngineConfig:
                 f"engine.mixed_tokens {self.mixed_tokens}: the largest must exceed num_slots "
                 f"{self.num_slots}, or prompts wait while all slots decode"
             )
-        if self.kv_dtype not in _KV_DTYPES:
-            raise ConfigError(
-                f"engine.kv_dtype is {self.kv_dtype!r}; it must be one of {list(_KV_DTYPES)}"
-            )
         for name, least in _AT_LEAST.items():
-            if getattr(self, name) < least:
+            value: float | None = getattr(self, name)
+            if value is not None and value < least:
                 raise ConfigError(
-                    f"engine.{name} is {getattr(self, name)}; it must be at least {least}"
+                    f"engine.{name} is {value}; it must be at least {least}{_or_none(name)}"
                 )
         for name in ("expert_parallel", "num_processes"):
             if self.tensor_parallel % (value := getattr(self, name)):
@@ -121,3 +128,7 @@ class EngineConfig:
             ),
             *(Program(ProgramKind.DECODE, size, size, self.decode_steps) for size in rows),
         )
+
+
+def _or_none(name: str) -> str:
+    return ", or None to derive it" if name in ("max_model_len", "num_pages", "kv_bytes") else ""

@@ -1,4 +1,4 @@
-"""What a person reads in the terminal while a server starts: plain lines on standard output."""
+"""Progress in the terminal while a server starts: plain lines on standard output."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ class Console:
 
 
 def show_summary(console: Console, generator: "Generator", ready: Ready) -> None:
-    """What runs, where it listens, and a command that works."""
+    """Shows the running configuration, the addresses, and a command that works."""
     config, defaults = generator.config, generator.defaults
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in ready.phases.items())
     sampling = ", ".join(f"{name} {value}" for name, value in asdict(defaults).items() if value)

@@ -11,7 +11,7 @@ from jserve.checkpoints.progress import FileProgress
 from jserve.config import ServeConfig
 from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
-from jserve.engine.build.chips import CHIPS, chip_of
+from jserve.engine.build.chips import CHIPS, find_chip
 from jserve.engine.build.fit import MemoryFit, fit_memory
 from jserve.launch.console import Console
 from jserve.model.functional import Model
@@ -31,25 +31,25 @@ def plan(config: ServeConfig, architecture_file: str | None) -> int:
         raise ConfigError(
             f"platform.chip is not set: name what the engine runs on, one of {', '.join(CHIPS)}"
         )
-    chip = chip_of(config.platform.chip)
+    chip = find_chip(config.platform.chip)
     if chip.platform != config.platform.backend:
         raise ConfigError(
-            f"platform.chip is {chip.name!r}, a {chip.platform}, but platform.backend is "
-            f"{config.platform.backend!r}"
+            f"platform.chip is {chip.name!r}, a {chip.platform.value}, but platform.backend is "
+            f"{config.platform.backend.value!r}"
         )
     console = Console()
     spec = _spec(config, architecture_file, console)
     mesh = abstract_mesh(**config.engine.mesh_axes)
     dtype = jnp.dtype(config.model.dtype)
     backend = backend_for(
-        chip.platform,
+        chip.platform.value,
         dtype,
         mesh.size,
         device_kind=chip.device_kind,
         head_dim=spec.head_dim,
         page_size=config.engine.page_size,
     )
-    check_platform(config.model.quantization, chip.platform)
+    check_platform(config.model.quantization, chip.platform.value)
     model = Model(spec, dtype, backend, config.model.quantization, mesh)
     _show(console, config, fit_memory(model, mesh, config.engine, chip))
     return 0

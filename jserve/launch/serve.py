@@ -76,7 +76,7 @@ def _run(body: Callable[[asyncio.Event], Coroutine[Any, Any, int]]) -> int:
 
 
 class _StartUp:
-    """What the engine has told of its start; shows it as it comes."""
+    """Collects the engine's reports of its start, and shows each one as it comes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

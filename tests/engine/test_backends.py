@@ -7,6 +7,7 @@ import pytest
 
 from jserve.core.model_spec import ModelSpec
 from jserve.core.request import Request, SamplingParams
+from jserve.engine.config import KVDtype
 from jserve.pallas_kernels.backend import Backend
 from tests.backends import INVARIANT_BACKENDS
 from tests.engine.engine_harness import CONFIG, TINY, Harness
@@ -15,14 +16,14 @@ SPEC = dataclasses.replace(TINY, model_dim=64, ffn_dim=96, head_dim=16, eos_toke
 SPARSE = dataclasses.replace(
     SPEC, family="mixtral", experts=4, experts_per_token=2, expert_ffn_dim=40
 )
-KINDS = [(SPEC, "none", "bfloat16"), (SPEC, "int4", "float8_e4m3fn"), (SPARSE, "none", "")]
+KINDS = [(SPEC, "none", KVDtype.BFLOAT16), (SPEC, "int4", KVDtype.FLOAT8), (SPARSE, "none", None)]
 KIND_NAMES = ["bfloat16 cache", "int4, 8-bit cache", "experts"]
 
 
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 @pytest.mark.parametrize(("spec", "quantization", "kv_dtype"), KINDS, ids=KIND_NAMES)
 def test_company_changes_nothing(
-    spec: ModelSpec, quantization: str, kv_dtype: str, backend: Backend
+    spec: ModelSpec, quantization: str, kv_dtype: KVDtype | None, backend: Backend
 ) -> None:
     rng = np.random.default_rng(1)
     config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype)

@@ -14,7 +14,7 @@ from jserve.core.step import ProgramKind
 from jserve.engine.build.kv_budget import estimated_temporary_bytes
 from jserve.engine.build.shape import abstract_params, abstract_state
 from jserve.engine.build.sizing import shape_engine
-from jserve.engine.config import EngineConfig
+from jserve.engine.config import EngineConfig, KVDtype
 from jserve.engine.program.kv_scales import lower_kv_scales
 from jserve.engine.program.programs import lower_step
 from jserve.model.functional import Model
@@ -32,7 +32,7 @@ class Engine:
 
     architecture: str
     quantization: str = "none"
-    kv_dtype: str = "bfloat16"
+    kv_dtype: KVDtype = KVDtype.BFLOAT16
     config: EngineConfig = dataclasses.field(
         default_factory=lambda: EngineConfig(
             num_slots=256,
@@ -72,7 +72,7 @@ class Engine:
             launches += 4 * spec.layers + heads
         kept = sum(page_bytes)
         return Program(
-            f"{name}, KV {self.kv_dtype}",
+            f"{name}, KV {self.kv_dtype.value}",
             lower,
             launches,
             kept,
@@ -98,7 +98,7 @@ class Engine:
         return Model(spec, jnp.dtype(jnp.bfloat16), Backend.GPU, self.quantization, mesh)
 
 
-_8_BITS = Engine("llama-3.1-8b", "fp8", "float8_e4m3fn")
+_8_BITS = Engine("llama-3.1-8b", "fp8", KVDtype.FLOAT8)
 PROGRAMS = (
     *Engine("llama-3.1-8b").programs(),
     *_8_BITS.programs(),

@@ -26,11 +26,11 @@ from jax.sharding import Mesh
 from jserve.checkpoints.hf_config import spec_from_hf
 from jserve.checkpoints.json_file import read_json
 from jserve.core.step import Program
-from jserve.engine.build.chips import Chip, chip_of
+from jserve.engine.build.chips import Chip, find_chip
 from jserve.engine.build.fit import fit_memory
 from jserve.engine.build.kv_budget import estimated_temporary_bytes
 from jserve.engine.build.shape import EngineShape, abstract_params, abstract_state
-from jserve.engine.config import EngineConfig
+from jserve.engine.config import EngineConfig, KVDtype
 from jserve.engine.program.kv_scales import lower_kv_scales
 from jserve.engine.program.programs import lower_step
 from jserve.model.functional import Model
@@ -57,7 +57,7 @@ class Engine:
     expert_parallel: int = 1
     generations: tuple[str, ...] = ("v5e", "v5p", "v6e")
     quantization: str = "none"
-    kv_dtype: str = "bfloat16"
+    kv_dtype: KVDtype = KVDtype.BFLOAT16
     layers: int = 0
 
     def config(self) -> EngineConfig:
@@ -66,7 +66,7 @@ class Engine:
             num_slots=64,
             max_model_len=8192,
             page_size=128,
-            kv_bytes=0,
+            kv_bytes=None,
             mixed_tokens=(640,),  # like no side of a weight, so that copies are told apart
             decode_rows=(64,),
             tensor_parallel=self.chips,
@@ -90,8 +90,8 @@ class Engine:
 ENGINES = (
     Engine("llama-3.1-8b", 4),
     Engine("llama-3.1-8b", 8),
-    Engine("llama-3.1-8b", 1, generations=("v6e",), quantization="fp8", kv_dtype="float8_e4m3fn"),
-    Engine("llama-3.1-8b", 4, generations=("v5e",), kv_dtype="float8_e4m3fn"),
+    Engine("llama-3.1-8b", 1, generations=("v6e",), quantization="fp8", kv_dtype=KVDtype.FLOAT8),
+    Engine("llama-3.1-8b", 4, generations=("v5e",), kv_dtype=KVDtype.FLOAT8),
     Engine("qwen3-30b-a3b", 8, expert_parallel=8),
     Engine("gemma-3-4b", 1),
     Engine("llama-3.3-70b", 4, generations=("v5p",)),
@@ -128,7 +128,7 @@ def compile_engine(generation: str, engine: Engine) -> list[dict[str, Any]]:
     topology = topologies.get_topology_desc(topology_name=name, platform="tpu")
     config = engine.config()
     mesh = device_mesh(list(topology.devices)[: engine.chips], **config.mesh_axes)
-    chip = chip_of(generation)
+    chip = find_chip(generation)
     model = engine.model(mesh)
     fit = fit_memory(model, mesh, config, chip)
     kept = fit.budget.slots + fit.budget.page * (fit.shape.num_pages + 1)

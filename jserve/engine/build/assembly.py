@@ -134,10 +134,10 @@ def build_engine(
 def _idle_state(
     model: Model, mesh: Mesh, shape: EngineShape, cache: ExecutableCache | None
 ) -> Callable[[Params], DeviceState]:
-    """What gives the state of an idle engine, once the parameters are there.
+    """Prepares a function from the parameters to the state of an idle engine.
 
-    It is made on the device by a small program that is cached, too; for pages of 8 bits another
-    one measures their scales.
+    A small cached program makes the state on the device; for 8-bit pages another one measures
+    their scales.
     """
     abstract = abstract_state(model, mesh, shape)
     name = repr(("state", jax.tree.map(signature, abstract)))

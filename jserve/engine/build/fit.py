@@ -80,4 +80,4 @@ def _wanted_pages(model: Model, config: EngineConfig, least: EngineShape) -> int
         return host_pages(
             kv_bytes=config.kv_bytes, page_bytes=page, other_bytes=0, available_bytes=None
         )
-    return -(-max(config.max_model_len, 1) // (config.page_size * GRID)) * GRID
+    return -(-(config.max_model_len or 1) // (config.page_size * GRID)) * GRID

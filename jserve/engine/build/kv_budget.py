@@ -1,4 +1,4 @@
-"""How many KV pages fit: one budget of a device's memory, its programs measured or estimated.
+"""The budget of a device's memory: how many KV pages fit beside all else.
 
 Measured, where the engine starts: the compiler tells what programs need. Estimated, where
 `jserve plan` runs: shapes alone tell it, without device, weights or compiler.
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jserve.core.errors import ConfigError
 from jserve.core.step import Program, ProgramKind
 from jserve.engine.build.shape import GRID, EngineShape, abstract_params, abstract_state
-from jserve.engine.config import EngineConfig
+from jserve.engine.config import EngineConfig, Platform
 from jserve.engine.program.executable_cache import ExecutableCache
 from jserve.engine.program.programs import compile_programs
 from jserve.model.functional import Model
@@ -119,14 +119,14 @@ def measured_budget(
 
 
 def estimated_budget(
-    model: Model, mesh: AnyMesh, config: EngineConfig, least: EngineShape, *, platform: str
+    model: Model, mesh: AnyMesh, config: EngineConfig, least: EngineShape, *, platform: Platform
 ) -> KVBudget:
     """The budget with programs as estimated from shapes, from above."""
     programs = config.programs()
     return _with_programs(
         budget_without_programs(model, mesh, least),
         {program: estimated_temporary_bytes(model, mesh, program) for program in programs},
-        len(programs) * estimated_code_bytes(model) if platform == "tpu" else 0,
+        len(programs) * estimated_code_bytes(model) if platform is Platform.TPU else 0,
     )
 
 

@@ -1,4 +1,4 @@
-"""Decides what JAX runs on, before it is imported, and the limits of the process."""
+"""Pins the platform of JAX before it is imported; raises the limits of the process."""
 
 import logging
 import os
@@ -6,18 +6,18 @@ import resource
 import sys
 
 from jserve.engine.build.chips import GPU_SHARE
-from jserve.engine.config import PlatformConfig
+from jserve.engine.config import Platform, PlatformConfig
 
 _log = logging.getLogger(__name__)
 
 # One place for compiler flags. Each says what it is for.
-_XLA_FLAGS: dict[str, tuple[str, ...]] = {
-    "cpu": (),
-    "gpu": (
+_XLA_FLAGS: dict[Platform, tuple[str, ...]] = {
+    Platform.CPU: (),
+    Platform.GPU: (
         # Overlaps collectives with compute where a model spans several devices.
         "--xla_gpu_enable_latency_hiding_scheduler=true",
     ),
-    "tpu": (),
+    Platform.TPU: (),
 }
 
 
@@ -35,9 +35,10 @@ def pin(config: PlatformConfig) -> None:
     os.environ["JAX_PLATFORMS"] = config.jax_platforms
     os.environ["XLA_FLAGS"] = " ".join(flags)
     # JAX takes three quarters of a GPU unless told; an engine has it to itself.
-    if config.backend == "gpu" and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+    if config.backend is Platform.GPU and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_SHARE))
-    _log.info("platform pinned", extra={"backend": config.backend, "xla_flags": " ".join(flags)})
+    fields = {"backend": config.backend.value, "xla_flags": " ".join(flags)}
+    _log.info("platform pinned", extra=fields)
 
 
 def raise_file_limit() -> None:

@@ -34,9 +34,9 @@ class EngineShape:
 
 
 def with_pages(least: EngineShape, config: EngineConfig, num_pages: int) -> EngineShape:
-    """`least` with `num_pages` pages. Raises ConfigError if they cannot hold the config's context."""
+    """`least` with `num_pages` pages. Raises ConfigError if they hold too few tokens."""
     held = num_pages * config.page_size
-    if config.max_model_len > held:
+    if config.max_model_len is not None and config.max_model_len > held:
         raise ConfigError(
             f"engine.max_model_len is {config.max_model_len}, but all {num_pages} pages hold "
             f"{held} tokens; lower it or raise engine.kv_bytes"
@@ -54,9 +54,14 @@ def least_shape(model: Model, mesh: AnyMesh, config: EngineConfig) -> EngineShap
             f"engine.max_model_len is {max_model_len}; the model's context is {spec.max_context}"
         )
     batch = BatchShape(config.num_slots, spec.vocab, config.page_size, config.processor_rows)
-    kv_dtype = jnp.dtype(config.kv_dtype or model.dtype)
+    dtype = stored_kv_dtype(config, model.dtype)
     kv_heads = stored_kv_heads(spec, mesh)
-    return EngineShape(batch, GRID, max_model_len, kv_dtype, kv_heads)
+    return EngineShape(batch, GRID, max_model_len, dtype, kv_heads)
+
+
+def stored_kv_dtype(config: EngineConfig, model_dtype: jnp.dtype) -> jnp.dtype:
+    """The type of K and V in pages."""
+    return model_dtype if config.kv_dtype is None else jnp.dtype(config.kv_dtype.value)
 
 
 def abstract_params(model: Model, mesh: AnyMesh) -> dict[str, jax.ShapeDtypeStruct]:

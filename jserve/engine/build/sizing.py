@@ -37,7 +37,7 @@ def shape_engine(
     if config.num_pages:
         num_pages = config.num_pages
     elif config.kv_bytes:
-        num_pages = _configured_pages(model, mesh, config, least)
+        num_pages = _pages_in(config.kv_bytes, model, mesh, config, least)
     else:
         limit = device_limit_bytes() if device_limit_bytes else _device_limit(mesh)
         num_pages = measured_budget(model, mesh, config, least, cache).pages_within(limit)
@@ -51,11 +51,13 @@ def shape_engine(
     return shape
 
 
-def _configured_pages(model: Model, mesh: Mesh, config: EngineConfig, least: EngineShape) -> int:
+def _pages_in(
+    kv_bytes: int, model: Model, mesh: Mesh, config: EngineConfig, least: EngineShape
+) -> int:
     budget = budget_without_programs(model, mesh, least)
     on_host = mesh.devices.flat[0].platform == "cpu"
     return host_pages(
-        kv_bytes=config.kv_bytes,
+        kv_bytes=kv_bytes,
         page_bytes=page_bytes(model, config.page_size, least.kv_dtype, least.kv_heads),
         other_bytes=budget.params + budget.slots,
         available_bytes=host_available_bytes() if on_host else None,
@@ -67,7 +69,7 @@ def _device_limit(mesh: Mesh) -> int:
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         raise ConfigError(
-            f"engine.kv_bytes is 0, but a {device.platform} device does not tell its memory; "
+            f"engine.kv_bytes is None, but a {device.platform} device does not tell its memory; "
             "set engine.kv_bytes"
         )
     return int(stats["bytes_limit"])

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jserve.checkpoints.config import ModelConfig, check_platform
 from jserve.checkpoints.tensor_source import Progress
 from jserve.engine.build.assembly import Engine, build_engine
+from jserve.engine.build.shape import stored_kv_dtype
 from jserve.engine.config import EngineConfig
 from jserve.engine.group.processes import engine_devices
 from jserve.engine.program.programs import CompiledProgram
@@ -53,7 +54,7 @@ def start_engine(
         head_dim=spec.head_dim,
         page_size=config.page_size,
     )
-    kv_dtype = jnp.dtype(config.kv_dtype or dtype)
+    kv_dtype = stored_kv_dtype(config, dtype)
     if backend_of_pages(backend, kv_dtype) is not backend:
         _log.warning("the native attention does not read %s pages; XLA's loops do", kv_dtype)
     model = Model(spec, dtype, backend, model_config.quantization, mesh)

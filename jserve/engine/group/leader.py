@@ -117,13 +117,16 @@ class Followers(group_pb2_grpc.GroupServicer):
             )
         context.add_callback(lambda: self._end(follower))
         threading.Thread(
-            target=self._read, args=(request_iterator, follower), name="follower-news", daemon=True
+            target=self._read,
+            args=(request_iterator, follower),
+            name="follower-reports",
+            daemon=True,
         ).start()
         while (message := follower.unsent.get()) is not None:
             yield message
 
     def _why_not(self, process: int, facts: Mapping[str, str]) -> str | None:
-        """What keeps it from joining, if anything does: it would the next time, too."""
+        """The reason to refuse `process` for good, if there is one."""
         if not 1 <= process <= self._num_followers:
             return (
                 f"there is no process {process}; the followers of an engine of "

@@ -20,6 +20,7 @@ from jserve.core.errors import ConfigError, EngineError
 from jserve.core.step import Executor
 from jserve.engine import job as engine_job
 from jserve.engine.build.assembly import Engine
+from jserve.engine.config import Platform
 from jserve.engine.executor import LeadingExecutor
 from jserve.engine.group.follower import Leader, follow
 from jserve.engine.group.leader import Followers
@@ -45,18 +46,18 @@ _ANY_LOOPBACK_PORT = "127.0.0.1:0"
 
 @contextlib.contextmanager
 def leading(job: EngineJob, report: _Report) -> Iterator[Callable[[Engine], Executor]]:
-    """Around the life of an engine: finds its other processes, and ends them in the end.
+    """Wraps the life of an engine: gathers its other processes, and ends them at the end.
 
-    Yields what makes the executor that all of them follow of a started engine; it waits until
-    they are ready. When one is lost, this process ends on the spot: its programs would wait for
-    the others for ever. Without `job.leader_address` the others are started here. Raises
+    Yields a function from the started engine to the executor that all processes follow; it waits
+    until they are ready. If one is lost, this process ends on the spot: its programs would wait
+    for the lost one for ever. Without `job.leader_address` the others are started here. Raises
     ConfigError.
     """
     num_processes, address = job.engine.num_processes, job.leader_address
     if num_processes == 1:
         yield lambda engine: engine.executor
         return
-    if address is None and job.platform.backend != "cpu":
+    if address is None and job.platform.backend is not Platform.CPU:
         raise ConfigError(
             f"engine.num_processes is {num_processes}: on accelerators each process has a host of "
             "its own; set --leader_address, and start the others with --role=follower"
@@ -105,10 +106,10 @@ def leading(job: EngineJob, report: _Report) -> Iterator[Callable[[Engine], Exec
 def following(
     job: EngineJob, address: str, report: _Report
 ) -> Iterator[Callable[[Engine, Callable[[], None]], None]]:
-    """Around the life of a follower's engine.
+    """Wraps the life of a follower's engine.
 
-    Yields what runs the leader's steps on a started engine until the leader stops, and calls back
-    when steps may come. When the leader is lost, this process ends on the spot.
+    Yields a function that runs the leader's steps on the started engine until the leader stops,
+    and calls back when steps may come. If the leader is lost, this process ends on the spot.
     """
     weights = _prepare(job, report)
     with Leader(
@@ -138,8 +139,8 @@ def following(
 def _prepare(job: EngineJob, report: _Report) -> str:
     """Makes the model's files complete and returns a digest of its weights.
 
-    They are converted in a process of its own: in one that has joined others they cannot be
-    written (see `write_native`).
+    A process of its own converts them: one that has joined others cannot write them (see
+    `write_native`).
     """
     progress = FileProgress("model files", lambda line: report(PhaseProgress(line)))
     source = locate(job.model, progress)
@@ -172,7 +173,7 @@ def _convert(job: EngineJob, report: _Report) -> None:
 
 
 def _join(job: EngineJob, index: int, coordinator_address: str) -> None:
-    on_cpu = job.platform.backend == "cpu"
+    on_cpu = job.platform.backend is Platform.CPU
     join_processes(
         coordinator_address,
         index=index,
@@ -254,7 +255,7 @@ def _end_later(timeout_s: float) -> None:
 
 
 def _facts(job: EngineJob, weights: str) -> dict[str, str]:
-    """What must be the same everywhere before anything is built."""
+    """Facts that must be equal on all processes before anything is built."""
     packages = ("jax", "jaxlib", "flax", "numpy")
     code = code_digest([Path(jserve.__file__).parent])
     versions = {name: importlib.metadata.version(name) for name in packages}
@@ -262,7 +263,7 @@ def _facts(job: EngineJob, weights: str) -> dict[str, str]:
 
 
 def _engine_facts(engine: Engine) -> dict[str, str]:
-    """What must be the same of the engines as built."""
+    """Facts that must be equal of the engines as built."""
     programs = ", ".join(made.program.name for made in engine.programs)
     mesh = repr(dict(engine.mesh.shape))
     device = engine.mesh.local_devices[0]

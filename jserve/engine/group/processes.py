@@ -1,6 +1,5 @@
-"""The processes that one engine runs on: `jax.distributed`, their devices, what they agree on."""
+"""The processes of one engine: `jax.distributed`, their devices, values they agree on."""
 
-import ipaddress
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +8,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jserve.core.addresses import is_loopback
 from jserve.core.errors import ConfigError
 
-# Second nets: a process that dies or freezes breaks its stream to the leader before.
+# Only a safety net: a process that dies or freezes breaks its stream to the leader first.
 _HEARTBEAT_TIMEOUT_S = 30
 _SHUTDOWN_TIMEOUT_S = 5
 
@@ -30,7 +30,7 @@ def join_processes(
     `num_cpu_devices` devices.
     """
     jax.config.update("jax_num_cpu_devices", num_cpu_devices)
-    # It would put a SIGTERM handler of its own, that ends nothing, over those of this process.
+    # jax.distributed's preemption service would replace our SIGTERM handler.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         coordinator_address,
@@ -50,30 +50,21 @@ def leave_processes() -> None:
 
 
 def bind_address(address: str) -> str:
-    """Where to listen so that others find it at `address`, host:port.
+    """The address to listen on so that others reach it at `address`, host:port.
 
-    Everywhere unless it is the loopback: what a host's own name means to itself need not be what
-    it means to others (Debian's /etc/hosts says 127.0.1.1).
+    All interfaces, except for a loopback address: a host may resolve its own name differently
+    than others do (Debian's /etc/hosts says 127.0.1.1).
     """
     host, _, port = address.rpartition(":")
-    return address if _is_loopback(host) else f"[::]:{port}"
+    return address if is_loopback(host) else f"[::]:{port}"
 
 
 def free_port(host: str) -> int:
     """A port that is free at this moment where one listens for `host`."""
-    host = host.strip("[]") if _is_loopback(host) else ""
+    host = host.strip("[]") if is_loopback(host) else ""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False  # a name
 
 
 def engine_devices(wanted: int, num_processes: int) -> Sequence[Any]:

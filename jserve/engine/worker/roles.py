@@ -5,6 +5,7 @@ from collections.abc import Callable
 from jserve.checkpoints.progress import FileProgress
 from jserve.engine.build.assembly import Engine
 from jserve.engine.build.start import start_engine
+from jserve.engine.config import Platform
 from jserve.engine.group import process_group
 from jserve.engine.job import EngineJob
 from jserve.engine.step_log import open_step_log
@@ -101,6 +102,6 @@ def _backend(job: EngineJob, engine: Engine) -> str:
         parts.append(f"weights {job.model.quantization}")
     if engine.backend is Backend.CPU:
         parts[0] = "XLA's own code, without the native CPU kernels"
-        if (job.platform.backend, job.model.dtype) == ("cpu", "bfloat16"):
+        if (job.platform.backend, job.model.dtype) == (Platform.CPU, "bfloat16"):
             parts.append("bfloat16 matmuls in float32")
     return ", ".join(parts)

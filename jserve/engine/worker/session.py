@@ -5,7 +5,6 @@ worker's.
 """
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from jserve.core.addresses import is_loopback
 from jserve.core.errors import ConfigError, JserveError, RequestError
 from jserve.core.request import EngineInfo, EngineStats, SequenceUpdate
 from jserve.engine.inbox import Abort, Command, Inbox, Outbox, Submit
@@ -142,7 +142,7 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             if session is not None:
                 session.rejections.append((request_id, error))
                 self._forget(request_id, session)
-        for session in self._sessions:  # those without news get the stats
+        for session in self._sessions:  # sessions without an update get the stats
             session.news.set()
 
     def _forget(self, request_id: str, session: _Session) -> None:
@@ -172,7 +172,7 @@ async def serve_sessions(
     There is no authentication: an address that is not a loopback one is a ConfigError.
     """
     host, _, port = address.rpartition(":")
-    if not _is_loopback(host.strip("[]")):
+    if not is_loopback(host):
         raise ConfigError(f"engine address {address!r}: must be on loopback, e.g. 127.0.0.1:8600")
     sessions = EngineSessions(info, inbox, outbox)
     server = grpc.aio.server(options=_OPTIONS)
@@ -204,12 +204,3 @@ class _Coalescer:
     def _run(self) -> None:
         self._scheduled = False  # before taking, so that later news schedule another call
         self._callback()
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -56,7 +56,7 @@ async def _serve(
     asked = asyncio.Event()
     events.add_signal_handler(signal.SIGTERM, asked.set)
     stopped = asyncio.create_task(_drain_when(asked, loop, ended, drain_timeout_s))
-    # What start-up built stays for good: the collector need not look at it between steps.
+    # Objects made at start-up stay for good: the collector need not scan them between steps.
     gc.collect()
     gc.freeze()
     on_ready(server.port)

@@ -11,7 +11,7 @@ from jserve.checkpoints.hf_config import spec_from_hf
 from jserve.checkpoints.json_file import read_json
 from jserve.config import load
 from jserve.core.errors import ConfigError
-from jserve.engine.build.chips import chip_of
+from jserve.engine.build.chips import find_chip
 from jserve.engine.build.fit import MemoryFit, fit_memory
 from jserve.engine.build.kv_budget import budget_without_programs
 from jserve.engine.build.shape import least_shape
@@ -41,7 +41,7 @@ CONFIGS = {  # config → its model, and layers · KV heads · head size, by whi
 def _plan(config_name: str, architecture: str, *changes: str) -> MemoryFit:
     config = load(str(ROOT / "configs" / config_name), changes)
     mesh = abstract_mesh(**config.engine.mesh_axes)
-    chip = chip_of(config.platform.chip)
+    chip = find_chip(config.platform.chip)
     return fit_memory(_model(architecture), mesh, config.engine, chip)
 
 

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
+from jserve.config import load, override
 from jserve.core.errors import ConfigError
-from jserve.engine.config import PlatformConfig
 
 _PROGRAM = """
 import json, os, resource, sys
-from jserve.engine.config import PlatformConfig
+from jserve.engine.config import Platform, PlatformConfig
 from jserve.engine.build import platform
-platform.pin(PlatformConfig(backend=sys.argv[1], xla_flags=("--xla_a=1",)))
+platform.pin(PlatformConfig(backend=Platform(sys.argv[1]), xla_flags=("--xla_a=1",)))
 platform.raise_file_limit()
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 print(json.dumps({
@@ -55,5 +55,5 @@ def test_the_flags_of_a_pinned_parent_are_not_repeated() -> None:
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(ConfigError, match="use one of cpu, gpu, tpu"):
-        PlatformConfig(backend="npu")
+    with pytest.raises(ConfigError, match="one of cpu, gpu, tpu"):
+        override(load("configs/tiny_random.py"), ["platform.backend=npu"])

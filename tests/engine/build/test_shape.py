@@ -33,7 +33,7 @@ DYNAMIC = RopeScaling(RopeScalingKind.DYNAMIC, 4.0, original_max_position=64)
 def test_context(scaling: RopeScaling | None, context: int) -> None:
     model = Model(dataclasses.replace(SPEC, rope_scaling=scaling), jnp.float32)
     mesh = device_mesh(jax.devices()[:1], model=1)
-    sizes = {0: context, context: context, 40: 40}
+    sizes = {None: context, context: context, 40: 40}
     for asked, given in sizes.items():
         config = EngineConfig(max_model_len=asked, num_pages=64)
         assert shape_engine(model, mesh, config, None).max_model_len == given

@@ -34,7 +34,7 @@ def test_kv_bytes_are_filled_to_whole_grids() -> None:
 
 
 def test_the_device_is_filled_but_not_overfilled() -> None:
-    config = EngineConfig(**SMALL, kv_bytes=0)
+    config = EngineConfig(**SMALL, kv_bytes=None)
     limit = 64 << 20
     pages = shape_engine(MODEL, MESH, config, None, lambda: limit).num_pages
     params = sum(4 * math.prod(spec.shape) for spec in MODEL.param_specs().values())
@@ -47,7 +47,7 @@ def test_the_device_is_filled_but_not_overfilled() -> None:
 
 def test_a_device_that_tells_nothing_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"set engine\.kv_bytes"):
-        shape_engine(MODEL, MESH, EngineConfig(**SMALL, kv_bytes=0), None)
+        shape_engine(MODEL, MESH, EngineConfig(**SMALL, kv_bytes=None), None)
 
 
 def test_a_context_beyond_the_model_is_refused() -> None:

@@ -9,6 +9,7 @@ import pytest
 from jserve.core.model_spec import ModelSpec
 from jserve.core.step import ProgramKind
 from jserve.engine.build.sizing import abstract_params, abstract_state, shape_engine
+from jserve.engine.config import KVDtype
 from jserve.engine.program.kv_scales import lower_kv_scales
 from jserve.engine.program.programs import lower_step
 from jserve.model.functional import Model
@@ -25,13 +26,13 @@ SPARSE = dataclasses.replace(
 @pytest.mark.parametrize(
     ("spec", "quantization", "kv_dtype"),
     [
-        (TINY, "none", "bfloat16"),
-        (TINY, "fp8", "float8_e4m3fn"),
-        (SPARSE, "none", "bfloat16"),
-        (SPARSE, "int8_channel", "bfloat16"),
+        (TINY, "none", KVDtype.BFLOAT16),
+        (TINY, "fp8", KVDtype.FLOAT8),
+        (SPARSE, "none", KVDtype.BFLOAT16),
+        (SPARSE, "int8_channel", KVDtype.BFLOAT16),
     ],
 )
-def test_programs_multiply_float32(spec: ModelSpec, quantization: str, kv_dtype: str) -> None:
+def test_programs_multiply_float32(spec: ModelSpec, quantization: str, kv_dtype: KVDtype) -> None:
     mesh = device_mesh(jax.devices()[:1], model=1)
     model = Model(spec, jnp.dtype(jnp.bfloat16), Backend.CPU, quantization, mesh)
     config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype, mixed_tokens=(32,))
@@ -43,5 +44,5 @@ def test_programs_multiply_float32(spec: ModelSpec, quantization: str, kv_dtype:
         # in the tests of kernels.
         compiles = (spec, quantization) == (SPARSE, "none") and program.kind is ProgramKind.MIXED
         assert not narrow_dots(lowered, compile=compiles)
-    if kv_dtype == "float8_e4m3fn":
+    if kv_dtype is KVDtype.FLOAT8:
         assert not narrow_dots(lower_kv_scales(model, mesh, params), compile=False)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jserve.core.request import Request, SamplingParams
+from jserve.engine.config import KVDtype
 from jserve.engine.program.kv_scales import measure_kv_scales
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh, param_shardings
@@ -17,7 +18,7 @@ from tests.engine.engine_harness import CONFIG, TINY, Harness, Outcome
 from tests.model.model_harness import dense_attend
 
 SPEC = dataclasses.replace(TINY, model_dim=64, head_dim=16, qkv_bias=True, eos_token_ids=())
-NARROW = dataclasses.replace(CONFIG, kv_dtype="float8_e4m3fn", mixed_tokens=(32,))
+NARROW = dataclasses.replace(CONFIG, kv_dtype=KVDtype.FLOAT8, mixed_tokens=(32,))
 SMALL_V, LARGE_K = 2.0**-15, 2.0**13  # below what 8 bits can tell from 0, and above their largest
 
 Params = dict[str, jax.Array]
