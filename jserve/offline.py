@@ -12,7 +12,8 @@ from jserve.checkpoints.tensor_source import Progress
 from jserve.config import ServeConfig
 from jserve.core.clock import WallClock
 from jserve.core.errors import ConfigError, EngineError, RequestError
-from jserve.core.request import EngineStats, FinishReason, Request, SequenceUpdate, TokenLogprobs
+from jserve.core.request import FinishReason, Request, SequenceUpdate, TokenLogprobs
+from jserve.core.stats import EngineStats
 from jserve.engine.build.start import start_engine
 from jserve.engine.config import PlatformConfig
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit

@@ -121,18 +121,3 @@ class EngineInfo:
     page_size: int
     max_queue: int
     eos_token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Load of an engine after a step. Counters grow for the life of the engine process."""
-
-    num_waiting: int = 0
-    num_running: int = 0
-    free_slots: int = 0
-    free_pages: int = 0
-    num_preemptions: int = 0  # counter, as are the following
-    num_steps: int = 0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    num_compiles_after_warmup: int = 0

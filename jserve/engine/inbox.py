@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from jserve.core.errors import JserveError
-from jserve.core.request import EngineStats, Request, SequenceUpdate
+from jserve.core.request import Request, SequenceUpdate
+from jserve.core.stats import EngineStats
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,11 @@
 """The engine's heartbeat: one thread that takes commands in, turns the pipeline, posts updates."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from jserve.core.clock import Clock
 from jserve.core.errors import JserveError
-from jserve.core.request import EngineStats
+from jserve.core.stats import EngineStats
 from jserve.core.step import Executor
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
 from jserve.engine.pipeline import Pipeline
@@ -87,14 +88,4 @@ class EngineLoop:
 
     def _stats(self) -> EngineStats:
         stats = self._scheduler.stats()
-        return EngineStats(
-            num_waiting=stats.num_waiting,
-            num_running=stats.num_running,
-            free_slots=stats.free_slots,
-            free_pages=stats.free_pages,
-            num_preemptions=stats.num_preemptions,
-            num_steps=stats.num_steps,
-            prompt_tokens=stats.prompt_tokens,
-            output_tokens=stats.output_tokens,
-            num_compiles_after_warmup=self._num_compiles(),
-        )
+        return replace(stats, num_compiles_after_warmup=self._num_compiles())

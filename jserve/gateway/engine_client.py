@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from jserve.core.errors import EngineError, JserveError
-from jserve.core.request import EngineInfo, EngineStats, FinishReason, Request, SequenceUpdate
+from jserve.core.request import EngineInfo, FinishReason, Request, SequenceUpdate
+from jserve.core.stats import EngineStats
 
 
 class EngineClient(Protocol):

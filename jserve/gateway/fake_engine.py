@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from jserve.core.errors import EngineError, Overloaded, Unavailable
 from jserve.core.request import (
     EngineInfo,
-    EngineStats,
     FinishReason,
     Request,
     SequenceUpdate,
     TokenLogprobs,
 )
+from jserve.core.stats import EngineStats
 from jserve.gateway.engine_client import UpdateStream
 
 Reply = Callable[[Request], Sequence[int]]

@@ -9,7 +9,8 @@ import grpc
 import grpc.aio
 
 from jserve.core.errors import EngineError, Overloaded, Unavailable
-from jserve.core.request import EngineInfo, EngineStats, Request
+from jserve.core.request import EngineInfo, Request
+from jserve.core.stats import EngineStats
 from jserve.gateway.engine_client import UpdateStream
 from jserve.proto import engine_pb2, engine_pb2_grpc
 from jserve.proto.convert import (

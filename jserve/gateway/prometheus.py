@@ -4,6 +4,7 @@ Names are `jserve_…`, and vLLM's own names beside them for dashboards and rout
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -14,9 +15,16 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from jserve.core.stats import EngineStats, StatKind
 from jserve.gateway.engine_client import EngineClient
 from jserve.gateway.metrics import GatewayMetrics, Histogram
 
+_Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
+
+_FAMILIES: Mapping[StatKind, _Family] = {
+    StatKind.GAUGE: GaugeMetricFamily,
+    StatKind.COUNTER: CounterMetricFamily,
+}
 _HISTOGRAMS: Mapping[str, str] = {
     "time_to_first_token_seconds": "From the start of a request to its first token.",
     "inter_token_latency_seconds": "Between two output tokens of a sequence.",
@@ -40,6 +48,7 @@ class MetricsCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """All families."""
+        yield from self._engine_stats()
         yield from self._gauges()
         yield from self._counters()
         yield from self._histograms()
@@ -49,20 +58,24 @@ class MetricsCollector(Collector):
     def _labels(self) -> dict[str, str]:
         return {"model_name": self._model(), "engine": "0"}
 
+    def _engine_stats(self) -> Iterator[Metric]:
+        stats = self._engine.stats
+        for field in fields(EngineStats):
+            family = _FAMILIES[field.metadata["kind"]]
+            name, text = field.metadata["metric"], field.metadata["help"]
+            if name is None:
+                continue
+            yield self._family(family, f"jserve_{name}", text, {}, getattr(stats, field.name))
+            if field.metadata["vllm"]:
+                yield self._family(family, f"vllm:{name}", text, {}, getattr(stats, field.name))
+
     def _gauges(self) -> Iterator[Metric]:
         stats, info = self._engine.stats, self._engine.info
         used = 0.0 if info is None else 1.0 - stats.free_pages / max(info.num_pages, 1)
-        shared = (
-            ("num_requests_running", "Sequences that hold a slot.", stats.num_running),
-            ("num_requests_waiting", "Sequences that wait for a slot.", stats.num_waiting),
-            ("kv_cache_usage_perc", "Share of the KV pages in use, 0 to 1.", used),
-        )
-        for name, text, value in shared:
-            for full in (f"jserve_{name}", f"vllm:{name}"):
-                yield self._family(GaugeMetricFamily, full, text, {}, value)
+        for full in ("jserve_kv_cache_usage_perc", "vllm:kv_cache_usage_perc"):
+            text = "Share of the KV pages in use, 0 to 1."
+            yield self._family(GaugeMetricFamily, full, text, {}, used)
         own = (
-            ("free_slots", "Slots without a sequence.", stats.free_slots),
-            ("free_pages", "KV pages without a sequence.", stats.free_pages),
             ("requests_in_flight", "Generations of this gateway.", self._metrics.in_flight),
             ("engine_ready", "Whether the engine takes requests.", float(self._engine.ready)),
         )
@@ -74,25 +87,14 @@ class MetricsCollector(Collector):
             yield self._family(GaugeMetricFamily, name, text, labels, 1.0)
 
     def _counters(self) -> Iterator[Metric]:
-        metrics, stats = self._metrics, self._engine.stats
+        metrics = self._metrics
         shared = (
             ("prompt_tokens", "Prompt tokens of requests that started.", metrics.prompt_tokens),
             ("generation_tokens", "Output tokens.", metrics.generation_tokens),
-            ("num_preemptions", "Sequences that lost their pages.", stats.num_preemptions),
         )
         for name, text, value in shared:
             for full in (f"jserve_{name}", f"vllm:{name}"):
                 yield self._family(CounterMetricFamily, full, text, {}, value)
-        own = (
-            ("engine_steps", "Steps of the engine.", stats.num_steps),
-            (
-                "compiles_after_warmup",
-                "Programs compiled while serving; should be 0.",
-                stats.num_compiles_after_warmup,
-            ),
-        )
-        for name, text, value in own:
-            yield self._family(CounterMetricFamily, f"jserve_{name}", text, {}, value)
         for full in ("jserve_request_finished", "vllm:request_success"):
             text = "Sequences that ended, by reason."
             family = CounterMetricFamily(full, text, labels=[*self._labels, "finished_reason"])
@@ -102,7 +104,7 @@ class MetricsCollector(Collector):
 
     def _family(
         self,
-        kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+        kind: _Family,
         name: str,
         text: str,
         labels: dict[str, str],

@@ -15,13 +15,13 @@ from jserve.core.errors import (
 )
 from jserve.core.request import (
     EngineInfo,
-    EngineStats,
     FinishReason,
     Request,
     SamplingParams,
     SequenceUpdate,
     TokenLogprobs,
 )
+from jserve.core.stats import EngineStats
 from jserve.proto import engine_pb2, types_pb2
 
 TokenWriter = Callable[[types_pb2.TokenLogprob, int], None]

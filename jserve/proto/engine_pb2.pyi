@@ -111,7 +111,7 @@ class Rejection(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., kind: _Optional[_Union[Rejection.Kind, str]] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("num_waiting", "num_running", "free_slots", "free_pages", "num_preemptions", "num_steps", "prompt_tokens", "output_tokens", "num_compiles_after_warmup")
+    __slots__ = ("num_waiting", "num_running", "free_slots", "free_pages", "num_preemptions", "num_steps", "prompt_tokens", "output_tokens", "num_compiles_after_warmup", "num_finished", "num_aborted", "recomputed_tokens")
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     FREE_SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +121,9 @@ class EngineStats(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_COMPILES_AFTER_WARMUP_FIELD_NUMBER: _ClassVar[int]
+    NUM_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    NUM_ABORTED_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_waiting: int
     num_running: int
     free_slots: int
@@ -130,4 +133,7 @@ class EngineStats(_message.Message):
     prompt_tokens: int
     output_tokens: int
     num_compiles_after_warmup: int
-    def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., free_slots: _Optional[int] = ..., free_pages: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., num_compiles_after_warmup: _Optional[int] = ...) -> None: ...
+    num_finished: int
+    num_aborted: int
+    recomputed_tokens: int
+    def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., free_slots: _Optional[int] = ..., free_pages: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., num_compiles_after_warmup: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_aborted: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ...) -> None: ...

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from jserve.core.stats import EngineStats
 from jserve.core.step import Admission, Chunk, NewPages, Program, StepPlan
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.lifecycle import Lifecycle
@@ -10,7 +11,6 @@ from jserve.scheduler.pace import Pace
 from jserve.scheduler.policy import decode_steps
 from jserve.scheduler.programs import ProgramTable
 from jserve.scheduler.sequence import Sequence
-from jserve.scheduler.stats import Counters
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ class Planner:
         *,
         programs: ProgramTable,
         lifecycle: Lifecycle,
-        counters: Counters,
+        counters: EngineStats,
         max_processor_rows: int,
     ) -> None:
         self._config = config

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from jserve.core.errors import EngineError, Overloaded, PromptTooLong, RequestError, Unavailable
 from jserve.core.request import FinishReason, Request, SequenceUpdate
+from jserve.core.stats import EngineStats
 from jserve.core.step import Program, ProgramKind, RowLogprobs, StepPlan, StepResult
 from jserve.scheduler import logprobs
 from jserve.scheduler.config import SchedulerConfig
@@ -13,7 +14,7 @@ from jserve.scheduler.planner import Planner, Step
 from jserve.scheduler.policy import FIRST_COME_FIRST_SERVED, Policy
 from jserve.scheduler.programs import ProgramTable
 from jserve.scheduler.sequence import Sequence, SequenceState
-from jserve.scheduler.stats import Counters, SchedulerStats
+from jserve.scheduler.stats import FinishRate
 
 _FINISH_REASONS = (None, FinishReason.STOP, FinishReason.LENGTH)  # by FinishCode
 
@@ -48,7 +49,8 @@ class Scheduler:
         """
         self._config = config
         self._max_model_len = max_model_len
-        self._counters = Counters()
+        self._counters = EngineStats()
+        self._finish_rate = FinishRate()
         self._lifecycle = Lifecycle(
             policy, num_slots=num_slots, num_pages=num_pages, page_size=page_size
         )
@@ -82,7 +84,9 @@ class Scheduler:
         if num_waiting >= self._config.max_queue:
             raise Overloaded(
                 f"the queue is full with {num_waiting} waiting sequences; try again later",
-                retry_after_s=self._counters.drain_s(num_waiting, self._config.max_retry_after_s),
+                retry_after_s=self._finish_rate.drain_s(
+                    num_waiting, self._config.max_retry_after_s
+                ),
             )
         seq = Sequence(
             id=request.id,
@@ -159,10 +163,11 @@ class Scheduler:
         """Steps planned but not committed."""
         return len(self._in_flight)
 
-    def stats(self) -> SchedulerStats:
-        """The present state and the counters since the start."""
+    def stats(self) -> EngineStats:
+        """A copy of the counters with the present gauges."""
         num_waiting = len(self._lifecycle.waiting)
-        return self._counters.snapshot(
+        return replace(
+            self._counters,
             num_waiting=num_waiting,
             num_running=len(self._live) - num_waiting,
             free_slots=self._lifecycle.num_free_slots,
@@ -219,7 +224,8 @@ class Scheduler:
             finish = _FINISH_REASONS[codes[row]]
             if finish is not None:
                 self._end(seq)
-                self._counters.finished(now_s)
+                self._counters.num_finished += 1
+                self._finish_rate.record(now_s)
             elif state is not running or num != chunks[row].max_new:
                 self._settle(seq, chunks[row].max_new - num, now_s)
             if not new and finish is None:

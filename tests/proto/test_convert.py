@@ -16,13 +16,13 @@ from jserve.core.errors import (
 )
 from jserve.core.request import (
     EngineInfo,
-    EngineStats,
     FinishReason,
     Request,
     SamplingParams,
     SequenceUpdate,
     TokenLogprobs,
 )
+from jserve.core.stats import EngineStats
 from jserve.proto import engine_pb2, types_pb2
 from jserve.proto.convert import (
     error_of_rejection,
@@ -125,7 +125,7 @@ def test_merged_updates_say_what_both_said(first, second):
 def test_info_and_stats_survive():
     info = EngineInfo("m", 10, 20, 3, 4, 16, 7, (1, 2))
     assert info_of_proto(info_to_proto(info)) == info
-    stats = EngineStats(*range(1, len(fields(EngineStats)) + 1))
+    stats = EngineStats(**{field.name: i for i, field in enumerate(fields(EngineStats), 1)})
     assert stats_of_proto(stats_to_proto(stats)) == stats
 
 

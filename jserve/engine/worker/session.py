@@ -15,7 +15,8 @@ import grpc.aio
 
 from jserve.core.addresses import is_loopback
 from jserve.core.errors import ConfigError, JserveError, RequestError
-from jserve.core.request import EngineInfo, EngineStats, SequenceUpdate
+from jserve.core.request import EngineInfo, SequenceUpdate
+from jserve.core.stats import EngineStats
 from jserve.engine.inbox import Abort, Command, Inbox, Outbox, Submit
 from jserve.proto import engine_pb2, engine_pb2_grpc
 from jserve.proto.convert import (

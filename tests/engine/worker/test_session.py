@@ -11,7 +11,8 @@ import grpc.aio
 import pytest
 
 from jserve.core.errors import ConfigError, EngineError, Overloaded, RequestError, Unavailable
-from jserve.core.request import EngineStats, FinishReason, Request, SamplingParams, SequenceUpdate
+from jserve.core.request import FinishReason, Request, SamplingParams, SequenceUpdate
+from jserve.core.stats import EngineStats
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
 from jserve.engine.worker.session import serve_sessions
 from jserve.gateway import grpc_engine_client

@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jserve.core.clock import ManualClock
 from jserve.core.errors import EngineError
-from jserve.core.request import EngineInfo, EngineStats, FinishReason, SamplingParams
+from jserve.core.request import EngineInfo, FinishReason, SamplingParams
+from jserve.core.stats import EngineStats
 from jserve.gateway.generation import Generation, Piece, Pieces, Prompt
 from jserve.gateway.metrics import GatewayMetrics, Histogram
 from jserve.gateway.prometheus import make_registry

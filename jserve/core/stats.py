@@ -1,0 +1,54 @@
+"""Load and counters of an engine, declared once.
+
+A field of `EngineStats` is counted by the scheduler, sent to the gateway under its own name and
+shown at /metrics under the name in its metadata. A new one is a line here and one in engine.proto.
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class StatKind(enum.Enum):
+    GAUGE = "gauge"  # the present state
+    COUNTER = "counter"  # only grows
+
+
+def _gauge(metric: str | None, text: str, *, vllm: bool = False) -> Any:
+    return _stat(StatKind.GAUGE, metric, text, vllm)
+
+
+def _counter(metric: str | None, text: str, *, vllm: bool = False) -> Any:
+    return _stat(StatKind.COUNTER, metric, text, vllm)
+
+
+def _stat(kind: StatKind, metric: str | None, text: str, vllm: bool) -> Any:
+    return field(default=0, metadata={"kind": kind, "metric": metric, "help": text, "vllm": vllm})
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """Load of an engine after a step. Counters grow for the life of the engine process.
+
+    The scheduler owns the one that changes and hands out copies. Metadata of a field: `kind`;
+    `metric`, its name at /metrics after `jserve_`; `help`; `vllm`, whether vLLM has a metric of
+    that name.
+    """
+
+    num_waiting: int = _gauge("num_requests_waiting", "Sequences that wait for a slot.", vllm=True)
+    # In a slot, or with the last tokens in flight.
+    num_running: int = _gauge("num_requests_running", "Sequences that hold a slot.", vllm=True)
+    free_slots: int = _gauge("free_slots", "Slots without a sequence.")
+    free_pages: int = _gauge("free_pages", "KV pages without a sequence.")
+    num_preemptions: int = _counter(
+        "num_preemptions", "Sequences that lost their pages.", vllm=True
+    )
+    num_steps: int = _counter("engine_steps", "Steps of the engine.")
+    prompt_tokens: int = _counter(None, "Prompt tokens of sequences that were begun.")
+    output_tokens: int = _counter(None, "Tokens that sequences were given.")
+    num_finished: int = _counter(None, "Sequences that reached their end.")
+    num_aborted: int = _counter(None, "Sequences that were aborted.")
+    recomputed_tokens: int = _counter(None, "Computed tokens that preemptions lost.")
+    num_compiles_after_warmup: int = _counter(
+        "compiles_after_warmup", "Programs compiled while serving; should be 0."
+    )
