@@ -14,15 +14,15 @@ class StatKind(enum.Enum):
     COUNTER = "counter"  # only grows
 
 
-def _gauge(metric: str | None, text: str, *, vllm: bool = False) -> Any:
+def _gauge(metric: str, text: str, *, vllm: bool = False) -> Any:
     return _stat(StatKind.GAUGE, metric, text, vllm)
 
 
-def _counter(metric: str | None, text: str, *, vllm: bool = False) -> Any:
+def _counter(metric: str, text: str, *, vllm: bool = False) -> Any:
     return _stat(StatKind.COUNTER, metric, text, vllm)
 
 
-def _stat(kind: StatKind, metric: str | None, text: str, vllm: bool) -> Any:
+def _stat(kind: StatKind, metric: str, text: str, vllm: bool) -> Any:
     return field(default=0, metadata={"kind": kind, "metric": metric, "help": text, "vllm": vllm})
 
 
@@ -44,11 +44,13 @@ class EngineStats:
         "num_preemptions", "Sequences that lost their pages.", vllm=True
     )
     num_steps: int = _counter("engine_steps", "Steps of the engine.")
-    prompt_tokens: int = _counter(None, "Prompt tokens of sequences that were begun.")
-    output_tokens: int = _counter(None, "Tokens that sequences were given.")
-    num_finished: int = _counter(None, "Sequences that reached their end.")
-    num_aborted: int = _counter(None, "Sequences that were aborted.")
-    recomputed_tokens: int = _counter(None, "Computed tokens that preemptions lost.")
+    prompt_tokens: int = _counter(
+        "engine_prompt_tokens", "Prompt tokens of sequences that were begun."
+    )
+    output_tokens: int = _counter("engine_output_tokens", "Tokens that sequences were given.")
+    num_finished: int = _counter("sequences_finished", "Sequences that reached their end.")
+    num_aborted: int = _counter("sequences_aborted", "Sequences that were aborted.")
+    recomputed_tokens: int = _counter("recomputed_tokens", "Computed tokens that preemptions lost.")
     num_compiles_after_warmup: int = _counter(
         "compiles_after_warmup", "Programs compiled while serving; should be 0."
     )

@@ -63,8 +63,6 @@ class MetricsCollector(Collector):
         for field in fields(EngineStats):
             family = _FAMILIES[field.metadata["kind"]]
             name, text = field.metadata["metric"], field.metadata["help"]
-            if name is None:
-                continue
             yield self._family(family, f"jserve_{name}", text, {}, getattr(stats, field.name))
             if field.metadata["vllm"]:
                 yield self._family(family, f"vllm:{name}", text, {}, getattr(stats, field.name))

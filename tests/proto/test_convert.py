@@ -99,6 +99,11 @@ def test_every_sampling_field_has_a_place_on_the_wire():
     assert names == set(types_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
 
 
+def test_every_statistic_has_a_place_on_the_wire():
+    names = {field.name for field in fields(EngineStats)}
+    assert names == set(engine_pb2.EngineStats.DESCRIPTOR.fields_by_name)
+
+
 def test_floats_become_what_the_device_sees():
     request = Request(id="a", prompt=(1,), sampling=SamplingParams(temperature=0.7))
     got = request_of_proto(request_to_proto(request)).sampling.temperature

@@ -1,6 +1,7 @@
 """The gateway's counters against prometheus_client's own, and their exposition read back."""
 
 import asyncio
+from dataclasses import fields
 from typing import Any, cast
 
 import pytest
@@ -130,6 +131,23 @@ def test_a_request_is_timed() -> None:
     assert found["vllm:request_success_total", by_length] == 1
     info = (("block_size", "16"), ("num_gpu_blocks", "10"))
     assert found["vllm:cache_config_info", info] == 1
+
+
+def test_every_engine_statistic_is_exposed_with_its_value_and_help() -> None:
+    stats = EngineStats(**{field.name: 100 + i for i, field in enumerate(fields(EngineStats))})
+    engine = Engine()
+    engine.stats = stats
+    registry = make_registry(GatewayMetrics(clock=ManualClock()), cast(Any, engine), lambda: "name")
+    text = generate_latest(registry).decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    seen = set()
+    for family in families.values():
+        if family.name.startswith("jserve_") and family.samples:
+            seen.add((family.samples[0].value, family.type, family.documentation))
+    for field in fields(EngineStats):
+        kind, text = field.metadata["kind"].value, field.metadata["help"]
+        assert (getattr(stats, field.name), kind, text) in seen, field.name
+        assert text.endswith(".")
 
 
 def test_choices_of_a_prompt_count_it_once() -> None:
