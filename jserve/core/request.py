@@ -2,7 +2,7 @@
 
 import enum
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Static widths of the per-slot sampling state on the device. A request beyond one of them is
 # refused with the limit in the message.
@@ -20,31 +20,48 @@ class FinishReason(enum.Enum):
     ERROR = "error"
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Values that a client may give, from `low` to `high`."""
+
+    low: float
+    high: float
+    above_low: bool = False  # `low` itself is refused
+
+
+def _bounded(default: float | None, low: float, high: float, *, above_low: bool = False) -> Any:
+    return field(default=default, metadata={"bounds": Bounds(low, high, above_low)})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the next token is chosen. Defaults are neutral: plain sampling at temperature 1.
+
+    This is the one declaration of sampling fields: the wire, the gateway's checks and the records
+    of the device derive from it. Fields without `Bounds` have rules of their own in the gateway.
 
     Semantics, order of processors and ties follow vLLM. `seed` is always set once a request has
     left the gateway; an unseeded request gets a random one there.
     """
 
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 0  # 0 keeps the whole vocabulary
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0  # over prompt and output
-    presence_penalty: float = 0.0  # over output
-    frequency_penalty: float = 0.0  # over output
+    temperature: float = _bounded(1.0, 0, 100)  # 0 is greedy
+    top_k: int = _bounded(0, -1, 2**31 - 1)  # 0 keeps the whole vocabulary
+    top_p: float = _bounded(1.0, 0, 1, above_low=True)
+    min_p: float = _bounded(0.0, 0, 1)
+    repetition_penalty: float = _bounded(1.0, 0, 100, above_low=True)  # over prompt and output
+    presence_penalty: float = _bounded(0.0, -2, 2)  # over output
+    frequency_penalty: float = _bounded(0.0, -2, 2)  # over output
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, bias), ids distinct
     allowed_token_ids: tuple[int, ...] = ()  # empty allows all
     bad_token_ids: tuple[int, ...] = ()
-    seed: int = 0  # any 64-bit integer
+    seed: int = _bounded(0, -(2**63), 2**63 - 1)
     max_tokens: int = 16  # output tokens, at least 1
     min_tokens: int = 0  # stop ids are masked before
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-    logprobs: int | None = None  # top alternatives per output token, 0–20; raw (unprocessed)
-    prompt_logprobs: int | None = None  # the same for prompt tokens
+    # Top alternatives per output token, from raw (unprocessed) log-probabilities; None: none asked.
+    logprobs: int | None = _bounded(None, 0, MAX_LOGPROBS)
+    prompt_logprobs: int | None = _bounded(None, 0, MAX_LOGPROBS)  # the same for prompt tokens
 
     @property
     def has_token_rules(self) -> bool:

@@ -1,7 +1,7 @@
 """What a request gets when it leaves a sampling field out: the model's generation config."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from jserve.core.errors import ConfigError
@@ -27,14 +27,7 @@ def sampling_defaults(
 
     `do_sample: false` makes greedy the default. Raises ConfigError for a value of a wrong type.
     """
-    given = {
-        "temperature": config.default_temperature,
-        "top_k": config.default_top_k,
-        "top_p": config.default_top_p,
-        "min_p": config.default_min_p,
-        "repetition_penalty": config.default_repetition_penalty,
-        "max_tokens": config.default_max_tokens,
-    }
+    given = {it.name: getattr(config, f"default_{it.name}") for it in fields(SamplingDefaults)}
     greedy = generation_config.get("do_sample") is False
     values: dict[str, Any] = {}
     for name, ours in given.items():

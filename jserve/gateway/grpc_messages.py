@@ -1,6 +1,6 @@
 """The messages of `jserve.v1.Inference`, to and from what the generator takes and gives."""
 
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, MutableSequence, Sequence
 from typing import Any
 
 from jserve.core.errors import RequestError
@@ -11,33 +11,18 @@ from jserve.gateway.validation import SamplingFields
 from jserve.proto import inference_pb2, types_pb2
 from jserve.proto.convert import FINISH_TO_PROTO, logprobs_to_proto
 
-_OPTIONAL_FIELDS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "max_tokens",
-    "min_tokens",
-    "ignore_eos",
-    "logprobs",
-    "prompt_logprobs",
-)
-_LIST_FIELDS = ("allowed_token_ids", "bad_token_ids", "stop_token_ids")
-
 
 def sampling_fields(message: types_pb2.SamplingParams) -> SamplingFields:
     """Fields that are not set stay None; an empty list counts as not set."""
-    given: dict[str, Any] = {
-        name: getattr(message, name) for name in _OPTIONAL_FIELDS if message.HasField(name)
-    }
-    given |= {name: list(ids) for name in _LIST_FIELDS if (ids := getattr(message, name))}
-    if message.logit_bias:
-        given["logit_bias"] = dict(message.logit_bias)
-    return SamplingFields(**given)
+    return SamplingFields(
+        **{field.name: _plain(value) for field, value in message.ListFields()}  # the set ones
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, MutableSequence) else value
 
 
 async def prompt_of(

@@ -3,13 +3,12 @@
 import math
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from jserve.core.errors import PromptTooLong, RequestError
 from jserve.core.request import (
     MAX_LOGIT_BIAS,
-    MAX_LOGPROBS,
     MAX_STOP_TOKEN_IDS,
     EngineInfo,
     SamplingParams,
@@ -19,12 +18,11 @@ from jserve.gateway.defaults import SamplingDefaults
 # Between 0 and this, logits / temperature overflow float32; vLLM raises it likewise.
 MIN_TEMPERATURE = 0.01
 _INT32_MAX = 2**31 - 1
-_INT64 = (-(2**63), 2**63 - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingFields:
-    """Sampling fields as a client gave them; None means not given.
+    """Fields of `SamplingParams` as a client gave them; None means not given.
 
     Values may be of any type: `resolve_sampling` checks them and names the field that is wrong.
     """
@@ -67,7 +65,7 @@ def check_prompt(ids: Sequence[int], info: EngineInfo) -> tuple[int, ...]:
 
 
 def resolve_sampling(
-    fields: SamplingFields,
+    given: SamplingFields,
     *,
     defaults: SamplingDefaults,
     info: EngineInfo,
@@ -78,36 +76,26 @@ def resolve_sampling(
 
     Raises RequestError with `param`, or PromptTooLong when prompt + max_tokens exceed the context.
     """
-    temperature = number("temperature", fields.temperature, defaults.temperature, 0, 100)
-    top_k = integer("top_k", fields.top_k, defaults.top_k, -1, _INT32_MAX)
-    max_tokens = _max_tokens(fields.max_tokens, defaults, info, prompt_tokens)
+    max_tokens = _max_tokens(given.max_tokens, defaults, info, prompt_tokens)
+    values: dict[str, Any] = {
+        field.name: _resolve_bounded(field, given, getattr(defaults, field.name, field.default))
+        for field in fields(SamplingParams)
+        if "bounds" in field.metadata
+    }
+    values["top_k"] = min(max(values["top_k"], 0), info.vocab)
+    if values["temperature"]:
+        values["temperature"] = max(values["temperature"], MIN_TEMPERATURE)
+    if given.seed is None:
+        values["seed"] = make_seed()
     sampling = SamplingParams(
-        temperature=max(temperature, MIN_TEMPERATURE) if temperature else 0.0,
-        top_k=min(max(top_k, 0), info.vocab),
-        top_p=number("top_p", fields.top_p, defaults.top_p, 0, 1, above_low=True),
-        min_p=number("min_p", fields.min_p, defaults.min_p, 0, 1),
-        repetition_penalty=number(
-            "repetition_penalty",
-            fields.repetition_penalty,
-            defaults.repetition_penalty,
-            0,
-            100,
-            above_low=True,
-        ),
-        presence_penalty=number("presence_penalty", fields.presence_penalty, 0, -2, 2),
-        frequency_penalty=number("frequency_penalty", fields.frequency_penalty, 0, -2, 2),
-        logit_bias=_logit_bias(fields.logit_bias, info.vocab),
-        allowed_token_ids=_allowed(fields.allowed_token_ids, info.vocab),
-        bad_token_ids=_id_set("bad_token_ids", fields.bad_token_ids, info.vocab),
-        seed=make_seed()
-        if fields.seed is None
-        else integer("seed", fields.seed, 0, _INT64[0], _INT64[1]),
+        **values,
+        logit_bias=_logit_bias(given.logit_bias, info.vocab),
+        allowed_token_ids=_allowed(given.allowed_token_ids, info.vocab),
+        bad_token_ids=_id_set("bad_token_ids", given.bad_token_ids, info.vocab),
         max_tokens=max_tokens,
-        min_tokens=integer("min_tokens", fields.min_tokens, 0, 0, max_tokens, "max_tokens"),
-        ignore_eos=boolean("ignore_eos", fields.ignore_eos, default=False),
-        stop_token_ids=_stop_token_ids(fields, info),
-        logprobs=_optional("logprobs", fields.logprobs),
-        prompt_logprobs=_optional("prompt_logprobs", fields.prompt_logprobs),
+        min_tokens=integer("min_tokens", given.min_tokens, 0, 0, max_tokens, "max_tokens"),
+        ignore_eos=boolean("ignore_eos", given.ignore_eos, default=False),
+        stop_token_ids=_stop_token_ids(given, info),
     )
     _check_something_is_left(sampling, info)
     return sampling
@@ -202,8 +190,14 @@ def token_ids(name: str, value: Any, vocab: int) -> tuple[int, ...]:
     return ids
 
 
-def _optional(name: str, value: Any) -> int | None:
-    return None if value is None else integer(name, value, 0, 0, MAX_LOGPROBS)
+def _resolve_bounded(field: Field[Any], given: SamplingFields, default: Any) -> Any:
+    """The value of a number that `SamplingParams` gives bounds to."""
+    name, value, bounds = field.name, getattr(given, field.name), field.metadata["bounds"]
+    if value is None:
+        return default
+    if isinstance(field.default, float):
+        return number(name, value, default, bounds.low, bounds.high, above_low=bounds.above_low)
+    return integer(name, value, 0, bounds.low, bounds.high)
 
 
 def _max_tokens(
@@ -237,8 +231,8 @@ def _allowed(value: Any, vocab: int) -> tuple[int, ...]:
     return allowed
 
 
-def _stop_token_ids(fields: SamplingFields, info: EngineInfo) -> tuple[int, ...]:
-    stops = _id_set("stop_token_ids", fields.stop_token_ids, info.vocab)
+def _stop_token_ids(given: SamplingFields, info: EngineInfo) -> tuple[int, ...]:
+    stops = _id_set("stop_token_ids", given.stop_token_ids, info.vocab)
     num_eos = len(set(info.eos_token_ids) - set(stops))
     if len(stops) + num_eos > MAX_STOP_TOKEN_IDS:
         raise RequestError(

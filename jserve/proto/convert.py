@@ -3,7 +3,11 @@
 Floats become float32 on the way, which is what the device computes with.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableSequence
+from dataclasses import fields
+from typing import Any
+
+from google.protobuf.message import Message
 
 from jserve.core.errors import (
     EngineError,
@@ -35,74 +39,52 @@ FINISH_TO_PROTO = {
 _FINISH_OF_PROTO = {number: reason for reason, number in FINISH_TO_PROTO.items()}
 
 
+_SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
+_OPTIONAL_FIELDS = tuple(field.name for field in fields(SamplingParams) if field.default is None)
+_REQUEST_FIELDS = tuple(field.name for field in fields(Request) if field.name != "sampling")
+_INFO_FIELDS = tuple(field.name for field in fields(EngineInfo))
+_STATS_FIELDS = tuple(field.name for field in fields(EngineStats))
+
+
 def sampling_to_proto(sampling: SamplingParams) -> types_pb2.SamplingParams:
-    """Every field set."""
-    message = types_pb2.SamplingParams(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        allowed_token_ids=sampling.allowed_token_ids,
-        bad_token_ids=sampling.bad_token_ids,
-        seed=sampling.seed,
-        max_tokens=sampling.max_tokens,
-        min_tokens=sampling.min_tokens,
-        ignore_eos=sampling.ignore_eos,
-        stop_token_ids=sampling.stop_token_ids,
-        logprobs=sampling.logprobs,
-        prompt_logprobs=sampling.prompt_logprobs,
-    )
-    for token_id, bias in sampling.logit_bias:
-        message.logit_bias[token_id] = bias
-    return message
+    """Sets every field that is not None."""
+    values = _to_fields(sampling, _SAMPLING_FIELDS)
+    values["logit_bias"] = dict(sampling.logit_bias)
+    return types_pb2.SamplingParams(**values)
 
 
 def sampling_of_proto(message: types_pb2.SamplingParams) -> SamplingParams:
-    """The inverse of `sampling_to_proto`; every field must be set."""
-    return SamplingParams(
-        temperature=message.temperature,
-        top_k=message.top_k,
-        top_p=message.top_p,
-        min_p=message.min_p,
-        repetition_penalty=message.repetition_penalty,
-        presence_penalty=message.presence_penalty,
-        frequency_penalty=message.frequency_penalty,
-        logit_bias=tuple(sorted(message.logit_bias.items())),
-        allowed_token_ids=tuple(message.allowed_token_ids),
-        bad_token_ids=tuple(message.bad_token_ids),
-        seed=message.seed,
-        max_tokens=message.max_tokens,
-        min_tokens=message.min_tokens,
-        ignore_eos=message.ignore_eos,
-        stop_token_ids=tuple(message.stop_token_ids),
-        logprobs=message.logprobs if message.HasField("logprobs") else None,
-        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
-    )
+    """The inverse of `sampling_to_proto`; every field that may not be None must be set."""
+    values = _from_fields(message, _SAMPLING_FIELDS)
+    values |= {name: None for name in _OPTIONAL_FIELDS if not message.HasField(name)}
+    return SamplingParams(**values)
 
 
 def request_to_proto(request: Request) -> engine_pb2.EngineRequest:
-    """See `request_of_proto`."""
     return engine_pb2.EngineRequest(
-        id=request.id,
-        prompt=request.prompt,
-        sampling=sampling_to_proto(request.sampling),
-        choice=request.choice,
-        priority=request.priority,
+        **_to_fields(request, _REQUEST_FIELDS), sampling=sampling_to_proto(request.sampling)
     )
 
 
 def request_of_proto(message: engine_pb2.EngineRequest) -> Request:
-    """A request as the engine sees it."""
     return Request(
-        id=message.id,
-        prompt=tuple(message.prompt),
-        sampling=sampling_of_proto(message.sampling),
-        choice=message.choice,
-        priority=message.priority,
+        **_from_fields(message, _REQUEST_FIELDS), sampling=sampling_of_proto(message.sampling)
     )
+
+
+def _to_fields(value: object, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in names}
+
+
+def _from_fields(message: Message, names: Iterable[str]) -> dict[str, Any]:
+    """The fields `names` with lists as tuples and maps as sorted tuples of pairs."""
+    return {name: _as_tuple(getattr(message, name)) for name in names}
+
+
+def _as_tuple(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple(sorted(value.items()))
+    return tuple(value) if isinstance(value, MutableSequence) else value
 
 
 def logprobs_to_proto(
@@ -180,44 +162,19 @@ def _present(logprobs: Iterable[TokenLogprobs | None]) -> tuple[TokenLogprobs, .
 
 
 def info_to_proto(info: EngineInfo) -> engine_pb2.EngineHello:
-    """See `info_of_proto`."""
-    return engine_pb2.EngineHello(
-        model=info.model,
-        vocab=info.vocab,
-        max_model_len=info.max_model_len,
-        num_slots=info.num_slots,
-        num_pages=info.num_pages,
-        page_size=info.page_size,
-        max_queue=info.max_queue,
-        eos_token_ids=info.eos_token_ids,
-    )
+    return engine_pb2.EngineHello(**_to_fields(info, _INFO_FIELDS))
 
 
 def info_of_proto(message: engine_pb2.EngineHello) -> EngineInfo:
-    """What an engine says of itself."""
-    return EngineInfo(
-        model=message.model,
-        vocab=message.vocab,
-        max_model_len=message.max_model_len,
-        num_slots=message.num_slots,
-        num_pages=message.num_pages,
-        page_size=message.page_size,
-        max_queue=message.max_queue,
-        eos_token_ids=tuple(message.eos_token_ids),
-    )
-
-
-_STATS_FIELDS: Sequence[str] = tuple(EngineStats.__dataclass_fields__)
+    return EngineInfo(**_from_fields(message, _INFO_FIELDS))
 
 
 def stats_to_proto(stats: EngineStats) -> engine_pb2.EngineStats:
-    """See `stats_of_proto`."""
-    return engine_pb2.EngineStats(**{name: getattr(stats, name) for name in _STATS_FIELDS})
+    return engine_pb2.EngineStats(**_to_fields(stats, _STATS_FIELDS))
 
 
 def stats_of_proto(message: engine_pb2.EngineStats) -> EngineStats:
-    """The load of an engine; the fields have the same names."""
-    return EngineStats(**{name: getattr(message, name) for name in _STATS_FIELDS})
+    return EngineStats(**_from_fields(message, _STATS_FIELDS))
 
 
 _REJECTION_KINDS: tuple[tuple[type[JserveError], engine_pb2.Rejection.Kind], ...] = (

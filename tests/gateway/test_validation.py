@@ -1,5 +1,6 @@
 """Every sampling field: its range, its default, its message."""
 
+import json
 import math
 from dataclasses import fields, replace
 
@@ -11,8 +12,12 @@ from jserve.core.errors import ConfigError, PromptTooLong, RequestError
 from jserve.core.request import SamplingParams
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.defaults import SamplingDefaults, sampling_defaults
+from jserve.gateway.grpc_messages import sampling_fields
+from jserve.gateway.http.openai_request import parse_completion
 from jserve.gateway.validation import SamplingFields, check_prompt, check_stop, resolve_sampling
+from jserve.proto.convert import sampling_to_proto
 from tests.gateway.fixtures import INFO
+from tests.sampling_values import unusual_sampling
 
 
 def resolve(*, defaults=SamplingDefaults(), info=INFO, prompt_tokens=10, **given) -> SamplingParams:  # noqa: B008
@@ -87,6 +92,24 @@ REFUSED = {
 def test_the_tables_name_every_field():
     names = {field.name for field in fields(SamplingParams)}
     assert ACCEPTED.keys() == REFUSED.keys() == names == {f.name for f in fields(SamplingFields)}
+
+
+def _from_grpc(sampling: SamplingParams) -> SamplingFields:
+    return sampling_fields(sampling_to_proto(sampling))
+
+
+def _from_json(sampling: SamplingParams) -> SamplingFields:
+    body = {it.name: getattr(sampling, it.name) for it in fields(sampling)}
+    body |= {"prompt": "x", "logit_bias": {str(key): value for key, value in sampling.logit_bias}}
+    return parse_completion(json.loads(json.dumps(body))).sampling
+
+
+@pytest.mark.parametrize("front_end", [_from_grpc, _from_json])
+def test_every_field_passes_a_front_end_and_the_checks(front_end):
+    sampling = unusual_sampling()
+    given = front_end(sampling)
+    resolved = resolve_sampling(given, defaults=SamplingDefaults(), info=INFO, prompt_tokens=10)
+    assert resolved == sampling
 
 
 @pytest.mark.parametrize("name", ACCEPTED)

@@ -31,11 +31,14 @@ from jserve.proto.convert import (
     rejection_to_proto,
     request_of_proto,
     request_to_proto,
+    sampling_of_proto,
+    sampling_to_proto,
     stats_of_proto,
     stats_to_proto,
     update_of_proto,
     updates_to_proto,
 )
+from tests.sampling_values import unusual_sampling
 
 IDS = st.integers(0, 2**31 - 1)
 INT32 = st.integers(-(2**31), 2**31 - 1)
@@ -97,6 +100,12 @@ def test_request_survives(request):
 def test_every_sampling_field_has_a_place_on_the_wire():
     names = {field.name for field in fields(SamplingParams)}
     assert names == set(types_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
+
+
+def test_every_sampling_field_survives_with_a_value_of_its_own():
+    sampling = unusual_sampling()
+    wire = sampling_to_proto(sampling).SerializeToString()
+    assert sampling_of_proto(types_pb2.SamplingParams.FromString(wire)) == sampling
 
 
 def test_every_statistic_has_a_place_on_the_wire():
