@@ -12,6 +12,8 @@ import time
 import numpy as np
 
 from benchmarks.serving import report
+from jserve.cache.kv_cache import KVCache
+from jserve.cache.layout import single_group
 from jserve.core.request import Request, SamplingParams
 from jserve.core.step import FinishCode, Program, ProgramKind, StepPlan, StepResult
 from jserve.engine.pipeline import Pipeline
@@ -29,9 +31,8 @@ def crowded_scheduler(num_slots: int, steps: int, max_tokens: int) -> Scheduler:
     )
     scheduler = Scheduler(
         SchedulerConfig(),
+        cache=KVCache(single_group(16), num_slots * (max_tokens // 16 + 8)),
         num_slots=num_slots,
-        num_pages=num_slots * (max_tokens // 16 + 8),
-        page_size=16,
         max_model_len=max_tokens + len(_PROMPT),
         programs=programs,
     )

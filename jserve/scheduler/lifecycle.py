@@ -1,8 +1,8 @@
-"""The state machine of sequences, with the queues, slots and pages that it moves them between."""
+"""The state machine of sequences, with the queues and slots that it moves them between."""
 
 import heapq
 
-from jserve.cache.page_pool import PagePool
+from jserve.cache.kv_cache import NO_HIT, KVCache
 from jserve.scheduler.policy import Policy
 from jserve.scheduler.queue import RankedQueue
 from jserve.scheduler.sequence import Event, Sequence, SequenceState
@@ -16,18 +16,16 @@ class Lifecycle:
     order of their submission, so the next owner of its slot and pages writes them later.
     """
 
-    def __init__(self, policy: Policy, *, num_slots: int, num_pages: int, page_size: int) -> None:
-        if num_slots < 1 or page_size < 1:
-            raise ValueError(
-                f"num_slots is {num_slots}, page_size {page_size}; both are at least 1"
-            )
+    def __init__(self, policy: Policy, cache: KVCache, num_slots: int) -> None:
+        if num_slots < 1:
+            raise ValueError(f"num_slots is {num_slots}; an engine has at least 1")
         # Others read the queues; only this class changes them.
         self.waiting = RankedQueue()
         self.running = RankedQueue()
         self._policy = policy
+        self._num_slots = num_slots
         self._free_slots = list(range(num_slots))  # a heap: the lowest is taken first
-        self._pages = PagePool(num_pages)
-        self._page_size = page_size
+        self._cache = cache
 
     @property
     def num_free_slots(self) -> int:
@@ -46,9 +44,10 @@ class Lifecycle:
         self.waiting.remove(seq)
         seq.state = SequenceState.RUNNING
         seq.slot = heapq.heappop(self._free_slots)
-        seq.context = seq.request.prompt + tuple(seq.output)
+        seq.context = seq.tokens
         seq.num_tokens = len(seq.context)
         seq.num_computed = 0
+        seq.pages, _ = self._cache.adopt(NO_HIT)
         self.running.add(seq)
 
     def preempt(self, seq: Sequence, now_s: float) -> None:
@@ -108,58 +107,22 @@ class Lifecycle:
         _require(seq, SequenceState.RUNNING)
         self.running.remove(seq)
         heapq.heappush(self._free_slots, seq.slot)
-        self._pages.release(seq.pages)
-        seq.pages = []
-        seq.capacity = 0
+        self._cache.release(seq.pages, seq.computed_tokens)
 
-    # Memory.
-
-    @property
-    def num_free_pages(self) -> int:
-        """Pages that nobody holds."""
-        return self._pages.num_free
-
-    @property
-    def num_pages(self) -> int:
-        """Pages in all."""
-        return self._pages.num_pages
-
-    def pages_for(self, positions: int) -> int:
-        """Pages that hold so many tokens."""
-        return -(-positions // self._page_size)
-
-    def owed_pages(self) -> int:
-        """Pages that half computed prompts still have to take."""
-        return sum(
-            self.pages_for(len(seq.context)) - len(seq.pages)
-            for seq in self.running
-            if seq.num_computed < len(seq.context)
-        )
-
-    def can_grow_all(self, steps: int) -> bool:
-        """Whether free pages suffice for every sequence to decode `steps` more tokens."""
-        free = self._pages.num_free
-        if len(self.running) * self.pages_for(steps) <= free:
-            return True
-        needed = 0
-        for seq in self.running:
-            new = min(steps, seq.max_total - seq.num_tokens)
-            needed += max(0, self.pages_for(seq.num_computed + new) - len(seq.pages))
-        return needed <= free
-
-    def most_positions(self, seq: Sequence) -> int:
-        """Tokens that `seq` could hold with every free page."""
-        return seq.capacity + self._pages.num_free * self._page_size
-
-    def grow(self, seq: Sequence, positions: int) -> bool:
-        """Gives `seq` pages for `positions` tokens in all; False, and none, if too few are free."""
-        missing = -(-positions // self._page_size) - len(seq.pages)
-        if missing > 0:
-            if missing > self._pages.num_free:
-                return False
-            seq.pages += self._pages.take(missing)
-            seq.capacity = len(seq.pages) * self._page_size
-        return True
+    def audit(self, live: list[Sequence]) -> list[str]:
+        """What is wrong with states, queues and slots if `live` are all sequences; for tests."""
+        problems: list[str] = []
+        queues = ((self.waiting, SequenceState.WAITING), (self.running, SequenceState.RUNNING))
+        for queue, state in queues:
+            members = list(queue)
+            if sorted(members, key=lambda seq: seq.rank) != members:
+                problems.append(f"the {state.value} are not sorted by rank")
+            if {id(seq) for seq in members} != {id(seq) for seq in live if seq.state is state}:
+                problems.append(f"the {state.value} queue does not hold who is {state.value}")
+        slots = sorted([*self._free_slots, *(seq.slot for seq in self.running)])
+        if slots != list(range(self._num_slots)):
+            problems.append(f"slots are lost or held twice: {slots}")
+        return problems
 
 
 def _require(seq: Sequence, state: SequenceState) -> None:

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from jserve.cache.kv_cache import KVCache, PageDelta, joined
 from jserve.core.stats import EngineStats
-from jserve.core.step import Admission, Chunk, NewPages, Program, StepPlan
+from jserve.core.step import Admission, Chunk, Program, StepPlan
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.lifecycle import Lifecycle
 from jserve.scheduler.pace import Pace
@@ -30,8 +31,8 @@ class Step:
     planned_s: float = 0.0
 
 
-# A decode row: its sequence, the index of its first new page, the tokens it yields at most.
-_Decode = tuple[Sequence, int, int]
+# A decode row: its sequence, its new pages, the tokens it yields at most.
+_Decode = tuple[Sequence, PageDelta, int]
 
 
 @dataclass(slots=True)
@@ -39,8 +40,8 @@ class _Grant:
     """Prompt tokens of one sequence in the step that is built."""
 
     seq: Sequence
-    first_page: int  # pages from here on are new
     num_tokens: int = 0
+    pages: PageDelta = ()
 
 
 @dataclass(slots=True)
@@ -69,12 +70,14 @@ class Planner:
         *,
         programs: ProgramTable,
         lifecycle: Lifecycle,
+        cache: KVCache,
         counters: EngineStats,
         max_processor_rows: int,
     ) -> None:
         self._config = config
         self._programs = programs
         self._lifecycle = lifecycle
+        self._cache = cache
         self._waiting = lifecycle.waiting
         self._running = lifecycle.running
         self._counters = counters
@@ -109,16 +112,20 @@ class Planner:
             [seq.max_total - seq.num_tokens for seq in running],
             waiting=len(self._waiting) > 0,
         )
-        while steps > 1 and not self._lifecycle.can_grow_all(steps):
+        while steps > 1 and not self._all_can_grow(steps):
             steps //= 2  # rather a shorter run than a preemption
+        grow = self._cache.grow
         decodes: list[_Decode] = []
         for seq in running:  # which may lose its end to a preemption
             left = seq.max_total - seq.num_tokens
             new = left if left < steps else steps
-            first_page = len(seq.pages)
+            end = seq.num_computed + new
             # Most have room; the test here saves a call for every row.
-            if seq.num_computed + new <= seq.capacity or self._reserve(seq, new, now_s):
-                decodes.append((seq, first_page, new))
+            pages = () if end <= seq.pages.capacity else grow(seq.pages, end)
+            if pages is None:
+                pages = self._make_room(seq, end, now_s)
+            if pages is not None:
+                decodes.append((seq, pages, new))
         rows = issue_decodes(decodes)
         return self._step(self._programs.decode(len(rows.chunks), steps), steps, rows)
 
@@ -139,11 +146,13 @@ class Planner:
         left = self._step_tokens - sum(s.num_computed >= len(s.context) for s in running)
         draft = _Draft(now_s, left=left, share=-(-left // self._config.max_partial_prefills))
         for seq in running:  # which may lose its end to a preemption
-            first_page = len(seq.pages)
             if seq.num_computed < len(seq.context):
-                self._grant(draft, _Grant(seq, first_page))
-            elif self._reserve(seq, 1, now_s):
-                draft.decodes.append((seq, first_page, 1))
+                self._grant(draft, _Grant(seq))
+                continue
+            end = seq.num_computed + 1
+            pages = () if end <= seq.pages.capacity else self._make_room(seq, end, now_s)
+            if pages is not None:
+                draft.decodes.append((seq, pages, 1))
         self._admit(draft)
         for grant in draft.prompts:  # what the shares of others left over
             self._extend(draft, grant, draft.left)
@@ -166,14 +175,19 @@ class Planner:
 
     def _admission_room(self) -> int:
         """Pages for newcomers: free, not owed to half computed prompts, not kept for growth."""
+        owed = sum(
+            self._cache.missing(seq.pages, len(seq.context))
+            for seq in self._running
+            if seq.num_computed < len(seq.context)
+        )
         headroom = self._config.headroom_pages * len(self._running)
-        return self._lifecycle.num_free_pages - self._lifecycle.owed_pages() - headroom
+        return self._cache.num_free - owed - headroom
 
     def _head_fits(self) -> bool:
         if not len(self._waiting) or not self._lifecycle.num_free_slots:
             return False
         head = self._waiting.first
-        return self._lifecycle.pages_for(head.num_context) <= self._admission_room()
+        return self._cache.pages_for(head.num_context) <= self._admission_room()
 
     def _admit(self, draft: _Draft) -> None:
         """Fills `draft` with newcomers until one must wait."""
@@ -181,7 +195,7 @@ class Planner:
         num_processors = 0
         while len(self._waiting) and self._lifecycle.num_free_slots and draft.left > 0:
             seq = self._waiting.first
-            pages = self._lifecycle.pages_for(seq.num_context)
+            pages = self._cache.pages_for(seq.num_context)
             num_processors += seq.request.sampling.has_token_rules
             if pages > room or num_processors > self._max_processor_rows:
                 return
@@ -196,7 +210,7 @@ class Planner:
             seq.queue_s = draft.now_s - seq.arrival_s
             self._counters.prompt_tokens += len(seq.request.prompt)
         draft.admissions.append(Admission(seq.slot, seq.request, tuple(seq.output)))
-        grant = _Grant(seq, first_page=0)
+        grant = _Grant(seq)
         self._extend(draft, grant, draft.share)
         draft.prompts.append(grant)
 
@@ -220,20 +234,30 @@ class Planner:
         """Adds up to `most` tokens to `grant`, as the step and the free pages allow."""
         start = grant.seq.num_computed + grant.num_tokens
         end = min(len(grant.seq.context), start + min(most, draft.left))
-        end = min(end, self._lifecycle.most_positions(grant.seq))
-        self._lifecycle.grow(grant.seq, end)
+        end = min(end, self._cache.room(grant.seq.pages))
+        grant.pages = joined(grant.pages, self._cache.grow(grant.seq.pages, end) or ())
         grant.num_tokens += end - start
         draft.left -= end - start
 
-    def _reserve(self, seq: Sequence, new: int, now_s: float) -> bool:
-        """Pages for `new` more tokens of `seq`; False if it had to be preempted itself."""
-        end = seq.num_computed + new
-        while end > seq.capacity and not self._lifecycle.grow(seq, end):
+    def _make_room(self, seq: Sequence, num_tokens: int, now_s: float) -> PageDelta | None:
+        """Pages for `num_tokens` tokens of `seq` in all; None if it had to be preempted itself."""
+        while (pages := self._cache.grow(seq.pages, num_tokens)) is None:
             victim = self._lifecycle.victim(seq)
             self._preempt(victim, now_s)
             if victim is seq:
-                return False
-        return True
+                return None
+        return pages
+
+    def _all_can_grow(self, steps: int) -> bool:
+        """Whether free pages suffice for every running sequence to decode `steps` more tokens."""
+        free = self._cache.num_free
+        if len(self._running) * self._cache.pages_for(steps) <= free:
+            return True
+        needed = 0
+        for seq in self._running:
+            new = min(steps, seq.max_total - seq.num_tokens)
+            needed += self._cache.missing(seq.pages, seq.num_computed + new)
+        return needed <= free
 
     def _preempt(self, seq: Sequence, now_s: float) -> None:
         self._counters.num_preemptions += 1
@@ -244,13 +268,10 @@ class Planner:
 def issue_decodes(decodes: list[_Decode]) -> Rows:
     """Rows of `decodes`; counts their tokens as computed, and them as in flight."""
     chunks: list[Chunk] = []
-    for seq, first_page, new in decodes:
-        start, pages = seq.num_computed, seq.pages
-        grown = (
-            (NewPages(0, first_page, tuple(pages[first_page:])),) if len(pages) > first_page else ()
-        )
+    for seq, pages, new in decodes:
+        start = seq.num_computed
         # `_make` takes half the time of naming the fields, and this runs for every row.
-        chunks.append(Chunk._make((seq.slot, seq.id, start, 1, (), new, (), grown)))
+        chunks.append(Chunk._make((seq.slot, seq.id, start, 1, (), new, (), pages)))
         seq.num_computed = start + new
         seq.num_tokens += new
         seq.num_in_flight += 1
@@ -263,7 +284,6 @@ def issue_prompt(rows: Rows, grant: _Grant) -> None:
     start, end = seq.num_computed, seq.num_computed + grant.num_tokens
     max_new = int(end == len(seq.context))
     wants_logprobs = seq.prompt_logprobs is not None
-    new_pages = tuple(seq.pages[grant.first_page :])
     rows.chunks.append(
         Chunk(
             slot=seq.slot,
@@ -273,7 +293,7 @@ def issue_prompt(rows: Rows, grant: _Grant) -> None:
             tokens=seq.context[start:end],
             max_new=max_new,
             prompt_targets=seq.request.prompt[start + 1 : end + 1] if wants_logprobs else (),
-            pages=(NewPages(0, grant.first_page, new_pages),) if new_pages else (),
+            pages=grant.pages,
         )
     )
     rows.sequences.append(seq)

@@ -3,11 +3,13 @@
 from collections import deque
 from dataclasses import replace
 
+from jserve.cache.kv_cache import KVCache
 from jserve.core.errors import EngineError, Overloaded, PromptTooLong, RequestError, Unavailable
 from jserve.core.request import FinishReason, Request, SequenceUpdate
 from jserve.core.stats import EngineStats
 from jserve.core.step import Program, ProgramKind, RowLogprobs, StepPlan, StepResult
 from jserve.scheduler import logprobs
+from jserve.scheduler.audit import Audit, audit
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.lifecycle import Lifecycle
 from jserve.scheduler.planner import Planner, Step
@@ -34,9 +36,8 @@ class Scheduler:
         self,
         config: SchedulerConfig,
         *,
+        cache: KVCache,
         num_slots: int,
-        num_pages: int,
-        page_size: int,
         max_model_len: int,
         programs: tuple[Program, ...],
         max_processor_rows: int = 8,
@@ -51,13 +52,13 @@ class Scheduler:
         self._max_model_len = max_model_len
         self._counters = EngineStats()
         self._finish_rate = FinishRate()
-        self._lifecycle = Lifecycle(
-            policy, num_slots=num_slots, num_pages=num_pages, page_size=page_size
-        )
+        self._cache = cache
+        self._lifecycle = Lifecycle(policy, cache, num_slots)
         self._planner = Planner(
             config,
             programs=ProgramTable(programs, num_slots),
             lifecycle=self._lifecycle,
+            cache=cache,
             counters=self._counters,
             max_processor_rows=max_processor_rows,
         )
@@ -119,11 +120,11 @@ class Scheduler:
                 param="prompt",
             )
         max_total = min(prompt + request.sampling.max_tokens, self._max_model_len)
-        pages = self._lifecycle.pages_for(max_total - 1)  # the last token is never computed
-        if pages > self._lifecycle.num_pages:
+        pages = self._cache.pages_for(max_total - 1)  # the last token is never computed
+        if pages > self._cache.num_pages:
             raise PromptTooLong(
                 f"prompt and output of {max_total} tokens need {pages} pages of KV memory, the "
-                f"engine has {self._lifecycle.num_pages}; shorten the prompt or lower max_tokens",
+                f"engine has {self._cache.num_pages}; shorten the prompt or lower max_tokens",
                 param="max_tokens",
             )
         return max_total
@@ -171,8 +172,12 @@ class Scheduler:
             num_waiting=num_waiting,
             num_running=len(self._live) - num_waiting,
             free_slots=self._lifecycle.num_free_slots,
-            free_pages=self._lifecycle.num_free_pages,
+            free_pages=self._cache.num_free,
         )
+
+    def audit(self) -> Audit:
+        """Copies of all bookkeeping, and what is wrong with it; for tests and debugging."""
+        return audit(self._live.values(), self._lifecycle, self._cache)
 
     # Before a step.
 

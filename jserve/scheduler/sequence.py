@@ -15,6 +15,7 @@ import enum
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from jserve.cache.kv_cache import NO_PAGES, Pages
 from jserve.core.request import Request, TokenLogprobs
 
 # Smaller ranks are served first and preempted last; equal ranks keep the order of their arrival.
@@ -75,8 +76,7 @@ class Sequence:
 
     # Of the present stay in a slot:
     slot: int = 0
-    pages: list[int] = field(default_factory=list[int])  # its page table
-    capacity: int = 0  # positions that its pages hold
+    pages: Pages = NO_PAGES
     context: tuple[int, ...] = ()  # tokens that chunks compute: the prompt and the output so far
     num_tokens: int = 0
     num_computed: int = 0  # positions whose K and V are written
@@ -85,6 +85,20 @@ class Sequence:
     def num_context(self) -> int:
         """Tokens that the next stay in a slot must compute before it decodes."""
         return len(self.request.prompt) + len(self.output)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The prompt and the committed output."""
+        return self.request.prompt + tuple(self.output)
+
+    @property
+    def computed_tokens(self) -> tuple[int, ...]:
+        """Tokens that are known and whose K and V are in the pages, once what is in flight has run.
+
+        The newest output token never is among them: it is computed by the step that follows it.
+        """
+        known = len(self.request.prompt) + max(0, len(self.output) - 1)
+        return self.tokens[: min(self.num_computed, known)]
 
     def view(self, event: Event) -> SequenceView:
         """The sequence as a policy sees it."""

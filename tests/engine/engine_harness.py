@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jserve.cache.kv_cache import KVCache
+from jserve.cache.layout import single_group
 from jserve.core.model_spec import ModelSpec
 from jserve.core.request import FinishReason, Request, SequenceUpdate, TokenLogprobs
 from jserve.engine.build.assembly import Engine, build_engine
@@ -97,9 +99,8 @@ class Harness:
         """Lets the scheduler use fewer pages than there are, to force preemptions."""
         self.scheduler = Scheduler(
             SCHEDULER,
+            cache=KVCache(single_group(self.config.page_size), num_pages),
             num_slots=self.config.num_slots,
-            num_pages=num_pages,
-            page_size=self.config.page_size,
             max_model_len=self.engine.info.max_model_len,
             programs=self.config.programs(),
             max_processor_rows=self.config.processor_rows,

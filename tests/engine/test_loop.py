@@ -4,6 +4,8 @@ import threading
 
 import pytest
 
+from jserve.cache.kv_cache import KVCache
+from jserve.cache.layout import single_group
 from jserve.core.clock import ManualClock
 from jserve.core.errors import Overloaded, Unavailable
 from jserve.core.request import FinishReason, Request, SamplingParams, SequenceUpdate
@@ -36,8 +38,13 @@ class Rig:
 
     def __init__(self, max_queue: int = 16) -> None:
         sizes = {"num_slots": 4, "num_pages": 64, "page_size": 4}
+        cache = KVCache(single_group(4), 64)
         self.scheduler = Scheduler(
-            SchedulerConfig(max_queue=max_queue), max_model_len=128, programs=PROGRAMS, **sizes
+            SchedulerConfig(max_queue=max_queue),
+            cache=cache,
+            num_slots=4,
+            max_model_len=128,
+            programs=PROGRAMS,
         )
         self.executor = Breaking(PROGRAMS, model=MODEL, **sizes)
         self.inbox, self.outbox = Inbox(), Outbox()

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 import pytest
 
+from jserve.cache.kv_cache import KVCache
+from jserve.cache.layout import single_group
 from jserve.core.request import Request, SamplingParams, SequenceUpdate
 from jserve.core.step import Program, ProgramKind, StepPlan, StepResult
 from jserve.engine.pipeline import Pipeline, run_serial
@@ -34,7 +36,10 @@ class Counting(SimulatedExecutor):
 
 def rig() -> tuple[Scheduler, Counting]:
     sizes = {"num_slots": 4, "num_pages": 14, "page_size": 4}
-    scheduler = Scheduler(SchedulerConfig(), max_model_len=48, programs=PROGRAMS, **sizes)
+    cache = KVCache(single_group(4), 14)
+    scheduler = Scheduler(
+        SchedulerConfig(), cache=cache, num_slots=4, max_model_len=48, programs=PROGRAMS
+    )
     return scheduler, Counting(PROGRAMS, model=MODEL, **sizes)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from jserve.cache.kv_cache import KVCache
+from jserve.cache.layout import single_group
 from jserve.core.errors import ConfigError
 from jserve.core.request import Request, SamplingParams
 from jserve.core.step import Program, ProgramKind, StepPlan, StepResult
@@ -50,7 +52,10 @@ class Clock:
 
 def run(log: StepLog | None, prompts: dict[str, int], max_tokens: int) -> Recording:
     sizes = {"num_slots": 4, "num_pages": 40, "page_size": 4}
-    scheduler = Scheduler(SchedulerConfig(), max_model_len=64, programs=PROGRAMS, **sizes)
+    cache = KVCache(single_group(4), 40)
+    scheduler = Scheduler(
+        SchedulerConfig(), cache=cache, num_slots=4, max_model_len=64, programs=PROGRAMS
+    )
     executor = Recording(**sizes)
     for name, length in prompts.items():
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)

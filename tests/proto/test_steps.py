@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jserve.cache.kv_cache import KVCache
+from jserve.cache.layout import single_group
 from jserve.core.errors import EngineError
 from jserve.core.request import Request, SamplingParams
 from jserve.core.step import Chunk, NewPages, Program, ProgramKind, StepPlan
@@ -58,9 +60,8 @@ def test_a_step_of_256_rows_takes_less_than_4_kb() -> None:
     programs = (Program(ProgramKind.MIXED, 1024, 256), Program(ProgramKind.DECODE, 256, 256, 8))
     scheduler = Scheduler(
         SchedulerConfig(),
+        cache=KVCache(single_group(16), 60_000),
         num_slots=256,
-        num_pages=60_000,
-        page_size=16,
         max_model_len=8192,
         programs=programs,
     )

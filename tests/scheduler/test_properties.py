@@ -7,10 +7,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jserve.cache.kv_cache import KVCache
+from jserve.cache.layout import single_group
 from jserve.core.errors import Overloaded, PromptTooLong
 from jserve.core.request import Request, SamplingParams, SequenceUpdate, TokenLogprobs
 from jserve.core.step import Program, ProgramKind, StepPlan
 from jserve.engine.pipeline import Pipeline
+from jserve.scheduler.audit import Audit
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
 from jserve.scheduler.sequence import SequenceState
@@ -75,9 +78,8 @@ class Drill:
         self.engine = engine
         self.scheduler = Scheduler(
             engine.config,
+            cache=KVCache(single_group(engine.page_size), engine.num_pages),
             num_slots=engine.num_slots,
-            num_pages=engine.num_pages,
-            page_size=engine.page_size,
             max_model_len=engine.max_model_len,
             programs=engine.programs,
             max_processor_rows=engine.max_processor_rows,
@@ -90,7 +92,6 @@ class Drill:
             model=MODEL,
             max_processor_rows=engine.max_processor_rows,
         )
-        self.lifecycle = self.scheduler._lifecycle  # the drill looks inside
         self.now_s = 0.0
         self.pipeline = Pipeline(self.scheduler, self.executor, depth)
         self.num_requests = 0
@@ -140,7 +141,7 @@ class Drill:
             len(request.prompt) < self.engine.max_model_len
             and total - 1 <= self.engine.num_pages * self.engine.page_size
         )
-        queued = len(self.lifecycle.waiting)
+        queued = self.scheduler.stats().num_waiting
         try:
             self.scheduler.add(request, self.now_s)
         except PromptTooLong:
@@ -195,36 +196,37 @@ class Drill:
         if self.pipeline.num_in_flight == self.pipeline.depth:
             self.commit()
             return
-        running = list(self.lifecycle.running)
-        held = {seq.id: len(seq.pages) for seq in running}
-        decodes = [s for s in running if s.num_computed >= len(s.context)]
+        running = self.scheduler.audit().running
         plan = self.pipeline.start(self.now)
+        after = self.scheduler.audit()
         if plan is None:
             # Nothing can run only because it waits for steps in flight.
-            assert not len(self.lifecycle.running)
-            assert not self.lifecycle.waiting or self.lifecycle.waiting.first.num_in_flight
+            assert not after.running
+            assert not after.waiting or after.waiting[0].num_in_flight
             return
         self.plans.append(plan)
         rows = {chunk.slot for chunk in plan.chunks}
-        preempted = [s for s in running if s.state is SequenceState.WAITING]
-        kept = [s for s in running if s.state is not SequenceState.WAITING]
-        self.num_in_flight_preemptions += sum(s.num_in_flight > 0 for s in preempted)
-        for seq in decodes:
-            assert seq in preempted or seq.slot in rows, "a decode was skipped"
+        states = {seq.id: after.find(seq.id).state for seq in running}
+        preempted = [seq for seq in running if states[seq.id] is SequenceState.WAITING]
+        kept = [seq for seq in running if states[seq.id] is not SequenceState.WAITING]
+        self.num_in_flight_preemptions += sum(seq.num_in_flight > 0 for seq in preempted)
+        for seq in running:
+            if seq.decodes:
+                assert seq in preempted or seq.slot in rows, "a decode was skipped"
         if kept:
             assert kept[0].slot in rows, "the first in rank did not get on"
         if preempted and kept:
-            assert min(s.rank for s in preempted) > max(s.rank for s in kept)
-        if preempted and all(s.state is SequenceState.RUNNING for s in kept):
+            assert min(seq.rank for seq in preempted) > max(seq.rank for seq in kept)
+        if preempted and all(states[seq.id] is SequenceState.RUNNING for seq in kept):
             last_victim = min(preempted, key=lambda seq: seq.rank)
             free = self.scheduler.stats().free_pages
-            assert free <= held[last_victim.id], "a needless preemption"
-        self.check_admissions(plan)
+            assert free <= last_victim.num_pages, "a needless preemption"
+        self.check_admissions(plan, after)
 
     def now(self) -> float:
         return self.now_s
 
-    def check_admissions(self, plan: StepPlan) -> None:
+    def check_admissions(self, plan: StepPlan, after: Audit) -> None:
         """Nobody who waits, and could run, was overtaken."""
         for admission in plan.admissions:
             name = admission.request.id
@@ -232,11 +234,10 @@ class Drill:
             if admission.output:  # the prompt was reported with the first token
                 [chunk] = [chunk for chunk in plan.chunks if chunk.slot == admission.slot]
                 assert chunk.prompt_targets == ()
-        if plan.admissions and self.lifecycle.waiting:
+        if plan.admissions and after.waiting:
             admitted = {a.slot for a in plan.admissions}
-            running = self.lifecycle.running
-            newcomers = [s.rank for s in running if s.slot in admitted]
-            assert max(newcomers, default=(-9,)) < self.lifecycle.waiting.first.rank
+            newcomers = [seq.rank for seq in after.running if seq.slot in admitted]
+            assert max(newcomers, default=(-9,)) < after.waiting[0].rank
 
     def commit(self) -> None:
         if not self.pipeline.num_in_flight:
@@ -257,13 +258,11 @@ class Drill:
 
     def check_memory(self) -> None:
         """Every slot and page is free or has one owner."""
-        running = self.lifecycle.running
-        pages = [page for seq in running for page in seq.pages]
-        assert len(set(pages)) == len(pages)
+        found = self.scheduler.audit()
+        assert not found.problems
         stats = self.scheduler.stats()
-        assert stats.free_pages + len(pages) == self.engine.num_pages
-        assert stats.free_slots + len(running) == self.engine.num_slots
-        assert len({seq.slot for seq in running}) == len(running)
+        assert stats.free_pages == self.engine.num_pages - sum(s.num_pages for s in found.running)
+        assert stats.free_slots == self.engine.num_slots - len(found.running)
         assert stats.num_waiting + stats.num_running == len(self.requests)
         assert stats.num_waiting <= self.engine.config.max_queue + self.engine.num_slots
 

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jserve.cache.kv_cache import KVCache
+from jserve.cache.layout import single_group
 from jserve.core.errors import (
     ConfigError,
     EngineError,
@@ -63,9 +65,8 @@ class Rig:
         self.model = model
         self.scheduler = Scheduler(
             config or SchedulerConfig(),
+            cache=KVCache(single_group(4), num_pages),
             num_slots=num_slots,
-            num_pages=num_pages,
-            page_size=4,
             max_model_len=max_model_len,
             programs=programs,
             max_processor_rows=max_processor_rows,

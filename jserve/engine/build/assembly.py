@@ -11,6 +11,8 @@ import jax
 from jax.sharding import Mesh
 
 import jserve
+from jserve.cache.kv_cache import KVCache
+from jserve.cache.layout import kv_layout
 from jserve.core.request import EngineInfo
 from jserve.core.step import Program
 from jserve.engine.build.shape import (
@@ -106,11 +108,16 @@ def build_engine(
         max_queue=scheduler_config.max_queue,
         eos_token_ids=model.spec.eos_token_ids,
     )
+    layout = kv_layout(
+        model.spec,
+        page_size=config.page_size,
+        kv_heads=shape.kv_heads,
+        value_bytes=shape.kv_dtype.itemsize,
+    )
     scheduler = Scheduler(
         scheduler_config,
+        cache=KVCache(layout, shape.num_pages),
         num_slots=config.num_slots,
-        num_pages=shape.num_pages,
-        page_size=config.page_size,
         max_model_len=shape.max_model_len,
         programs=config.programs(),
         max_processor_rows=config.processor_rows,
