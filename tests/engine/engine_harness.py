@@ -3,6 +3,7 @@
 import functools
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -68,10 +69,10 @@ class Harness:
         spec: ModelSpec = TINY,
         config: EngineConfig = CONFIG,
         params: dict[str, jax.Array] | None = None,
-        overlap: bool = True,
         backend: Backend | None = None,
         quantization: str = "none",
         mesh_shape: tuple[int, int] = (1, 1),  # model × expert
+        cache_folder: Path | None = None,  # of compiled programs, for engines that share them
     ) -> None:
         # What users get: the native kernels, where they are built.
         backend = backend or backend_for("cpu", jnp.dtype(jnp.float32), device_kind="cpu")
@@ -83,7 +84,6 @@ class Harness:
             params = self.model.init(0, shardings)
         self.params = params
         self.config = config
-        self.overlap = overlap
         self.engine: Engine = build_engine(
             "tiny",
             self.model,
@@ -91,13 +91,12 @@ class Harness:
             lambda: self.params,
             config,
             SCHEDULER,
-            cache_folder=None,
+            cache_folder=cache_folder,
         )
-        self.scheduler = self.engine.scheduler
 
-    def with_pages(self, num_pages: int) -> None:
-        """Lets the scheduler use fewer pages than there are, to force preemptions."""
-        self.scheduler = Scheduler(
+    def scheduler_with(self, num_pages: int) -> Scheduler:
+        """A scheduler that uses fewer pages than there are, which forces preemptions."""
+        return Scheduler(
             SCHEDULER,
             cache=KVCache(single_group(self.config.page_size), num_pages),
             num_slots=self.config.num_slots,
@@ -106,23 +105,35 @@ class Harness:
             max_processor_rows=self.config.processor_rows,
         )
 
-    def run(self, requests: list[Request], arrivals: list[int] | None = None) -> dict[str, Outcome]:
-        """Runs to the end; request i arrives before turn `arrivals[i]`."""
+    def run(
+        self,
+        requests: list[Request],
+        arrivals: list[int] | None = None,
+        *,
+        overlap: bool = True,
+        scheduler: Scheduler | None = None,
+    ) -> dict[str, Outcome]:
+        """Runs to the end; request i arrives before turn `arrivals[i]`.
+
+        With `overlap`, a step is planned while the one before it runs. `scheduler` replaces the
+        engine's own.
+        """
+        scheduler = scheduler or self.engine.scheduler
         arrivals = arrivals or [0] * len(requests)
         outcomes = {request.id: Outcome() for request in requests}
         queue = deque(sorted(zip(arrivals, requests, strict=True), key=lambda pair: pair[0]))
-        pipeline = Pipeline(self.scheduler, self.engine.executor, depth=2 if self.overlap else 1)
+        pipeline = Pipeline(scheduler, self.engine.executor, depth=2 if overlap else 1)
         compiles = self.engine.num_compiles()
         for turn in range(10_000):
             now_s = float(turn)
             while queue and queue[0][0] <= turn:
-                self.scheduler.add(queue.popleft()[1], now_s)
+                scheduler.add(queue.popleft()[1], now_s)
             updates = pipeline.turn(lambda now_s=now_s: now_s)
             for update in updates or ():
                 _note(outcomes[update.request_id], update)
             if updates is None and not pipeline.num_in_flight and not queue:
                 break
-        stats = self.scheduler.stats()
+        stats = scheduler.stats()
         assert (stats.num_running, stats.num_waiting) == (0, 0)
         assert stats.free_slots == self.config.num_slots
         assert self.engine.num_compiles() == compiles, "a program was compiled while serving"

@@ -63,11 +63,7 @@ def test_company_and_arrival_change_no_bit(harness: Harness) -> None:
 def test_without_overlap_nothing_changes(harness: Harness) -> None:
     requests = _requests(6, temperature=0.8, top_p=0.9)
     expected = harness.run(requests)
-    harness.overlap = False
-    try:
-        assert harness.run(requests, [0, 1, 2, 3, 4, 5]) == expected
-    finally:
-        harness.overlap = True
+    assert harness.run(requests, [0, 1, 2, 3, 4, 5], overlap=False) == expected
 
 
 def test_preemption_loses_no_token_and_no_sampler_state(harness: Harness) -> None:
@@ -75,14 +71,10 @@ def test_preemption_loses_no_token_and_no_sampler_state(harness: Harness) -> Non
         8, temperature=1.0, repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2
     )
     expected = _alone(harness, requests)
-    roomy = harness.scheduler
-    try:
-        harness.with_pages(13)
-        outcomes = harness.run(requests)
-        assert harness.scheduler.stats().num_preemptions >= 2
-        assert harness.scheduler.stats().free_pages == 13
-    finally:
-        harness.scheduler = roomy
+    scheduler = harness.scheduler_with(num_pages=13)
+    outcomes = harness.run(requests, scheduler=scheduler)
+    assert scheduler.stats().num_preemptions >= 2
+    assert scheduler.stats().free_pages == 13
     assert {id_: o.tokens for id_, o in outcomes.items()} == {
         id_: o.tokens for id_, o in expected.items()
     }
@@ -132,13 +124,9 @@ def test_logprobs_are_raw_and_right(harness: Harness) -> None:
 def test_prompt_logprobs_survive_preemption(harness: Harness) -> None:
     requests = _requests(6, temperature=0.0, prompt_logprobs=1)
     expected = _alone(harness, requests)
-    roomy = harness.scheduler
-    try:
-        harness.with_pages(13)
-        outcomes = harness.run(requests)
-        assert harness.scheduler.stats().num_preemptions > 0
-    finally:
-        harness.scheduler = roomy
+    scheduler = harness.scheduler_with(num_pages=13)
+    outcomes = harness.run(requests, scheduler=scheduler)
+    assert scheduler.stats().num_preemptions > 0
     for request in requests:
         assert outcomes[request.id].prompt_logprobs == expected[request.id].prompt_logprobs
 
@@ -229,7 +217,7 @@ def test_more_masks_than_one_step_carries(harness: Harness) -> None:
 
 
 def test_abort_frees_everything_at_once(harness: Harness) -> None:
-    scheduler, executor = harness.scheduler, harness.engine.executor
+    scheduler, executor = harness.engine.scheduler, harness.engine.executor
     for request in _requests(6):
         scheduler.add(request, 0.0)
     plans = []
