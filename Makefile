@@ -7,8 +7,9 @@ GRPC_PORT ?= 8500
 LOCK ?= runtime
 ARGS ?=
 PYTEST_ARGS ?=
-# Files of tests in so many processes, each of which takes what memory a model needs.
-PYTEST_WORKERS ?= --numprocesses=logical --maxprocesses=4 --dist=loadfile
+# Files of tests in so many processes, each of which takes what memory a model needs; in the order of
+# tests/conftest.py.
+PYTEST_WORKERS ?= --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
 
 export PYTHONUNBUFFERED = 1
 bin := .venv/bin
@@ -29,7 +30,7 @@ serve: ## Serves CONFIG on HOST, HTTP_PORT and GRPC_PORT; LOCK=cuda or tpu for a
 		--grpc_port=$(GRPC_PORT) $(ARGS)
 
 test: check ## Runs every check and the test suite (PYTEST_ARGS=… for pytest)
-	@$(bin)/python -m pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	@$(bin)/python -m pytest $(PYTEST_WORKERS) --durations=30 $(PYTEST_ARGS)
 
 test-newest: ## Runs the suite with the newest JAX and the newest of all else on PYTHON (PYTHON=python3.13)
 	@scripts/bootstrap.sh newest .venv-newest

@@ -1,7 +1,9 @@
 """Settings that every test shares: JAX on the CPU, strict about dtypes and ranks."""
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Set before anything imports JAX, and not through jax.config: unit tests never import it.
@@ -14,3 +16,26 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # A loaded machine is slow, not wrong.
 settings.register_profile("jserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("jserve")
+
+# The longest come first, so that the processes of a parallel run end together. The first of all
+# compiles the programs of the servers that the rest of e2e starts.
+_FIRST = (
+    "e2e/test_clients.py",
+    "engine",
+    "model",
+    "pallas_kernels",
+    "tpu_compile",
+    "e2e",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders whole files; no test depends on the order."""
+    root = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.relative_to(root)
+        found = (i for i, first in enumerate(_FIRST) if path.is_relative_to(first))
+        return next(found, len(_FIRST))
+
+    items.sort(key=place)

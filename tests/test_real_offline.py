@@ -10,7 +10,7 @@ from jserve.config import load
 from jserve.gateway.validation import SamplingFields
 from jserve.offline import LLM
 
-pytestmark = [pytest.mark.network, pytest.mark.slow]
+pytestmark = pytest.mark.network
 
 ROOT = Path(__file__).parents[1]
 CASES: list[dict[str, Any]] = json.loads(

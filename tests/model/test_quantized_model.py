@@ -212,7 +212,6 @@ def test_sizes_that_do_not_divide() -> None:
 
 
 @pytest.mark.network
-@pytest.mark.slow
 def test_smollm2_keeps_the_weights_of_its_file() -> None:
     config = load(str(ROOT / "configs" / "smollm2_135m_fast.py")).model
     prepared = prepare(config, no_progress)

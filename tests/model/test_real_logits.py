@@ -25,7 +25,7 @@ from jserve.pallas_kernels.ragged_paged_attention.dispatch import (
 )
 from tests.backends import INVARIANT_BACKENDS
 
-pytestmark = [pytest.mark.network, pytest.mark.slow]
+pytestmark = pytest.mark.network
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ("short", "code", "mixed", "long")  # each is a row of every batch

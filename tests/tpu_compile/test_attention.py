@@ -8,7 +8,6 @@ import pytest
 from tests.tpu_compile.quick import compile_quickly, needs_libtpu
 
 
-@pytest.mark.slow
 @needs_libtpu
 def test_pages_are_updated_in_place_by_one_launch() -> None:
     programs = compile_quickly("programs")  # which fails where one is not

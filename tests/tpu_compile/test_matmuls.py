@@ -10,7 +10,6 @@ import pytest
 from tests.tpu_compile.quick import compile_quickly, needs_libtpu
 
 
-@pytest.mark.slow
 @needs_libtpu
 def test_weights_are_read_as_they_are() -> None:
     compiled = compile_quickly("matmuls")  # which fails where one is not
