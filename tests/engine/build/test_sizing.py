@@ -1,16 +1,20 @@
 """How many pages an engine takes, from config or from what its programs were measured to need."""
 
 import math
+import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jserve.core.errors import ConfigError
+from jserve.engine.build import assembly
 from jserve.engine.build.assembly import build_engine
 from jserve.engine.build.kv_budget import page_bytes
 from jserve.engine.build.sizing import shape_engine
 from jserve.engine.config import EngineConfig
+from jserve.engine.program.executable_cache import ExecutableCache
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh
 from jserve.scheduler.config import SchedulerConfig
@@ -33,16 +37,17 @@ def test_kv_bytes_are_filled_to_whole_grids() -> None:
     assert shape_engine(MODEL, MESH, config, None).num_pages == 256
 
 
-def test_the_device_is_filled_but_not_overfilled() -> None:
+def test_the_device_is_filled_but_not_overfilled(tmp_path: Path) -> None:
     config = EngineConfig(**SMALL, kv_bytes=None)
     limit = 64 << 20
-    pages = shape_engine(MODEL, MESH, config, None, lambda: limit).num_pages
+    cache = ExecutableCache(tmp_path, "tiny", list(MESH.devices.flat))  # measured once
+    pages = shape_engine(MODEL, MESH, config, cache, lambda: limit).num_pages
     params = sum(4 * math.prod(spec.shape) for spec in MODEL.param_specs().values())
     used = params + pages * page_bytes(MODEL, 8, MODEL.dtype, MODEL.spec.kv_heads)
     assert used < limit
     assert limit - used < 8 << 20  # temporaries, slots and less than a grid of pages
     with pytest.raises(ConfigError, match="no KV page fits"):
-        shape_engine(MODEL, MESH, config, None, lambda: params)
+        shape_engine(MODEL, MESH, config, cache, lambda: params)
 
 
 def test_a_device_that_tells_nothing_is_an_error() -> None:
@@ -56,12 +61,19 @@ def test_a_context_beyond_the_model_is_refused() -> None:
         shape_engine(MODEL, MESH, config, None)
 
 
-def test_wrong_weights_are_told_before_the_programs_are_compiled() -> None:
-    compiled: list[object] = []
+def test_wrong_weights_are_told_before_the_programs_are_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = threading.Event()
+    compiled: list[bool] = []
 
     def load() -> dict[str, jax.Array]:
         raise ConfigError("model.gguf: tensor 'x' is missing")
 
+    def compile_slowly(*arguments: object, **options: object) -> None:
+        compiled.append(told.wait(60))
+
+    monkeypatch.setattr(assembly, "compile_programs", compile_slowly)
     with pytest.raises(ConfigError, match="'x' is missing"):
         build_engine(
             "tiny",
@@ -71,6 +83,6 @@ def test_wrong_weights_are_told_before_the_programs_are_compiled() -> None:
             EngineConfig(**SMALL, num_pages=64),
             SchedulerConfig(),
             cache_folder=None,
-            on_program=compiled.append,
         )
     assert not compiled
+    told.set()
