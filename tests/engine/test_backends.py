@@ -13,20 +13,37 @@ from tests.backends import INVARIANT_BACKENDS
 from tests.engine.engine_harness import CONFIG, TINY, Harness
 
 SPEC = dataclasses.replace(TINY, model_dim=64, ffn_dim=96, head_dim=16, eos_token_ids=())
+# A dense layer and one of experts.
 SPARSE = dataclasses.replace(
-    SPEC, family="mixtral", experts=4, experts_per_token=2, expert_ffn_dim=40
+    SPEC,
+    family="qwen3_moe",
+    experts=4,
+    experts_per_token=2,
+    expert_ffn_dim=40,
+    sparse_layers=(False, True),
 )
-KINDS = [(SPEC, "none", KVDtype.BFLOAT16), (SPEC, "int4", KVDtype.FLOAT8), (SPARSE, "none", None)]
-KIND_NAMES = ["bfloat16 cache", "int4, 8-bit cache", "experts"]
+# Two sizes of mixed programs for one kind: rows of matmuls of codes depend on no number of rows in
+# the tests of kernels.
+KINDS = [
+    (SPARSE, "none", KVDtype.BFLOAT16, (8, 32)),
+    (SPEC, "int4", KVDtype.FLOAT8, (32,)),
+]
+KIND_NAMES = ["experts, bfloat16 cache", "int4, 8-bit cache"]
 
 
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
-@pytest.mark.parametrize(("spec", "quantization", "kv_dtype"), KINDS, ids=KIND_NAMES)
+@pytest.mark.parametrize(
+    ("spec", "quantization", "kv_dtype", "mixed_tokens"), KINDS, ids=KIND_NAMES
+)
 def test_company_changes_nothing(
-    spec: ModelSpec, quantization: str, kv_dtype: KVDtype | None, backend: Backend
+    spec: ModelSpec,
+    quantization: str,
+    kv_dtype: KVDtype,
+    mixed_tokens: tuple[int, ...],
+    backend: Backend,
 ) -> None:
     rng = np.random.default_rng(1)
-    config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype)
+    config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype, mixed_tokens=mixed_tokens)
     harness = Harness(spec, config, backend=backend, quantization=quantization)
     requests = [
         Request(

@@ -74,22 +74,17 @@ def _check_logprobs(found: Sequence[Any], expected: Sequence[Any]) -> None:
         np.testing.assert_allclose(entry.logprob, other.logprob, rtol=0, atol=1e-5)
 
 
-# Each family, and each kind of mesh; `make sharding` takes the whole product.
+# A window, an odd vocabulary, experts beside dense layers; over model axis, expert axis and both.
+# `make sharding` takes every family over every mesh.
 @pytest.mark.parametrize(
     ("name", "mesh_shape"),
     [
-        ("mistral", (2, 1)),
-        ("qwen2", (4, 1)),
-        ("qwen3", (8, 1)),
         ("gemma3", (4, 1)),
         ("smollm2, odd vocabulary", (2, 1)),
-        ("mixtral", (1, 8)),
         ("qwen3_moe, dense layers", (2, 4)),
     ],
 )
-def test_every_family_gives_the_tokens_of_one_device(
-    name: str, mesh_shape: tuple[int, int]
-) -> None:
+def test_a_family_gives_the_tokens_of_one_device(name: str, mesh_shape: tuple[int, int]) -> None:
     check(name, mesh_shape)
 
 
