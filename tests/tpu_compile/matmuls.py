@@ -7,13 +7,12 @@ floats outside of a kernel, or where XLA takes all experts instead of launching 
 """
 
 import argparse
-import functools
-import itertools
 import json
 import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import tests.tpu_compile.environment  # noqa: F401 - before JAX, which reads it
@@ -33,7 +32,7 @@ from jserve.pallas_kernels.quantized_matmul.cases import MODEL_CASES, Case
 from jserve.pallas_kernels.quantized_matmul.channels import CODES, ChannelMatrix, ChannelStack
 from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
 from tests.compiled_hlo import writes_of
-from tests.tpu_compile.programs import LAUNCH, TOPOLOGIES
+from tests.tpu_compile.programs import LAUNCH, TOPOLOGIES, with_generations
 
 _QUICK = (
     "llama_8b gate_up, 1 rows",
@@ -51,7 +50,7 @@ def compile_for(generation: str, case: Case, codes: jnp.dtype) -> dict[str, obje
         for out in case.out_dims
     ]
     x = argument(jnp.dtype(jnp.bfloat16), case.rows, case.in_dim)
-    multiply = functools.partial(quantized_matmul, backend=Backend.TPU)
+    multiply = partial(quantized_matmul, backend=Backend.TPU)
     shapes = [weight.codes.shape for weight in weights]
     found = {"generation": generation, "name": case.name, "codes": codes.name}
     return found | _compiled(mesh, multiply, (x, weights), shapes, case.rows, len(weights))
@@ -131,14 +130,16 @@ def main() -> int:
     quick = parser.parse_args().quick
     cases = [case for case in MODEL_CASES if not quick or case.name in _QUICK]
     grouped = [case for case in GROUPED_CASES if not quick or case.name in _QUICK]
+    kinds = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int8))
+    jobs: list[Callable[[str], dict[str, object]]] = [
+        *(partial(compile_for, case=case, codes=codes) for case in cases for codes in CODES),
+        *(partial(compile_grouped, case=case, dtype=kind) for case in grouped for kind in kinds),
+    ]
     wrong = 0
-    for generation in TOPOLOGIES:
-        dense = (compile_for(generation, case, codes) for case in cases for codes in CODES)
-        kinds = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int8))
-        sparse = (compile_grouped(generation, case, kind) for case in grouped for kind in kinds)
-        for found in itertools.chain(dense, sparse):
-            print(json.dumps(found), flush=True)
-            wrong += bool(found["wrong"])
+    for generation, compile_job in with_generations(jobs, quick=quick):
+        found = compile_job(generation)
+        print(json.dumps(found), flush=True)
+        wrong += bool(found["wrong"])
     return 1 if wrong else 0
 
 

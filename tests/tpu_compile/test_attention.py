@@ -1,9 +1,7 @@
 """Attention compiles for real TPUs on a machine without one: Mosaic accepts the kernel.
 
-Few programs here; `make tpu-compile` compiles all of them.
+Few programs here, each for one generation; `make tpu-compile` compiles all for all.
 """
-
-import pytest
 
 from tests.tpu_compile.quick import compile_quickly, needs_libtpu
 
