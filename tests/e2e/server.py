@@ -1,7 +1,6 @@
 """A real server on free loopback ports, started as a user starts it."""
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -31,10 +30,13 @@ def user_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in names if not name.startswith("JAX_")}
 
 
-def _die_with_the_tests() -> None:
-    """Runs in the child: a test run that is killed leaves no server behind."""
-    os.setsid()
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+# Becomes `python ARGUMENTS` that ends with the tests: a run that is killed leaves no server behind.
+# Not by a function between fork and exec: this process has threads.
+_DIE_WITH_THE_TESTS = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 
 
 class Server:
@@ -50,7 +52,8 @@ class Server:
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "jserve", f"--config={config}"),
+                    *(sys.executable, "-c", _DIE_WITH_THE_TESTS),
+                    *("-m", "jserve", f"--config={config}"),
                     *(() if {"--role=engine", "--role=follower"} & set(flags) else ports),
                     *flags,
                 ],
@@ -59,7 +62,7 @@ class Server:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=user_environment(),
-                preexec_fn=_die_with_the_tests,
+                start_new_session=True,
             )
 
     @property
