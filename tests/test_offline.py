@@ -16,7 +16,10 @@ GREEDY = SamplingFields(temperature=0, max_tokens=12)
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM(load("configs/tiny_random.py", ["scheduler.max_queue=4"]))
+    """With one program of each kind: how many there are is not what these tests look at."""
+    sizes = ("mixed_tokens=64", "decode_rows=8")
+    changes = ["scheduler.max_queue=4", *(f"engine.{size}" for size in sizes)]
+    return LLM(load("configs/tiny_random.py", changes))
 
 
 def test_a_batch_larger_than_slots_and_queue_equals_single_runs(llm: LLM) -> None:

@@ -10,7 +10,8 @@ from jserve.config import load
 from jserve.gateway.validation import SamplingFields
 from jserve.offline import LLM
 
-pytestmark = pytest.mark.network
+# `make test` asks the command line, an `LLM` too, and a server for the same texts (tests/e2e).
+pytestmark = [pytest.mark.network, pytest.mark.sweep]
 
 ROOT = Path(__file__).parents[1]
 CASES: list[dict[str, Any]] = json.loads(

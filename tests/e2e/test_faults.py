@@ -19,29 +19,28 @@ def _listening_port(pid: int) -> int:
     return port
 
 
-def test_killed_engine_is_reported_at_once_and_comes_back(tmp_path: Path) -> None:
-    with serving(CONFIG, tmp_path / "log") as server:
-        pages = server.gauge("jserve_free_pages")
-        old_pid = server.engine_pid
-        old_port = _listening_port(old_pid)
-        reader = start_reader(server, FOREVER)
-        killed_at_s = time.monotonic()
-        engine = psutil.Process(old_pid)
-        engine.kill()
-        reader.join(10)
-        assert reader.error is not None
-        assert reader.ended_at_s - killed_at_s < 2.0
-        engine.wait(10)  # its last socket may be closed a moment after the first
-        # A stranger that takes the port meanwhile, and says nothing, is no obstacle.
-        with socket.create_server(("127.0.0.1", old_port)):
-            refused = server.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
-            assert refused.status_code in (200, 503)
-            server.until(server.is_ready)
-        assert server.engine_pid != old_pid
-        assert _listening_port(server.engine_pid) != old_port
-        answer = server.post("/v1/completions", {"prompt": "x", "max_tokens": 4})
-        assert answer.status_code == 200
-        assert server.gauge("jserve_free_pages") == pages
+def test_killed_engine_is_reported_at_once_and_comes_back(server: Server) -> None:
+    pages = server.gauge("jserve_free_pages")
+    old_pid = server.engine_pid
+    old_port = _listening_port(old_pid)
+    reader = start_reader(server, FOREVER)
+    killed_at_s = time.monotonic()
+    engine = psutil.Process(old_pid)
+    engine.kill()
+    reader.join(10)
+    assert reader.error is not None
+    assert reader.ended_at_s - killed_at_s < 2.0
+    engine.wait(10)  # its last socket may be closed a moment after the first
+    # A stranger that takes the port meanwhile, and says nothing, is no obstacle.
+    with socket.create_server(("127.0.0.1", old_port)):
+        refused = server.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
+        assert refused.status_code in (200, 503)
+        server.until(server.is_ready)
+    assert server.engine_pid != old_pid
+    assert _listening_port(server.engine_pid) != old_port
+    answer = server.post("/v1/completions", {"prompt": "x", "max_tokens": 4})
+    assert answer.status_code == 200
+    assert server.gauge("jserve_free_pages") == pages
 
 
 def test_sigterm_finishes_what_runs_and_exits_with_0(tmp_path: Path) -> None:

@@ -32,13 +32,13 @@ REQUESTS = [
 
 
 @pytest.fixture(scope="module")
-def replica(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(CONFIG, tmp_path_factory.mktemp("replica") / "log", *FLAGS) as running:
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(CONFIG, tmp_path_factory.mktemp("group") / "log", *FLAGS) as running:
         yield running
 
 
-def _follower(replica: Server) -> psutil.Process:
-    (follower,) = psutil.Process(replica.engine_pid).children()
+def _follower(group: Server) -> psutil.Process:
+    (follower,) = psutil.Process(group.engine_pid).children()
     return follower
 
 
@@ -48,42 +48,42 @@ def _answers(server: Server) -> list[dict]:
     return [reply.json()["choices"][0] for reply in replies]
 
 
-def test_the_tokens_of_one_process(server: Server, replica: Server) -> None:
-    for found, expected in zip(_answers(replica), _answers(server), strict=True):
+def test_the_tokens_of_one_process(server: Server, group: Server) -> None:
+    for found, expected in zip(_answers(group), _answers(server), strict=True):
         assert found["text"] == expected["text"]
         assert found["finish_reason"] == expected["finish_reason"] == "length"
         assert found["logprobs"]["tokens"] == expected["logprobs"]["tokens"]
         assert found["logprobs"]["token_logprobs"] == pytest.approx(
             expected["logprobs"]["token_logprobs"], abs=1e-4
         )
-    assert "over 2 processes" in replica.output
+    assert "over 2 processes" in group.output
 
 
-def test_killed_follower_takes_the_leader_along_and_both_come_back(replica: Server) -> None:
-    before = _answers(replica)[0]["text"]
-    leader, follower = psutil.Process(replica.engine_pid), _follower(replica)
-    reader = start_reader(replica, FOREVER)
+def test_killed_follower_takes_the_leader_along_and_both_come_back(group: Server) -> None:
+    before = _answers(group)[0]["text"]
+    leader, follower = psutil.Process(group.engine_pid), _follower(group)
+    reader = start_reader(group, FOREVER)
     follower.kill()
     reader.join(10)
     assert reader.error is not None
     leader.wait(10)
-    replica.until(replica.is_ready)
-    assert _follower(replica).pid != follower.pid
-    assert _answers(replica)[0]["text"] == before
+    group.until(group.is_ready)
+    assert _follower(group).pid != follower.pid
+    assert _answers(group)[0]["text"] == before
 
 
-def test_sigterm_finishes_what_runs_and_ends_all(replica: Server) -> None:
-    """The last test of this server: it ends it."""
-    leader, follower = psutil.Process(replica.engine_pid), _follower(replica)
-    reader = start_reader(replica, 200)
-    replica.process.send_signal(signal.SIGTERM)
-    assert replica.wait(30) == 0
-    reader.join(10)
-    assert reader.error is None
-    assert reader.finish_reason == "length"
-    assert not leader.is_running()
-    assert not follower.is_running()
-    assert "Traceback" not in replica.output
+def test_sigterm_finishes_what_runs_and_ends_all(tmp_path: Path) -> None:
+    with serving(CONFIG, tmp_path / "log", *FLAGS) as server:
+        leader, follower = psutil.Process(server.engine_pid), _follower(server)
+        reader = start_reader(server, 200)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+        reader.join(10)
+        assert reader.error is None
+        assert reader.finish_reason == "length"
+        assert not leader.is_running()
+        assert not follower.is_running()
+        assert "Traceback" not in server.output
 
 
 def test_with_launchers_of_their_own(tmp_path: Path) -> None:
