@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_LONG = 1024  # elements of a sum that is still made in one run
-_RUN = 384  # elements of a run otherwise
+_LONG = 512  # elements of a sum that is still made in one run
+_RUN = 256  # elements of a run otherwise
 
 
 def matmul(
