@@ -19,7 +19,7 @@ from jserve.engine.config import PlatformConfig
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
 from jserve.engine.loop import EngineLoop
 from jserve.engine.step_log import open_step_log
-from jserve.gateway.pieces import Choice, Generation, Piece, Prompt
+from jserve.gateway.pieces import Choice, Generation, Piece, Prompt, join
 from jserve.gateway.text_model import TextModel
 from jserve.gateway.validation import (
     SamplingFields,
@@ -243,17 +243,14 @@ def _request(generation: Generation, choice: int) -> Request:
 
 
 def _completion(prompt: PromptLike, pieces: Sequence[Piece]) -> Completion:
-    last = pieces[-1]
-    assert last.finish is not None
-    logprobs = None
-    if last.logprobs is not None:
-        logprobs = tuple(entry for piece in pieces for entry in piece.logprobs or ())
+    whole = join(pieces)
+    assert whole.finish is not None
     return Completion(
         prompt=prompt,
-        text="".join(piece.text for piece in pieces),
-        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
-        finish_reason=last.finish,
-        stop_reason=last.stop_reason,
-        logprobs=logprobs,
-        prompt_logprobs=pieces[0].prompt_logprobs,
+        text=whole.text,
+        token_ids=whole.token_ids,
+        finish_reason=whole.finish,
+        stop_reason=whole.stop_reason,
+        logprobs=whole.logprobs,
+        prompt_logprobs=whole.prompt_logprobs,
     )

@@ -14,11 +14,12 @@ from typing import Any
 
 from jserve.core.clock import Clock
 from jserve.core.errors import JserveError, PromptTooLong, RequestError, Unavailable, UnknownModel
-from jserve.core.request import EngineInfo, Request
+from jserve.core.request import EngineInfo, FinishReason, Request
 from jserve.gateway.chat import ChatTemplate, check_messages
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.defaults import SamplingDefaults
 from jserve.gateway.engine_client import EngineClient, UpdateStream
+from jserve.gateway.metrics import GatewayMetrics, RequestMetrics
 from jserve.gateway.pieces import Choice, Generation, Piece, Prompt
 from jserve.gateway.tokenizer import TextTokenizer
 from jserve.gateway.validation import (
@@ -46,16 +47,28 @@ class Pieces:
     """
 
     def __init__(
-        self, owner: "Generator", generation: Generation, stream: UpdateStream, ids: Sequence[str]
+        self,
+        owner: "Generator",
+        generation: Generation,
+        stream: UpdateStream,
+        ids: Sequence[str],
+        metrics: RequestMetrics | None,
     ) -> None:
         self._owner = owner
         self._stream = stream
+        self._metrics = metrics
         self._started_s = owner.clock.now_s()
         self._choices = {
             request_id: Choice(generation, index, owner.tokenizer)
             for index, request_id in enumerate(ids)
         }
         self._unseen = set(ids)  # no piece yet
+        self._unfinished = generation.n
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice came to its end; False for one that was cut off."""
+        return self._unfinished == 0
 
     def __aiter__(self) -> "Pieces":
         return self
@@ -69,6 +82,9 @@ class Pieces:
                     break
         except asyncio.CancelledError:
             raise
+        except (JserveError, StopAsyncIteration):
+            self._close("error")
+            raise
         except BaseException:
             self.close()
             raise
@@ -76,7 +92,10 @@ class Pieces:
         if update.request_id in self._unseen:
             self._unseen.discard(update.request_id)
             piece = replace(piece, ttft_s=self._owner.clock.now_s() - self._started_s)
+        if self._metrics is not None:
+            self._metrics.count(piece)
         if piece.finish is not None:
+            self._unfinished -= piece.finish is not FinishReason.ABORT
             del self._choices[update.request_id]
             if update.finish is None:
                 self._stream.drop(update.request_id)
@@ -86,13 +105,18 @@ class Pieces:
 
     def close(self) -> None:
         """Aborts what still runs; a pending `__anext__` ends."""
-        self._choices.clear()
-        self._stream.close()
-        self._owner.forget(self)
+        self._close("abort")
 
     async def aclose(self) -> None:
         """`close`, for contextlib.aclosing."""
         self.close()
+
+    def _close(self, reason: str) -> None:
+        if self._metrics is not None:
+            self._metrics.end(reason)
+        self._choices.clear()
+        self._stream.close()
+        self._owner.forget(self)
 
     def fail(self, error: JserveError) -> None:
         """Aborts what still runs and lets the reader know why."""
@@ -251,8 +275,11 @@ class Generator:
             prompt_only=prompt_only,
         )
 
-    def run(self, generation: Generation) -> Pieces:
-        """Starts every choice. Raises Unavailable at once when no engine is there."""
+    def run(self, generation: Generation, metrics: GatewayMetrics | None = None) -> Pieces:
+        """Starts every choice. Raises Unavailable at once when no engine is there.
+
+        `metrics` count the output that is read.
+        """
         if self.draining:
             raise _shutting_down()
         serial = next(self._serial)
@@ -267,7 +294,13 @@ class Generator:
             for choice in range(generation.n)
         ]
         stream = self.engine.submit(requests)
-        pieces = Pieces(self, generation, stream, [request.id for request in requests])
+        pieces = Pieces(
+            self,
+            generation,
+            stream,
+            [request.id for request in requests],
+            None if metrics is None else metrics.start(generation),
+        )
         self._live.add(pieces)
         self._idle.clear()
         return pieces

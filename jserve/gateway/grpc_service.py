@@ -30,7 +30,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         try:
             request_id = request.request_id or new_request_id()
             generation = await generation_of(self._generator, request, request_id)
-            running = self._metrics.track(generation, self._generator.run(generation))
+            running = self._generator.run(generation, self._metrics)
             async with aclosing(running) as pieces:
                 async for response in responses(self._generator, generation, pieces, started_s):
                     await context.write(response)  # waits while the client's window is full

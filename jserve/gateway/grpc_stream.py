@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import grpc
 
 from jserve.core.errors import JserveError, Overloaded, RequestError
-from jserve.gateway.generation import Generator
+from jserve.gateway.generation import Generator, Pieces
 from jserve.gateway.grpc_errors import failure_of
 from jserve.gateway.grpc_messages import generation_of, responses
-from jserve.gateway.metrics import GatewayMetrics, TrackedPieces
+from jserve.gateway.metrics import GatewayMetrics
 from jserve.proto import inference_pb2
 
 Write = Callable[[inference_pb2.GenerateResponse], Awaitable[None]]
@@ -21,7 +21,7 @@ Write = Callable[[inference_pb2.GenerateResponse], Awaitable[None]]
 class _Live:
     """A generation of the call; its pieces once they flow."""
 
-    pieces: TrackedPieces | None = None
+    pieces: Pieces | None = None
     cancelled: bool = False
 
 
@@ -83,7 +83,7 @@ class GenerateStream:
         live = self._live[message.request_id]
         try:
             generation = await generation_of(self._generator, message, message.request_id)
-            running = self._metrics.track(generation, self._generator.run(generation))
+            running = self._generator.run(generation, self._metrics)
             async with aclosing(running) as pieces:
                 live.pieces = pieces
                 if live.cancelled:

@@ -4,9 +4,8 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 
 from jserve.core.clock import Clock
-from jserve.core.errors import JserveError
 from jserve.core.request import FinishReason
-from jserve.gateway.generation import Generation, Piece, Pieces
+from jserve.gateway.pieces import Generation, Piece
 
 _LATENCY_S = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
@@ -68,71 +67,43 @@ class GatewayMetrics:
     request_prompt_tokens: Histogram = field(default_factory=_tokens)
     request_generation_tokens: Histogram = field(default_factory=_tokens)
 
-    def track(self, generation: Generation, pieces: Pieces) -> "TrackedPieces":
-        """`pieces`, counted on their way."""
-        return TrackedPieces(self, generation, pieces)
+    def start(self, generation: Generation) -> "RequestMetrics":
+        """Counts a request that starts now; its output is for the caller to report."""
+        return RequestMetrics(self, generation)
 
     def count_finish(self, reason: str) -> None:
-        """One choice ended."""
         self.finished[reason] = self.finished.get(reason, 0) + 1
 
     def count_http(self, route: str, method: str, status: int, duration_s: float) -> None:
-        """One HTTP exchange ended."""
         key = (route, method, str(status))
         self.http_requests[key] = self.http_requests.get(key, 0) + 1
         self.http_duration_s.setdefault((route,), _latency()).add(duration_s)
 
 
 @dataclass(slots=True)
-class _Choice:
+class _ChoiceTimes:
     first_s: float
     last_s: float
     tokens: int = 0
 
 
-class TrackedPieces:
-    """Passes pieces through and counts them; iterated and closed like `Pieces`."""
+class RequestMetrics:
+    """Counts the output of one request. Owned by the stream that the output passes through."""
 
-    def __init__(self, metrics: GatewayMetrics, generation: Generation, pieces: Pieces) -> None:
+    def __init__(self, metrics: GatewayMetrics, generation: Generation) -> None:
         self._metrics = metrics
-        self._generation = generation
-        self._pieces = pieces
+        self._num_prompt_tokens = len(generation.prompt.ids)
         self._start_s = metrics.clock.now_s()
-        self._live: dict[int, _Choice] = {}
+        self._live: dict[int, _ChoiceTimes] = {}
         self._unfinished = generation.n
         self._open = True
         metrics.in_flight += 1
 
-    def __aiter__(self) -> "TrackedPieces":
-        return self
-
-    async def __anext__(self) -> Piece:
-        """See `Pieces`."""
-        try:
-            piece = await self._pieces.__anext__()
-        except JserveError:
-            self._end("error")
-            raise
-        except StopAsyncIteration:
-            self._end("error")
-            raise
-        self._count(piece)
-        return piece
-
-    def close(self) -> None:
-        """See `Pieces`."""
-        self._pieces.close()
-        self._end("abort")
-
-    async def aclose(self) -> None:
-        """`close`, for contextlib.aclosing."""
-        self.close()
-
-    def _count(self, piece: Piece) -> None:
+    def count(self, piece: Piece) -> None:
         metrics, now_s, num = self._metrics, self._metrics.clock.now_s(), len(piece.token_ids)
         choice = self._live.get(piece.index)
         if choice is None:
-            choice = self._live[piece.index] = _Choice(now_s, now_s)
+            choice = self._live[piece.index] = _ChoiceTimes(now_s, now_s)
             self._count_first(piece, now_s)
         elif num:
             metrics.inter_token_latency_seconds.add((now_s - choice.last_s) / num, num)
@@ -148,10 +119,10 @@ class TrackedPieces:
         if piece.queue_s is not None:
             metrics.request_queue_time_seconds.add(piece.queue_s)
         if len(self._live) == 1:  # the prompt counts once
-            metrics.prompt_tokens += len(self._generation.prompt.ids)
-            metrics.request_prompt_tokens.add(len(self._generation.prompt.ids))
+            metrics.prompt_tokens += self._num_prompt_tokens
+            metrics.request_prompt_tokens.add(self._num_prompt_tokens)
 
-    def _count_last(self, finish: FinishReason, choice: _Choice, now_s: float) -> None:
+    def _count_last(self, finish: FinishReason, choice: _ChoiceTimes, now_s: float) -> None:
         metrics = self._metrics
         self._unfinished -= 1
         metrics.count_finish(finish.value)
@@ -161,8 +132,8 @@ class TrackedPieces:
             per_token_s = (choice.last_s - choice.first_s) / (choice.tokens - 1)
             metrics.request_time_per_output_token_seconds.add(per_token_s)
 
-    def _end(self, reason: str) -> None:
-        # `reason` is that of the choices without one of their own.
+    def end(self, reason: str) -> None:
+        """Ends the request; `reason` is that of the choices without a finish. Idempotent."""
         if self._open:
             self._open = False
             self._metrics.in_flight -= 1

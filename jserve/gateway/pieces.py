@@ -1,7 +1,8 @@
 """One choice of a generation: updates of token ids in, pieces of text out. Pure."""
 
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 
 from jserve.core.request import FinishReason, SamplingParams, SequenceUpdate, TokenLogprobs
 from jserve.gateway.stop_strings import StopMatcher
@@ -50,6 +51,20 @@ class Piece:
     stop_reason: str | int | None = None  # stop string or stop_token_id; None for end of sequence
     queue_s: float | None = None  # on the first piece
     ttft_s: float | None = None  # on the first piece: from `run` to the first token
+
+
+def join(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of one choice, in order, as one piece."""
+    first, last = pieces[0], pieces[-1]
+    scored = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+    return replace(
+        first,
+        text="".join(piece.text for piece in pieces),
+        token_ids=tuple(chain.from_iterable(piece.token_ids for piece in pieces)),
+        logprobs=tuple(chain.from_iterable(scored)) if scored else None,
+        finish=last.finish,
+        stop_reason=last.stop_reason,
+    )
 
 
 class Choice:

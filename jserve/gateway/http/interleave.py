@@ -1,9 +1,11 @@
-"""Several streams as one."""
+"""Merges several streams into one."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Protocol, TypeVar
+
+from jserve.core.errors import Unavailable
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -12,9 +14,12 @@ T_co = TypeVar("T_co", covariant=True)
 class Source(Protocol[T_co]):
     """An asynchronous iterator that can be closed before its end."""
 
-    def __aiter__(self) -> AsyncIterator[T_co]:
-        """Itself."""
+    @property
+    def finished(self) -> bool:
+        """Whether all items have come; False after a `close` by somebody else."""
         ...
+
+    def __aiter__(self) -> AsyncIterator[T_co]: ...
 
     def close(self) -> None:
         """Gives up; idempotent, does not block."""
@@ -26,12 +31,17 @@ async def interleaved(sources: Sequence[Source[T]]) -> AsyncGenerator[tuple[int,
 
     The first error of a source is raised. All sources are closed at the end, also when the
     generator itself is closed early.
+
+    Raises:
+        Unavailable: a source ended before it was finished.
     """
     merge = _one if len(sources) == 1 else _several
     try:
         async with aclosing(merge(sources)) as items:
             async for item in items:
                 yield item
+        if not all(source.finished for source in sources):
+            raise Unavailable("the server stopped this request; try again", retry_after_s=1.0)
     finally:
         for source in sources:
             source.close()

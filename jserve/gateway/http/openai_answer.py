@@ -6,18 +6,17 @@ Choice `i` of prompt `p` has the index `p × n + i`.
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import orjson
 
-from jserve.core.errors import EngineError, Unavailable
-from jserve.core.request import FinishReason, TokenLogprobs
-from jserve.gateway.generation import Generation, Generator, Piece
+from jserve.gateway.generation import Generation, Generator, Piece, Pieces
 from jserve.gateway.http.event_stream import event
 from jserve.gateway.http.interleave import interleaved
 from jserve.gateway.http.openai_response import Head, Json, usage_json
 from jserve.gateway.http.openai_shape import Shape
-from jserve.gateway.metrics import GatewayMetrics, TrackedPieces
+from jserve.gateway.metrics import GatewayMetrics
+from jserve.gateway.pieces import join
 
 # Log-probabilities of a piece beyond which it is written in a thread: 20 for each of 4,000 tokens
 # take 140 ms, and the event loop belongs to everybody.
@@ -27,41 +26,6 @@ _LARGE = 2000
 def _num_logprobs(piece: Piece) -> int:
     entries = (*(piece.logprobs or ()), *(piece.prompt_logprobs or ()))
     return sum(1 + len(entry.top) for entry in entries if entry is not None)
-
-
-@dataclass(slots=True)
-class ChoiceText:
-    """One choice as it grows; for answers that are not streamed. Owned by one answer."""
-
-    texts: list[str] = field(default_factory=list[str])
-    token_ids: list[int] = field(default_factory=list[int])
-    logprobs: list[TokenLogprobs] | None = None
-    first: Piece | None = None
-    last: Piece | None = None
-
-    def add(self, piece: Piece) -> None:
-        """Appends the news."""
-        self.texts.append(piece.text)
-        self.token_ids.extend(piece.token_ids)
-        if piece.logprobs is not None:
-            self.logprobs = self.logprobs or []
-            self.logprobs.extend(piece.logprobs)
-        self.first = self.first or piece
-        self.last = piece
-
-    def whole(self) -> Piece:
-        """All of it as one piece."""
-        assert self.first is not None
-        assert self.last is not None
-        return Piece(
-            self.last.index,
-            "".join(self.texts),
-            tuple(self.token_ids),
-            None if self.logprobs is None else tuple(self.logprobs),
-            self.first.prompt_logprobs,
-            self.last.finish,
-            self.last.stop_reason,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +45,11 @@ class Answer:
         Raises:
             JserveError: the engine refused a generation, or failed.
         """
-        choices: dict[tuple[int, int], ChoiceText] = {}
-        async with aclosing(self._pieces()) as pieces:
+        choices: dict[tuple[int, int], list[Piece]] = {}
+        async with aclosing(interleaved(self._start())) as pieces:
             async for prompt, piece in pieces:
-                choices.setdefault((prompt, piece.index), ChoiceText()).add(piece)
-        done = [(prompt, choices[prompt, index].whole()) for prompt, index in sorted(choices)]
+                choices.setdefault((prompt, piece.index), []).append(piece)
+        done = [(prompt, join(choices[prompt, index])) for prompt, index in sorted(choices)]
         if sum(map(_num_logprobs, (piece for _, piece in done))) > _LARGE:
             return await asyncio.to_thread(self._whole, done)
         return self._whole(done)
@@ -93,7 +57,7 @@ class Answer:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The same as server-sent events, without the closing one."""
         completion_tokens = 0
-        async with aclosing(self._pieces()) as pieces:
+        async with aclosing(interleaved(self._start())) as pieces:
             async for prompt, piece in pieces:
                 completion_tokens += len(piece.token_ids)
                 if _num_logprobs(piece) > _LARGE:
@@ -120,32 +84,17 @@ class Answer:
             return b""
         return event(self._chunk([choice]) | self.shape.beside(piece.prompt_logprobs))
 
-    async def _pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        """(prompt, piece), to the last piece of every choice."""
-        unfinished = sum(generation.n for generation in self.generations)
-        async with aclosing(interleaved(self._start())) as pieces:
-            async for prompt, piece in pieces:
-                if piece.finish is FinishReason.ERROR:
-                    raise EngineError("the engine failed on this request")
-                if piece.finish is FinishReason.ABORT:
-                    break
-                unfinished -= piece.finish is not None
-                yield prompt, piece
-        if unfinished:
-            raise Unavailable("the server stopped this request; try again", retry_after_s=1.0)
-
     def _chunk(self, choices: list[Json]) -> Json:
         json = self.head.json(self.shape.chunk_kind, choices)
         if self.include_usage:
             json["usage"] = None
         return json
 
-    def _start(self) -> list[TrackedPieces]:
-        started: list[TrackedPieces] = []
+    def _start(self) -> list[Pieces]:
+        started: list[Pieces] = []
         try:
             for generation in self.generations:
-                pieces = self.generator.run(generation)
-                started.append(self.metrics.track(generation, pieces))
+                started.append(self.generator.run(generation, self.metrics))
         except BaseException:
             for pieces in started:
                 pieces.close()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jserve.core.errors import EngineError
+from jserve.core.errors import EngineError, Unavailable
 from jserve.gateway.http.interleave import interleaved
 
 
@@ -18,6 +18,10 @@ class Numbers:
         self.count, self.stride, self.fails = count, stride, fails
         self.given = 0
         self.closed = False
+
+    @property
+    def finished(self) -> bool:
+        return self.given == self.count and not self.fails
 
     def __aiter__(self) -> "Numbers":
         return self
@@ -60,6 +64,21 @@ def test_an_error_ends_all(others: int) -> None:
         assert await _only_task()
 
     asyncio.run(main())
+    assert all(source.closed for source in sources)
+
+
+def test_a_source_that_somebody_closed_is_an_error() -> None:
+    class CutOff(Numbers):
+        finished = False  # pyright: ignore
+
+    sources = [Numbers(2), CutOff(2)]
+
+    async def main() -> None:
+        with pytest.raises(Unavailable, match="stopped this request"):
+            _ = [item async for item in interleaved(sources)]
+
+    asyncio.run(main())
+    assert [source.given for source in sources] == [2, 2]
     assert all(source.closed for source in sources)
 
 

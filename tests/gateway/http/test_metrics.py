@@ -1,6 +1,7 @@
 """The gateway's counters against prometheus_client's own, and their exposition read back."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, cast
 
@@ -13,11 +14,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jserve.core.clock import ManualClock
 from jserve.core.errors import EngineError
-from jserve.core.request import EngineInfo, FinishReason, SamplingParams
+from jserve.core.request import EngineInfo, FinishReason, Request, SamplingParams, SequenceUpdate
 from jserve.core.stats import EngineStats
-from jserve.gateway.generation import Generation, Piece, Pieces, Prompt
+from jserve.gateway.engine_client import UpdateStream
+from jserve.gateway.generation import Generation, Piece, Prompt
 from jserve.gateway.metrics import GatewayMetrics, Histogram
 from jserve.gateway.prometheus import make_registry
+from tests.gateway.fixtures import make_generator
 
 INFO = EngineInfo(
     model="m",
@@ -35,27 +38,6 @@ class Engine:
     info = INFO
     ready = True
     stats = EngineStats(num_waiting=3, num_running=2, free_slots=2, free_pages=4, num_preemptions=7)
-
-
-class Script:
-    """Pieces at given times."""
-
-    def __init__(self, clock: ManualClock, *script: tuple[float, Piece | Exception]) -> None:
-        self.clock = clock
-        self.script = list(script)
-        self.closed = False
-
-    async def __anext__(self) -> Piece:
-        if not self.script:
-            raise StopAsyncIteration
-        wait_s, item = self.script.pop(0)
-        self.clock.advance(wait_s)
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def generation(n: int = 1) -> Generation:
@@ -94,18 +76,16 @@ def test_histogram_counts_as_prometheus_does(values: list[tuple[float, int]]) ->
 def test_a_request_is_timed() -> None:
     clock = ManualClock()
     metrics = GatewayMetrics(clock=clock)
-    script = Script(
-        clock,
+    request = metrics.start(generation())
+    for wait_s, piece in (
         (2.0, Piece(0, "a", (1,), queue_s=0.5)),
         (0.3, Piece(0, "bcd", (1, 2, 3))),
         (0.2, Piece(0, "e", (1, 2), finish=FinishReason.LENGTH)),
-    )
-
-    async def main() -> None:
-        async for _ in metrics.track(generation(), cast(Pieces, script)):
-            assert metrics.in_flight == 1
-
-    asyncio.run(main())
+    ):
+        assert metrics.in_flight == 1
+        clock.advance(wait_s)
+        request.count(piece)
+    request.end("abort")  # nothing is left to be aborted
     assert metrics.in_flight == 0
     found = samples(metrics)
     for prefix in ("jserve_", "vllm:"):
@@ -153,31 +133,43 @@ def test_every_engine_statistic_is_exposed_with_its_value_and_help() -> None:
 def test_choices_of_a_prompt_count_it_once() -> None:
     clock = ManualClock()
     metrics = GatewayMetrics(clock=clock)
-    last = FinishReason.STOP
-    script = Script(
-        clock, (1.0, Piece(0, "a", (1,), finish=last)), (1.0, Piece(1, "a", (1,), finish=last))
-    )
-
-    async def main() -> None:
-        async for _ in metrics.track(generation(n=2), cast(Pieces, script)):
-            pass
-
-    asyncio.run(main())
+    request = metrics.start(generation(n=2))
+    for index in range(2):
+        clock.advance(1.0)
+        request.count(Piece(index, "a", (1,), finish=FinishReason.STOP))
     assert (metrics.prompt_tokens, metrics.generation_tokens) == (3, 2)
     assert metrics.finished == {"stop": 2}
 
 
+class OneOfThree:
+    """An engine that finishes one choice and then fails, or never answers again."""
+
+    info = INFO
+    ready = True
+    stats = EngineStats()
+
+    def __init__(self, error: EngineError | None) -> None:
+        self._error = error
+
+    def submit(self, requests: Sequence[Request]) -> UpdateStream:
+        stream = UpdateStream(self, [request.id for request in requests])
+        stream.post(SequenceUpdate(requests[0].id, (1,), FinishReason.STOP))
+        if self._error is not None:
+            stream.fail(self._error)
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        pass
+
+
 @pytest.mark.parametrize(("error", "reason"), [(None, "abort"), (EngineError("x"), "error")])
-def test_unfinished_choices_count_once(error: Exception | None, reason: str) -> None:
-    clock = ManualClock()
-    metrics = GatewayMetrics(clock=clock)
-    done = Piece(0, "a", (1,), finish=FinishReason.STOP)
-    failure: list[tuple[float, Piece | Exception]] = [] if error is None else [(1.0, error)]
-    script = Script(clock, (1.0, done), *failure)
+def test_unfinished_choices_count_once(error: EngineError | None, reason: str) -> None:
+    metrics = GatewayMetrics(clock=ManualClock())
 
     async def main() -> None:
-        pieces = metrics.track(generation(n=3), cast(Pieces, script))
+        pieces = make_generator(OneOfThree(error)).run(generation(n=3), metrics)
         await pieces.__anext__()
+        assert metrics.in_flight == 1
         if error is not None:
             with pytest.raises(EngineError):
                 await pieces.__anext__()
@@ -185,7 +177,6 @@ def test_unfinished_choices_count_once(error: Exception | None, reason: str) -> 
         pieces.close()
 
     asyncio.run(main())
-    assert script.closed
     assert metrics.in_flight == 0
     assert metrics.finished == {"stop": 1, reason: 2}
 
