@@ -1,8 +1,13 @@
-"""`LLM.generate` for scripts and notebooks: scheduler and executor in this process, no server."""
+"""`LLM.generate` for scripts and notebooks: the request plane over an engine in this process."""
 
+import asyncio
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any, TypeVar, Unpack
 
 import jax
 from tqdm import tqdm
@@ -11,24 +16,23 @@ from jserve.checkpoints.locate import text_assets_of
 from jserve.checkpoints.tensor_source import Progress
 from jserve.config import ServeConfig
 from jserve.core.clock import WallClock
-from jserve.core.errors import ConfigError, EngineError, RequestError
-from jserve.core.request import FinishReason, Request, SequenceUpdate, TokenLogprobs
+from jserve.core.errors import ConfigError, RequestError
+from jserve.core.request import EngineInfo, FinishReason, Request, TokenLogprobs
 from jserve.core.stats import EngineStats
+from jserve.engine.build.assembly import Engine
 from jserve.engine.build.start import start_engine
 from jserve.engine.config import PlatformConfig
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
 from jserve.engine.loop import EngineLoop
-from jserve.engine.step_log import open_step_log
-from jserve.gateway.pieces import Choice, Generation, Piece, Prompt, join
+from jserve.engine.step_log import StepLog, open_step_log
+from jserve.gateway.engine_client import UpdateStream
+from jserve.gateway.generation import Generation, GenerationOptions, Generator, Piece
+from jserve.gateway.pieces import join
 from jserve.gateway.text_model import TextModel
-from jserve.gateway.validation import (
-    SamplingFields,
-    check_prompt,
-    check_stop,
-    resolve_sampling,
-)
+from jserve.gateway.validation import SamplingFields
 
 PromptLike = str | Sequence[int]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,115 @@ class Completion:
     stop_reason: str | int | None = None  # the stop string or stop token id that matched
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+
+class InProcessEngine:
+    """An `EngineClient` whose engine steps on the client's own event loop, only inside `drive`.
+
+    It takes any number of sequences and lets them into the engine's queue as that has room, so
+    nothing is refused as Overloaded.
+    """
+
+    def __init__(self, engine: Engine, step_log: StepLog | None) -> None:
+        self.info: EngineInfo | None = engine.info
+        self.ready = True
+        self.stats = EngineStats()
+        self._scheduler = engine.scheduler
+        self._max_queue = engine.info.max_queue
+        self._inbox, self._outbox = Inbox(), Outbox()
+        self._outbox.attach(self._inbox.wake)  # a refusal does not wait out an idle turn
+        self._loop = EngineLoop(
+            engine.scheduler,
+            engine.executor,
+            self._inbox,
+            self._outbox,
+            WallClock(),
+            engine.num_compiles,
+            step_log,
+        )
+        self._streams: dict[str, UpdateStream] = {}  # by live request id
+        self._backlog: dict[str, Request] = {}  # not yet in the engine, in order
+
+    def submit(self, requests: Sequence[Request]) -> UpdateStream:
+        stream = UpdateStream(self, [request.id for request in requests])
+        for request in requests:
+            self._streams[request.id] = stream
+            self._backlog[request.id] = request
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        if self._streams.pop(request_id, None) is None:
+            return
+        if self._backlog.pop(request_id, None) is None:
+            self._inbox.put(Abort(request_id))
+
+    async def drive(self, work: Coroutine[Any, Any, T]) -> T:
+        """Steps the engine until `work`, which waits for its answers, is done.
+
+        Raises what `work` or a step raises.
+        """
+        task = asyncio.create_task(work)
+        try:
+            while not task.done():
+                if self._streams:
+                    self._step()
+                await asyncio.sleep(0)  # readers take the updates
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    def _step(self) -> None:
+        if self._backlog:
+            room = self._max_queue - self._scheduler.stats().num_waiting
+            for request_id in list(itertools.islice(self._backlog, max(room, 0))):
+                self._inbox.put(Submit(self._backlog.pop(request_id)))
+        self._loop.run_once()
+        news = self._outbox.take()
+        self.stats = news.stats
+        for update in news.updates:
+            stream = self._streams.get(update.request_id)
+            if stream is None:
+                continue  # aborted meanwhile
+            if update.finish is not None:
+                del self._streams[update.request_id]
+            stream.post(update)
+        for request_id, error in news.rejections:
+            stream = self._streams.pop(request_id, None)
+            if stream is not None:
+                stream.fail(error)
+
+
+class _LoopThread:
+    """An event loop in a thread of its own, since a notebook's thread already runs one."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="jserve-offline", daemon=True)
+        self._thread.start()
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs `work` on the loop and returns its result; an interrupt (Ctrl-C) cancels it."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Runs `callback` on the loop, without waiting; nothing happens after `stop`."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
 
 
 class LLM:
@@ -65,155 +178,125 @@ class LLM:
         )
         self.text = TextModel.of(text_assets_of(config.model, on_files), config.gateway)
         self.info = engine.info
-        self._config = config
-        self._inbox, self._outbox = Inbox(), Outbox()
-        self._outbox.attach(lambda: None)  # `generate` looks for news itself
-        self._loop = EngineLoop(
-            engine.scheduler,
-            engine.executor,
-            self._inbox,
-            self._outbox,
-            WallClock(),
-            engine.num_compiles,
-            open_step_log(config.engine),
+        self._engine = InProcessEngine(engine, open_step_log(config.engine))
+        self._plane = Generator(
+            tokenizer=self.text.tokenizer,
+            chat_template=self.text.chat_template,
+            defaults=self.text.defaults,
+            engine=self._engine,
+            config=config.gateway,
+            clock=WallClock(),
         )
         self._serial = itertools.count()
-        self._stats = EngineStats()
+        self._loop = _LoopThread()
+        weakref.finalize(self, self._loop.stop)
 
     def generate(
         self,
         prompts: PromptLike | Sequence[PromptLike],
         sampling: SamplingFields | Sequence[SamplingFields] | None = None,
         *,
-        stop: str | Sequence[str] | None = None,
-        n: int = 1,
         use_tqdm: bool = True,
+        **options: Unpack[GenerationOptions],
     ) -> list[Completion]:
         """Completes every prompt, `n` times each, in the order of the prompts.
 
         `sampling` is one for all prompts, or one for each; its fields that are None take the
-        model's defaults. Raises RequestError, before anything runs, when a prompt or a field is
-        wrong.
+        model's defaults. Options (`n`, `stop`, `echo`, …) are those of a served request. Raises
+        RequestError, before anything runs, when a prompt, a field or an option is wrong.
         """
         wanted = _prompts(prompts)
         if sampling is None or isinstance(sampling, SamplingFields):
             sampling = [sampling or SamplingFields()] * len(wanted)
         if len(sampling) != len(wanted):
             raise RequestError(f"sampling has {len(sampling)} entries for {len(wanted)} prompts")
-        generations = [
-            self._prepare(prompt, each, stop, n)
-            for prompt, each in zip(wanted, sampling, strict=True)
-        ]
-        answers: dict[tuple[int, int], list[Piece]] = {}
+        generations = self._loop.call(self._prepare(wanted, sampling, options))
+        answers: list[list[list[Piece]]] = [[[] for _ in range(it.n)] for it in generations]
         tokens = 0
-        with tqdm(total=len(generations) * n, disable=not use_tqdm, unit="seq") as bar:
-            for index, piece in self._run(generations):
-                answers.setdefault((index, piece.index), []).append(piece)
+        total = sum(it.n for it in generations)
+        with tqdm(total=total, disable=not use_tqdm, unit="seq") as bar:
+
+            def on_piece(index: int, piece: Piece) -> None:
+                nonlocal tokens
+                answers[index][piece.index].append(piece)
                 tokens += len(piece.token_ids)
                 if piece.finish is not None:
                     bar.update()
                     rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
                     bar.set_postfix_str(f"{rate:.1f} tokens/s")
+
+            self._loop.call(self._engine.drive(self._run(generations, on_piece)))
         return [
-            _completion(prompt, answers[index, choice])
-            for index, prompt in enumerate(wanted)
-            for choice in range(n)
+            _completion(prompt, pieces)
+            for prompt, choices in zip(wanted, answers, strict=True)
+            for pieces in choices
         ]
 
     def stream(
         self,
         prompt: PromptLike,
         sampling: SamplingFields | None = None,
-        *,
-        stop: str | Sequence[str] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Iterator[str]:
-        """The text of one completion as it grows."""
-        for _, piece in self._run([self._prepare(prompt, sampling, stop, 1)]):
-            if piece.text:
-                yield piece.text
+        """Yields the text of one completion as it grows. Options are those of `generate`."""
+        fields = [sampling or SamplingFields()]
+        (generation,) = self._loop.call(self._prepare([prompt], fields, options))
+        pieces = self._plane.run(generation)
+        try:
+            while (piece := self._loop.call(self._engine.drive(_next(pieces)))) is not None:
+                if piece.text:
+                    yield piece.text
+        finally:
+            self._loop.call_soon(pieces.close)
 
     @property
     def stats(self) -> EngineStats:
         """The engine's load after its last step."""
-        return self._stats
+        return self._engine.stats
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The token ids of a conversation in the model's chat template, for `generate`."""
-        if self.text.chat_template is None:
-            raise RequestError("this model has no chat template; give a plain prompt")
-        rendered = self.text.chat_template.render(messages)
-        return self.text.tokenizer.encode(rendered, add_special_tokens=False)
+        return list(self._loop.call(self._plane.chat_prompt(list(messages))).ids)
 
-    def _prepare(
+    async def _prepare(
         self,
-        prompt: PromptLike,
-        sampling: SamplingFields | None,
-        stop: str | Sequence[str] | None,
-        n: int,
-    ) -> Generation:
-        is_text = isinstance(prompt, str)
-        ids = check_prompt(self.text.tokenizer.encode(prompt) if is_text else prompt, self.info)
-        limits = self._config.gateway
-        return Generation(
-            id=f"offline-{next(self._serial)}",
-            prompt=Prompt(ids, prompt if is_text else None),
-            sampling=resolve_sampling(
-                sampling or SamplingFields(),
-                defaults=self.text.defaults,
-                info=self.info,
-                prompt_tokens=len(ids),
-            ),
-            stop=check_stop(
-                stop, max_count=limits.max_stop_strings, max_chars=limits.max_stop_string_chars
-            ),
-            n=n,
-        )
+        prompts: Sequence[PromptLike],
+        sampling: Sequence[SamplingFields],
+        options: GenerationOptions,
+    ) -> list[Generation]:
+        generations: list[Generation] = []
+        for prompt, fields in zip(prompts, sampling, strict=True):
+            if isinstance(prompt, str):
+                ids = await self._plane.text_prompt(prompt)
+            else:
+                ids = self._plane.token_prompt(prompt)
+            name = f"offline-{next(self._serial)}"
+            generations.append(self._plane.prepare(id=name, prompt=ids, sampling=fields, **options))
+        return generations
 
-    def _run(self, generations: Sequence[Generation]) -> Iterator[tuple[int, Piece]]:
-        """Pieces as they come, with the index of their generation. Aborts the rest when closed."""
-        waiting = (
-            (index, choice)
-            for index, generation in enumerate(generations)
-            for choice in range(generation.n)
-        )
-        running: dict[str, tuple[int, Choice]] = {}
+    async def _run(
+        self, generations: Sequence[Generation], on_piece: Callable[[int, Piece], None]
+    ) -> None:
+        """Runs all of them, in order, as many at a time as the engine's slots and queue hold."""
+        queue = enumerate(generations)
+
+        async def work() -> None:
+            for index, generation in queue:
+                async with aclosing(self._plane.run(generation)) as pieces:
+                    async for piece in pieces:
+                        on_piece(index, piece)
+
+        most = self.info.num_slots + self.info.max_queue
         try:
-            while True:
-                for index, choice in itertools.islice(waiting, self._room(len(running))):
-                    generation = generations[index]
-                    request = _request(generation, choice)
-                    running[request.id] = index, Choice(generation, choice, self.text.tokenizer)
-                    self._inbox.put(Submit(request))
-                if not running:
-                    return
-                self._loop.run_once()
-                for update in self._take_updates():
-                    if update.request_id not in running:
-                        continue  # ended by a stop string; the engine did not know yet
-                    index, choice_text = running[update.request_id]
-                    piece = choice_text.feed(update)
-                    if piece.finish is not None:
-                        del running[update.request_id]
-                        if update.finish is None:
-                            self._inbox.put(Abort(update.request_id))
-                    yield index, piece
-        finally:
-            self._inbox.put(*(Abort(request_id) for request_id in running))
+            async with asyncio.TaskGroup() as workers:
+                for _ in range(min(len(generations), most)):
+                    workers.create_task(work())
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
-    def _room(self, num_submitted: int) -> int:
-        """How many sequences the queue surely takes now; the stats may be a step old."""
-        not_running = num_submitted - self._stats.num_running
-        return max(self.info.max_queue - max(self._stats.num_waiting, not_running), 0)
 
-    def _take_updates(self) -> list[SequenceUpdate]:
-        news = self._outbox.take()
-        self._stats = news.stats
-        for _, error in news.rejections:
-            raise error
-        for update in news.updates:
-            if update.finish is FinishReason.ERROR:
-                raise EngineError(update.error or "the engine failed")
-        return news.updates
+async def _next(pieces: AsyncIterator[Piece]) -> Piece | None:
+    return await anext(pieces, None)
 
 
 def _pin(config: PlatformConfig) -> None:
@@ -231,15 +314,6 @@ def _prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
         return [prompts]
     ids = [item for item in prompts if isinstance(item, int)]
     return [ids] if ids else [item for item in prompts if not isinstance(item, int)]
-
-
-def _request(generation: Generation, choice: int) -> Request:
-    return Request(
-        id=f"{generation.id}-{choice}",
-        prompt=generation.prompt.ids,
-        sampling=generation.sampling,
-        choice=choice,
-    )
 
 
 def _completion(prompt: PromptLike, pieces: Sequence[Piece]) -> Completion:

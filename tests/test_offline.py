@@ -1,6 +1,10 @@
 """`LLM` in one process: batches equal single runs, streams equal whole texts, nothing is lost."""
 
+import asyncio
 import dataclasses
+import itertools
+import time
+from concurrent.futures import Future
 
 import pytest
 
@@ -69,6 +73,63 @@ def test_stop_string_cuts_the_text_and_frees_the_slot(llm: LLM) -> None:
     assert cut.finish_reason is FinishReason.STOP
     assert cut.stop_reason == stop
     llm.generate("another", GREEDY, use_tqdm=False)  # its first step takes the abort along
+    assert llm.stats.free_slots == llm.info.num_slots
+
+
+def test_options_of_a_served_request_are_options_here(llm: LLM) -> None:
+    (plain,) = llm.generate("options", GREEDY, use_tqdm=False)
+    (echoed,) = llm.generate("options", GREEDY, echo=True, use_tqdm=False)
+    assert echoed.text == "options" + plain.text
+    stop = plain.text[3:5]
+    options = {"stop": [stop], "include_stop_str_in_output": True, "use_tqdm": False}
+    (stopped,) = llm.generate("options", GREEDY, **options)
+    assert stopped.text == plain.text[: plain.text.index(stop)] + stop
+    assert "".join(llm.stream("options", GREEDY, echo=True)) == echoed.text
+    scored = SamplingFields(temperature=0, max_tokens=0, prompt_logprobs=0)
+    (prompt_only,) = llm.generate("options", scored, echo=True, use_tqdm=False)
+    assert (prompt_only.text, prompt_only.token_ids) == ("options", ())
+    assert len(prompt_only.prompt_logprobs or ()) == len("options")
+    with pytest.raises(RequestError, match="n must be from 1 to"):
+        llm.generate("options", GREEDY, n=0, use_tqdm=False)
+
+
+def test_more_choices_than_the_queue_holds(llm: LLM) -> None:
+    fields = SamplingFields(temperature=1.0, max_tokens=4, seed=5, ignore_eos=True)
+    n = llm.info.max_queue + 3
+    found = llm.generate(["many", "more"], fields, n=n, use_tqdm=False)
+    assert [len(completion.token_ids) for completion in found] == [4] * (2 * n)
+    assert llm.generate(["many", "more"], fields, n=n, use_tqdm=False) == found
+
+
+def test_inside_a_running_event_loop_as_in_a_notebook(llm: LLM) -> None:
+    (outside,) = llm.generate("cell", GREEDY, use_tqdm=False)
+
+    async def cell() -> tuple[str, str]:
+        (whole,) = llm.generate("cell", GREEDY, use_tqdm=False)
+        return whole.text, "".join(llm.stream("cell", GREEDY))
+
+    assert asyncio.run(cell()) == (outside.text, outside.text)
+
+
+def test_an_interrupt_aborts_what_runs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = SamplingFields(temperature=0, max_tokens=200, ignore_eos=True)
+    result, calls = Future.result, itertools.count()
+
+    def interrupted(future: Future[object], timeout: float | None = None) -> object:
+        if next(calls) == 0:  # the preparation; the second call waits for the answers
+            return result(future, timeout)
+        deadline_s = time.monotonic() + 60
+        while llm.stats.num_running < 3 and time.monotonic() < deadline_s:
+            time.sleep(0.001)
+        assert llm.stats.num_running == 3
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Future, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["interrupted"] * 3, long, use_tqdm=False)
+    llm.generate("another", GREEDY, use_tqdm=False)  # its first step takes the aborts along
+    assert (llm.stats.num_running, llm.stats.num_waiting) == (0, 0)
     assert llm.stats.free_slots == llm.info.num_slots
 
 

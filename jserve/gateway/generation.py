@@ -10,7 +10,7 @@ import itertools
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from jserve.core.clock import Clock
 from jserve.core.errors import JserveError, PromptTooLong, RequestError, Unavailable, UnknownModel
@@ -36,6 +36,17 @@ __all__ = ["Generation", "Generator", "Piece", "Pieces", "Prompt"]
 
 _LONG_TEXT_CHARS = 64 << 10  # from here on it is worth a look whether a text can fit at all
 _PRIORITY_LIMIT = 2**31 - 1
+
+
+class GenerationOptions(TypedDict, total=False):
+    """What a request may ask for beside its sampling; None is the same as not given."""
+
+    stop: str | Sequence[str] | None
+    n: int | None
+    priority: int | None
+    echo: bool | None  # the text of each choice starts with the prompt's text
+    skip_special_tokens: bool | None
+    include_stop_str_in_output: bool | None
 
 
 class Pieces:
@@ -233,12 +244,7 @@ class Generator:
         id: str,  # noqa: A002
         prompt: Prompt,
         sampling: SamplingFields,
-        stop: str | Sequence[str] | None = None,
-        n: int | None = None,
-        priority: int | None = None,
-        echo: bool | None = None,
-        skip_special_tokens: bool | None = None,
-        include_stop_str_in_output: bool | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Generation:
         """Checks every field and resolves the defaults; None means not given.
 
@@ -248,7 +254,7 @@ class Generator:
         """
         info, config = self.info, self.config
         ids = check_prompt(prompt.ids, info)
-        echoes = boolean("echo", echo, default=False)
+        echoes = boolean("echo", options.get("echo"), default=False)
         prompt_only = (
             type(sampling.max_tokens) is int
             and sampling.max_tokens == 0
@@ -263,14 +269,28 @@ class Generator:
                 sampling, defaults=self.defaults, info=info, prompt_tokens=len(ids)
             ),
             stop=check_stop(
-                stop, max_count=config.max_stop_strings, max_chars=config.max_stop_string_chars
+                options.get("stop"),
+                max_count=config.max_stop_strings,
+                max_chars=config.max_stop_string_chars,
             ),
-            n=integer("n", n, 1, 1, min(config.max_choices, info.num_slots + info.max_queue)),
-            priority=integer("priority", priority, 0, -_PRIORITY_LIMIT, _PRIORITY_LIMIT),
+            n=integer(
+                "n",
+                options.get("n"),
+                1,
+                1,
+                min(config.max_choices, info.num_slots + info.max_queue),
+            ),
+            priority=integer(
+                "priority", options.get("priority"), 0, -_PRIORITY_LIMIT, _PRIORITY_LIMIT
+            ),
             echo=echoes,
-            skip_special_tokens=boolean("skip_special_tokens", skip_special_tokens, default=True),
+            skip_special_tokens=boolean(
+                "skip_special_tokens", options.get("skip_special_tokens"), default=True
+            ),
             include_stop_str_in_output=boolean(
-                "include_stop_str_in_output", include_stop_str_in_output, default=False
+                "include_stop_str_in_output",
+                options.get("include_stop_str_in_output"),
+                default=False,
             ),
             prompt_only=prompt_only,
         )
