@@ -64,6 +64,11 @@ class SamplingParams:
     prompt_logprobs: int | None = _bounded(None, 0, MAX_LOGPROBS)  # the same for prompt tokens
 
     @property
+    def has_penalties(self) -> bool:
+        """Whether logits depend on how often tokens occurred before."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    @property
     def has_token_rules(self) -> bool:
         """Whether single tokens are biased, allowed or forbidden: one row of the vocabulary."""
         return bool(self.logit_bias or self.allowed_token_ids or self.bad_token_ids)

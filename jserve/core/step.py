@@ -4,12 +4,16 @@ A step runs one device program. Row r of the program is `plan.chunks[r]`, and:
 
 - A slot has at most one row in a step.
 - Decode rows, whose `tokens` are empty, come first; prompt chunks follow. A `decode` program has
-  decode rows only and admits nobody.
+  decode rows only and admits nobody: a sequence that starts with a decode row, because its pages
+  hold all its tokens but the last, does so in a mixed program.
 - The tokens of a step are ragged: the index of a row's first token is the sum of `num_tokens` of
   the rows before it.
 - A row yields at most `max_new` tokens: 0 if its last token is not to be sampled from, 1 in a
   mixed program, up to `num_steps` in a decode program. It may yield fewer, even none.
 - Plans run in the order of their `step_id`, which counts from 0.
+- Moves run before the program, in order, and copy values: a page that is copied OUT may be given
+  away in the same plan, and one that is copied IN is read by its program. A host page may be
+  copied IN once a result says that it has landed, and be written again only then, too.
 """
 
 import enum
@@ -19,6 +23,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jserve.core.request import Request
+
+HISTORY_PAIRS = 512  # different output tokens with their counts in one row of history
 
 
 class ProgramKind(enum.Enum):
@@ -50,17 +56,58 @@ class Program:
         return f"decode[{self.rows}x{self.steps}]"
 
 
+def page_entries(program: Program, page_size: int, pages_per_slot: int) -> int:
+    """New pages that one plan of `program` may give out, in each page group.
+
+    A chunk of c tokens reaches into c / page_size + 2 pages; a mixed program has as many more as
+    one sequence may bring when it is admitted.
+    """
+    if program.kind is ProgramKind.DECODE:
+        return program.rows * (program.steps // page_size + 2)
+    return program.tokens // page_size + 2 * program.rows + pages_per_slot
+
+
 @dataclass(frozen=True, slots=True)
 class Admission:
     """A sequence takes a slot: everything the device must know of it, sent once.
 
     `output` are the tokens generated before a preemption; they are computed again as chunk
     tokens but count as output for penalties, limits and the sampling key.
+
+    The pages of a sequence may hold K and V of its first `num_computed` tokens already, computed
+    by another sequence or moved in. Its first chunk starts there. With `last_token`, the newest
+    of `output`, its first row is a decode row that computes this token.
     """
 
     slot: int
     request: Request
     output: tuple[int, ...] = ()
+    num_computed: int = 0
+    last_token: int | None = None
+    adapter: int = 0  # 0 is none
+
+    @property
+    def computed_output(self) -> tuple[int, ...]:
+        """The tokens of `output` that no chunk will bring."""
+        if self.last_token is not None:
+            return self.output
+        return self.output[: max(0, self.num_computed - len(self.request.prompt))]
+
+    @property
+    def history_rows(self) -> int:
+        """Processor rows, at most, for the tokens that penalties count and no chunk will bring.
+
+        A sequence whose history exceeds the engine's processor rows is admitted with fewer
+        computed tokens.
+        """
+        if self.num_computed == 0 or not self.request.sampling.has_penalties:
+            return 0
+        return max(1, -(-len(self.computed_output) // HISTORY_PAIRS))
+
+    @property
+    def processor_rows(self) -> int:
+        """Processor rows of the step's batch that this admission takes."""
+        return max(self.history_rows, int(self.request.sampling.has_token_rules))
 
 
 class NewPages(NamedTuple):
@@ -87,6 +134,31 @@ class Chunk(NamedTuple):
     # prompt's last token has none.
     prompt_targets: tuple[int, ...] = ()
     pages: tuple[NewPages, ...] = ()
+    drafts: tuple[int, ...] = ()  # guesses at the tokens after a decode row's own
+
+
+class MoveKind(enum.Enum):
+    """Where a page is copied from and to."""
+
+    OUT = "out"  # from the device to a host page
+    IN = "in"  # from a host page, which must have landed, to the device
+    COPY = "copy"  # from page to page on the device
+
+
+class Move(NamedTuple):
+    """A copy of one page: all layers of its group."""
+
+    kind: MoveKind
+    group: int  # index of the page group
+    source: int  # page id; of a host page for IN
+    target: int  # page id; of a host page for OUT
+
+
+class MaskRow(NamedTuple):
+    """The tokens that a slot may sample in this step."""
+
+    slot: int
+    words: tuple[int, ...]  # uint32; bit i % 32 of word i // 32: token id i is allowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +170,8 @@ class StepPlan:
     num_steps: int  # decode steps really run; 1 for mixed
     chunks: tuple[Chunk, ...]
     admissions: tuple[Admission, ...] = ()
+    moves: tuple[Move, ...] = ()  # run before the program, in this order
+    masks: tuple[MaskRow, ...] = ()
 
 
 class FinishCode(enum.IntEnum):
@@ -129,6 +203,7 @@ class StepResult:
     logprobs: RowLogprobs | None = None  # present when a row's request asks for logprobs
     # By ragged token, chunk after chunk: of the token's `prompt_targets` entry, [tokens, 1, …].
     prompt_logprobs: RowLogprobs | None = None
+    landed: tuple[int, ...] = ()  # host pages whose copy has arrived since the result before
 
 
 class Executor(Protocol):

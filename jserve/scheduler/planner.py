@@ -271,7 +271,7 @@ def issue_decodes(decodes: list[_Decode]) -> Rows:
     for seq, pages, new in decodes:
         start = seq.num_computed
         # `_make` takes half the time of naming the fields, and this runs for every row.
-        chunks.append(Chunk._make((seq.slot, seq.id, start, 1, (), new, (), pages)))
+        chunks.append(Chunk._make((seq.slot, seq.id, start, 1, (), new, (), pages, ())))
         seq.num_computed = start + new
         seq.num_tokens += new
         seq.num_in_flight += 1

@@ -75,11 +75,7 @@ def _processors(sampling: SamplingParams) -> Processor:
         bits |= Processor.BIAS
     if sampling.min_tokens > 0:
         bits |= Processor.MIN_TOKENS
-    if (
-        sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty != 0.0
-        or sampling.frequency_penalty != 0.0
-    ):
+    if sampling.has_penalties:
         bits |= Processor.PENALTIES
     return bits
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from jserve.model.sampling.history import restore
 from jserve.model.sampling.logprobs import Logprobs, prompt_logprobs
 from jserve.model.sampling.rows import Axes
 from jserve.model.sampling.sample import Sampled, SamplerConfig, sample
@@ -79,6 +80,12 @@ class ShardedSampler:
         note = partial(count_chunk, axes=self.axes)
         takes = (specs, _WHOLE, _WHOLE, _WHOLE, _WHOLE)
         return self._split(note, takes, specs)(state, token_slots, tokens, is_prompt, live)
+
+    def restore(self, state: SamplerState, slots: jax.Array, words: jax.Array) -> SamplerState:
+        """`history.restore` on each device's share of the counts."""
+        specs = self.state_specs(state)
+        add = partial(restore, axes=self.axes)
+        return self._split(add, (specs, _WHOLE, _WHOLE), specs)(state, slots, words)
 
     def state_specs(self, state: SamplerState) -> SamplerState:
         """How each part of the state lies on the mesh: what counts token ids is split."""
