@@ -8,7 +8,17 @@ from itertools import repeat
 from typing import NamedTuple
 
 from jserve.core.errors import EngineError
-from jserve.core.step import Admission, Chunk, NewPages, Program, ProgramKind, StepPlan
+from jserve.core.step import (
+    Admission,
+    Chunk,
+    MaskRow,
+    Move,
+    MoveKind,
+    NewPages,
+    Program,
+    ProgramKind,
+    StepPlan,
+)
 from jserve.proto import group_pb2
 from jserve.proto.convert import request_of_proto, request_to_proto
 
@@ -39,6 +49,9 @@ class StepWriter:
         step.limit_rows.extend(limited)
         step.limits.extend([chunks[row].max_new for row in limited])
         _write_pages(step, chunks)
+        _write_drafts(step, chunks)
+        step.moves.extend(map(_write_move, plan.moves))
+        step.masks.extend(group_pb2.StepMask(slot=slot, words=words) for slot, words in plan.masks)
         return step
 
 
@@ -71,13 +84,22 @@ class StepReader:
             max_new=[step.num_steps] * rows,
             prompt_targets=[()] * rows,
             pages=[()] * rows,
+            drafts=[()] * rows,
         )
         self._read_chunks(step, columns)
         for row, limit in zip(step.limit_rows, step.limits, strict=True):
             columns.max_new[row] = limit
         _read_pages(step, columns)
-        program = self._programs[step.program]
-        return StepPlan(step.number, program, step.num_steps, columns.chunks(), admissions)
+        _read_drafts(step, columns)
+        return StepPlan(
+            step_id=step.number,
+            program=self._programs[step.program],
+            num_steps=step.num_steps,
+            chunks=columns.chunks(),
+            admissions=admissions,
+            moves=tuple(map(_read_move, step.moves)),
+            masks=tuple(MaskRow(mask.slot, tuple(mask.words)) for mask in step.masks),
+        )
 
     def _read_chunks(self, step: group_pb2.Step, columns: "_Columns") -> None:
         for row, num_tokens, targets in zip(
@@ -102,6 +124,7 @@ class _Columns(NamedTuple):
     max_new: list[int]
     prompt_targets: list[tuple[int, ...]]
     pages: list[tuple[NewPages, ...]]
+    drafts: list[tuple[int, ...]]
 
     def chunks(self) -> tuple[Chunk, ...]:
         slots, *others = self
@@ -138,14 +161,55 @@ def _read_pages(step: group_pb2.Step, columns: _Columns) -> None:
         taken += count
 
 
+def _write_drafts(step: group_pb2.Step, chunks: Sequence[Chunk]) -> None:
+    for row, chunk in enumerate(chunks):
+        if chunk.drafts:
+            step.draft_rows.append(row)
+            step.draft_counts.append(len(chunk.drafts))
+            step.drafts.extend(chunk.drafts)
+
+
+def _read_drafts(step: group_pb2.Step, columns: _Columns) -> None:
+    drafts, taken = tuple(step.drafts), 0
+    for row, count in zip(step.draft_rows, step.draft_counts, strict=True):
+        columns.drafts[row] = drafts[taken : taken + count]
+        taken += count
+
+
+_MOVE_KINDS = {
+    MoveKind.OUT: group_pb2.StepMove.OUT,
+    MoveKind.IN: group_pb2.StepMove.IN,
+    MoveKind.COPY: group_pb2.StepMove.COPY,
+}
+_MOVE_KIND_OF = {number: kind for kind, number in _MOVE_KINDS.items()}
+
+
+def _write_move(move: Move) -> group_pb2.StepMove:
+    kind, group, source, target = move
+    return group_pb2.StepMove(kind=_MOVE_KINDS[kind], group=group, source=source, target=target)
+
+
+def _read_move(message: group_pb2.StepMove) -> Move:
+    return Move(_MOVE_KIND_OF[message.kind], message.group, message.source, message.target)
+
+
 def _write_admission(admission: Admission) -> group_pb2.StepAdmission:
     return group_pb2.StepAdmission(
         slot=admission.slot,
         request=request_to_proto(admission.request),
         output=admission.output,
+        num_computed=admission.num_computed,
+        last_token=admission.last_token,
+        adapter=admission.adapter,
     )
 
 
 def _read_admission(message: group_pb2.StepAdmission) -> Admission:
-    request = request_of_proto(message.request)
-    return Admission(message.slot, request, tuple(message.output))
+    return Admission(
+        message.slot,
+        request_of_proto(message.request),
+        tuple(message.output),
+        message.num_computed,
+        message.last_token if message.HasField("last_token") else None,
+        message.adapter,
+    )

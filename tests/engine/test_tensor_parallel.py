@@ -90,7 +90,7 @@ def test_a_family_gives_the_tokens_of_one_device(name: str, mesh_shape: tuple[in
 
 def _check_shares(engine: Engine, one: Engine, layers: int, devices: int) -> None:
     """Each device holds as many heads of every page, in buffers that steps update in place."""
-    all_pages = engine.executor._state.kv["full"]
+    all_pages = engine.executor._state.kv[0]
     assert len(all_pages) == layers
     for pages in all_pages:
         held = [shard.data.shape[2] for shard in pages.addressable_shards]

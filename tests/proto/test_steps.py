@@ -9,7 +9,17 @@ from jserve.cache.kv_cache import KVCache
 from jserve.cache.layout import single_group
 from jserve.core.errors import EngineError
 from jserve.core.request import Request, SamplingParams
-from jserve.core.step import Chunk, NewPages, Program, ProgramKind, StepPlan
+from jserve.core.step import (
+    Admission,
+    Chunk,
+    MaskRow,
+    Move,
+    MoveKind,
+    NewPages,
+    Program,
+    ProgramKind,
+    StepPlan,
+)
 from jserve.engine.program.batch import BatchShape, pack
 from jserve.proto import group_pb2
 from jserve.proto.steps import StepReader, StepWriter
@@ -22,6 +32,16 @@ MAX_BYTES = 4096  # of a step that admits nobody
 
 def _sent(message: group_pb2.Step) -> group_pb2.Step:
     return group_pb2.Step.FromString(message.SerializeToString())
+
+
+def _shape(engine: Engine) -> BatchShape:
+    return BatchShape(
+        engine.num_slots,
+        MODEL.vocab,
+        engine.page_size,
+        engine.max_processor_rows,
+        pages_per_slot=engine.num_pages,
+    )
 
 
 def _check(plans: list[StepPlan], programs: tuple[Program, ...], shape: BatchShape) -> None:
@@ -40,8 +60,7 @@ def _check(plans: list[StepPlan], programs: tuple[Program, ...], shape: BatchSha
 def test_a_follower_rebuilds_the_buffer_of_every_step(engine: Engine, seed: int) -> None:
     drill = Drill(engine, seed)
     drill.run(150)
-    shape = BatchShape(engine.num_slots, MODEL.vocab, engine.page_size, engine.max_processor_rows)
-    _check(drill.plans, engine.programs, shape)
+    _check(drill.plans, engine.programs, _shape(engine))
 
 
 def test_preempted_aborted_and_logged_sequences_are_among_them() -> None:
@@ -53,7 +72,7 @@ def test_preempted_aborted_and_logged_sequences_are_among_them() -> None:
     assert stats.num_preemptions > 3
     assert any(admission.output for plan in drill.plans for admission in plan.admissions)
     assert any(chunk.prompt_targets for plan in drill.plans for chunk in plan.chunks)
-    _check(drill.plans, programs, BatchShape(4, MODEL.vocab, 4, 2))
+    _check(drill.plans, programs, _shape(drill.engine))
 
 
 def test_a_step_of_256_rows_takes_less_than_4_kb() -> None:
@@ -113,3 +132,48 @@ def test_a_missing_step_is_an_error() -> None:
     writer.write(plan, 0)
     with pytest.raises(EngineError, match="step 2 came instead of step 1"):
         reader.read(writer.write(plan, 0))
+
+
+def test_all_that_a_plan_may_carry_arrives() -> None:
+    """Everything but request ids, which a follower has no use for."""
+    sampling = SamplingParams(max_tokens=9, presence_penalty=0.5, allowed_token_ids=(1, 2))
+    asked = Request(id="a", prompt=tuple(range(20)), sampling=sampling)
+    other = Request(id="b", prompt=(3, 4, 5), sampling=SamplingParams(max_tokens=4))
+    programs = (Program(ProgramKind.MIXED, 16, 4), Program(ProgramKind.DECODE, 4, 4, 4))
+    mixed = StepPlan(
+        0,
+        programs[0],
+        1,
+        (
+            Chunk(3, "", 21, 1, pages=(NewPages(0, 0, (9, 8)), NewPages(1, 2, (70,)))),
+            Chunk(1, "", 16, 3, (16, 17, 18), 0, (17, 18, 19), (NewPages(1, 0, (5, 6, 7)),)),
+            Chunk(0, "", 0, 3, (3, 4, 5), 1),
+        ),
+        (
+            Admission(3, asked, (7, 8), 21, 8, adapter=4),
+            Admission(1, asked, num_computed=16),
+            Admission(0, other),
+        ),
+        moves=(
+            Move(MoveKind.OUT, 1, 2**20, 0),
+            Move(MoveKind.IN, 0, 0, 9),
+            Move(MoveKind.COPY, 0, 9, 8),
+            Move(MoveKind.OUT, 0, 9, 1),
+        ),
+        masks=(MaskRow(1, (2**32 - 1, 0, 5)), MaskRow(3, (1, 2, 3))),
+    )
+    decode = StepPlan(
+        1,
+        programs[1],
+        4,
+        (
+            Chunk(3, "", 0, 1, max_new=4),
+            Chunk(0, "", 0, 1, max_new=2, drafts=(5, 6)),
+            Chunk(1, "", 0, 1, max_new=4, pages=(NewPages(1, 3, (4,)),), drafts=(0,)),
+        ),
+        moves=(Move(MoveKind.COPY, 1, 3, 4),),
+        masks=(MaskRow(0, (0, 1, 2)),),
+    )
+    writer, reader = StepWriter(programs), StepReader(programs)
+    for plan in (mixed, decode):
+        assert reader.read(_sent(writer.write(plan, 0))) == plan

@@ -53,7 +53,13 @@ def least_shape(model: Model, mesh: AnyMesh, config: EngineConfig) -> EngineShap
         raise ConfigError(
             f"engine.max_model_len is {max_model_len}; the model's context is {spec.max_context}"
         )
-    batch = BatchShape(config.num_slots, spec.vocab, config.page_size, config.processor_rows)
+    batch = BatchShape(
+        config.num_slots,
+        spec.vocab,
+        config.page_size,
+        config.processor_rows,
+        pages_per_slot=-(-max_model_len // config.page_size),
+    )
     dtype = stored_kv_dtype(config, model.dtype)
     kv_heads = stored_kv_heads(spec, mesh)
     return EngineShape(batch, GRID, max_model_len, dtype, kv_heads)

@@ -9,12 +9,14 @@ import functools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count, repeat
 
 import numpy as np
 
-from jserve.core.step import Admission, Chunk, Program, ProgramKind, StepPlan
+from jserve.core.step import Chunk, Move, Program, ProgramKind, StepPlan, page_entries
+from jserve.engine.program.admissions import pack_admissions
 from jserve.engine.program.layout import Layout
-from jserve.model.sampling.host import host_row
+from jserve.model.sampling.history import history_row_dtype
 from jserve.model.sampling.state import SLOT_ROW_WORDS, processor_row_dtype
 
 
@@ -26,30 +28,45 @@ class BatchShape:
     vocab: int
     page_size: int
     processor_rows: int
+    pages_per_slot: int
+    page_groups: int = 1
+    # Sections of width 0 take no room in the buffer, and programs do not read them.
+    mask_rows: int = 0  # slots that get another mask in one step
+    has_row_limits: bool = False  # rows may be told to yield fewer tokens than the others
+    has_adapters: bool = False
+    decode_tokens: int = 1  # that a decode row computes: its last token and drafts after it
+
+    @property
+    def mask_words(self) -> int:
+        """Words of one mask."""
+        return -(-self.vocab // 32)
 
 
 @functools.cache
 def layout(program: Program, shape: BatchShape) -> Layout:
     """The buffer of one program.
 
-    rows: the slot of each row. For mixed programs also the tokens of prompt chunks, and the
-    sequences that take a slot in this step: their sampling scalars (`admit_*`) and, for the few
-    that have masks or biases, those (`processor_*`).
+    Mixed programs have the tokens of prompt chunks in addition, and the sequences that take a slot
+    in this step: their sampling scalars (`admit_*`) and, for the few that need them, masks and
+    biases (`processor_*`) and the counts of tokens that no chunk brings (`history_*`).
     """
     rows = program.rows
-    # A chunk of c tokens touches at most c/page + 2 pages; summed over the rows:
-    pages = rows * (program.steps // shape.page_size + 2)
-    if program.kind is ProgramKind.MIXED:
-        pages = program.tokens // shape.page_size + 2 * rows
+    pages = (shape.page_groups, page_entries(program, shape.page_size, shape.pages_per_slot))
     sections: dict[str, tuple[int, ...]] = {
         "num_rows": (),
         "num_steps": (),
         "row_slot": (rows,),
-        "page_slot": (pages,),
-        "page_index": (pages,),
-        "page_id": (pages,),
+        "page_slot": pages,
+        "page_index": pages,
+        "page_id": pages,
+        "mask_slot": (shape.mask_rows,),
+        "mask_words": (shape.mask_rows, shape.mask_words),
+        "row_limit": (rows * shape.has_row_limits,),
+        "row_num_drafts": (rows * (shape.decode_tokens > 1),),
+        "row_drafts": (rows, shape.decode_tokens - 1),
     }
     if program.kind is ProgramKind.MIXED:
+        processors, vocab = shape.processor_rows, shape.vocab
         sections |= {
             "num_decode": (),
             "num_tokens": (),
@@ -62,12 +79,14 @@ def layout(program: Program, shape: BatchShape) -> Layout:
             "token_target": (program.tokens,),  # next prompt token, for its logprob
             "admit_slot": (rows,),
             "admit_prompt": (rows,),  # tokens of the prompt; those after are output
+            "admit_computed": (rows,),  # tokens whose K and V are in the pages
+            "admit_last_token": (rows,),
+            "admit_adapter": (rows * shape.has_adapters,),
             "admit_words": (rows, SLOT_ROW_WORDS),
-            "processor_slot": (shape.processor_rows,),
-            "processor_words": (
-                shape.processor_rows,
-                processor_row_dtype(shape.vocab).itemsize // 4,
-            ),
+            "processor_slot": (processors,),
+            "processor_words": (processors, processor_row_dtype(vocab).itemsize // 4),
+            "history_slot": (processors,),
+            "history_words": (processors, history_row_dtype(vocab).itemsize // 4),
         }
     return Layout(sections)
 
@@ -80,11 +99,12 @@ class Batch:
     buffer: np.ndarray  # int32; owned by the device once submitted, never written again
     slots: np.ndarray  # [len(plan.chunks)] slot of each row
     has_targets: bool  # whether log-probabilities of prompt tokens are wanted
+    moves: tuple[Move, ...]
 
     @property
     def checksum(self) -> int:
-        """CRC-32 of the buffer: tells whether two processes packed the same."""
-        return zlib.crc32(self.buffer.data)
+        """CRC-32 of buffer and moves: tells whether two processes packed the same."""
+        return zlib.crc32(repr(self.moves).encode(), zlib.crc32(self.buffer.data))
 
 
 def pack(plan: StepPlan, shape: BatchShape, eos_token_ids: tuple[int, ...]) -> Batch:
@@ -101,26 +121,56 @@ def pack(plan: StepPlan, shape: BatchShape, eos_token_ids: tuple[int, ...]) -> B
     slots = np.array([chunk.slot for chunk in chunks])
     views["row_slot"][: len(chunks)] = slots
     _pack_pages(views, chunks, shape)
+    _pack_row_options(views, plan, shape)
     has_targets = False
     if program.kind is ProgramKind.MIXED:
         first = _pack_tokens(views, chunks, program)
         has_targets = _pack_targets(views, chunks, first)
-        _pack_admissions(views, plan.admissions, shape, eos_token_ids)
-    return Batch(program, buffer, slots, has_targets)
+        pack_admissions(
+            views,
+            plan.admissions,
+            num_slots=shape.num_slots,
+            vocab=shape.vocab,
+            eos_token_ids=eos_token_ids,
+        )
+    return Batch(program, buffer, slots, has_targets, plan.moves)
 
 
 def _pack_pages(views: dict[str, np.ndarray], chunks: Sequence[Chunk], shape: BatchShape) -> None:
-    slots: list[int] = []
-    places: list[int] = []
-    pages: list[int] = []
+    entries: list[list[tuple[int, int, int]]] = [[] for _ in range(shape.page_groups)]
     for chunk in chunks:
-        for _, first, ids in chunk.pages:
-            slots += [chunk.slot] * len(ids)
-            places += range(first, first + len(ids))
-            pages += ids
+        for group, first, ids in chunk.pages:
+            entries[group] += zip(repeat(chunk.slot), count(first), ids, strict=False)
     views["page_slot"].fill(shape.num_slots)
-    for name, values in (("page_slot", slots), ("page_index", places), ("page_id", pages)):
-        views[name][: len(values)] = values
+    for group, found in enumerate(entries):
+        room = views["page_slot"].shape[1]
+        if len(found) > room:
+            raise ValueError(f"{len(found)} new pages in one step; the buffer holds {room}")
+        if found:
+            for name, values in zip(
+                ("page_slot", "page_index", "page_id"), zip(*found, strict=True), strict=True
+            ):
+                views[name][group, : len(found)] = values
+
+
+def _pack_row_options(views: dict[str, np.ndarray], plan: StepPlan, shape: BatchShape) -> None:
+    """Writes the sections whose width is 0 where the engine does not have the feature."""
+    if len(plan.masks) > shape.mask_rows:
+        raise ValueError(f"{len(plan.masks)} masks in one step; the buffer holds {shape.mask_rows}")
+    views["mask_slot"].fill(shape.num_slots)
+    for i, (slot, words) in enumerate(plan.masks):
+        views["mask_slot"][i] = slot
+        views["mask_words"][i] = np.array(words, np.uint32).view(np.int32)
+    if shape.has_row_limits:
+        views["row_limit"][: len(plan.chunks)] = [chunk.max_new for chunk in plan.chunks]
+    for row, chunk in enumerate(plan.chunks):
+        if drafts := chunk.drafts:
+            if len(drafts) >= shape.decode_tokens:
+                raise ValueError(
+                    f"{len(drafts)} drafts in a row; the buffer holds {shape.decode_tokens - 1}"
+                )
+            views["row_num_drafts"][row] = len(drafts)
+            views["row_drafts"][row, : len(drafts)] = drafts
 
 
 def _pack_tokens(
@@ -153,33 +203,3 @@ def _pack_targets(views: dict[str, np.ndarray], chunks: Sequence[Chunk], first: 
             found = True
             views["token_target"][at : at + len(chunk.prompt_targets)] = chunk.prompt_targets
     return found
-
-
-def _pack_admissions(
-    views: dict[str, np.ndarray],
-    admissions: tuple[Admission, ...],
-    shape: BatchShape,
-    eos_token_ids: tuple[int, ...],
-) -> None:
-    views["admit_slot"].fill(shape.num_slots)
-    views["processor_slot"].fill(shape.num_slots)
-    processors = 0
-    for i, admission in enumerate(admissions):
-        request = admission.request
-        row = host_row(
-            request.sampling,
-            choice=request.choice,
-            eos_token_ids=eos_token_ids,
-            prompt_len=len(request.prompt),
-            vocab=shape.vocab,
-        )
-        views["admit_slot"][i] = admission.slot
-        views["admit_prompt"][i] = len(request.prompt)
-        views["admit_words"][i] = row.slot.reshape(1).view(np.int32)
-        if row.processors is None:
-            continue
-        if processors == shape.processor_rows:
-            raise ValueError(f"more than {shape.processor_rows} processor rows in one step")
-        views["processor_slot"][processors] = admission.slot
-        views["processor_words"][processors] = row.processors.reshape(1).view(np.int32)
-        processors += 1

@@ -65,7 +65,11 @@ class Layout(Mapping[str, _Section]):
 
 
 @functools.cache
-def result_layout(program: Program) -> Layout:
-    """Sections of a step's result: sampled tokens, how many of a row are valid, `FinishCode`."""
+def result_layout(program: Program, decode_tokens: int = 1) -> Layout:
+    """Sections of a step's result: sampled tokens, how many of a row are valid, `FinishCode`.
+
+    A row yields up to `decode_tokens` tokens in one decode step.
+    """
     rows = (program.rows,)
-    return Layout({"tokens": (*rows, program.steps), "num_new": rows, "finish": rows})
+    tokens = (*rows, program.steps * decode_tokens)
+    return Layout({"tokens": tokens, "num_new": rows, "finish": rows})

@@ -12,8 +12,6 @@ from jserve.model.sampling.state import SamplerState, init_sampler_state
 from jserve.model.sharding import AnyMesh, named_sharding
 from jserve.pallas_kernels.ragged_paged_attention.dispatch import kv_pages_shape
 
-FULL = "full"  # the layer group of all attention layers; its pages hold every token
-
 SCALES_AXES = (None, None, "kv_heads")  # of the scales of K and V: [layers, K|V, stored_kv_heads]
 
 
@@ -21,10 +19,10 @@ class DeviceState(NamedTuple):
     """One donated pytree; only programs change it.
 
     Attributes:
-      kv: per layer group, the pages of each of its layers.
+      kv: per page group, the pages of each of its layers.
       kv_scales: [layers, K|V, stored_kv_heads] what K and V are divided by before 8 bits take them;
         pages of other floats know none.
-      page_tables: per layer group, [slots, pages_per_slot] page ids in order; a mirror of the
+      page_tables: per page group, [slots, pages_per_slot] page ids in order; a mirror of the
         host's, fed by deltas. Entries past a sequence's pages are stale.
       prompt_lens: [slots] tokens of the prompt; tokens past them are output.
       lengths: [slots] tokens whose K and V are in the pages.
@@ -33,9 +31,9 @@ class DeviceState(NamedTuple):
       sampler: sampling parameters and counts.
     """
 
-    kv: dict[str, tuple[jax.Array, ...]]
+    kv: tuple[tuple[jax.Array, ...], ...]
     kv_scales: jax.Array
-    page_tables: dict[str, jax.Array]
+    page_tables: tuple[jax.Array, ...]
     prompt_lens: jax.Array
     lengths: jax.Array
     last_tokens: jax.Array
@@ -57,9 +55,9 @@ def init_state(
     spec = model.spec
     shape = kv_pages_shape(num_pages, page_size, kv_heads, spec.head_dim)
     return DeviceState(
-        kv={FULL: tuple(jnp.zeros(shape, kv_dtype) for _ in range(spec.layers))},
+        kv=(tuple(jnp.zeros(shape, kv_dtype) for _ in range(spec.layers)),),
         kv_scales=jnp.ones((spec.layers, 2, kv_heads), jnp.float32),
-        page_tables={FULL: jnp.zeros((num_slots, pages_per_slot), jnp.int32)},
+        page_tables=(jnp.zeros((num_slots, pages_per_slot), jnp.int32),),
         prompt_lens=jnp.zeros(num_slots, jnp.int32),
         lengths=jnp.zeros(num_slots, jnp.int32),
         last_tokens=jnp.zeros(num_slots, jnp.int32),

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jserve.core.step import FinishCode, Program, ProgramKind
 from jserve.engine.program.batch import BatchShape, layout
 from jserve.engine.program.layout import result_layout
-from jserve.engine.program.state import FULL, DeviceState
+from jserve.engine.program.state import DeviceState
 from jserve.model.functional import Model
 from jserve.model.sampling.logprobs import Logprobs, no_logprobs
 from jserve.model.sampling.sample import sampler_config
@@ -110,7 +110,7 @@ def mixed_step(
     num_used = jnp.where(jnp.any(samples), batch["num_rows"], 0)
     rows = _Rows(slots, live, samples, starts + q_lens, num_used)
     ragged = make_ragged_batch(
-        state.page_tables[FULL][held],
+        state.page_tables[0][held],
         jnp.where(live, rows.lengths, 0),
         batch["row_first"],
         q_lens,
@@ -128,7 +128,7 @@ def mixed_step(
     state, tokens_new, finish, logprobs = _advance(model, mesh, params, state, hidden[last], rows)
     outcome = {"tokens": tokens_new, "num_new": rows.samples, "finish": finish}
     result = DeviceResult(
-        result_layout(program).pack(outcome),
+        result_layout(program, shape.decode_tokens).pack(outcome),
         jax.tree.map(lambda part: part[:, None], logprobs),
         _prompt_logprobs(model, mesh, params, hidden, batch["token_target"]),
     )
@@ -150,7 +150,7 @@ def decode_step(
     slots = batch["row_slot"]
     row = jnp.arange(program.rows)
     held = jnp.clip(slots, 0, shape.num_slots - 1)
-    tables = state.page_tables[FULL][held]
+    tables = state.page_tables[0][held]
 
     def running(state: DeviceState) -> jax.Array:
         return (row < batch["num_rows"]) & state.active[held]
@@ -190,7 +190,7 @@ def decode_step(
         logprobs = jax.tree.map(lambda all_, part: all_.at[:, n].set(part), logprobs, new)
         return n + 1, state, outcome, logprobs
 
-    outputs = result_layout(program)
+    outputs = result_layout(program, shape.decode_tokens)
     start = (jnp.int32(0), state, outputs.zeros(), _no_logprobs(program.rows, program.steps))
     _, state, outcome, logprobs = lax.while_loop(more, decode, start)
     return state, DeviceResult(outputs.pack(outcome), logprobs, None)
@@ -219,9 +219,9 @@ def _layers(
         )
         return out, LayerKV(pages, kv.scales)
 
-    layers = tuple(map(LayerKV, state.kv[FULL], state.kv_scales))
+    layers = tuple(map(LayerKV, state.kv[0], state.kv_scales))
     hidden, kv = model.hidden(params, tokens, positions, layers, attend, num_tokens)
-    return state._replace(kv={FULL: tuple(layer.pages for layer in kv)}), hidden
+    return state._replace(kv=(tuple(layer.pages for layer in kv),)), hidden
 
 
 def _advance(
@@ -248,9 +248,12 @@ def _advance(
 
 
 def _grow_tables(state: DeviceState, batch: dict[str, jax.Array]) -> DeviceState:
-    table = state.page_tables[FULL]
-    table = table.at[batch["page_slot"], batch["page_index"]].set(batch["page_id"], mode="drop")
-    return state._replace(page_tables={FULL: table})
+    slots, places, ids = (batch[name] for name in ("page_slot", "page_index", "page_id"))
+    tables = tuple(
+        table.at[slots[group], places[group]].set(ids[group], mode="drop")
+        for group, table in enumerate(state.page_tables)
+    )
+    return state._replace(page_tables=tables)
 
 
 def _admit(split: ShardedSampler, state: DeviceState, batch: dict[str, jax.Array]) -> DeviceState:
@@ -260,8 +263,11 @@ def _admit(split: ShardedSampler, state: DeviceState, batch: dict[str, jax.Array
     sampler = split.reset(state.sampler, kept)
     sampler = admit(sampler, slots, batch["admit_words"])
     sampler = admit_processors(sampler, batch["processor_slot"], batch["processor_words"])
+    sampler = split.restore(sampler, batch["history_slot"], batch["history_words"])
     return state._replace(
         active=state.active.at[slots].set(True, mode="drop"),
+        lengths=state.lengths.at[slots].set(batch["admit_computed"], mode="drop"),
+        last_tokens=state.last_tokens.at[slots].set(batch["admit_last_token"], mode="drop"),
         prompt_lens=state.prompt_lens.at[slots].set(batch["admit_prompt"], mode="drop"),
         sampler=sampler,
     )

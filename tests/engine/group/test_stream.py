@@ -18,7 +18,7 @@ from jserve.engine.program.batch import Batch, BatchShape, pack
 from jserve.proto.steps import StepReader
 
 PROGRAM = Program(ProgramKind.DECODE, 2, 2)
-SHAPE = BatchShape(num_slots=2, vocab=8, page_size=4, processor_rows=1)
+SHAPE = BatchShape(num_slots=2, vocab=8, page_size=4, processor_rows=1, pages_per_slot=8)
 FACTS = {"jax": "1", "engine.num_slots": "2"}
 
 
@@ -56,7 +56,8 @@ class Recorder:
         self.pages.append(int(batch.buffer.max()))
         return self
 
-    packed = 0
+    def wait(self, step: "Recorder") -> None:
+        pass
 
 
 @contextmanager
