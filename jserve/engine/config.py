@@ -10,6 +10,7 @@ _AT_LEAST = {
     "max_model_len": 1,
     "num_pages": 1,
     "kv_bytes": 1,
+    "host_pages": 0,
     "decode_steps": 1,
     "tensor_parallel": 1,
     "expert_parallel": 1,
@@ -68,6 +69,7 @@ class EngineConfig:
     decode_rows: tuple[int, ...] = (4, 32)  # sizes of the decode programs; the last: all slots
     decode_steps: int = 8  # decode steps in one program run, at most
     processor_rows: int = 4  # sequences with masks or biases admitted in one step
+    host_pages: int = 0  # KV pages that host memory holds, for moves; 0: plans move no pages
     cache_executables: bool = True  # keep compiled programs in the model cache folder
     tensor_parallel: int = 1  # devices that each hold a share of heads, FFN columns and vocabulary
     # Groups of those devices with experts of their own: tensor_parallel // expert_parallel devices

@@ -2,26 +2,36 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from jserve.core.errors import EngineError
 from jserve.core.step import Program, RowLogprobs, StepPlan, StepResult
 from jserve.engine.program.batch import Batch, BatchShape, pack
 from jserve.engine.program.layout import result_layout
+from jserve.engine.program.page_mover import PageMover
 from jserve.engine.program.programs import CompiledProgram
 from jserve.engine.program.state import DeviceState
 from jserve.engine.program.step import DeviceResult, Params
 from jserve.model.sampling.logprobs import Logprobs
 
 
+class StartedStep(NamedTuple):
+    """A program that runs, and the pages that left the device before it."""
+
+    batch: Batch  # kept because the device may still read its buffer
+    result: DeviceResult
+    num_out: int  # mark of `PageMover.land`
+
+
 @dataclass(frozen=True, slots=True)
 class PendingStep:
-    """A step in flight; the batch is kept because the device may still read its buffer."""
+    """A step in flight."""
 
     plan: StepPlan
-    batch: Batch
-    result: DeviceResult
+    step: StartedStep
     wants_logprobs: bool
     wants_prompt_logprobs: bool
 
@@ -36,11 +46,14 @@ class DeviceExecutor:
         programs: Mapping[Program, CompiledProgram],
         shape: BatchShape,
         eos_token_ids: tuple[int, ...],
+        mover: PageMover | None = None,
     ) -> None:
+        """Without a `mover` no plan may move pages."""
         self._params = params
         self._state = state
         self._programs = {program: made.call for program, made in programs.items()}
         self._shape = shape
+        self._mover = mover
         self._eos = eos_token_ids
         self._wants_logprobs = np.zeros(shape.num_slots, bool)  # of the sequence in each slot
 
@@ -52,35 +65,46 @@ class DeviceExecutor:
         """The buffer of a plan; pure."""
         return pack(plan, self._shape, self._eos)
 
-    def run(self, batch: Batch) -> DeviceResult:
-        """Starts the program of a batch; nobody need collect its result."""
+    def run(self, batch: Batch) -> StartedStep:
+        """Starts the moves and the program of a batch; nobody need collect the result."""
+        if batch.moves:
+            if self._mover is None:
+                raise EngineError("the plan moves pages, but engine.host_pages is 0")
+            kv = self._mover.run(self._state.kv, batch.moves)
+            self._state = self._state._replace(kv=kv)
         call = self._programs[batch.program]
         self._state, result = call(self._params, self._state, batch.buffer)
-        return result
+        return StartedStep(batch, result, self._mover.num_out if self._mover else 0)
+
+    def wait(self, step: StartedStep) -> tuple[int, ...]:
+        """Waits for a step and its moves; returns the host pages that landed."""
+        jax.block_until_ready(step.result.packed)
+        return self._mover.land(step.num_out) if self._mover else ()
 
     def submit_batch(self, plan: StepPlan, batch: Batch) -> PendingStep:
         """See `submit`; `batch` is the packed plan."""
         for admission in plan.admissions:
             wanted = admission.request.sampling.logprobs is not None
             self._wants_logprobs[admission.slot] = wanted
-        result = self.run(batch)
+        step = self.run(batch)
         pending = PendingStep(
             plan,
-            batch,
-            result,
+            step,
             wants_logprobs=bool(self._wants_logprobs[batch.slots].any()),
             wants_prompt_logprobs=batch.has_targets,
         )
-        result.packed.copy_to_host_async()
+        step.result.packed.copy_to_host_async()
         if pending.wants_logprobs:
-            jax.tree.map(lambda part: part.copy_to_host_async(), result.logprobs)
+            jax.tree.map(lambda part: part.copy_to_host_async(), step.result.logprobs)
         return pending
 
     def collect(self, handle: PendingStep) -> StepResult:
         """Waits for the step and returns its outcome, row by row of the plan."""
-        plan, result = handle.plan, handle.result
+        plan, result = handle.plan, handle.step.result
         rows = len(plan.chunks)
-        outcome = result_layout(plan.program).views(np.asarray(result.packed))
+        outcome = result_layout(plan.program, self._shape.decode_tokens).views(
+            np.asarray(result.packed)
+        )
         prompt_logprobs = None
         if handle.wants_prompt_logprobs and result.prompt_logprobs is not None:
             num_tokens = sum(chunk.num_tokens for chunk in plan.chunks)
@@ -92,6 +116,7 @@ class DeviceExecutor:
             finish=outcome["finish"][:rows],
             logprobs=_logprobs(result.logprobs, rows) if handle.wants_logprobs else None,
             prompt_logprobs=prompt_logprobs,
+            landed=self.wait(handle.step),
         )
 
 

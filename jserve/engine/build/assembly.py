@@ -31,6 +31,8 @@ from jserve.engine.program.executable_cache import (
     traced_sources,
 )
 from jserve.engine.program.kv_scales import lower_kv_scales
+from jserve.engine.program.page_mover import PageMover
+from jserve.engine.program.page_moves import compile_moves
 from jserve.engine.program.programs import (
     CompileCounter,
     CompiledProgram,
@@ -98,6 +100,10 @@ def build_engine(
     (params, load_s), (made, compile_s) = _side_by_side(load_params, compile_all)
     programs, idle_state = made
     state = idle_state(params)
+    mover = None
+    if config.host_pages:
+        moves = compile_moves(state.kv, cache)
+        mover = PageMover(moves, state.kv, config.host_pages)
     info = EngineInfo(
         model=name,
         vocab=model.spec.vocab,
@@ -122,7 +128,7 @@ def build_engine(
         programs=config.programs(),
         max_processor_rows=config.processor_rows,
     )
-    executor = DeviceExecutor(params, state, programs, shape.batch, info.eos_token_ids)
+    executor = DeviceExecutor(params, state, programs, shape.batch, info.eos_token_ids, mover)
     jax.block_until_ready((params, state))
     compiled = counter.count
     return Engine(

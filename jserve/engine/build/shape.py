@@ -42,7 +42,8 @@ def with_pages(least: EngineShape, config: EngineConfig, num_pages: int) -> Engi
             f"{held} tokens; lower it or raise engine.kv_bytes"
         )
     max_model_len = min(least.max_model_len, held)
-    return dataclasses.replace(least, num_pages=num_pages, max_model_len=max_model_len)
+    batch = dataclasses.replace(least.batch, pages_per_slot=-(-max_model_len // config.page_size))
+    return dataclasses.replace(least, batch=batch, num_pages=num_pages, max_model_len=max_model_len)
 
 
 def least_shape(model: Model, mesh: AnyMesh, config: EngineConfig) -> EngineShape:

@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Self
 
 import grpc
-import jax
 
 from jserve.core.errors import ConfigError, EngineError
-from jserve.engine.executor import DeviceExecutor
-from jserve.engine.program.step import DeviceResult
+from jserve.engine.executor import DeviceExecutor, StartedStep
 from jserve.proto import group_pb2, group_pb2_grpc
 from jserve.proto.limits import KEEPALIVE_OPTIONS, MAX_STEP_BYTES
 from jserve.proto.steps import StepReader
@@ -113,12 +111,13 @@ class Leader:
 
 def follow(executor: DeviceExecutor, reader: StepReader, leader: Leader) -> None:
     """Runs steps until the leader stops. Raises EngineError for one that is not the leader's."""
-    in_flight: deque[DeviceResult] = deque()
+    in_flight: deque[StartedStep] = deque()
     for step in leader.steps():
         batch = executor.pack(reader.read(step))
         if batch.checksum != step.checksum:
             raise EngineError(f"step {step.number} is not what the leader runs: checksums differ")
         in_flight.append(executor.run(batch))
         if len(in_flight) > _MAX_IN_FLIGHT:
-            jax.block_until_ready(in_flight.popleft().packed)
-    jax.block_until_ready([result.packed for result in in_flight])
+            executor.wait(in_flight.popleft())
+    for started in in_flight:
+        executor.wait(started)

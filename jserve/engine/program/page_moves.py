@@ -1,0 +1,95 @@
+"""The programs that copy pages: small ones beside the step's, compiled where an engine moves pages.
+
+A program copies page by page inside a loop, in the memory it is given: no temporary is as large
+as a page.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jserve.core.step import MoveKind
+from jserve.engine.program.executable_cache import ExecutableCache
+from jserve.engine.program.programs import signature
+
+MOVE_SIZES = (8, 32)  # moves that one run of a program makes at most
+
+Pages = tuple[jax.Array, ...]  # of one page group: [pages, K|V, kv_heads, page, dim] per layer
+
+
+class MoveProgram(NamedTuple):
+    """The static part of a compiled copy."""
+
+    kind: MoveKind
+    group: int
+    size: int  # moves that fit
+
+
+def copy_out(pages: Pages, table: jax.Array) -> Pages:
+    """The payload of an OUT: pages `table[:, 0]` in rows `table[:, 1]`. Ids below 0 are unused."""
+    size = table.shape[0]
+    payload = tuple(jnp.zeros((size, *layer.shape[1:]), layer.dtype) for layer in pages)
+    return _copy(table, payload, lambda _: pages)
+
+
+def copy_in(pages: Pages, payload: Pages, table: jax.Array) -> Pages:
+    """`pages` with rows `table[:, 0]` of a payload in pages `table[:, 1]`."""
+    return _copy(table, pages, lambda _: payload)
+
+
+def copy_within(pages: Pages, table: jax.Array) -> Pages:
+    """`pages` with page `table[i, 0]` copied to `table[i, 1]`, in the order of i."""
+    return _copy(table, pages, lambda copied: copied)
+
+
+def _copy(table: jax.Array, targets: Pages, sources: Callable[[Pages], Pages]) -> Pages:
+    def one(i: jax.Array, copied: Pages) -> Pages:
+        source, target = table[i, 0], table[i, 1]
+        return tuple(
+            lax.dynamic_update_slice_in_dim(
+                to, lax.dynamic_slice_in_dim(layer, source, 1, axis=0), target, axis=0
+            )
+            for to, layer in zip(copied, sources(copied), strict=True)
+        )
+
+    count = jnp.sum(table[:, 0] >= 0, dtype=jnp.int32)
+    return lax.fori_loop(0, count, one, targets)
+
+
+def lower_move(program: MoveProgram, pages: Pages) -> jax.stages.Lowered:
+    """A copy as it is compiled; IN and COPY are given the pages and give them back."""
+    shardings = tuple(layer.sharding for layer in pages)
+    payload = tuple(
+        jax.ShapeDtypeStruct((program.size, *layer.shape[1:]), layer.dtype, sharding=where)
+        for layer, where in zip(pages, shardings, strict=True)
+    )
+    table = jax.ShapeDtypeStruct((program.size, 2), jnp.int32)
+    if program.kind is MoveKind.OUT:
+        return jax.jit(copy_out, out_shardings=shardings).lower(pages, table)
+    jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
+    if program.kind is MoveKind.IN:
+        return jit(copy_in).lower(pages, payload, table)
+    return jit(copy_within).lower(pages, table)
+
+
+def compile_moves(
+    kv: Sequence[Pages], cache: ExecutableCache | None
+) -> dict[MoveProgram, jax.stages.Compiled]:
+    """Compiles or loads every copy."""
+    made: dict[MoveProgram, jax.stages.Compiled] = {}
+    for group, pages in enumerate(kv):
+        for kind in MoveKind:
+            for size in MOVE_SIZES:
+                program = MoveProgram(kind, group, size)
+                key = repr((program, [signature(layer) for layer in pages]))
+                call = cache.load(key) if cache else None
+                if call is None:
+                    call = lower_move(program, pages).compile()
+                    if cache:
+                        cache.store(key, call)
+                made[program] = call
+    return made
