@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jserve.core.errors import EngineError
 from jserve.core.request import MAX_LOGPROBS, Request, TokenLogprobs
 from jserve.core.step import (
     Admission,
@@ -19,17 +18,10 @@ from jserve.core.step import (
     RowLogprobs,
     StepPlan,
     StepResult,
+    page_entries,
 )
 from jserve.scheduler.simulated_model import EMPTY_DIGEST, SimulatedModel, extend
-
-
-class PlanError(EngineError):
-    """A plan breaks the contract of `core.step`."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise PlanError(message)
+from jserve.scheduler.simulated_pages import PlanError, SimulatedPages, require
 
 
 @dataclass(slots=True, eq=False)
@@ -40,9 +32,11 @@ class _Slot:
     context: tuple[int, ...]  # tokens that its chunks must bring
     stops: frozenset[int]
     pages: list[int] = field(default_factory=list[int])
+    writers: list[object] = field(default_factory=list[object])  # of each page, when it was got
     num_computed: int = 0
     last_token: int | None = None  # sampled, not computed yet
     frozen: bool = False
+    starts: bool = True  # its first row has not run
 
 
 class SimulatedExecutor:
@@ -57,28 +51,32 @@ class SimulatedExecutor:
         page_size: int,
         model: SimulatedModel,
         max_processor_rows: int = 8,
+        pages_per_slot: int | None = None,
+        num_host_pages: int = 0,
     ) -> None:
+        """`pages_per_slot` bounds the pages of a plan; by default a sequence may have them all."""
         self._programs = programs
-        self._page_size = page_size
         self._model = model
         self._max_processor_rows = max_processor_rows
         self._slots: list[_Slot | None] = [None] * num_slots
-        # Digests, by page and offset; page 0 is the null page.
-        self._kv = [[0] * page_size for _ in range(num_pages + 1)]
-        self._writer: list[_Slot | None] = [None] * (num_pages + 1)
+        self._pages_per_slot = pages_per_slot or num_pages
+        self._memory = SimulatedPages(num_pages, page_size, num_host_pages)
         self._num_steps = 0
         self._pending: list[StepResult] = []
 
     def submit(self, plan: StepPlan) -> StepResult:
         """See `Executor`. Raises `PlanError`."""
-        _require(plan.step_id == self._num_steps, f"step {plan.step_id} is out of order")
+        require(plan.step_id == self._num_steps, f"step {plan.step_id} is out of order")
         self._num_steps += 1
         self._check_shape(plan)
+        outcome = _Outcome(plan, self._memory.move(plan.moves))
         self._admit(plan)
-        outcome = _Outcome(plan)
-        for row, chunk in enumerate(plan.chunks):
-            slot = self._checked_slot(chunk)
+        # Every row sees memory as the steps before left it, and its own writes.
+        slots = [self._checked_slot(chunk) for chunk in plan.chunks]
+        for slot, chunk in zip(slots, plan.chunks, strict=True):
             self._add_pages(slot, chunk)
+        for row, (slot, chunk) in enumerate(zip(slots, plan.chunks, strict=True)):
+            self._check_pages(slot, chunk)
             if chunk.tokens:
                 self._run_prompt(slot, chunk, row, outcome)
             else:
@@ -89,7 +87,8 @@ class SimulatedExecutor:
 
     def collect(self, handle: StepResult) -> StepResult:
         """See `Executor`."""
-        _require(self._pending[0] is handle, f"step {handle.step_id} is collected out of order")
+        require(self._pending[0] is handle, f"step {handle.step_id} is collected out of order")
+        self._memory.land(handle.landed)
         return self._pending.pop(0)
 
     # What a plan must look like.
@@ -97,71 +96,122 @@ class SimulatedExecutor:
     def _check_shape(self, plan: StepPlan) -> None:
         program, chunks = plan.program, plan.chunks
         name = f"step {plan.step_id}, {program.name}"
-        _require(program in self._programs, f"{name}: no such program")
-        _require(0 < len(chunks) <= program.rows, f"{name}: {len(chunks)} rows")
-        _require(1 <= plan.num_steps <= program.steps, f"{name}: {plan.num_steps} steps")
+        require(program in self._programs, f"{name}: no such program")
+        require(0 < len(chunks) <= program.rows, f"{name}: {len(chunks)} rows")
+        require(1 <= plan.num_steps <= program.steps, f"{name}: {plan.num_steps} steps")
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
-        _require(num_tokens <= program.tokens, f"{name}: {num_tokens} tokens")
+        require(num_tokens <= program.tokens, f"{name}: {num_tokens} tokens")
         slots = {chunk.slot for chunk in chunks}
-        _require(len(slots) == len(chunks), f"{name}: a slot has two rows")
+        require(len(slots) == len(chunks), f"{name}: a slot has two rows")
         decodes = [not chunk.tokens for chunk in chunks]
-        _require(decodes == sorted(decodes, reverse=True), f"{name}: decode rows come first")
+        require(decodes == sorted(decodes, reverse=True), f"{name}: decode rows come first")
         if program.kind is ProgramKind.DECODE:
-            _require(all(decodes) and not plan.admissions, f"{name}: a decode program only decodes")
+            require(all(decodes) and not plan.admissions, f"{name}: a decode program only decodes")
         admitted = {admission.slot for admission in plan.admissions}
-        _require(len(admitted) == len(plan.admissions), f"{name}: a slot is admitted twice")
-        _require(admitted <= slots, f"{name}: an admission without a chunk")
-        rules = sum(a.request.sampling.has_token_rules for a in plan.admissions)
-        _require(rules <= self._max_processor_rows, f"{name}: {rules} processor rows")
+        require(len(admitted) == len(plan.admissions), f"{name}: a slot is admitted twice")
+        require(admitted <= slots, f"{name}: an admission without a chunk")
+        rows = sum(admission.processor_rows for admission in plan.admissions)
+        require(rows <= self._max_processor_rows, f"{name}: {rows} processor rows")
+        entries = page_entries(program, self._memory.page_size, self._pages_per_slot)
+        pages = sum(len(new.ids) for chunk in chunks for new in chunk.pages)
+        require(pages <= entries, f"{name}: {pages} new pages, more than {entries}")
+        require(not any(chunk.drafts for chunk in chunks), f"{name}: drafts")
+        require({mask.slot for mask in plan.masks} <= slots, f"{name}: a mask without a row")
 
     def _admit(self, plan: StepPlan) -> None:
         for admission in plan.admissions:
-            _require(0 <= admission.slot < len(self._slots), f"no slot {admission.slot}")
+            require(0 <= admission.slot < len(self._slots), f"no slot {admission.slot}")
             self._slots[admission.slot] = self._new_slot(admission)
 
     def _new_slot(self, admission: Admission) -> _Slot:
         request = admission.request
         context = request.prompt + admission.output
-        _require(all(0 <= t < self._model.vocab for t in context), f"{request.id}: bad token id")
+        require(all(0 <= t < self._model.vocab for t in context), f"{request.id}: bad token id")
         most = request.sampling.max_tokens
-        _require(len(admission.output) < most, f"{request.id}: admitted when it had ended")
-        return _Slot(request, context, self._model.stop_ids(request))
+        require(len(admission.output) < most, f"{request.id}: admitted when it had ended")
+        last, computed = admission.last_token, admission.num_computed
+        require(
+            0 <= computed < len(context), f"{request.id}: {computed} of {len(context)} computed"
+        )
+        if last is not None:
+            require(admission.output[-1:] == (last,), f"{request.id}: {last} is no last token")
+            require(
+                computed == len(context) - 1, f"{request.id}: not all are computed but the last"
+            )
+        stops = self._model.stop_ids(request)
+        return _Slot(request, context, stops, num_computed=computed, last_token=last)
 
     def _checked_slot(self, chunk: Chunk) -> _Slot:
         slot = self._slots[chunk.slot] if 0 <= chunk.slot < len(self._slots) else None
         if slot is None:
             raise PlanError(f"{chunk.request_id}: nobody was admitted to slot {chunk.slot}")
-        _require(
+        require(
             slot.request.id == chunk.request_id,
             f"slot {chunk.slot} holds {slot.request.id}, not {chunk.request_id}",
         )
         return slot
 
     def _add_pages(self, slot: _Slot, chunk: Chunk) -> None:
+        """Appends to the slot's table. Pages of computed tokens are shared, the others its own."""
         name = f"{chunk.request_id} in slot {chunk.slot}"
-        for page in slot.pages:
-            _require(self._writer[page] is slot, f"{name}: page {page} was given to another")
+        memory, size = self._memory, self._memory.page_size
         for group, first, ids in chunk.pages:
-            _require(group == 0, f"{name}: no page group {group}")
-            _require(first == len(slot.pages), f"{name}: a gap or overlap in its page table")
+            require(group == 0, f"{name}: no page group {group}")
+            require(first == len(slot.pages), f"{name}: a gap or overlap in its page table")
             for page in ids:
-                _require(1 <= page < len(self._kv), f"{name}: no page {page}")
-                self._writer[page] = slot
-            slot.pages += ids
-        _require(len(set(slot.pages)) == len(slot.pages), f"{name}: a page twice")
+                require(memory.has(page), f"{name}: no page {page}")
+                start = len(slot.pages) * size
+                if start + size > slot.num_computed:
+                    if start < slot.num_computed:
+                        self._check_half_filled(slot, page)
+                    memory.give(page, slot)
+                slot.pages.append(page)
+                slot.writers.append(memory.writer(page))
+        require(len(set(slot.pages)) == len(slot.pages), f"{name}: a page twice")
+        if slot.starts:
+            slot.starts = False
+            self._check_content(slot)
+
+    def _check_half_filled(self, slot: _Slot, page: int) -> None:
+        """A page that the slot will go on filling has no other who fills it."""
+        other = self._memory.writer(page)
+        if isinstance(other, _Slot) and other.request.id != slot.request.id:
+            fills = other in self._slots and not other.frozen
+            require(
+                not fills,
+                f"{slot.request.id}: starts inside of page {page}, which {other.request.id} fills",
+            )
+
+    def _check_content(self, slot: _Slot) -> None:
+        """The pages of a sequence that starts hold what its computed tokens make."""
+        digest = EMPTY_DIGEST
+        for position in range(slot.num_computed):
+            digest = extend(digest, slot.context[position])
+            page = self._page(slot, position)
+            require(
+                self._memory.read(slot.pages, position) == digest,
+                f"{slot.request.id}: page {page} does not hold its token {position}",
+            )
+
+    def _check_pages(self, slot: _Slot, chunk: Chunk) -> None:
+        for page, writer in zip(slot.pages, slot.writers, strict=True):
+            require(
+                self._memory.writer(page) is writer,
+                f"{chunk.request_id} in slot {chunk.slot}: page {page} was given to another",
+            )
 
     # What the device does.
 
     def _run_prompt(self, slot: _Slot, chunk: Chunk, row: int, outcome: "_Outcome") -> None:
         name = f"{chunk.request_id}: chunk at {chunk.start}"
         prompt, end = slot.request.prompt, chunk.start + chunk.num_tokens
-        _require(chunk.start == slot.num_computed, f"{name}, {slot.num_computed} are computed")
-        _require(chunk.tokens == slot.context[chunk.start : end], f"{name}: wrong tokens")
-        _require(len(chunk.tokens) == chunk.num_tokens, f"{name}: wrong number of tokens")
+        require(chunk.start == slot.num_computed, f"{name}, {slot.num_computed} are computed")
+        require(chunk.tokens == slot.context[chunk.start : end], f"{name}: wrong tokens")
+        require(len(chunk.tokens) == chunk.num_tokens, f"{name}: wrong number of tokens")
         samples = end == len(slot.context)
-        _require(chunk.max_new == samples, f"{name}: samples too soon or late")
+        require(chunk.max_new == samples, f"{name}: samples too soon or late")
         targets = prompt[chunk.start + 1 : end + 1]
-        _require(chunk.prompt_targets in ((), targets), f"{name}: wrong targets")
+        require(chunk.prompt_targets in ((), targets), f"{name}: wrong targets")
         digest = EMPTY_DIGEST
         for i, token in enumerate(chunk.tokens):
             digest = self._compute(slot, token)
@@ -177,13 +227,13 @@ class SimulatedExecutor:
         if slot.frozen:  # planned before its finish was known
             return
         name = f"{chunk.request_id}: decode at {chunk.start}"
-        _require(chunk.start == slot.num_computed, f"{name}, {slot.num_computed} are computed")
-        _require(chunk.num_tokens == 1, f"{name}: not one token")
-        _require(
+        require(chunk.start == slot.num_computed, f"{name}, {slot.num_computed} are computed")
+        require(chunk.num_tokens == 1, f"{name}: not one token")
+        require(
             1 <= chunk.max_new <= num_steps, f"{name}: {chunk.max_new} tokens in {num_steps} steps"
         )
         for done in range(num_steps):
-            _require(done < chunk.max_new, f"{name}: yields more than {chunk.max_new} tokens")
+            require(done < chunk.max_new, f"{name}: yields more than {chunk.max_new} tokens")
             if slot.last_token is None:
                 raise PlanError(f"{name}: nothing was sampled before")
             self._sample(slot, self._compute(slot, slot.last_token), row, outcome)
@@ -193,18 +243,16 @@ class SimulatedExecutor:
     def _compute(self, slot: _Slot, token: int) -> int:
         """Writes the next position of KV memory from the one before, both through the table."""
         position = slot.num_computed
-        before = EMPTY_DIGEST
-        if position > 0:
-            page = self._page(slot, position - 1)
-            before = self._kv[page][(position - 1) % self._page_size]
+        self._page(slot, position)
+        before = self._memory.read(slot.pages, position - 1) if position > 0 else EMPTY_DIGEST
         digest = extend(before, token)
-        self._kv[self._page(slot, position)][position % self._page_size] = digest
+        self._memory.write(slot.pages, position, digest)
         slot.num_computed += 1
         return digest
 
     def _page(self, slot: _Slot, position: int) -> int:
-        index = position // self._page_size
-        _require(index < len(slot.pages), f"{slot.request.id}: no page for position {position}")
+        index = position // self._memory.page_size
+        require(index < len(slot.pages), f"{slot.request.id}: no page for position {position}")
         return slot.pages[index]
 
     def _sample(self, slot: _Slot, digest: int, row: int, outcome: "_Outcome") -> None:
@@ -226,7 +274,8 @@ class SimulatedExecutor:
 class _Outcome:
     """A `StepResult` that is filled row by row."""
 
-    def __init__(self, plan: StepPlan) -> None:
+    def __init__(self, plan: StepPlan, landed: tuple[int, ...]) -> None:
+        self._landed = landed
         self.first_token = 0  # ragged index of the present row's first token
         self._plan = plan
         self._tokens = np.zeros((plan.program.rows, plan.program.steps), np.int32)
@@ -261,6 +310,7 @@ class _Outcome:
             self._finish,
             self._logprobs,
             self._prompt_logprobs,
+            self._landed,
         )
 
 
