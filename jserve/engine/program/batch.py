@@ -9,7 +9,7 @@ import functools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count, repeat
+from operator import attrgetter
 
 import numpy as np
 
@@ -121,7 +121,7 @@ def pack(plan: StepPlan, shape: BatchShape, eos_token_ids: tuple[int, ...]) -> B
     slots = np.array([chunk.slot for chunk in chunks])
     views["row_slot"][: len(chunks)] = slots
     _pack_pages(views, chunks, shape)
-    _pack_row_options(views, plan, shape)
+    _pack_options(views, plan, shape)
     has_targets = False
     if program.kind is ProgramKind.MIXED:
         first = _pack_tokens(views, chunks, program)
@@ -137,23 +137,26 @@ def pack(plan: StepPlan, shape: BatchShape, eos_token_ids: tuple[int, ...]) -> B
 
 
 def _pack_pages(views: dict[str, np.ndarray], chunks: Sequence[Chunk], shape: BatchShape) -> None:
-    entries: list[list[tuple[int, int, int]]] = [[] for _ in range(shape.page_groups)]
+    grown: list[tuple[list[int], list[int], list[int]]] = [
+        ([], [], []) for _ in range(shape.page_groups)
+    ]
     for chunk in chunks:
         for group, first, ids in chunk.pages:
-            entries[group] += zip(repeat(chunk.slot), count(first), ids, strict=False)
+            slots, places, pages = grown[group]
+            slots += [chunk.slot] * len(ids)
+            places += range(first, first + len(ids))
+            pages += ids
     views["page_slot"].fill(shape.num_slots)
-    for group, found in enumerate(entries):
-        room = views["page_slot"].shape[1]
-        if len(found) > room:
-            raise ValueError(f"{len(found)} new pages in one step; the buffer holds {room}")
-        if found:
-            for name, values in zip(
-                ("page_slot", "page_index", "page_id"), zip(*found, strict=True), strict=True
-            ):
-                views[name][group, : len(found)] = values
+    room = views["page_slot"].shape[1]
+    for group, columns in enumerate(grown):
+        count = len(columns[0])
+        if count > room:
+            raise ValueError(f"{count} new pages in one step; the buffer holds {room}")
+        for name, values in zip(("page_slot", "page_index", "page_id"), columns, strict=True):
+            views[name][group, :count] = values
 
 
-def _pack_row_options(views: dict[str, np.ndarray], plan: StepPlan, shape: BatchShape) -> None:
+def _pack_options(views: dict[str, np.ndarray], plan: StepPlan, shape: BatchShape) -> None:
     """Writes the sections whose width is 0 where the engine does not have the feature."""
     if len(plan.masks) > shape.mask_rows:
         raise ValueError(f"{len(plan.masks)} masks in one step; the buffer holds {shape.mask_rows}")
@@ -163,14 +166,21 @@ def _pack_row_options(views: dict[str, np.ndarray], plan: StepPlan, shape: Batch
         views["mask_words"][i] = np.array(words, np.uint32).view(np.int32)
     if shape.has_row_limits:
         views["row_limit"][: len(plan.chunks)] = [chunk.max_new for chunk in plan.chunks]
-    for row, chunk in enumerate(plan.chunks):
-        if drafts := chunk.drafts:
-            if len(drafts) >= shape.decode_tokens:
-                raise ValueError(
-                    f"{len(drafts)} drafts in a row; the buffer holds {shape.decode_tokens - 1}"
-                )
-            views["row_num_drafts"][row] = len(drafts)
-            views["row_drafts"][row, : len(drafts)] = drafts
+    if any(map(_drafts, plan.chunks)):
+        _pack_drafts(views, plan.chunks, shape)
+
+
+_drafts = attrgetter("drafts")  # runs for every row of every step
+
+
+def _pack_drafts(views: dict[str, np.ndarray], chunks: Sequence[Chunk], shape: BatchShape) -> None:
+    most = shape.decode_tokens - 1
+    for row, chunk in enumerate(chunks):
+        if count := len(chunk.drafts):
+            if count > most:
+                raise ValueError(f"{count} drafts in a row; the buffer holds {most}")
+            views["row_num_drafts"][row] = count
+            views["row_drafts"][row, :count] = chunk.drafts
 
 
 def _pack_tokens(

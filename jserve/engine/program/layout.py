@@ -4,6 +4,7 @@
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,11 +18,8 @@ from jserve.core.step import Program
 @dataclass(frozen=True, slots=True)
 class _Section:
     start: int
+    stop: int
     shape: tuple[int, ...]
-
-    @property
-    def stop(self) -> int:
-        return self.start + int(np.prod(self.shape, dtype=np.int64))
 
 
 class Layout(Mapping[str, _Section]):
@@ -31,8 +29,9 @@ class Layout(Mapping[str, _Section]):
         self._sections: dict[str, _Section] = {}
         self.size = 0
         for name, shape in shapes.items():
-            self._sections[name] = _Section(self.size, shape)
-            self.size = self._sections[name].stop
+            stop = self.size + math.prod(shape)
+            self._sections[name] = _Section(self.size, stop, shape)
+            self.size = stop
 
     def __getitem__(self, name: str) -> _Section:
         return self._sections[name]

@@ -1,7 +1,7 @@
 """The programs that copy pages: small ones beside the step's, compiled where an engine moves pages.
 
-A program copies page by page inside a loop, in the memory it is given: no temporary is as large
-as a page.
+A program copies page by page inside a loop, in the memory it is given: its largest temporary is
+one page, in a copy on the device.
 """
 
 import functools

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from jserve.core.errors import ConfigError, EngineError
-from jserve.core.step import Chunk, NewPages, Program, ProgramKind, StepPlan
+from jserve.core.step import Chunk, Move, MoveKind, NewPages, Program, ProgramKind, StepPlan
 from jserve.engine.group import leader as leader_module
 from jserve.engine.group.follower import Leader, follow
 from jserve.engine.group.leader import Followers
@@ -22,10 +22,13 @@ SHAPE = BatchShape(num_slots=2, vocab=8, page_size=4, processor_rows=1, pages_pe
 FACTS = {"jax": "1", "engine.num_slots": "2"}
 
 
+def moved(position: int) -> Move:
+    return Move(MoveKind.OUT, 0, position, 3)
+
+
 def plan(position: int) -> StepPlan:
-    return StepPlan(
-        0, PROGRAM, 1, (Chunk(1, "", position, 1, pages=(NewPages(0, 0, (position,)),)),)
-    )
+    chunk = Chunk(1, "", position, 1, pages=(NewPages(0, 0, (position,)),))
+    return StepPlan(0, PROGRAM, 1, (chunk,), moves=(moved(position),))
 
 
 class Losses:
@@ -45,6 +48,7 @@ class Recorder:
     """Stands in for the executor of a follower."""
 
     pages: list[int] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
     spoil: bool = False
 
     def pack(self, plan: StepPlan) -> Batch:
@@ -54,6 +58,7 @@ class Recorder:
 
     def run(self, batch: Batch) -> "Recorder":
         self.pages.append(int(batch.buffer.max()))
+        self.moves += batch.moves
         return self
 
     def wait(self, step: "Recorder") -> None:
@@ -108,6 +113,7 @@ def test_steps_come_in_order_and_end_with_a_stop() -> None:
         for done in running:
             done.result(10)
     assert [executor.pages for executor in executors] == [list(range(2, 102))] * 2
+    assert [executor.moves for executor in executors] == [list(map(moved, range(2, 102)))] * 2
     assert lost.reasons == []
 
 
