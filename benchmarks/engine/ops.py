@@ -21,6 +21,7 @@ from benchmarks.serving import report
 from jserve.checkpoints.config import RandomWeights
 from jserve.core.errors import ConfigError
 from jserve.engine.build.shape import stored_kv_dtype
+from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.pallas_kernels.backend import Backend, backend_for
 
@@ -43,7 +44,9 @@ def time_products(
     @jax.jit
     def hidden(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
         pages = (None,) * layers
-        return model.hidden(params, tokens, tokens, pages, lambda q, k, v, kv, w: (q, kv))[0]
+        return model.hidden(
+            params, tokens, tokens, pages, StepContext(lambda q, k, v, kv, w: (q, kv))
+        )[0]
 
     tokens = jnp.arange(rows, dtype=jnp.int32)
     logits = jax.jit(model.logits)

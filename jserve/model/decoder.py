@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
-from jserve.model.layers import KV, Attend, Embedding, LayerContext, Linear, RMSNorm
+from jserve.model.context import KV, LayerContext, StepContext
+from jserve.model.layers import Embedding, Linear, RMSNorm
 from jserve.model.matrix import products
 from jserve.model.numerics import Numerics
 from jserve.model.rope import rope_of
@@ -61,8 +62,7 @@ class Decoder(nnx.Module):
         tokens: Int[Array, " tokens"],
         positions: Int[Array, " tokens"],
         kv: tuple[KV, ...],
-        attend: Attend,
-        num_tokens: jax.Array | None,
+        step: StepContext,
     ) -> tuple[Float[Array, "tokens model_dim"], tuple[KV, ...]]:
         """Hidden states after the final norm, and the pages of every layer."""
         x = self.embed_tokens(tokens)
@@ -72,8 +72,7 @@ class Decoder(nnx.Module):
         ropes = {kind: kind.tables(positions) for kind in dict.fromkeys(kinds)}
         pages = list(kv)
         for i, layer in enumerate(self.layers):
-            window = self.spec.window_of(i)
-            context = LayerContext(ropes[kinds[i]], attend, window, num_tokens)
+            context = step.for_layer(ropes[kinds[i]], self.spec.window_of(i))
             x, pages[i] = layer(x, pages[i], context)
         return self.norm(x), tuple(pages)
 

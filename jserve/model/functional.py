@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Float32, Int
 from jserve.checkpoints.config import QUANTIZATIONS
 from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
+from jserve.model.context import KV, StepContext
 from jserve.model.decoder import CausalLM
-from jserve.model.layers import KV, Attend
 from jserve.model.matrix import weights_without_kernel
 from jserve.model.numerics import Numerics
 from jserve.model.params import ParamSpec, init_params, param_specs
@@ -84,15 +84,13 @@ class Model:
         tokens: Int[Array, " tokens"],
         positions: Int[Array, " tokens"],
         kv: tuple[KV, ...],
-        attend: Attend,
-        num_tokens: jax.Array | None = None,
+        step: StepContext,
     ) -> tuple[Float[Array, "tokens model_dim"], tuple[KV, ...]]:
         """The hidden states after the final norm, and each layer's pages with the new tokens.
 
-        With `num_tokens`, an int32 scalar, only the first so many tokens mean something: a backend
-        may skip the others.
+        Rows from `step.num_tokens` on hold anything: a backend may skip them.
         """
-        return self._merge(params).model(tokens, positions, kv, attend, num_tokens)
+        return self._merge(params).model(tokens, positions, kv, step)
 
     def logits(
         self,

@@ -9,8 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jserve.core.model_spec import ModelSpec
+from jserve.model.context import KV, LayerContext
 from jserve.model.decoder import Family
-from jserve.model.layers import KV, Attention, GatedFfn, LayerContext, RMSNorm
+from jserve.model.layers import Attention, GatedFfn, RMSNorm
 from jserve.model.numerics import Numerics
 from jserve.pallas_kernels.gated_activation.activation import Activation
 
@@ -35,7 +36,7 @@ class Gemma3Layer(nnx.Module):
         """See `Layer`."""
         out, kv = self.self_attn(self.input_layernorm(x), kv, context)
         x = x + self.post_attention_layernorm(out)
-        out = self.mlp(self.pre_feedforward_layernorm(x), context.num_tokens)
+        out = self.mlp(self.pre_feedforward_layernorm(x), context)
         return x + self.post_feedforward_layernorm(out), kv
 
 

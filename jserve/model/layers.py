@@ -3,39 +3,20 @@
 A module declares its parameters when it is built and computes while a program is traced.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jserve.checkpoints.config import WeightKind
 from jserve.core.model_spec import ModelSpec
+from jserve.model.context import KV, LayerContext, StepContext
 from jserve.model.matrix import lookup, matrix, products
 from jserve.model.numerics import Numerics
 from jserve.model.params import param
-from jserve.model.rope import RopeTables
 from jserve.pallas_kernels.gated_activation.activation import Activation
 from jserve.pallas_kernels.gated_activation.dispatch import gated_activation
 from jserve.pallas_kernels.rms_norm.dispatch import rms_norm
 from jserve.pallas_kernels.rotary.dispatch import rotary
-
-KV = TypeVar("KV")  # one layer's pages: whatever the attention op makes of them
-# attend(q, k, v, pages, window) → (out [tokens, q_heads, head_dim], pages)
-#   q [tokens, q_heads, head_dim] is rotated and scaled; k, v [tokens, kv_heads, head_dim],
-#   k rotated; `window` is static, in tokens, 0 for full attention.
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, int], tuple[jax.Array, Any]]
-
-
-class LayerContext(NamedTuple):
-    """What a layer is given beside the residual stream and its own pages."""
-
-    rope: RopeTables
-    attend: Attend
-    window: int  # of its attention, in tokens; 0: all of them
-    num_tokens: jax.Array | None  # int32 scalar: the first so many rows mean something; None: all
 
 
 class Linear(nnx.Module):
@@ -56,10 +37,10 @@ class Linear(nnx.Module):
         self.bias = param((out_dim,), axes[:1], numerics.dtype, std=0.02) if bias else None
 
     def __call__(
-        self, x: Float[Array, "tokens in_dim"], num_tokens: jax.Array | None
+        self, x: Float[Array, "tokens in_dim"], context: StepContext
     ) -> Float[Array, "tokens out_dim"]:
         """The product in the compute dtype; a bias is added before rounding to it."""
-        return project(x, num_tokens, self)[0]
+        return project(x, context, self)[0]
 
     def biased(self, y: Float[Array, "tokens out_dim"]) -> Float[Array, "tokens out_dim"]:
         """A float32 product with the bias, in the compute dtype."""
@@ -69,11 +50,11 @@ class Linear(nnx.Module):
 
 
 def project(
-    x: Float[Array, "tokens in_dim"], num_tokens: jax.Array | None, *linears: Linear
+    x: Float[Array, "tokens in_dim"], context: StepContext, *linears: Linear
 ) -> tuple[Float[Array, "tokens _"], ...]:
     """The outputs of several linear layers for the same input, as one op."""
     weights = [linear.weight for linear in linears]
-    ys = products(x, weights, linears[0].numerics, num_tokens)
+    ys = products(x, weights, linears[0].numerics, context.num_tokens)
     return tuple(linear.biased(y) for linear, y in zip(linears, ys, strict=True))
 
 
@@ -114,14 +95,14 @@ class GatedFfn(nnx.Module):
         self.down_proj = _ffn_linear(spec, numerics, into=False)
 
     def __call__(
-        self, x: Float[Array, "tokens model_dim"], num_tokens: jax.Array | None
+        self, x: Float[Array, "tokens model_dim"], context: StepContext
     ) -> Float[Array, "tokens model_dim"]:
         """The block's output, to be added to the residual stream."""
-        gate, up = project(x, num_tokens, self.gate_proj, self.up_proj)
+        gate, up = project(x, context, self.gate_proj, self.up_proj)
         gated = gated_activation(
-            gate, up, self.activation, num_tokens=num_tokens, backend=self.backend
+            gate, up, self.activation, num_tokens=context.num_tokens, backend=self.backend
         )
-        return self.down_proj(gated, num_tokens)
+        return self.down_proj(gated, context)
 
 
 def _ffn_linear(spec: ModelSpec, numerics: Numerics, *, into: bool) -> Linear:
@@ -159,9 +140,7 @@ class Attention(nnx.Module):
         self, x: Float[Array, "tokens model_dim"], kv: KV, context: LayerContext
     ) -> tuple[Float[Array, "tokens model_dim"], KV]:
         """The block's output, and the layer's pages with the new tokens."""
-        q, k, v = map(
-            self._heads, project(x, context.num_tokens, self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = map(self._heads, project(x, context, self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotary(
@@ -173,7 +152,7 @@ class Attention(nnx.Module):
             backend=self.backend,
         )
         out, kv = context.attend(q, k, v, kv, context.window)
-        return self.o_proj(out.reshape(x.shape[0], -1), context.num_tokens), kv
+        return self.o_proj(out.reshape(x.shape[0], -1), context), kv
 
     def _heads(self, x: Float[Array, "tokens dim"]) -> Float[Array, "tokens heads head_dim"]:
         return x.reshape(x.shape[0], -1, self.spec.head_dim)

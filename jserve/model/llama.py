@@ -7,8 +7,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jserve.core.model_spec import ModelSpec
+from jserve.model.context import KV, LayerContext
 from jserve.model.decoder import Family
-from jserve.model.layers import KV, Attention, GatedFfn, LayerContext, RMSNorm
+from jserve.model.layers import Attention, GatedFfn, RMSNorm
 from jserve.model.numerics import Numerics
 from jserve.model.sparse_ffn import SparseFfn
 from jserve.pallas_kernels.gated_activation.activation import Activation
@@ -32,7 +33,7 @@ class PreNormLayer(nnx.Module):
         """See `Layer`."""
         out, kv = self.self_attn(self.input_layernorm(x), kv, context)
         x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x), context.num_tokens), kv
+        return x + self.mlp(self.post_attention_layernorm(x), context), kv
 
 
 LLAMA = Family(layer=PreNormLayer)

@@ -4,8 +4,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jserve.core.model_spec import ModelSpec
+from jserve.model.context import KV, LayerContext
 from jserve.model.decoder import Family
-from jserve.model.layers import KV, Attention, LayerContext, RMSNorm
+from jserve.model.layers import Attention, RMSNorm
 from jserve.model.llama import PreNormLayer
 from jserve.model.numerics import Numerics
 from jserve.model.sparse_ffn import ExpertNames, SparseFfn
@@ -29,7 +30,7 @@ class MixtralLayer(nnx.Module):
         """See `Layer`."""
         out, kv = self.self_attn(self.input_layernorm(x), kv, context)
         x = x + out
-        return x + self.block_sparse_moe(self.post_attention_layernorm(x), context.num_tokens), kv
+        return x + self.block_sparse_moe(self.post_attention_layernorm(x), context), kv
 
 
 MIXTRAL = Family(layer=PreNormLayer, sparse_layer=MixtralLayer)

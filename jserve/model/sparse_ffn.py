@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from jserve.checkpoints.config import WeightKind
 from jserve.core.model_spec import ModelSpec
+from jserve.model.context import StepContext
 from jserve.model.layers import Linear
 from jserve.model.matrix import grouped_products, matrices, products
 from jserve.model.numerics import Numerics
@@ -61,9 +62,10 @@ class SparseFfn(nnx.Module):
         self.experts = Experts(spec, numerics, activation, names)
 
     def __call__(
-        self, x: Float[Array, "tokens model_dim"], num_tokens: jax.Array | None
+        self, x: Float[Array, "tokens model_dim"], context: StepContext
     ) -> Float[Array, "tokens model_dim"]:
         """The block's output, to be added to the residual stream."""
+        num_tokens = context.num_tokens
         weights, chosen = self._route(x, num_tokens)
         mesh = self.numerics.mesh
         if mesh is None or mesh.size == 1:

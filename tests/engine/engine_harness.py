@@ -16,6 +16,7 @@ from jserve.core.request import FinishReason, Request, SequenceUpdate, TokenLogp
 from jserve.engine.build.assembly import Engine, build_engine
 from jserve.engine.config import EngineConfig
 from jserve.engine.pipeline import Pipeline
+from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh, param_shardings
 from jserve.pallas_kernels.backend import Backend, backend_for
@@ -172,7 +173,9 @@ def _dense(model: Model):
     def forward(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
         places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
         kv = (None,) * model.spec.layers
-        return model.logits(params, model.hidden(params, tokens, places, kv, dense_attend)[0])
+        return model.logits(
+            params, model.hidden(params, tokens, places, kv, StepContext(dense_attend))[0]
+        )
 
     return jax.jit(forward)
 

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 from jserve.core.model_spec import ModelSpec, RopeScaling, RopeScalingKind
+from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.pallas_kernels.backend import Backend
 from tests.backends import INVARIANT_BACKENDS
@@ -142,7 +143,7 @@ def _forward(model: Model):
         params: dict[str, jax.Array], tokens: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         kv = (None,) * model.spec.layers
-        hidden, _ = model.hidden(params, tokens, positions, kv, rowwise_attend)
+        hidden, _ = model.hidden(params, tokens, positions, kv, StepContext(rowwise_attend))
         return hidden, model.logits(params, hidden)
 
     return forward

@@ -16,6 +16,7 @@ from jserve.checkpoints.locate import locate
 from jserve.config import load
 from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
+from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.model.loading.convert import Format, convert
 from jserve.model.loading.load import load_params, open_source, prepare
@@ -72,7 +73,7 @@ def logits(model: Model, params: dict[str, jax.Array], tokens: np.ndarray) -> np
     def run(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
         kv = (None,) * model.spec.layers
         positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-        hidden, _ = model.hidden(params, tokens, positions, kv, dense_attend)
+        hidden, _ = model.hidden(params, tokens, positions, kv, StepContext(dense_attend))
         return model.logits(params, hidden)
 
     return np.asarray(run(params, tokens))

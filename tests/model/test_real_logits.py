@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jserve.config import load
+from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.model.loading.load import load_params, prepare
 from jserve.model.sharding import device_mesh, param_shardings
@@ -127,7 +128,7 @@ def _hidden(
             q, k, v, layer_pages, batch, window=window, prompts=prompts, backend=model.backend
         )
 
-    return model.hidden(params, tokens, positions, pages, attend)
+    return model.hidden(params, tokens, positions, pages, StepContext(attend))
 
 
 def _whole(lengths: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jserve.model.context import StepContext
 from jserve.pallas_kernels.backend import Backend
 from jserve.pallas_kernels.ragged_paged_attention.batch import make_ragged_batch
 from jserve.pallas_kernels.ragged_paged_attention.dispatch import (
@@ -33,7 +34,9 @@ def test_whole_prefill_without_pages(name: str, backend: Backend) -> None:
     @jax.jit
     def logits(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
         positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-        hidden, _ = case.model.hidden(params, tokens, positions, (None,) * layers, dense_attend)
+        hidden, _ = case.model.hidden(
+            params, tokens, positions, (None,) * layers, StepContext(dense_attend)
+        )
         return case.model.logits(params, hidden)
 
     np.testing.assert_allclose(
@@ -99,7 +102,7 @@ def _paged_step(case: Case, num_pages: int):
                 backend=case.model.backend,
             )
 
-        hidden, pages = case.model.hidden(params, tokens, positions, pages, attend)
+        hidden, pages = case.model.hidden(params, tokens, positions, pages, StepContext(attend))
         return case.model.logits(params, hidden), pages
 
     return step

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
+from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.model.sharding import axis_rules, device_mesh, param_shardings
 from tests.model.model_harness import dense_attend
@@ -49,7 +50,9 @@ def test_any_layout_is_the_same_model(spec: ModelSpec) -> None:
     @jax.jit
     def logits(params: dict[str, jax.Array]) -> jax.Array:
         positions = jnp.arange(24, dtype=jnp.int32)
-        hidden, _ = model.hidden(params, tokens, positions, (None,) * spec.layers, dense_attend)
+        hidden, _ = model.hidden(
+            params, tokens, positions, (None,) * spec.layers, StepContext(dense_attend)
+        )
         return model.logits(params, hidden)
 
     np.testing.assert_allclose(logits(spread), logits(plain), rtol=0, atol=1e-5)

@@ -17,6 +17,7 @@ from jserve.checkpoints.native_folder import read_spec
 from jserve.checkpoints.text_assets import byte_level_assets
 from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
+from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.model.loading.convert import Format, convert
 from jserve.model.loading.hf_folder import hf_config_of
@@ -116,7 +117,9 @@ def test_any_layout_is_the_same_model() -> None:
     @partial(jax.jit, static_argnums=0)
     def logits(decoder: Model, params: dict[str, jax.Array]) -> jax.Array:
         positions = jnp.arange(24, dtype=jnp.int32)
-        hidden, _ = decoder.hidden(params, tokens, positions, (None,) * 2, dense_attend)
+        hidden, _ = decoder.hidden(
+            params, tokens, positions, (None,) * 2, StepContext(dense_attend)
+        )
         return decoder.logits(params, hidden)
 
     found, expected = logits(decoder, spread), logits(alone, plain)
@@ -140,7 +143,7 @@ def test_experts_are_turned_for_tpus(tmp_path: Path) -> None:
     tokens = np.arange(24, dtype=np.int32)
 
     def logits(model: Model, params: dict[str, jax.Array]) -> jax.Array:
-        hidden, _ = model.hidden(params, tokens, tokens, (None,), dense_attend)
+        hidden, _ = model.hidden(params, tokens, tokens, (None,), StepContext(dense_attend))
         return model.logits(params, hidden)
 
     ours = jax.jit(functools.partial(logits, tpu))(turned)
@@ -193,7 +196,7 @@ def _logits(model: Model, params: dict[str, jax.Array]) -> np.ndarray:
     def run(params: dict[str, jax.Array]) -> jax.Array:
         tokens = jnp.arange(24, dtype=jnp.int32)
         kv = (None,) * model.spec.layers
-        hidden, _ = model.hidden(params, tokens, tokens, kv, dense_attend)
+        hidden, _ = model.hidden(params, tokens, tokens, kv, StepContext(dense_attend))
         return model.logits(params, hidden)
 
     return np.asarray(run(params))

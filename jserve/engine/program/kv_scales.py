@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
 from jserve.engine.program.state import SCALES_AXES
+from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.model.sharding import AnyMesh, named_sharding, stored_kv_heads
 
@@ -42,7 +43,7 @@ def measure_kv_scales(
     tokens = jax.random.randint(jax.random.key(0), (_TOKENS,), 0, spec.vocab, jnp.int32)
     positions = jnp.arange(_TOKENS, dtype=jnp.int32)
     no_pages: tuple[Any, ...] = (None,) * spec.layers
-    _, scales = model.hidden(params, tokens, positions, no_pages, attend)
+    _, scales = model.hidden(params, tokens, positions, no_pages, StepContext(attend))
     return jnp.repeat(jnp.stack(scales), stored_kv_heads(spec, mesh) // spec.kv_heads, axis=2)
 
 

@@ -19,6 +19,7 @@ from jserve.core.step import FinishCode, Program, ProgramKind
 from jserve.engine.program.batch import BatchShape, layout
 from jserve.engine.program.layout import result_layout
 from jserve.engine.program.state import DeviceState
+from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.model.sampling.logprobs import Logprobs, no_logprobs
 from jserve.model.sampling.sample import sampler_config
@@ -220,7 +221,7 @@ def _layers(
         return out, LayerKV(pages, kv.scales)
 
     layers = tuple(map(LayerKV, state.kv[0], state.kv_scales))
-    hidden, kv = model.hidden(params, tokens, positions, layers, attend, num_tokens)
+    hidden, kv = model.hidden(params, tokens, positions, layers, StepContext(attend, num_tokens))
     return state._replace(kv=(tuple(layer.pages for layer in kv),)), hidden
 
 

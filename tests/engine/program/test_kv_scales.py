@@ -12,6 +12,7 @@ import pytest
 from jserve.core.request import Request, SamplingParams
 from jserve.engine.config import KVDtype
 from jserve.engine.program.kv_scales import measure_kv_scales
+from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh, param_shardings
 from jserve.pallas_kernels.backend import Backend
@@ -84,7 +85,7 @@ def test_other_tokens_fit_with_room_on_both_sides(params: Params) -> None:
 
     places = jnp.arange(len(tokens), dtype=jnp.int32)
     empty = (None,) * SPEC.layers
-    read = jax.jit(lambda *values: model.hidden(*values, places, empty, attend)[1])
+    read = jax.jit(lambda *values: model.hidden(*values, places, empty, StepContext(attend))[1])
     kv = read(uneven, jnp.asarray(tokens, jnp.int32))
     held = np.stack([np.asarray(layer) for layer in kv])  # [layers, K|V, tokens, kv_heads, dim]
     held /= scales[:, :, None, :, None]
