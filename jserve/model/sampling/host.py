@@ -4,12 +4,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jserve.core.request import SamplingParams
+from jserve.core.request import MAX_STOP_TOKEN_IDS, SamplingParams
 from jserve.model.sampling.state import SLOT_ROW, Processor, processor_row_dtype
 
 
 class HostRow(NamedTuple):
-    """What the device must know of one sequence's sampling."""
+    """One sequence's sampling, as the device keeps it."""
 
     slot: np.ndarray  # SLOT_ROW, shape (); view(np.int32) for words
     processors: np.ndarray | None  # processor_row_dtype(vocab), shape (); None if not needed
@@ -23,36 +23,35 @@ def host_row(
     prompt_len: int,
     vocab: int,
 ) -> HostRow:
-    """Packs the sampling of one request.
+    """Packs the sampling of one request: fields of `SLOT_ROW` by their name in `SamplingParams`.
 
     Args:
-      sampling: what was asked for, checked by whoever took the request: ids in the vocabulary,
-        no more of them than `core.request` has room for, some token left by the masks.
+      sampling: of a checked request: ids are in the vocabulary, no more of them than
+        `core.request` has room for, and the masks leave some token.
       choice: `Request.choice`.
       eos_token_ids: of the model; they end the sequence unless `ignore_eos`.
       prompt_len: tokens.
       vocab: number of token ids.
     """
-    stop, only_masked = _stop_ids(sampling, eos_token_ids)
     bits = _processors(sampling)
-    row = np.zeros((), SLOT_ROW)
-    row["temperature"] = sampling.temperature
-    row["top_p"] = sampling.top_p
-    row["min_p"] = sampling.min_p
-    row["repetition_penalty"] = sampling.repetition_penalty
-    row["presence_penalty"] = sampling.presence_penalty
-    row["frequency_penalty"] = sampling.frequency_penalty
-    row["top_k"] = min(max(sampling.top_k, 0), vocab)
+    stop, only_masked = _stop_ids(sampling, eos_token_ids)
+    stop_ids = np.full(MAX_STOP_TOKEN_IDS, -1, np.int32)
+    stop_ids[: len(stop) + len(only_masked)] = stop + only_masked
     seed = sampling.seed % 2**64  # two's complement, as jax.random.key
-    row["seed"] = (seed >> 32, seed % 2**32)
-    row["choice"] = choice
-    row["num_logprobs"] = -1 if sampling.logprobs is None else sampling.logprobs
-    row["processors"] = bits
-    row["num_stop_ids"] = len(stop)
-    row["min_total"] = prompt_len + sampling.min_tokens
-    row["max_total"] = prompt_len + sampling.max_tokens
-    row["stop_ids"] = -1
-    row["stop_ids"][: len(stop) + len(only_masked)] = stop + only_masked
+    converted = {
+        "top_k": min(max(sampling.top_k, 0), vocab),
+        "seed": (seed >> 32, seed % 2**32),
+        "choice": choice,
+        "num_logprobs": -1 if sampling.logprobs is None else sampling.logprobs,
+        "processors": bits,
+        "num_stop_ids": len(stop),
+        "min_total": prompt_len + sampling.min_tokens,
+        "max_total": prompt_len + sampling.max_tokens,
+        "stop_ids": stop_ids,
+    }
+    row = np.zeros((), SLOT_ROW)
+    for name in SLOT_ROW.names or ():
+        row[name] = converted[name] if name in converted else getattr(sampling, name)
     if not bits & (Processor.MASK | Processor.BIAS):
         return HostRow(row, None)
     return HostRow(row, _processor_row(sampling, vocab))

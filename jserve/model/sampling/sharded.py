@@ -6,7 +6,7 @@ device 1: logits, counts of ids n … 2n-1 ├─ sample ───┤  counts of
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -90,7 +90,7 @@ class ShardedSampler:
     def state_specs(self, state: SamplerState) -> SamplerState:
         """How each part of the state lies on the mesh: what counts token ids is split."""
         whole: SamplerState = jax.tree.map(lambda _: _WHOLE, state)
-        return replace(whole, prompt_seen=self._wide(), output_counts=self._wide())
+        return whole._replace(prompt_seen=self._wide(), output_counts=self._wide())
 
     def _wide(self) -> PartitionSpec:
         return PartitionSpec(None, self.axes or None)

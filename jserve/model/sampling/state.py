@@ -1,12 +1,14 @@
 """Sampling state of every slot on the device, and the updates that the step program makes to it."""
 
 import enum
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jserve.core.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jserve.core.step import FinishCode
@@ -24,41 +26,42 @@ class Processor(enum.IntFlag):
     PENALTIES = 8
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class SamplerState:
-    """One entry per slot. The scalars are small; `mask` and below are read only where needed.
+class SamplerState(NamedTuple):
+    """One entry per slot: the one declaration of what a slot's sampling is made of.
+
+    The host's records (`SLOT_ROW`, `processor_row_dtype`) derive from these fields, and `host_row`
+    fills them from the request's `SamplingParams` by name. Mask, biases and counts are read only
+    for slots whose `processors` say so.
 
     Over several devices each holds its share of the vocabulary of `prompt_seen` and
     `output_counts`, and all of the rest (see `sharded`).
     """
 
-    temperature: jax.Array  # float32 [slots]; below GREEDY_BELOW is greedy
-    top_p: jax.Array  # float32 [slots]; 1 keeps all
-    min_p: jax.Array  # float32 [slots]; 0 keeps all
-    repetition_penalty: jax.Array  # float32 [slots]; 1 is neutral
-    presence_penalty: jax.Array  # float32 [slots]; 0 is neutral
-    frequency_penalty: jax.Array  # float32 [slots]; 0 is neutral
-    top_k: jax.Array  # int32 [slots]; 0 or less keeps all
-    seed: jax.Array  # uint32 [slots, 2]; high and low word
-    choice: jax.Array  # int32 [slots]
-    num_logprobs: jax.Array  # int32 [slots]; -1 for none
-    processors: jax.Array  # int32 [slots]; Processor bits
-    num_stop_ids: jax.Array  # int32 [slots]; how many of stop_ids end the sequence
-    min_total: jax.Array  # int32 [slots]; prompt length + min_tokens
-    max_total: jax.Array  # int32 [slots]; prompt length + max_tokens
-    # int32 [slots, MAX_STOP_TOKEN_IDS], -1 where unused. All are masked below min_total: also
-    # the ids past num_stop_ids, an ignored end-of-sequence's, as in vLLM.
-    stop_ids: jax.Array
-    bias_ids: jax.Array  # int32 [slots, MAX_LOGIT_BIAS], -1 where unused
-    bias: jax.Array  # float32 [slots, MAX_LOGIT_BIAS]
-    mask: jax.Array  # uint32 [slots, ceil(vocab / 32)]; bit i % 32 of word i // 32: id i allowed
-    prompt_seen: jax.Array  # bool [slots, vocab]; the id occurs in the prompt
-    output_counts: jax.Array  # int32 [slots, vocab]; times the id was generated
+    temperature: Float32[Array, " slots"]  # below GREEDY_BELOW is greedy
+    top_p: Float32[Array, " slots"]  # 1 keeps all
+    min_p: Float32[Array, " slots"]  # 0 keeps all
+    repetition_penalty: Float32[Array, " slots"]  # 1 is neutral
+    presence_penalty: Float32[Array, " slots"]  # 0 is neutral
+    frequency_penalty: Float32[Array, " slots"]  # 0 is neutral
+    top_k: Int32[Array, " slots"]  # 0 or less keeps all
+    seed: UInt32[Array, "slots 2"]  # high and low word
+    choice: Int32[Array, " slots"]
+    num_logprobs: Int32[Array, " slots"]  # -1 for none
+    processors: Int32[Array, " slots"]  # Processor bits
+    num_stop_ids: Int32[Array, " slots"]  # how many of stop_ids end the sequence
+    min_total: Int32[Array, " slots"]  # prompt length + min_tokens
+    max_total: Int32[Array, " slots"]  # prompt length + max_tokens
+    # -1 where unused. All are masked below min_total: also the ids past num_stop_ids, which are
+    # an ignored end-of-sequence's, as in vLLM.
+    stop_ids: Int32[Array, "slots stop_ids"]
+    bias_ids: Int32[Array, "slots biases"]  # -1 where unused
+    bias: Float32[Array, "slots biases"]
+    mask: UInt32[Array, "slots words"]  # bit i % 32 of word i // 32: id i is allowed
+    prompt_seen: Bool[Array, "slots vocab"]  # the id occurs in the prompt
+    output_counts: Int32[Array, "slots vocab"]  # times the id was generated
 
     @property
     def num_slots(self) -> int:
-        """The number of slots."""
         return self.temperature.shape[0]
 
     @property
@@ -67,52 +70,47 @@ class SamplerState:
         return self.output_counts.shape[1]
 
 
-# A slot's scalars on the host: 4-byte fields, so that rows travel as int32 words.
-SLOT_ROW = np.dtype(
-    [
-        ("temperature", np.float32),
-        ("top_p", np.float32),
-        ("min_p", np.float32),
-        ("repetition_penalty", np.float32),
-        ("presence_penalty", np.float32),
-        ("frequency_penalty", np.float32),
-        ("top_k", np.int32),
-        ("seed", np.uint32, (2,)),
-        ("choice", np.int32),
-        ("num_logprobs", np.int32),
-        ("processors", np.int32),
-        ("num_stop_ids", np.int32),
-        ("min_total", np.int32),
-        ("max_total", np.int32),
-        ("stop_ids", np.int32, (MAX_STOP_TOKEN_IDS,)),
-    ]
+_PROCESSOR_FIELDS = ("bias_ids", "bias", "mask")  # sent only for slots that need them
+_COUNTED_FIELDS = ("prompt_seen", "output_counts")  # never sent: the device counts
+_SLOT_FIELDS = tuple(
+    name for name in SamplerState._fields if name not in _PROCESSOR_FIELDS + _COUNTED_FIELDS
 )
+
+
+def _entry(name: str, vocab: int) -> tuple[str, tuple[int, ...]]:
+    """The dtype and shape of a field's entry for one slot."""
+    sizes = {
+        "stop_ids": MAX_STOP_TOKEN_IDS,
+        "biases": MAX_LOGIT_BIAS,
+        "words": -(-vocab // 32),
+        "vocab": vocab,
+    }
+    declared = SamplerState.__annotations__[name]
+    dtype = declared.dtypes[0]
+    _, *dims = declared.dim_str.split()
+    return dtype, tuple(sizes[dim] if dim in sizes else int(dim) for dim in dims)
+
+
+def _row_dtype(names: Sequence[str], vocab: int = 0) -> np.dtype:
+    """A slot's entries of some fields on the host, 4 bytes a value: a row travels as int32."""
+    return np.dtype([(name, *_entry(name, vocab)) for name in names])
+
+
+SLOT_ROW = _row_dtype(_SLOT_FIELDS)
 SLOT_ROW_WORDS = SLOT_ROW.itemsize // 4
 
 
 def processor_row_dtype(vocab: int) -> np.dtype:
-    """A slot's mask and bias on the host: 4-byte fields, sent only for slots that need them."""
-    return np.dtype(
-        [
-            ("bias_ids", np.int32, (MAX_LOGIT_BIAS,)),
-            ("bias", np.float32, (MAX_LOGIT_BIAS,)),
-            ("mask", np.uint32, (-(-vocab // 32),)),
-        ]
-    )
+    """A slot's mask and biases on the host, as `SLOT_ROW` for the rest."""
+    return _row_dtype(_PROCESSOR_FIELDS, vocab)
 
 
 def init_sampler_state(num_slots: int, vocab: int) -> SamplerState:
     """The state before any admission: every slot greedy, without processors or stop ids."""
-    row = processor_row_dtype(vocab)
-    arrays: dict[str, jax.Array] = {}
-    for dtype in (SLOT_ROW, row):
-        for name in dtype.names or ():
-            field = dtype[name]
-            arrays[name] = jnp.zeros((num_slots, *field.shape), field.base)
-    arrays["prompt_seen"] = jnp.zeros((num_slots, vocab), bool)
-    arrays["output_counts"] = jnp.zeros((num_slots, vocab), jnp.int32)
-    assert arrays.keys() == {f.name for f in fields(SamplerState)}
-    return SamplerState(**arrays)
+    entries = {name: _entry(name, vocab) for name in SamplerState._fields}
+    return SamplerState(
+        **{name: jnp.zeros((num_slots, *shape), dtype) for name, (dtype, shape) in entries.items()}
+    )
 
 
 def _write(
@@ -125,7 +123,7 @@ def _write(
         values = lax.bitcast_convert_type(columns, jnp.dtype(field.base))
         values = values.reshape(words.shape[0], *field.shape)
         changed[name] = getattr(state, name).at[slots].set(values, mode="drop")
-    return replace(state, **changed)
+    return state._replace(**changed)
 
 
 def admit(state: SamplerState, slots: jax.Array, words: jax.Array) -> SamplerState:
@@ -164,7 +162,7 @@ def reset(state: SamplerState, keep: jax.Array) -> SamplerState:
     prompt_seen, output_counts = lax.fori_loop(
         0, num_dropped, clear, (state.prompt_seen, state.output_counts)
     )
-    return replace(state, prompt_seen=prompt_seen, output_counts=output_counts)
+    return state._replace(prompt_seen=prompt_seen, output_counts=output_counts)
 
 
 def observe(
@@ -177,7 +175,7 @@ def observe(
     """Counts the newly sampled `tokens` of `slots` as output, where `live`; all are [rows]."""
     at = jnp.where(live, slots, state.num_slots)
     tokens = own(tokens, state.vocab, axes)
-    return replace(state, output_counts=state.output_counts.at[at, tokens].add(1, mode="drop"))
+    return state._replace(output_counts=state.output_counts.at[at, tokens].add(1, mode="drop"))
 
 
 def count_chunk(
@@ -203,8 +201,7 @@ def count_chunk(
     tokens = own(tokens, state.vocab, axes)
     prompt_at = jnp.where(live & is_prompt, token_slots, state.num_slots)
     output_at = jnp.where(live & ~is_prompt, token_slots, state.num_slots)
-    return replace(
-        state,
+    return state._replace(
         prompt_seen=state.prompt_seen.at[prompt_at, tokens].set(True, mode="drop"),
         output_counts=state.output_counts.at[output_at, tokens].add(1, mode="drop"),
     )
