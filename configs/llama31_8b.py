@@ -3,7 +3,7 @@
 Set model.source to the folder that the weights were downloaded to.
 """
 
-from jserve.checkpoints.config import ModelConfig
+from jserve.checkpoints.config import Dtype, ModelConfig
 from jserve.config import ServeConfig
 from jserve.core.errors import ConfigError
 from jserve.engine.config import EngineConfig, Platform, PlatformConfig
@@ -41,7 +41,9 @@ def get_config(variant: str = "h200") -> ServeConfig:
     platform, engine = variants[variant]
     return ServeConfig(
         model=ModelConfig(
-            name="llama-3.1-8b-instruct", source="models/Llama-3.1-8B-Instruct", dtype="bfloat16"
+            name="llama-3.1-8b-instruct",
+            source="models/Llama-3.1-8B-Instruct",
+            dtype=Dtype.BFLOAT16,
         ),
         platform=platform,
         engine=engine,

@@ -3,7 +3,7 @@
 Set model.source to the folder that the weights were downloaded to.
 """
 
-from jserve.checkpoints.config import ModelConfig
+from jserve.checkpoints.config import Dtype, ModelConfig
 from jserve.config import ServeConfig
 from jserve.engine.config import EngineConfig, Platform, PlatformConfig
 
@@ -12,7 +12,9 @@ def get_config() -> ServeConfig:
     """A v5p-8 is named after its cores: it has four chips of 95 GB, a device each."""
     return ServeConfig(
         model=ModelConfig(
-            name="llama-3.3-70b-instruct", source="models/Llama-3.3-70B-Instruct", dtype="bfloat16"
+            name="llama-3.3-70b-instruct",
+            source="models/Llama-3.3-70B-Instruct",
+            dtype=Dtype.BFLOAT16,
         ),
         platform=PlatformConfig(backend=Platform.TPU, chip="v5p"),
         engine=EngineConfig(

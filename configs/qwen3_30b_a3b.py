@@ -3,7 +3,7 @@
 Set model.source to the folder that the weights were downloaded to.
 """
 
-from jserve.checkpoints.config import ModelConfig
+from jserve.checkpoints.config import Dtype, ModelConfig
 from jserve.config import ServeConfig
 from jserve.engine.config import EngineConfig, Platform, PlatformConfig
 
@@ -11,7 +11,9 @@ from jserve.engine.config import EngineConfig, Platform, PlatformConfig
 def get_config() -> ServeConfig:
     """Eight chips of 32 GB, each with 16 of the experts and an eighth of all else."""
     return ServeConfig(
-        model=ModelConfig(name="qwen3-30b-a3b", source="models/Qwen3-30B-A3B", dtype="bfloat16"),
+        model=ModelConfig(
+            name="qwen3-30b-a3b", source="models/Qwen3-30B-A3B", dtype=Dtype.BFLOAT16
+        ),
         platform=PlatformConfig(backend=Platform.TPU, chip="v6e"),
         engine=EngineConfig(
             num_slots=128,

@@ -3,7 +3,7 @@
 Set model.source to the folder that the weights were downloaded to.
 """
 
-from jserve.checkpoints.config import ModelConfig
+from jserve.checkpoints.config import Dtype, ModelConfig
 from jserve.config import ServeConfig
 from jserve.engine.config import EngineConfig, Platform, PlatformConfig
 
@@ -11,7 +11,7 @@ from jserve.engine.config import EngineConfig, Platform, PlatformConfig
 def get_config() -> ServeConfig:
     """KV pages take what the programs leave of the device."""
     return ServeConfig(
-        model=ModelConfig(name="qwen3-8b", source="models/Qwen3-8B", dtype="bfloat16"),
+        model=ModelConfig(name="qwen3-8b", source="models/Qwen3-8B", dtype=Dtype.BFLOAT16),
         platform=PlatformConfig(backend=Platform.GPU, chip="h100"),
         engine=EngineConfig(
             num_slots=128,

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from jserve.checkpoints.config import Quantization
 from jserve.config import ServeConfig, load
 from jserve.engine.config import KVDtype
 
@@ -16,6 +17,6 @@ def get_config() -> ServeConfig:
     exact = load(str(Path(__file__).with_name("smollm2_135m.py")))
     return dataclasses.replace(
         exact,
-        model=dataclasses.replace(exact.model, quantization="int4"),
+        model=dataclasses.replace(exact.model, quantization=Quantization.INT4),
         engine=dataclasses.replace(exact.engine, kv_dtype=KVDtype.BFLOAT16),
     )

@@ -43,7 +43,7 @@ def build(
         raise ConfigError("--backend is for random weights; a config takes the best there is")
     else:
         spec, engine = _loaded(serve, on_program)
-    return Subject(engine, jnp.dtype(serve.model.dtype), _counter(engine, spec))
+    return Subject(engine, jnp.dtype(serve.model.dtype.value), _counter(engine, spec))
 
 
 def device_of(engine: Engine) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _random(
 ) -> Engine:
     """Without any reader of files: this runs on JAX, Flax and NumPy alone."""
     mesh = device_mesh(jax.devices()[:1], model=1)
-    dtype = jnp.dtype(serve.model.dtype)
+    dtype = jnp.dtype(serve.model.dtype.value)
     known = [one.value for one in Backend]
     if backend is not None and backend not in known:
         raise ConfigError(f"--backend {backend!r} is not known; one of {known}")

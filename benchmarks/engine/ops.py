@@ -64,7 +64,7 @@ def main() -> None:
     if not isinstance(serve.model.source, RandomWeights):
         raise ConfigError("ops are measured with random weights: name a --model")
     spec = serve.model.source.spec
-    dtype = jnp.dtype(serve.model.dtype)
+    dtype = jnp.dtype(serve.model.dtype.value)
     chosen = Backend(arguments.backend) if arguments.backend else None
     device = jax.devices()[0]
     backend = chosen or backend_for(
@@ -104,9 +104,10 @@ def main() -> None:
     titles = ["rows", "layers but attention", "head"]
     for context in arguments.contexts:
         titles += [f"attention at {context}", f"a prompt after {context}"]
-    kind = serve.model.quantization
-    kind = dtype.name if kind == "none" else kind
-    print(f"{serve.model.name}, {backend.value} ops, weights {kind}, KV {kv_dtype}; ms a step\n")
+    print(
+        f"{serve.model.name}, {backend.value} ops, weights {serve.model.weights}, KV {kv_dtype}; "
+        "ms a step\n"
+    )
     print(report.grid(titles, [[f"{value:,}" for value in entry.values()] for entry in found]))
     line = options.config_of(arguments, serve)
     print(report.json_line("engine_ops", line, backend=backend.value, ops=found))

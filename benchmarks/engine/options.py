@@ -1,12 +1,14 @@
 """Flags that the engine benchmarks have in common. No JAX, so that a start can be timed."""
 
 import argparse
+import enum
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from benchmarks.engine import specs
 from jserve import config
+from jserve.checkpoints.config import Dtype
 from jserve.config import ServeConfig
 from jserve.core.errors import ConfigError
 
@@ -19,7 +21,12 @@ def parser_of(description: str | None, *, model: str = "smollm2-135m") -> argpar
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", default=model, help=f"random weights: {', '.join(specs.MODELS)}")
     which.add_argument("--config", metavar="FILE", help="a config with its weights instead")
-    parser.add_argument("--dtype", default="float32", help="of random weights")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=[kind.value for kind in Dtype],
+        help="of random weights",
+    )
     parser.add_argument("--backend", help="of the ops, for random weights; default: the best")
     parser.add_argument(
         "--set",
@@ -42,7 +49,7 @@ def serve_config(arguments: argparse.Namespace) -> ServeConfig:
 def config_of(arguments: argparse.Namespace, serve: ServeConfig) -> dict[str, Any]:
     """The flags, and the parts of the config that a step depends on, for the JSON line."""
     parts = {
-        name: value
+        name: value.value if isinstance(value, enum.Enum) else value
         for name, value in config.flatten(serve).items()
         if name.startswith(("model.", "engine.", "scheduler."))
         and not name.startswith("model.source")

@@ -59,7 +59,8 @@ def main() -> None:
     found = measure(Driver(subject.engine), requests, arguments.prompt_tokens, arguments.max_tokens)
     device = engines.device_of(subject.engine)
     print(
-        f"{serve.model.name}, {serve.model.dtype}, {device['backend']} ops on {device['kind']}: "
+        f"{serve.model.name}, {serve.model.dtype.value}, {device['backend']} ops on "
+        f"{device['kind']}: "
         f"{requests} requests, {arguments.prompt_tokens} in, {arguments.max_tokens} out\n"
     )
     rows = [(name.replace("_", " "), report.number(value)) for name, value in found.items()]

@@ -3,7 +3,7 @@
 Weights do not change how long a step takes, so no file is needed. No JAX.
 """
 
-from jserve.checkpoints.config import ModelConfig, RandomWeights
+from jserve.checkpoints.config import Dtype, ModelConfig, RandomWeights
 from jserve.config import ServeConfig
 from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec, RopeScaling, RopeScalingKind
@@ -127,5 +127,5 @@ def serve_config(name: str, dtype: str) -> ServeConfig:
     if name not in MODELS:
         raise ConfigError(f"--model {name!r} is not known; one of {list(MODELS)}")
     spec, engine = MODELS[name]
-    model = ModelConfig(name=name, source=RandomWeights(spec=spec), dtype=dtype)
+    model = ModelConfig(name=name, source=RandomWeights(spec=spec), dtype=Dtype(dtype))
     return ServeConfig(model=model, engine=engine)

@@ -198,7 +198,7 @@ def main() -> None:
     device = engines.device_of(engine)
     weights_mb = counter.weights.total_bytes / 1e6
     print(
-        f"{serve.model.name}, {serve.model.dtype}, {weights_mb:,.0f} MB of weights, "
+        f"{serve.model.name}, {serve.model.dtype.value}, {weights_mb:,.0f} MB of weights, "
         f"{device['backend']} ops on {device['kind']} with {device['cores']} cores\n"
         f"{ceilings_line(best)}\n\n{decode_table(decode)}\n\n{prefill_table(prefill)}\n"
     )

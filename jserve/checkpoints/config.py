@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
 
-DTYPES = ("float32", "bfloat16", "float16")
+
+class Dtype(enum.Enum):
+    """The type of a model's parameters, and so of its computation; values are NumPy's names."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 class WeightKind(enum.Enum):
@@ -19,24 +25,46 @@ class WeightKind(enum.Enum):
     FP8_CHANNELS = enum.auto()  # float8_e4m3fn
 
 
-# The kinds of the weights of layers, and of embedding and head, by the name that configs and
-# native folders have for them. A code of 8 bits costs a head as much in either form: int8 is
-# three times as exact there.
-QUANTIZATIONS = {
-    "none": (WeightKind.FLOAT, WeightKind.FLOAT),
-    "int4": (WeightKind.INT4_GROUPS, WeightKind.INT8_GROUPS),
-    "int8": (WeightKind.INT8_GROUPS, WeightKind.INT8_GROUPS),
-    "int8_channel": (WeightKind.INT8_CHANNELS, WeightKind.INT8_CHANNELS),
-    "fp8": (WeightKind.FP8_CHANNELS, WeightKind.INT8_CHANNELS),
+class Quantization(enum.Enum):
+    """The form of all weight matrices; values are the names in configs and native folders."""
+
+    NONE = "none"
+    INT4 = "int4"
+    INT8 = "int8"
+    INT8_CHANNEL = "int8_channel"
+    FP8 = "fp8"
+
+    @property
+    def layers(self) -> WeightKind:
+        """The kind of the layers' weights."""
+        return _WEIGHT_KINDS[self][0]
+
+    @property
+    def head(self) -> WeightKind:
+        """The kind of the embedding and of the head."""
+        return _WEIGHT_KINDS[self][1]
+
+    @property
+    def is_for_cpus(self) -> bool:
+        """Whether only the kernels of CPUs read the layout."""
+        return self in (Quantization.INT4, Quantization.INT8)
+
+
+# Layers; embedding and head. FP8 is for layers only: int8 is as small and three times as exact.
+_WEIGHT_KINDS = {
+    Quantization.NONE: (WeightKind.FLOAT, WeightKind.FLOAT),
+    Quantization.INT4: (WeightKind.INT4_GROUPS, WeightKind.INT8_GROUPS),
+    Quantization.INT8: (WeightKind.INT8_GROUPS, WeightKind.INT8_GROUPS),
+    Quantization.INT8_CHANNEL: (WeightKind.INT8_CHANNELS, WeightKind.INT8_CHANNELS),
+    Quantization.FP8: (WeightKind.FP8_CHANNELS, WeightKind.INT8_CHANNELS),
 }
-_OF_THE_CPU = ("int4", "int8")  # whose layout only its kernels read
 
 
-def check_platform(quantization: str, platform: str) -> None:
+def check_platform(quantization: Quantization, platform: str) -> None:
     """Raises ConfigError if a JAX platform does not read weights of this layout."""
-    if quantization in _OF_THE_CPU and platform != "cpu":
+    if quantization.is_for_cpus and platform != "cpu":
         raise ConfigError(
-            f"model.quantization is {quantization!r}, of CPUs, but this is a {platform}; "
+            f"model.quantization is {quantization.value!r}, of CPUs, but this is a {platform}; "
             "choose int8_channel or fp8, which are made of float weights"
         )
 
@@ -76,19 +104,24 @@ class ModelConfig:
 
     name: str  # what clients call it
     source: str | PypiFile | RandomWeights
-    dtype: str = "float32"  # of the parameters, and so of the computation
+    dtype: Dtype = Dtype.FLOAT32  # of the parameters, and so of the computation
     # Of weight matrices. On CPU int4 (embedding and head 8 bits) or int8, in groups of 32 inputs;
     # on TPU and GPU int8_channel or fp8 (embedding and head int8), with a scale per output.
     # Models with experts: int8_channel.
-    quantization: str = "none"
+    quantization: Quantization = Quantization.NONE
     cache_dir: str = "~/.cache/jserve"
 
     def __post_init__(self) -> None:
-        """Raises ConfigError if `dtype` or `quantization` is unknown."""
-        if self.quantization not in QUANTIZATIONS:
-            raise ConfigError(
-                f"model.quantization is {self.quantization!r}; "
-                f"it must be one of {list(QUANTIZATIONS)}"
-            )
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"model.dtype is {self.dtype!r}; it must be one of {list(DTYPES)}")
+        """Raises ConfigError if `dtype` or `quantization` is not of its enum."""
+        for name, kind in (("dtype", Dtype), ("quantization", Quantization)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise ConfigError(
+                    f"model.{name} is {value!r}; write jserve.checkpoints.config.{kind.__name__}"
+                    f".NAME, one of {', '.join(member.name for member in kind)}"
+                )
+
+    @property
+    def weights(self) -> str:
+        """The quantization's name, or the dtype's of plain weights."""
+        plain = self.quantization is Quantization.NONE
+        return self.dtype.value if plain else self.quantization.value

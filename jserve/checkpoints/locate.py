@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from jserve.checkpoints.config import ModelConfig, PypiFile, RandomWeights
+from jserve.checkpoints.config import ModelConfig, PypiFile, Quantization, RandomWeights
 from jserve.checkpoints.fetch import fetch
 from jserve.checkpoints.native_folder import FORMAT, is_native
 from jserve.checkpoints.tensor_source import Progress
@@ -42,8 +42,9 @@ def native_path(config: ModelConfig, source: Path) -> Path:
         identity = repr([(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats])
     key = hashlib.sha256(f"{FORMAT}:{identity}".encode()).hexdigest()[:16]
     name = source.stem if source.is_file() else source.name
-    kind = "" if config.quantization == "none" else f"-{config.quantization}"
-    return _cache_dir(config) / "models" / f"{name}-{config.dtype}{kind}-{key}"
+    plain = config.quantization is Quantization.NONE
+    kind = config.dtype.value + ("" if plain else f"-{config.quantization.value}")
+    return _cache_dir(config) / "models" / f"{name}-{kind}-{key}"
 
 
 def text_assets_of(config: ModelConfig, progress: Progress) -> TextAssets:

@@ -18,6 +18,7 @@ from typing import Any
 
 import xxhash
 
+from jserve.checkpoints.config import Dtype, Quantization
 from jserve.checkpoints.json_file import read_json
 from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec, RopeScaling, RopeScalingKind
@@ -34,8 +35,8 @@ _BLOCK_BYTES = 1 << 20
 class Manifest:
     """What a native folder says of itself."""
 
-    dtype: str
-    quantization: str  # of the weight matrices, see `model.config`
+    dtype: Dtype
+    quantization: Quantization
     source: str  # what it was made from, for people
     tensors: dict[str, tuple[int, ...]]  # shape of every parameter
     files: dict[str, tuple[int, str]]  # path in the folder: (bytes, digest)
@@ -56,8 +57,8 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         return Manifest(
-            dtype=str(stored["dtype"]),
-            quantization=str(stored.get("quantization", "none")),
+            dtype=Dtype(stored["dtype"]),
+            quantization=Quantization(stored.get("quantization", "none")),
             source=str(stored["source"]),
             tensors={name: tuple(shape) for name, shape in stored["tensors"].items()},
             files={
@@ -78,8 +79,8 @@ def weights_digest(folder: Path) -> str:
 
 def write_manifest(
     folder: Path,
-    dtype: str,
-    quantization: str,
+    dtype: Dtype,
+    quantization: Quantization,
     source: str,
     tensors: Mapping[str, tuple[int, ...]],
 ) -> None:
@@ -92,8 +93,8 @@ def write_manifest(
     }
     manifest = {
         "format": FORMAT,
-        "dtype": dtype,
-        "quantization": quantization,
+        "dtype": dtype.value,
+        "quantization": quantization.value,
         "source": source,
         "tensors": {name: list(shape) for name, shape in tensors.items()},
         "files": files,

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from jserve.checkpoints.config import Dtype, Quantization
 from jserve.checkpoints.progress import FileProgress
 from jserve.launch.console import Console
 from jserve.model.loading import convert as formats
@@ -15,8 +16,8 @@ def convert(source: str, folder: str, to: str, dtype: str, quantization: str) ->
         Path(source),
         Path(folder),
         formats.Format(to),
-        dtype=dtype,
-        quantization=quantization,
+        dtype=Dtype(dtype),
+        quantization=Quantization(quantization),
         progress=progress,
     )
     console.say(f"{folder} is complete; serve it with a config whose model.source is {folder!r}")

@@ -10,7 +10,7 @@ from typing import Any
 from absl import app, flags
 
 from jserve import config as config_lib
-from jserve.checkpoints.config import DTYPES, QUANTIZATIONS
+from jserve.checkpoints.config import Dtype, Quantization
 from jserve.config import ServeConfig
 from jserve.core import logs
 from jserve.core.errors import ConfigError, JserveError
@@ -43,9 +43,14 @@ _LEADER_ADDRESS = flags.DEFINE_string(
 _PROCESS = flags.DEFINE_integer(
     "process", None, "Which process of the engine a follower is, from 1.", lower_bound=1
 )
-_DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "convert: type of the parameters.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", [kind.value for kind in Dtype], "convert: type of the parameters."
+)
 _QUANTIZATION = flags.DEFINE_enum(
-    "quantization", "none", list(QUANTIZATIONS), "convert: of the weight matrices."
+    "quantization",
+    "none",
+    [kind.value for kind in Quantization],
+    "convert: of the weight matrices.",
 )
 _FORMAT = flags.DEFINE_enum(
     "format", "native", ["native", "huggingface"], "convert: what FOLDER will be."

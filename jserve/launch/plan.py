@@ -40,7 +40,7 @@ def plan(config: ServeConfig, architecture_file: str | None) -> int:
     console = Console()
     spec = _spec(config, architecture_file, console)
     mesh = abstract_mesh(**config.engine.mesh_axes)
-    dtype = jnp.dtype(config.model.dtype)
+    dtype = jnp.dtype(config.model.dtype.value)
     backend = backend_for(
         chip.platform.value,
         dtype,
@@ -71,9 +71,8 @@ def _show(console: Console, config: ServeConfig, fit: MemoryFit) -> None:
     assert need.largest is not None
     slots, longest = shape.batch.num_slots, shape.max_model_len
     free = chip.usable_bytes - fit.used_bytes
-    kind = config.model.quantization
     rows = {
-        "weights": f"{_gib(need.params)}  in {config.model.dtype if kind == 'none' else kind}",
+        "weights": f"{_gib(need.params)}  in {config.model.weights}",
         "slots": f"{_gib(need.slots)}  the state of {slots}",
         "temporaries": f"{_gib(need.temporaries)}  of {need.largest.name}, estimated",
         "programs": f"{_gib(need.code)}  their code, estimated",

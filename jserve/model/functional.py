@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Sharding
 from jaxtyping import Array, Float, Float32, Int
 
-from jserve.checkpoints.config import QUANTIZATIONS
+from jserve.checkpoints.config import Quantization
 from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
 from jserve.model.context import KV, StepContext
@@ -33,10 +33,10 @@ class Model:
         spec: ModelSpec,
         dtype: jnp.dtype,
         backend: Backend = Backend.CPU,
-        quantization: str = "none",
+        quantization: Quantization = Quantization.NONE,
         mesh: AnyMesh | None = None,
     ) -> None:
-        """`quantization` is one of `model.config.QUANTIZATIONS`. Raises ConfigError.
+        """Raises ConfigError for a family or quantization that is not supported.
 
         `mesh` is what the parameters are spread over, if it is more than one device. Experts are
         spread by it, quantized weights multiplied.
@@ -45,21 +45,18 @@ class Model:
             raise ConfigError(
                 f"model family {spec.family!r} is not supported; known: {sorted(FAMILIES)}"
             )
-        if quantization not in QUANTIZATIONS:
-            raise ConfigError(
-                f"quantization is {quantization!r}; it must be one of {list(QUANTIZATIONS)}"
-            )
         self.spec = spec
         self.dtype = jnp.dtype(dtype)
         self.backend = backend
         self.quantization = quantization
         self.mesh = mesh
         rules = axis_rules(spec, mesh) if mesh else {}
-        self._numerics = Numerics(self.dtype, backend, *QUANTIZATIONS[quantization], mesh, rules)
+        kinds = quantization.layers, quantization.head
+        self._numerics = Numerics(self.dtype, backend, *kinds, mesh, rules)
         try:
             module = CausalLM(spec, FAMILIES[spec.family], self._numerics)
         except ValueError as error:
-            raise ConfigError(f"model.quantization is {quantization!r}: {error}") from error
+            raise ConfigError(f"model.quantization is {quantization.value!r}: {error}") from error
         self._specs = param_specs(module)
         self._graph, state = nnx.split(module)
         self._paths = [path for path, _ in nnx.to_flat_state(state)]

@@ -11,6 +11,7 @@ import numpy as np
 
 from jserve.cache.kv_cache import KVCache
 from jserve.cache.layout import single_group
+from jserve.checkpoints.config import Quantization
 from jserve.core.model_spec import ModelSpec
 from jserve.core.request import FinishReason, Request, SequenceUpdate, TokenLogprobs
 from jserve.engine.build.assembly import Engine, build_engine
@@ -71,7 +72,7 @@ class Harness:
         config: EngineConfig = CONFIG,
         params: dict[str, jax.Array] | None = None,
         backend: Backend | None = None,
-        quantization: str = "none",
+        quantization: Quantization = Quantization.NONE,
         mesh_shape: tuple[int, int] = (1, 1),  # model × expert
         cache_folder: Path | None = None,  # of compiled programs, for engines that share them
     ) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jserve.checkpoints.config import Quantization
 from jserve.core.model_spec import ModelSpec
 from jserve.core.request import Request, SamplingParams
 from jserve.engine.config import KVDtype
@@ -25,8 +26,8 @@ SPARSE = dataclasses.replace(
 # Two sizes of mixed programs for one kind: rows of matmuls of codes depend on no number of rows in
 # the tests of kernels.
 KINDS = [
-    (SPARSE, "none", KVDtype.BFLOAT16, (8, 32)),
-    (SPEC, "int4", KVDtype.FLOAT8, (32,)),
+    (SPARSE, Quantization.NONE, KVDtype.BFLOAT16, (8, 32)),
+    (SPEC, Quantization.INT4, KVDtype.FLOAT8, (32,)),
 ]
 KIND_NAMES = ["experts, bfloat16 cache", "int4, 8-bit cache"]
 
@@ -37,7 +38,7 @@ KIND_NAMES = ["experts, bfloat16 cache", "int4, 8-bit cache"]
 )
 def test_company_changes_nothing(
     spec: ModelSpec,
-    quantization: str,
+    quantization: Quantization,
     kv_dtype: KVDtype,
     mixed_tokens: tuple[int, ...],
     backend: Backend,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jserve.checkpoints.config import ModelConfig, RandomWeights
+from jserve.checkpoints.config import ModelConfig, Quantization, RandomWeights
 from jserve.core.errors import ConfigError
 from jserve.core.request import Request, SamplingParams
 from jserve.engine.build.assembly import Engine
@@ -119,13 +119,13 @@ def test_more_devices_than_there_are_is_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "quantization", "experts", "message"),
     [
-        ({"q_heads": 9, "kv_heads": 9}, "none", 1, r"q_heads \(9\) .* 8 devices"),
-        ({}, "none", 2, "family llama has no experts"),
-        ({"ffn_dim": 128}, "int8", 1, r"does not divide its 4 over 8 devices"),
+        ({"q_heads": 9, "kv_heads": 9}, Quantization.NONE, 1, r"q_heads \(9\) .* 8 devices"),
+        ({}, Quantization.NONE, 2, "family llama has no experts"),
+        ({"ffn_dim": 128}, Quantization.INT8, 1, r"does not divide its 4 over 8 devices"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(
-    change: dict[str, int], quantization: str, experts: int, message: str
+    change: dict[str, int], quantization: Quantization, experts: int, message: str
 ) -> None:
     config = dataclasses.replace(CONFIG, tensor_parallel=8, expert_parallel=experts)
     source = RandomWeights(spec=dataclasses.replace(WIDE, **change))

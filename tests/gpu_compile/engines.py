@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jserve.checkpoints.config import Quantization
 from jserve.checkpoints.hf_config import spec_from_hf
 from jserve.checkpoints.json_file import read_json
 from jserve.core.step import Program as StepProgram
@@ -31,7 +32,7 @@ class Engine:
     """A model on one H200 with the sizes of `configs/llama31_8b.py:h200`."""
 
     architecture: str
-    quantization: str = "none"
+    quantization: Quantization = Quantization.NONE
     kv_dtype: KVDtype = KVDtype.BFLOAT16
     config: EngineConfig = dataclasses.field(
         default_factory=lambda: EngineConfig(
@@ -64,9 +65,9 @@ class Engine:
         page_bytes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages)]
         sizes = [leaf.size * leaf.dtype.itemsize for leaf in abstract_params(model, one).values()]
         watched = {size for size in (*page_bytes, *sizes) if size >= _LARGE_BYTES}
-        name = f"{self.architecture} {program.name}, weights {self.quantization}"
+        name = f"{self.architecture} {program.name}, weights {self.quantization.value}"
         launches = 2 * spec.layers  # attention and the combination of its splits
-        if self.quantization != "none":
+        if self.quantization is not Quantization.NONE:
             # The head, twice where prompts have logprobs; q, k and v, o, gate and up, down.
             heads = 2 if program.kind is ProgramKind.MIXED else 1
             launches += 4 * spec.layers + heads
@@ -89,8 +90,8 @@ class Engine:
             return lower_kv_scales(model, mesh, abstract_params(model, mesh))
 
         # Nothing reads what the last layer gives: only its q, k and v are multiplied.
-        launches = 4 * model.spec.layers - 3 if self.quantization != "none" else 0
-        name = f"{self.architecture} KV scales, weights {self.quantization}"
+        launches = 4 * model.spec.layers - 3 if self.quantization is not Quantization.NONE else 0
+        name = f"{self.architecture} KV scales, weights {self.quantization.value}"
         return Program(name, lower, launches)
 
     def _model(self, mesh: AnyMesh) -> Model:
@@ -98,7 +99,7 @@ class Engine:
         return Model(spec, jnp.dtype(jnp.bfloat16), Backend.GPU, self.quantization, mesh)
 
 
-_8_BITS = Engine("llama-3.1-8b", "fp8", KVDtype.FLOAT8)
+_8_BITS = Engine("llama-3.1-8b", Quantization.FP8, KVDtype.FLOAT8)
 PROGRAMS = (
     *Engine("llama-3.1-8b").programs(),
     *_8_BITS.programs(),

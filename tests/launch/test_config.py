@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jserve.checkpoints.config import Dtype, Quantization
 from jserve.config import ServeConfig, check_types, flatten, load, override
 from jserve.core.errors import ConfigError
 from jserve.core.logs import LogFormat
@@ -118,6 +119,21 @@ def test_load_applies_overrides_in_order() -> None:
     assert config.engine.num_slots == 6
     assert config.log.format is LogFormat.JSON
     assert load(TINY, ["gateway.api_keys=a,b"]).gateway.api_keys == ("a", "b")
+
+
+def test_states_are_set_by_value_and_named_in_files(tmp_path: Path) -> None:
+    model = load(TINY, ["model.quantization=int4", "model.dtype=bfloat16"]).model
+    assert (model.quantization, model.dtype) == (Quantization.INT4, Dtype.BFLOAT16)
+    with pytest.raises(ConfigError, match="one of none, int4, int8, int8_channel, fp8"):
+        load(TINY, ["model.quantization=int3"])
+    for field_, enum_ in (("quantization", "Quantization"), ("dtype", "Dtype")):
+        body = (
+            "from jserve.checkpoints.config import ModelConfig\n"
+            f"def get_config(): return ModelConfig(name='x', source='y', {field_}='int4')\n"
+        )
+        message = f"model.{field_} is 'int4'; write jserve.checkpoints.config.{enum_}.NAME, one of "
+        with pytest.raises(ConfigError, match=message):
+            load(_file(tmp_path, body))
 
 
 def test_a_source_of_several_types_can_be_set_to_a_path() -> None:

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec, SingleDeviceSharding
 
-from jserve.checkpoints.config import ModelConfig, check_platform
+from jserve.checkpoints.config import ModelConfig, Quantization, check_platform
 from jserve.checkpoints.gguf_file import GgufFile
 from jserve.checkpoints.locate import locate
 from jserve.config import load
@@ -44,8 +44,8 @@ SPEC = ModelSpec(
     rope_theta=1e4,
     qkv_bias=True,
 )
-BITS = {"int8": 8, "int4": 4}
-BY_CHANNEL = ("int8_channel", "fp8")
+BITS = {Quantization.INT8: 8, Quantization.INT4: 4}
+BY_CHANNEL = (Quantization.INT8_CHANNEL, Quantization.FP8)
 
 
 def no_progress(done: int, total: int) -> None:
@@ -82,7 +82,9 @@ def logits(model: Model, params: dict[str, jax.Array], tokens: np.ndarray) -> np
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("quantization", BITS)
-def test_only_activations_are_rounded(quantization: str, backend: Backend, tied: bool) -> None:
+def test_only_activations_are_rounded(
+    quantization: Quantization, backend: Backend, tied: bool
+) -> None:
     spec = dataclasses.replace(SPEC, tied_embeddings=tied)
     model = Model(spec, jnp.float32, backend, quantization)
     params = model.init(0)
@@ -101,14 +103,17 @@ def test_only_activations_are_rounded(quantization: str, backend: Backend, tied:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("quantization", BY_CHANNEL)
-def test_by_channel_no_activation_is_rounded(quantization: str, tied: bool) -> None:
+def test_by_channel_no_activation_is_rounded(quantization: Quantization, tied: bool) -> None:
     spec = dataclasses.replace(SPEC, tied_embeddings=tied)
     model = Model(spec, jnp.float32, Backend.CPU, quantization)
     params = model.init(0)
     kinds = {name: array.dtype for name, array in params.items() if name.endswith(".codes")}
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
     assert kinds[f"{head}.codes"] == jnp.int8
-    assert kinds["model.layers.1.mlp.up_proj.weight.codes"] == channels.CODES[quantization == "fp8"]
+    assert (
+        kinds["model.layers.1.mlp.up_proj.weight.codes"]
+        == channels.CODES[quantization is Quantization.FP8]
+    )
     tokens = np.random.default_rng(0).integers(0, spec.vocab, 24).astype(np.int32)
     exact = logits(Model(spec, jnp.float32), floats(params), tokens)
     np.testing.assert_allclose(logits(model, params, tokens), exact, rtol=0, atol=1e-4)
@@ -117,11 +122,11 @@ def test_by_channel_no_activation_is_rounded(quantization: str, tied: bool) -> N
 
 @pytest.mark.parametrize(
     ("quantization", "backend", "devices"),
-    [("fp8", Backend.CPU, 8), ("int8_channel", Backend.TPU, 2)],
+    [(Quantization.FP8, Backend.CPU, 8), (Quantization.INT8_CHANNEL, Backend.TPU, 2)],
     ids=["xla", "tpu kernel"],
 )
 def test_over_devices_it_is_the_same_model(
-    quantization: str, backend: Backend, devices: int
+    quantization: Quantization, backend: Backend, devices: int
 ) -> None:
     sizes: dict[str, int] = {"layers": 1, "model_dim": 128, "ffn_dim": 256, "q_heads": 8}
     spec = dataclasses.replace(SPEC, kv_heads=8, **sizes)
@@ -151,13 +156,13 @@ def test_the_layout_of_the_cpu_is_refused_elsewhere(platform: str) -> None:
     for quantization in BITS:
         with pytest.raises(ConfigError, match=f"a {platform}; choose int8_channel or fp8"):
             check_platform(quantization, platform)
-    for quantization in ("none", *BY_CHANNEL):
+    for quantization in (Quantization.NONE, *BY_CHANNEL):
         check_platform(quantization, platform)
         check_platform(quantization, "cpu")
 
 
 @pytest.mark.parametrize("quantization", [*BITS, *BY_CHANNEL])
-def test_from_file_to_arrays(quantization: str, tmp_path: Path) -> None:
+def test_from_file_to_arrays(quantization: Quantization, tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "llama.gguf", "llama", tiny_weights("llama"))
     config = ModelConfig(
         name="tiny",
@@ -175,7 +180,7 @@ def test_from_file_to_arrays(quantization: str, tmp_path: Path) -> None:
             continue
         found = floats({key: params[key] for key in (f"{name}.codes", f"{name}.scales")})[name]
         if quantization in BY_CHANNEL:
-            eight_bits = quantization == "int8_channel" or "embed_tokens" in name
+            eight_bits = quantization is Quantization.INT8_CHANNEL or "embed_tokens" in name
             relative = 0 if eight_bits else 2**-4
             bound = np.abs(weight).max() / 127 * (0.51 if eight_bits else 0.1)
             np.testing.assert_allclose(found, weight, rtol=relative, atol=bound)
@@ -183,8 +188,8 @@ def test_from_file_to_arrays(quantization: str, tmp_path: Path) -> None:
         codes = 2 ** (8 if "embed_tokens" in name else BITS[quantization]) - 1
         np.testing.assert_allclose(found, weight, rtol=0, atol=np.ptp(weight) / codes)
     assert prepared.folder is not None
-    plain = dataclasses.replace(config, source=str(prepared.folder), quantization="none")
-    with pytest.raises(ConfigError, match=f"holds '{quantization}' weights"):
+    plain = dataclasses.replace(config, source=str(prepared.folder), quantization=Quantization.NONE)
+    with pytest.raises(ConfigError, match=f"holds '{quantization.value}' weights"):
         prepare(plain, no_progress)
     with pytest.raises(ConfigError, match="convert the model that it was made from"):
         open_source(prepared.folder)
@@ -193,15 +198,15 @@ def test_from_file_to_arrays(quantization: str, tmp_path: Path) -> None:
 def test_convert(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "llama.gguf", "llama", tiny_weights("llama"))
     target = tmp_path / "native"
-    convert(source, target, Format.NATIVE, quantization="int8", progress=no_progress)
-    config = ModelConfig(name="tiny", source=str(target), quantization="int8")
+    convert(source, target, Format.NATIVE, quantization=Quantization.INT8, progress=no_progress)
+    config = ModelConfig(name="tiny", source=str(target), quantization=Quantization.INT8)
     assert prepare(config, no_progress).folder == target
     with pytest.raises(ConfigError, match="no huggingface form"):
         convert(
             source,
             tmp_path / "hf",
             Format.HUGGING_FACE,
-            quantization="int8",
+            quantization=Quantization.INT8,
             progress=no_progress,
         )
 
@@ -209,7 +214,7 @@ def test_convert(tmp_path: Path) -> None:
 def test_sizes_that_do_not_divide() -> None:
     spec = dataclasses.replace(SPEC, ffn_dim=100)
     with pytest.raises(ConfigError, match=r"quantization is 'int4'.*\(100, 64\)"):
-        Model(spec, jnp.float32, quantization="int4")
+        Model(spec, jnp.float32, quantization=Quantization.INT4)
 
 
 @pytest.mark.network

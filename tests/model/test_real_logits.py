@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jserve.checkpoints.config import Dtype
 from jserve.config import load
 from jserve.model.context import StepContext
 from jserve.model.functional import Model
@@ -45,7 +46,7 @@ class Runner:
 
     def __init__(self, config: str, backend: Backend) -> None:
         model_config = load(str(ROOT / "configs" / f"{config}.py")).model
-        assert model_config.dtype == "float32"
+        assert model_config.dtype is Dtype.FLOAT32
         prepared = prepare(model_config, lambda done, total: None)
         model = Model(prepared.spec, jnp.float32, backend)
         mesh = device_mesh(jax.devices()[:1], model=1)

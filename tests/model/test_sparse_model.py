@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec, SingleDeviceSharding
 from safetensors.numpy import load_file
 
+from jserve.checkpoints.config import Quantization
 from jserve.checkpoints.native_folder import read_spec
 from jserve.checkpoints.text_assets import byte_level_assets
 from jserve.core.errors import ConfigError
@@ -175,9 +176,11 @@ def test_sizes_that_do_not_divide_are_refused(change: dict[str, int], message: s
         axis_rules(dataclasses.replace(SPEC, **change), mesh)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
-def test_experts_are_not_quantized_so(quantization: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{quantization}': .* choose int8_channel or none"):
+@pytest.mark.parametrize("quantization", [Quantization.INT8, Quantization.INT4, Quantization.FP8])
+def test_experts_are_not_quantized_so(quantization: Quantization) -> None:
+    with pytest.raises(
+        ConfigError, match=f"'{quantization.value}': .* choose int8_channel or none"
+    ):
         Model(dataclasses.replace(SPEC, model_dim=64), jnp.float32, quantization=quantization)
 
 
@@ -204,7 +207,7 @@ def _logits(model: Model, params: dict[str, jax.Array]) -> np.ndarray:
 
 def test_experts_of_codes() -> None:
     """The same model on one device and on eight, and turned for TPUs."""
-    quantized = Model(SPEC, jnp.float32, quantization="int8_channel")
+    quantized = Model(SPEC, jnp.float32, quantization=Quantization.INT8_CHANNEL)
     params = quantized.init(3)
     name = "model.layers.1.mlp.experts.down_proj.weight"
     assert params[f"{name}.codes"].dtype == jnp.int8
@@ -213,13 +216,13 @@ def test_experts_of_codes() -> None:
     expected = _logits(Model(SPEC, jnp.float32), _dequantized(params))
     np.testing.assert_allclose(_logits(quantized, params), expected, rtol=0, atol=1e-4)
     mesh = device_mesh(jax.devices(), model=2, expert=4)
-    spread = Model(SPEC, jnp.float32, Backend.CPU, "int8_channel", mesh)
+    spread = Model(SPEC, jnp.float32, Backend.CPU, Quantization.INT8_CHANNEL, mesh)
     shardings = param_shardings(spread.param_specs(), SPEC, mesh)
     assert shardings[f"{name}.codes"].spec == PartitionSpec("expert", None, "model")
     assert shardings[f"{name}.scales"].spec == PartitionSpec("expert", None)
     found = _logits(spread, spread.init(3, shardings))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
-    turned = Model(SPEC, jnp.float32, Backend.TPU, "int8_channel").init(3)
+    turned = Model(SPEC, jnp.float32, Backend.TPU, Quantization.INT8_CHANNEL).init(3)
     np.testing.assert_array_equal(turned[f"{name}.codes"], params[f"{name}.codes"].swapaxes(1, 2))
 
 
@@ -231,9 +234,15 @@ def test_experts_of_codes_through_files(tmp_path: Path) -> None:
     convert(source, tmp_path / "floats", Format.NATIVE, progress=no_progress)
     for start in (source, tmp_path / "floats"):
         folder = tmp_path / f"{start.name}_codes"
-        convert(start, folder, Format.NATIVE, quantization="int8_channel", progress=no_progress)
+        convert(
+            start,
+            folder,
+            Format.NATIVE,
+            quantization=Quantization.INT8_CHANNEL,
+            progress=no_progress,
+        )
         for backend in (Backend.CPU, Backend.TPU):
-            model = Model(read_spec(folder), jnp.float32, backend, "int8_channel")
+            model = Model(read_spec(folder), jnp.float32, backend, Quantization.INT8_CHANNEL)
             specs = model.param_specs()
             here = dict.fromkeys(specs, SingleDeviceSharding(jax.devices()[0]))
             arrays = restore_native(folder, specs, here)

@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before JAX is imported; pytest's conftest does the
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     }
 
+from jserve.checkpoints.config import Quantization
 from jserve.checkpoints.hf_config import spec_from_hf
 from jserve.core.model_spec import ModelSpec
 from jserve.core.request import Request, SamplingParams
@@ -41,7 +42,7 @@ class Case:
     """One kind of model; `quantization` as in `ModelConfig`."""
 
     spec: ModelSpec
-    quantization: str = "none"
+    quantization: Quantization = Quantization.NONE
 
 
 def _spec(fixture: str, **changes: object) -> ModelSpec:
@@ -74,9 +75,9 @@ CASES_BY_NAME = {
     "mixtral": Case(_spec("mixtral", kv_heads=8)),
     "qwen3_moe": Case(_spec("qwen3_moe")),
     "qwen3_moe, dense layers": Case(_spec("qwen3_moe_dense_layers", kv_heads=4)),
-    "llama int8": Case(_spec("llama", model_dim=256, ffn_dim=256, head_dim=32), "int8"),
-    "llama int4": Case(_spec("llama", model_dim=256, ffn_dim=256, head_dim=32), "int4"),
-    "llama fp8": Case(_spec("llama"), "fp8"),
+    "llama int8": Case(_spec("llama", model_dim=256, ffn_dim=256, head_dim=32), Quantization.INT8),
+    "llama int4": Case(_spec("llama", model_dim=256, ffn_dim=256, head_dim=32), Quantization.INT4),
+    "llama fp8": Case(_spec("llama"), Quantization.FP8),
 }
 MESHES = ((2, 1), (4, 1), (8, 1))  # model × expert
 EXPERT_MESHES = (*MESHES, (1, 2), (1, 8), (2, 4))

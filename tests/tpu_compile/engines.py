@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from jserve.checkpoints.config import Quantization
 from jserve.checkpoints.hf_config import spec_from_hf
 from jserve.checkpoints.json_file import read_json
 from jserve.core.step import Program
@@ -56,7 +57,7 @@ class Engine:
     chips: int
     expert_parallel: int = 1
     generations: tuple[str, ...] = ("v5e", "v5p", "v6e")
-    quantization: str = "none"
+    quantization: Quantization = Quantization.NONE
     kv_dtype: KVDtype = KVDtype.BFLOAT16
     layers: int = 0
 
@@ -90,7 +91,13 @@ class Engine:
 ENGINES = (
     Engine("llama-3.1-8b", 4),
     Engine("llama-3.1-8b", 8),
-    Engine("llama-3.1-8b", 1, generations=("v6e",), quantization="fp8", kv_dtype=KVDtype.FLOAT8),
+    Engine(
+        "llama-3.1-8b",
+        1,
+        generations=("v6e",),
+        quantization=Quantization.FP8,
+        kv_dtype=KVDtype.FLOAT8,
+    ),
     Engine("llama-3.1-8b", 4, generations=("v5e",), kv_dtype=KVDtype.FLOAT8),
     Engine("qwen3-30b-a3b", 8, expert_parallel=8),
     Engine("gemma-3-4b", 1),

@@ -183,7 +183,7 @@ def _compiled(
 
 
 def _cache(folder: Path, model: Model, mesh: Mesh) -> ExecutableCache:
-    kind = (str(model.dtype), model.quantization)
+    kind = (str(model.dtype), model.quantization.value)
     sources = traced_sources(Path(jserve.__file__).parent)
     key = repr((model.spec, kind, code_digest(sources), machine_key()))
     return ExecutableCache(folder / "programs", key, list(mesh.devices.flat))

@@ -42,7 +42,7 @@ def start_engine(
     """
     spec = model_spec(model_config, on_files)
     mesh = _mesh(config)
-    dtype = jnp.dtype(model_config.dtype)
+    dtype = jnp.dtype(model_config.dtype.value)
     device = mesh.devices.flat[0]
     platform = device.platform
     check_platform(model_config.quantization, platform)
@@ -64,7 +64,7 @@ def start_engine(
             "of them in every step",
             name,
             shape,
-            model_config.quantization,
+            model_config.quantization.value,
             backend.value,
         )
     shardings = param_shardings(model.param_specs(), spec, mesh)
@@ -83,9 +83,7 @@ def start_engine(
         prepared = prepare(model_config, on_files)
         prepare_s = time.perf_counter() - started
         on_prepared()
-        kind = model_config.quantization
-        kind = model_config.dtype if kind == "none" else kind
-        on_phase("loading", f"{model_config.name} in {kind}")
+        on_phase("loading", f"{model_config.name} in {model_config.weights}")
         return load_params(prepared, model, shardings)
 
     def ready(program: CompiledProgram) -> None:

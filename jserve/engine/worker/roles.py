@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from jserve.checkpoints.config import Dtype, Quantization
 from jserve.checkpoints.progress import FileProgress
 from jserve.engine.build.assembly import Engine
 from jserve.engine.build.start import start_engine
@@ -97,11 +98,11 @@ def _mesh(job: EngineJob, engine: Engine) -> str:
 
 
 def _backend(job: EngineJob, engine: Engine) -> str:
-    parts = [engine.backend.value, job.model.dtype]
-    if job.model.quantization != "none":
-        parts.append(f"weights {job.model.quantization}")
+    parts = [engine.backend.value, job.model.dtype.value]
+    if job.model.quantization is not Quantization.NONE:
+        parts.append(f"weights {job.model.weights}")
     if engine.backend is Backend.CPU:
         parts[0] = "XLA's own code, without the native CPU kernels"
-        if (job.platform.backend, job.model.dtype) == (Platform.CPU, "bfloat16"):
+        if (job.platform.backend, job.model.dtype) == (Platform.CPU, Dtype.BFLOAT16):
             parts.append("bfloat16 matmuls in float32")
     return ", ".join(parts)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from jserve.checkpoints.config import DTYPES
+from jserve.checkpoints.config import Dtype, Quantization
 from jserve.checkpoints.tensor_source import Progress
 from jserve.core.errors import ConfigError
 from jserve.model.functional import Model
@@ -26,8 +26,8 @@ def convert(
     target: Path,
     to: Format,
     *,
-    dtype: str = "float32",
-    quantization: str = "none",
+    dtype: Dtype = Dtype.FLOAT32,
+    quantization: Quantization = Quantization.NONE,
     progress: Progress,
 ) -> None:
     """Writes the model in `source` (GGUF file, Hugging Face or native folder) to folder `target`.
@@ -35,15 +35,13 @@ def convert(
     All or nothing. Raises ConfigError naming file and tensor if the source is wrong, or the
     target exists.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}; it must be one of {list(DTYPES)}")
-    if quantization != "none" and to is not Format.NATIVE:
-        raise ConfigError(f"quantization {quantization} has no {to.value} form; use native")
+    if quantization is not Quantization.NONE and to is not Format.NATIVE:
+        raise ConfigError(f"quantization {quantization.value} has no {to.value} form; use native")
     if not source.exists():
         raise ConfigError(f"{source}: there is no such file or folder")
     if target.exists():
         raise ConfigError(f"{target}: exists already; choose another folder or delete it")
     tensors, spec, assets = open_source(source)
     write = write_native if to is Format.NATIVE else write_hf_folder
-    model = Model(spec, jnp.dtype(dtype), quantization=quantization)
+    model = Model(spec, jnp.dtype(dtype.value), quantization=quantization)
     write(target, model, tensors, assets, progress)

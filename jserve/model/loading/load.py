@@ -74,9 +74,10 @@ def prepare(config: ModelConfig, progress: Progress) -> PreparedModel:
         if isinstance(config.source, PypiFile):
             check_digest(source, config.source.sha256)
         to_native(source, folder, config, progress)
-    elif (held := read_manifest(folder).quantization) != config.quantization:
+    elif (stored := read_manifest(folder).quantization) is not config.quantization:
         raise ConfigError(
-            f"model.quantization is {config.quantization!r}, but {folder} holds {held!r} weights"
+            f"model.quantization is {config.quantization.value!r}, but {folder} holds "
+            f"{stored.value!r} weights"
         )
     return PreparedModel(read_spec(folder), folder)
 
@@ -93,7 +94,7 @@ def load_params(
 def to_native(source: Path, folder: Path, config: ModelConfig, progress: Progress) -> None:
     """Converts a GGUF file or a Hugging Face folder to a native folder, all or nothing."""
     tensors, spec, assets = open_source(source)
-    model = Model(spec, jnp.dtype(config.dtype), quantization=config.quantization)
+    model = Model(spec, jnp.dtype(config.dtype.value), quantization=config.quantization)
     write_native(folder, model, tensors, assets, progress)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from jserve.checkpoints.config import Dtype
 from jserve.checkpoints.native_folder import (
     PARAMS,
     is_native,
@@ -74,7 +75,7 @@ def write_native(
         write_spec(temporary, model.spec)
         save_text_assets(temporary, assets)
         shapes = {name: spec.shape for name, spec in specs.items()}
-        kind = (model.dtype.name, model.quantization)
+        kind = (Dtype(model.dtype.name), model.quantization)
         write_manifest(temporary, *kind, str(source.path), shapes)
         _move(temporary, folder)
     except OSError as error:
@@ -103,7 +104,7 @@ def restore_native(
             f"{folder}: tensors differ from those of the model: {', '.join(differing[:12])}"
         )
     verify(folder, manifest)
-    stored_bytes = {name: _stored_bytes(spec, manifest.dtype) for name, spec in specs.items()}
+    stored_bytes = {name: _stored_bytes(spec, manifest.dtype.value) for name, spec in specs.items()}
     large = [name for name, num_bytes in stored_bytes.items() if num_bytes > READ_AHEAD_BYTES]
     small = [name for name in specs if name not in set(large)]
     restored: dict[str, jax.Array] = {}

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import tensorstore as ts
 
+from jserve.checkpoints.config import Quantization
 from jserve.checkpoints.native_folder import PARAMS, read_manifest, verify
 from jserve.checkpoints.tensor_source import TensorInfo
 from jserve.core.errors import ConfigError
@@ -17,14 +18,15 @@ class NativeSource:
         """Raises ConfigError if a file differs from its digest, or weights are quantized."""
         self.path = folder
         manifest = read_manifest(folder)
-        if manifest.quantization != "none":
+        if manifest.quantization is not Quantization.NONE:
             raise ConfigError(
-                f"{folder}: holds {manifest.quantization} weights; convert the model that it was "
-                f"made from ({manifest.source})"
+                f"{folder}: holds {manifest.quantization.value} weights; convert the model "
+                f"that it was made from ({manifest.source})"
             )
         verify(folder, manifest)
         self._infos = {
-            name: TensorInfo(shape, manifest.dtype) for name, shape in manifest.tensors.items()
+            name: TensorInfo(shape, manifest.dtype.value)
+            for name, shape in manifest.tensors.items()
         }
         self._open: dict[str, ts.TensorStore] = {}
 

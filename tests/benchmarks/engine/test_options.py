@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks.engine import options
+from jserve.checkpoints.config import Dtype
 from jserve.core.errors import ConfigError
 
 
@@ -16,7 +17,7 @@ def test_a_named_model_takes_settings():
     )
     serve = options.serve_config(arguments)
     assert (serve.model.dtype, serve.engine.kv_bytes, serve.engine.num_slots) == (
-        "bfloat16",
+        Dtype.BFLOAT16,
         9,
         128,
     )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jserve.checkpoints.config import ModelConfig
+from jserve.checkpoints.config import ModelConfig, Quantization
 from jserve.engine.group.processes import free_port
 from jserve.model.functional import Model
 from jserve.model.loading.load import load_params, prepare
@@ -21,7 +21,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jserve.engine.group.processes import (
     engine_devices, join_processes, leave_processes, least_of_all
 )
-from jserve.checkpoints.config import ModelConfig
+from jserve.checkpoints.config import ModelConfig, Quantization
 from jserve.model.loading.load import load_params, prepare
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh, param_shardings
@@ -40,7 +40,7 @@ mesh = device_mesh(devices, model=4, expert=1)
 shardings = param_shardings(model.param_specs(), prepared.spec, mesh)
 whole = np.load(expected)
 loaded = load_params(prepared, model, shardings)
-quantized = Model(prepared.spec, jnp.dtype(jnp.float32), quantization="int8_channel")
+quantized = Model(prepared.spec, jnp.dtype(jnp.float32), quantization=Quantization.INT8_CHANNEL)
 coded = quantized.init(3, param_shardings(quantized.param_specs(), prepared.spec, mesh))
 for kind, params in (("loaded", loaded), ("coded", coded)):
     for name, array in params.items():
@@ -61,7 +61,7 @@ def test_each_process_holds_its_share_of_the_model(tmp_path: Path) -> None:
     mesh = device_mesh(jax.devices()[:1], model=1, expert=1)
     whole: dict[str, np.ndarray] = {}
     for kind in ("loaded", "coded"):
-        quantization = "int8_channel" if kind == "coded" else "none"
+        quantization = Quantization.INT8_CHANNEL if kind == "coded" else Quantization.NONE
         model = Model(prepared.spec, jnp.dtype(jnp.float32), quantization=quantization)
         shardings = param_shardings(model.param_specs(), prepared.spec, mesh)
         if kind == "loaded":

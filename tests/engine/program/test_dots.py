@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jserve.checkpoints.config import Quantization
 from jserve.core.model_spec import ModelSpec
 from jserve.core.step import ProgramKind
 from jserve.engine.build.sizing import abstract_params, abstract_state, shape_engine
@@ -26,13 +27,15 @@ SPARSE = dataclasses.replace(
 @pytest.mark.parametrize(
     ("spec", "quantization", "kv_dtype"),
     [
-        (TINY, "none", KVDtype.BFLOAT16),
-        (TINY, "fp8", KVDtype.FLOAT8),
-        (SPARSE, "none", KVDtype.BFLOAT16),
-        (SPARSE, "int8_channel", KVDtype.BFLOAT16),
+        (TINY, Quantization.NONE, KVDtype.BFLOAT16),
+        (TINY, Quantization.FP8, KVDtype.FLOAT8),
+        (SPARSE, Quantization.NONE, KVDtype.BFLOAT16),
+        (SPARSE, Quantization.INT8_CHANNEL, KVDtype.BFLOAT16),
     ],
 )
-def test_programs_multiply_float32(spec: ModelSpec, quantization: str, kv_dtype: KVDtype) -> None:
+def test_programs_multiply_float32(
+    spec: ModelSpec, quantization: Quantization, kv_dtype: KVDtype
+) -> None:
     mesh = device_mesh(jax.devices()[:1], model=1)
     model = Model(spec, jnp.dtype(jnp.bfloat16), Backend.CPU, quantization, mesh)
     config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype, mixed_tokens=(32,))
@@ -42,7 +45,10 @@ def test_programs_multiply_float32(spec: ModelSpec, quantization: str, kv_dtype:
         lowered = lower_step(model, mesh, program, shape.batch, params, state)
         # Compiling takes long: once, of the program that has every op. Each op is compiled alone
         # in the tests of kernels.
-        compiles = (spec, quantization) == (SPARSE, "none") and program.kind is ProgramKind.MIXED
+        compiles = (spec, quantization) == (
+            SPARSE,
+            Quantization.NONE,
+        ) and program.kind is ProgramKind.MIXED
         assert not narrow_dots(lowered, compile=compiles)
     if kv_dtype is KVDtype.FLOAT8:
         assert not narrow_dots(lower_kv_scales(model, mesh, params), compile=False)

@@ -58,7 +58,7 @@ def test_a_new_file_is_another_key(copy: Path) -> None:
 def test_all_that_is_traced_is_digested() -> None:
     """Every line of jserve that left an operation in a program is in a room with a digest."""
     mesh = device_mesh(jax.devices()[:1], model=1, expert=1)
-    model = Model(TINY, jnp.float32, Backend.CPU, "none", mesh)
+    model = Model(TINY, jnp.float32, Backend.CPU, mesh=mesh)
     params, shape = abstract_params(model, mesh), least_shape(model, mesh, CONFIG)
     state = abstract_state(model, mesh, shape)
     programs = {program.kind: program for program in CONFIG.programs()}

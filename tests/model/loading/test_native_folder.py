@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
-from jserve.checkpoints.config import ModelConfig, RandomWeights
+from jserve.checkpoints.config import Dtype, ModelConfig, RandomWeights
 from jserve.checkpoints.hf_config import spec_from_hf
 from jserve.checkpoints.native_folder import read_manifest, read_spec
 from jserve.checkpoints.text_assets import byte_level_assets
@@ -102,12 +102,12 @@ def test_shards_on_eight_devices(tmp_path: Path) -> None:
 def test_dtypes(tmp_path: Path) -> None:
     config = gguf_config(tmp_path)
     half = ModelConfig(
-        name="tiny", source=config.source, cache_dir=config.cache_dir, dtype="bfloat16"
+        name="tiny", source=config.source, cache_dir=config.cache_dir, dtype=Dtype.BFLOAT16
     )
     prepared = prepare(half, no_progress)
     assert prepared.folder != prepare(config, no_progress).folder
     assert prepared.folder is not None
-    assert read_manifest(prepared.folder).dtype == "bfloat16"
+    assert read_manifest(prepared.folder).dtype is Dtype.BFLOAT16
     for dtype in (jnp.bfloat16, jnp.float32):
         model = Model(prepared.spec, jnp.dtype(dtype))
         params = load_params(prepared, model, one_device(model))
