@@ -80,7 +80,7 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
         local_rope_theta=(
             keys.number("rope.freq_base_swa", GEMMA3_LOCAL_ROPE_THETA)
             if file.arch == "gemma3"
-            else 0.0
+            else None
         ),
         query_scale=_query_scale(file.arch, layers, model_dim, q_heads, head_dim),
         **experts,
@@ -160,9 +160,11 @@ def _experts(keys: _Keys) -> dict[str, Any]:
     }
 
 
-def _query_scale(arch: str, layers: int, model_dim: int, q_heads: int, head_dim: int) -> float:
+def _query_scale(
+    arch: str, layers: int, model_dim: int, q_heads: int, head_dim: int
+) -> float | None:
     if arch != "gemma3":
-        return 0.0
+        return None
     return (model_dim // q_heads if layers == GEMMA3_27B_LAYERS else head_dim) ** -0.5
 
 

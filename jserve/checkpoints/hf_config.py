@@ -186,19 +186,19 @@ def _local_layers(
 
 def _rope(
     config: Config, defaults: _Defaults, max_position: int
-) -> tuple[float, RopeScaling | None, float]:
-    """Theta and scaling of the global layers, theta of the local ones (0: the same)."""
+) -> tuple[float, RopeScaling | None, float | None]:
+    """Theta and scaling of the global layers, theta of the local ones (None: the same)."""
     new, old = config.get("rope_parameters"), config.get("rope_scaling")
     theta = _number(config, "rope_theta", defaults.rope_theta)
     if defaults.family == "gemma3":
         return _gemma3_rope(config, theta, max_position)
     rope = _rope_dict("rope_scaling", old) or _rope_dict("rope_parameters", new)
-    return _number(rope, "rope_theta", theta), _scaling(rope, config, max_position), 0.0
+    return _number(rope, "rope_theta", theta), _scaling(rope, config, max_position), None
 
 
 def _gemma3_rope(
     config: Config, theta: float, max_position: int
-) -> tuple[float, RopeScaling | None, float]:
+) -> tuple[float, RopeScaling | None, float | None]:
     new = _rope_dict("rope_parameters", config.get("rope_parameters"))
     kinds = ("full_attention", "sliding_attention")
     if not set(new) <= set(kinds):
@@ -250,9 +250,9 @@ def _rope_dict(key: str, value: Any) -> Config:
     return value
 
 
-def _query_scale(config: Config, defaults: _Defaults) -> float:
+def _query_scale(config: Config, defaults: _Defaults) -> float | None:
     if defaults.family != "gemma3":
-        return 0.0
+        return None
     return _number(config, "query_pre_attn_scalar", 256.0) ** -0.5
 
 

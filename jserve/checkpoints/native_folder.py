@@ -146,6 +146,8 @@ def read_spec(folder: Path) -> ModelSpec:
             stored["rope_scaling"] = RopeScaling(**{**scaling, "kind": kind})
         for name in ("local_layers", "sparse_layers", "eos_token_ids"):
             stored[name] = tuple(stored.get(name, ()))
+        for name in ("local_rope_theta", "query_scale"):
+            stored[name] = stored.get(name) or None  # 0 in folders of earlier versions
         return ModelSpec(**stored)
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: is corrupt: {error}; convert the model again") from error

@@ -48,8 +48,8 @@ class ModelSpec:
     ffn_bias: bool = False  # llama's mlp_bias
     sliding_window: int = 0  # tokens a local layer sees, itself included; 0: no local layers
     local_layers: tuple[bool, ...] = ()  # which layers are local; empty: all of them if windowed
-    local_rope_theta: float = 0.0  # gemma3's local layers; 0: rope_theta
-    query_scale: float = 0.0  # multiplies q·k; 0: head_dim ** -0.5
+    local_rope_theta: float | None = None  # gemma3's local layers; None: rope_theta
+    query_scale: float | None = None  # multiplies q·k; None: head_dim ** -0.5
     experts: int = 0  # of a sparse layer; 0: every layer is dense
     experts_per_token: int = 0  # that a token is sent to
     expert_ffn_dim: int = 0  # of one expert; ffn_dim is that of dense layers
@@ -123,4 +123,6 @@ class ModelSpec:
     @property
     def attention_scale(self) -> float:
         """The factor on q·k."""
-        return self.query_scale or 1.0 / math.sqrt(self.head_dim)
+        if self.query_scale is None:
+            return 1.0 / math.sqrt(self.head_dim)
+        return self.query_scale

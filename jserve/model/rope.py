@@ -70,7 +70,7 @@ class Rope:
 
 def rope_of(spec: ModelSpec, layer: int) -> Rope:
     """The kind of rotary embedding that a layer uses."""
-    if spec.is_local(layer) and spec.local_rope_theta:
+    if spec.is_local(layer) and spec.local_rope_theta is not None:
         return Rope(spec.head_dim, spec.local_rope_theta)
     return Rope(spec.head_dim, spec.rope_theta, spec.rope_scaling)
 

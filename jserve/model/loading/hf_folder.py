@@ -92,9 +92,10 @@ def hf_config_of(spec: ModelSpec) -> dict[str, Any]:
     if spec.rope_scaling is not None:
         config["rope_scaling"] = _rope_scaling(spec.rope_scaling)
     if spec.family == "gemma3":
-        scale = spec.query_scale or spec.head_dim**-0.5
-        config["query_pre_attn_scalar"] = round(scale**-2)  # transformers wants an integer
-        config["rope_local_base_freq"] = spec.local_rope_theta
+        # transformers wants an integer
+        config["query_pre_attn_scalar"] = round(spec.attention_scale**-2)
+        if spec.local_rope_theta is not None:
+            config["rope_local_base_freq"] = spec.local_rope_theta
         config["hidden_activation"] = "gelu_pytorch_tanh"
     else:
         config["hidden_act"] = "silu"

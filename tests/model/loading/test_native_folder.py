@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from jserve.checkpoints.config import Dtype, ModelConfig, RandomWeights
 from jserve.checkpoints.hf_config import spec_from_hf
-from jserve.checkpoints.native_folder import read_manifest, read_spec
+from jserve.checkpoints.native_folder import read_manifest, read_spec, write_spec
 from jserve.checkpoints.text_assets import byte_level_assets
 from jserve.core.errors import ConfigError
 from jserve.model.functional import Model
@@ -164,6 +164,16 @@ def test_missing_and_truncated_files_are_all_named(tmp_path: Path) -> None:
     assert f"{cut} has " in str(raised.value)
     assert f"{gone} is missing" in str(raised.value)
     assert "Delete the folder" in str(raised.value)
+
+
+def test_a_derived_value_of_an_earlier_version_is_still_derived(tmp_path: Path) -> None:
+    spec = spec_from_hf(json.loads((FIXTURES / "llama" / "config.json").read_text()))
+    assert spec.query_scale is None
+    write_spec(tmp_path, spec)
+    path = tmp_path / "spec.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"query_scale": 0.0, "local_rope_theta": 0.0}))
+    assert read_spec(tmp_path) == spec
 
 
 def test_spec_and_manifest_are_verified_too(tmp_path: Path) -> None:
