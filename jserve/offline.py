@@ -12,7 +12,7 @@ from typing import Any, TypeVar, Unpack
 import jax
 from tqdm import tqdm
 
-from jserve.checkpoints.locate import text_assets_of
+from jserve.checkpoints.locate import text_assets_from_config
 from jserve.checkpoints.tensor_source import Progress
 from jserve.config import ServeConfig
 from jserve.core.clock import WallClock
@@ -176,7 +176,7 @@ class LLM:
         engine = start_engine(
             config.model, config.engine, config.scheduler, on_files=on_files, on_phase=on_phase
         )
-        self.text = TextModel.of(text_assets_of(config.model, on_files), config.gateway)
+        self.text = TextModel.of(text_assets_from_config(config.model, on_files), config.gateway)
         self.info = engine.info
         self._engine = InProcessEngine(engine, open_step_log(config.engine))
         self._plane = Generator(

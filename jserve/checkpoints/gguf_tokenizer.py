@@ -79,7 +79,7 @@ def adds_bos(header: GgufHeader) -> bool:
         return bool(stated)
     if header.metadata.get("tokenizer.ggml.model") == "llama":
         return True
-    return _split_of(header).add_bos
+    return _split_from_header(header).add_bos
 
 
 def end_token_ids(header: GgufHeader) -> tuple[int, ...]:
@@ -153,7 +153,7 @@ def _per_token(header: GgufHeader, key: str, count: int) -> np.ndarray:
     return values[:count]
 
 
-def _split_of(header: GgufHeader) -> _Split:
+def _split_from_header(header: GgufHeader) -> _Split:
     name = header.metadata.get("tokenizer.ggml.pre")
     if name not in _SPLITS:
         raise ConfigError(
@@ -164,7 +164,7 @@ def _split_of(header: GgufHeader) -> _Split:
 
 
 def _byte_level(header: GgufHeader, vocab: dict[str, int]) -> dict[str, Any]:
-    split = _split_of(header)
+    split = _split_from_header(header)
     merges = header.metadata.get("tokenizer.ggml.merges")
     if not isinstance(merges, list):
         raise ConfigError(f"{header.path}: tokenizer.ggml.merges is missing")

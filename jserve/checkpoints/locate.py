@@ -47,7 +47,7 @@ def native_path(config: ModelConfig, source: Path) -> Path:
     return _cache_dir(config) / "models" / f"{name}-{kind}-{key}"
 
 
-def text_assets_of(config: ModelConfig, progress: Progress) -> TextAssets:
+def text_assets_from_config(config: ModelConfig, progress: Progress) -> TextAssets:
     """The text side of a configured model, from its native form if there is one."""
     source = locate(config, progress)
     if source is None:

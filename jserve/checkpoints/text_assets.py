@@ -148,7 +148,7 @@ def _from_gguf(header: GgufHeader) -> TextAssets:
 
 
 def _from_folder(folder: Path) -> TextAssets:
-    tokenizer = _tokenizer_of(folder)
+    tokenizer = _read_tokenizer(folder)
     config = _optional_json(folder / TOKENIZER_CONFIG)
     generation = _optional_json(folder / GENERATION_CONFIG)
     special = {
@@ -176,7 +176,7 @@ def _from_folder(folder: Path) -> TextAssets:
     )
 
 
-def _tokenizer_of(folder: Path) -> str:
+def _read_tokenizer(folder: Path) -> str:
     try:
         return (folder / TOKENIZER).read_bytes().decode()
     except FileNotFoundError:

@@ -12,9 +12,9 @@ from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
 from jserve.model.context import KV, LayerContext, StepContext
 from jserve.model.layers import Embedding, Linear, RMSNorm
-from jserve.model.matrix import products
 from jserve.model.numerics import Numerics
-from jserve.model.rope import rope_of
+from jserve.model.rope import rope_for_layer
+from jserve.model.weights import matmul_weights
 
 
 class Layer(Protocol):
@@ -68,7 +68,7 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(tokens)
         if self.embedding_scale is not None:
             x = x * jnp.asarray(self.embedding_scale, x.dtype)
-        kinds = [rope_of(self.spec, i) for i in range(self.spec.layers)]
+        kinds = [rope_for_layer(self.spec, i) for i in range(self.spec.layers)]
         ropes = {kind: kind.tables(positions) for kind in dict.fromkeys(kinds)}
         pages = list(kv)
         for i, layer in enumerate(self.layers):
@@ -90,7 +90,7 @@ class CausalLM(nnx.Module):
     ) -> Float32[Array, "rows vocab"]:
         """Logits of the next token, in float32."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return products(hidden, [head.weight], self.numerics, num_rows)[0]
+        return matmul_weights(hidden, [head.weight], self.numerics, num_rows)[0]
 
 
 def _factory(spec: ModelSpec, family: Family, layer: int) -> LayerFactory:

@@ -13,11 +13,11 @@ from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
 from jserve.model.context import KV, StepContext
 from jserve.model.decoder import CausalLM
-from jserve.model.matrix import weights_without_kernel
 from jserve.model.numerics import Numerics
 from jserve.model.params import ParamSpec, init_params, param_specs
 from jserve.model.registry import FAMILIES
 from jserve.model.sharding import AnyMesh, axis_rules
+from jserve.model.weights import unaccelerated_weights
 from jserve.pallas_kernels.backend import Backend
 
 
@@ -65,9 +65,9 @@ class Model:
         """Every parameter by name."""
         return dict(self._specs)
 
-    def weights_without_kernel(self) -> dict[str, tuple[int, int]]:
+    def unaccelerated_weights(self) -> dict[str, tuple[int, int]]:
         """Quantized weights that are made floats in every step, and their shapes on a device."""
-        return weights_without_kernel(self._specs, self._numerics)
+        return unaccelerated_weights(self._specs, self._numerics)
 
     def init(
         self, seed: int, shardings: Mapping[str, Sharding] | None = None

@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 from jserve.checkpoints.config import WeightKind
 from jserve.core.model_spec import ModelSpec
 from jserve.model.context import KV, LayerContext, StepContext
-from jserve.model.matrix import lookup, matrix, products
 from jserve.model.numerics import Numerics
 from jserve.model.params import param
+from jserve.model.weights import lookup, matmul_weights, matrix
 from jserve.pallas_kernels.gated_activation.activation import Activation
 from jserve.pallas_kernels.gated_activation.dispatch import gated_activation
 from jserve.pallas_kernels.rms_norm.dispatch import rms_norm
@@ -54,7 +54,7 @@ def project(
 ) -> tuple[Float[Array, "tokens _"], ...]:
     """The outputs of several linear layers for the same input, as one op."""
     weights = [linear.weight for linear in linears]
-    ys = products(x, weights, linears[0].numerics, context.num_tokens)
+    ys = matmul_weights(x, weights, linears[0].numerics, context.num_tokens)
     return tuple(linear.biased(y) for linear, y in zip(linears, ys, strict=True))
 
 

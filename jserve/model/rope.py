@@ -68,7 +68,7 @@ class Rope:
         return jnp.asarray(self.frequencies())[None, :] * shrink
 
 
-def rope_of(spec: ModelSpec, layer: int) -> Rope:
+def rope_for_layer(spec: ModelSpec, layer: int) -> Rope:
     """The kind of rotary embedding that a layer uses."""
     if spec.is_local(layer) and spec.local_rope_theta is not None:
         return Rope(spec.head_dim, spec.local_rope_theta)

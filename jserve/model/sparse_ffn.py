@@ -18,9 +18,9 @@ from jserve.checkpoints.config import WeightKind
 from jserve.core.model_spec import ModelSpec
 from jserve.model.context import StepContext
 from jserve.model.layers import Linear
-from jserve.model.matrix import grouped_products, matrices, products
 from jserve.model.numerics import Numerics
 from jserve.model.sharding import AnyMesh, named_sharding
+from jserve.model.weights import matmul_expert_weights, matmul_weights, matrices
 from jserve.pallas_kernels.gated_activation.activation import Activation
 from jserve.pallas_kernels.gated_activation.dispatch import gated_activation
 
@@ -80,7 +80,7 @@ class SparseFfn(nnx.Module):
         self, x: Float[Array, "tokens model_dim"], num_tokens: jax.Array | None
     ) -> tuple[Float32[Array, "tokens chosen"], Int[Array, "tokens chosen"]]:
         """The best experts of each token, the best first, and their weights."""
-        (logits,) = products(x, [self.gate.weight], self.numerics, num_tokens)
+        (logits,) = matmul_weights(x, [self.gate.weight], self.numerics, num_tokens)
         # As if chosen by a softmax's shares, which have the same order. Its maximum is that of
         # the choice: fused with a reduction, exponentials would depend on the number of tokens.
         best, chosen = lax.top_k(logits, self.spec.experts_per_token)
@@ -106,7 +106,7 @@ class Experts(nnx.Module):
         self, x: Float[Array, "rows model_dim"], group_sizes: Int[Array, " experts"]
     ) -> Float32[Array, "rows model_dim"]:
         """The outputs of rows that are grouped by expert."""
-        gate, up = self._products(x, group_sizes, self.names.gate, self.names.up)
+        gate, up = self._matmul(x, group_sizes, self.names.gate, self.names.up)
         gated = gated_activation(
             gate.astype(self.numerics.dtype),
             up.astype(self.numerics.dtype),
@@ -114,11 +114,11 @@ class Experts(nnx.Module):
             num_tokens=jnp.sum(group_sizes),
             backend=self.numerics.backend,
         )
-        return self._products(gated, group_sizes, self.names.down)[0]
+        return self._matmul(gated, group_sizes, self.names.down)[0]
 
-    def _products(self, x: jax.Array, sizes: jax.Array, *names: str) -> tuple[jax.Array, ...]:
+    def _matmul(self, x: jax.Array, sizes: jax.Array, *names: str) -> tuple[jax.Array, ...]:
         owners: list[Any] = [getattr(self, name) for name in names]
-        return grouped_products(x, [owner.weight for owner in owners], sizes, self.numerics)
+        return matmul_expert_weights(x, [owner.weight for owner in owners], sizes, self.numerics)
 
 
 class ExpertWeights(nnx.Module):

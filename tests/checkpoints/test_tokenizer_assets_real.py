@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from jserve.checkpoints.locate import text_assets_of
+from jserve.checkpoints.locate import text_assets_from_config
 from jserve.config import load
 
 ROOT = Path(".")
@@ -30,7 +30,7 @@ def read(name: str):
 )
 def test_every_text_is_cut_as_llama_cpp_does(config: str, differing: list[str]) -> None:
     model = load(str(ROOT / "configs" / f"{config}.py")).model
-    assets = text_assets_of(model, lambda done, total: None)
+    assets = text_assets_from_config(model, lambda done, total: None)
     ours = Tokenizer.from_str(assets.tokenizer_json)
     texts, theirs = read("texts"), read(config)
     assert len(texts) >= 500
@@ -46,8 +46,10 @@ def test_every_text_is_cut_as_llama_cpp_does(config: str, differing: list[str]) 
 
 @pytest.mark.network
 def test_ends_and_habits_of_the_real_models() -> None:
-    smollm2 = text_assets_of(load(str(ROOT / "configs/smollm2_135m.py")).model, lambda *_: None)
+    smollm2, gemma = (
+        text_assets_from_config(load(str(ROOT / f"configs/{name}.py")).model, lambda *_: None)
+        for name in ("smollm2_135m", "gemma3_270m")
+    )
     assert (smollm2.add_bos, smollm2.bos_token_id, smollm2.eos_token_ids) == (False, 1, (2, 0))
-    gemma = text_assets_of(load(str(ROOT / "configs/gemma3_270m.py")).model, lambda *_: None)
     assert (gemma.add_bos, gemma.bos_token_id, gemma.eos_token_ids) == (True, 2, (1, 106))
     assert gemma.chat_template is None  # a base model

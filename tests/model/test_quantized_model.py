@@ -97,7 +97,7 @@ def test_only_activations_are_rounded(
     tokens = np.random.default_rng(0).integers(0, spec.vocab, 24).astype(np.int32)
     exact = logits(Model(spec, jnp.float32), floats(params), tokens)
     found = logits(model, params, tokens)
-    # Eight bits a group of 32: half a percent of noise in each of some dozen products.
+    # Eight bits a group of 32: half a percent of noise in each of some dozen matmuls.
     assert np.std(found - exact) < 0.03 * np.std(exact)
 
 
@@ -117,7 +117,7 @@ def test_by_channel_no_activation_is_rounded(quantization: Quantization, tied: b
     tokens = np.random.default_rng(0).integers(0, spec.vocab, 24).astype(np.int32)
     exact = logits(Model(spec, jnp.float32), floats(params), tokens)
     np.testing.assert_allclose(logits(model, params, tokens), exact, rtol=0, atol=1e-4)
-    assert set(model.weights_without_kernel()) == {name.removesuffix(".codes") for name in kinds}
+    assert set(model.unaccelerated_weights()) == {name.removesuffix(".codes") for name in kinds}
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_over_devices_it_is_the_same_model(
     ):
         assert shardings[f"{layer}{name}.weight.codes"].spec == PartitionSpec(*codes)
         assert shardings[f"{layer}{name}.weight.scales"].spec == PartitionSpec(*scales)
-    assert bool(model.weights_without_kernel()) == (backend is Backend.CPU)
+    assert bool(model.unaccelerated_weights()) == (backend is Backend.CPU)
     tokens = np.random.default_rng(0).integers(0, spec.vocab, 24).astype(np.int32)
     alone = Model(spec, jnp.float32, Backend.CPU, quantization)
     expected = logits(alone, alone.init(1), tokens)

@@ -21,7 +21,7 @@ from jserve.core.model_spec import ModelSpec
 from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.model.loading.convert import Format, convert
-from jserve.model.loading.hf_folder import hf_config_of
+from jserve.model.loading.hf_folder import hf_config_from_spec
 from jserve.model.loading.native import restore_native
 from jserve.model.sharding import axis_rules, device_mesh, param_shardings
 from jserve.pallas_kernels.backend import Backend
@@ -127,8 +127,8 @@ def test_any_layout_is_the_same_model() -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_experts_are_turned_for_tpus(tmp_path: Path) -> None:
-    """Split as they are named, on the way through a native folder and in products."""
+def test_experts_are_transposed_for_tpus(tmp_path: Path) -> None:
+    """Split as they are named, on the way through a native folder and in matmuls."""
     sizes: dict[str, int] = {"vocab": 256, "layers": 1, "ffn_dim": 32}
     spec = dataclasses.replace(
         SPEC, family="mixtral", sparse_layers=(), weights_sum_to_one=True, **sizes
@@ -139,15 +139,15 @@ def test_experts_are_turned_for_tpus(tmp_path: Path) -> None:
     name = "model.layers.0.block_sparse_moe.experts.w1.weight"
     assert tpu.param_specs()[name].shape == (8, 48, 32)
     assert shardings[name].spec == PartitionSpec("expert", None, "model")
-    plain, turned = cpu.init(3), tpu.init(3, shardings)
-    np.testing.assert_array_equal(turned[name], plain[name].swapaxes(1, 2))
+    plain, transposed = cpu.init(3), tpu.init(3, shardings)
+    np.testing.assert_array_equal(transposed[name], plain[name].swapaxes(1, 2))
     tokens = np.arange(24, dtype=np.int32)
 
     def logits(model: Model, params: dict[str, jax.Array]) -> jax.Array:
         hidden, _ = model.hidden(params, tokens, tokens, (None,), StepContext(dense_attend))
         return model.logits(params, hidden)
 
-    ours = jax.jit(functools.partial(logits, tpu))(turned)
+    ours = jax.jit(functools.partial(logits, tpu))(transposed)
     np.testing.assert_allclose(ours, jax.jit(functools.partial(logits, cpu))(plain), atol=1e-4)
     weights: dict[str, np.ndarray] = {}
     for key, array in plain.items():
@@ -155,10 +155,10 @@ def test_experts_are_turned_for_tpus(tmp_path: Path) -> None:
         parts = np.asarray(array) if len(source) > 1 else [np.asarray(array)]
         weights |= dict(zip(source, parts, strict=True))
     assets = byte_level_assets(spec.vocab, ()).tokenizer_json
-    folder = write_hf(tmp_path / "hf", hf_config_of(spec), weights, assets)
+    folder = write_hf(tmp_path / "hf", hf_config_from_spec(spec), weights, assets)
     convert(folder, tmp_path / "native", Format.NATIVE, progress=no_progress)
     restored = restore_native(tmp_path / "native", tpu.param_specs(), shardings)
-    for key, array in turned.items():
+    for key, array in transposed.items():
         assert restored[key].sharding.is_equivalent_to(shardings[key], array.ndim), key
         np.testing.assert_array_equal(restored[key], array, err_msg=key)
 
@@ -206,7 +206,7 @@ def _logits(model: Model, params: dict[str, jax.Array]) -> np.ndarray:
 
 
 def test_experts_of_codes() -> None:
-    """The same model on one device and on eight, and turned for TPUs."""
+    """The same model on one device and on eight, and transposed for TPUs."""
     quantized = Model(SPEC, jnp.float32, quantization=Quantization.INT8_CHANNEL)
     params = quantized.init(3)
     name = "model.layers.1.mlp.experts.down_proj.weight"
@@ -222,8 +222,10 @@ def test_experts_of_codes() -> None:
     assert shardings[f"{name}.scales"].spec == PartitionSpec("expert", None)
     found = _logits(spread, spread.init(3, shardings))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
-    turned = Model(SPEC, jnp.float32, Backend.TPU, Quantization.INT8_CHANNEL).init(3)
-    np.testing.assert_array_equal(turned[f"{name}.codes"], params[f"{name}.codes"].swapaxes(1, 2))
+    transposed = Model(SPEC, jnp.float32, Backend.TPU, Quantization.INT8_CHANNEL).init(3)
+    np.testing.assert_array_equal(
+        transposed[f"{name}.codes"], params[f"{name}.codes"].swapaxes(1, 2)
+    )
 
 
 def test_experts_of_codes_through_files(tmp_path: Path) -> None:
@@ -251,8 +253,8 @@ def test_experts_of_codes_through_files(tmp_path: Path) -> None:
                 if not spec.stacked or not name.endswith(".codes"):
                     continue
                 codes = channel_codes(stack, jnp.dtype(jnp.int8))
-                turned = codes.swapaxes(1, 2) if backend is Backend.TPU else codes
-                np.testing.assert_array_equal(arrays[name], turned, name)
+                transposed = codes.swapaxes(1, 2) if backend is Backend.TPU else codes
+                np.testing.assert_array_equal(arrays[name], transposed, name)
                 scales = channel_scales(stack, jnp.dtype(jnp.int8))
                 np.testing.assert_array_equal(arrays[name.replace(".codes", ".scales")], scales)
 
@@ -273,4 +275,4 @@ def test_a_family_without_experts_is_told() -> None:
 )
 def test_what_has_no_hugging_face_form_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="Hugging Face form"):
-        hf_config_of(dataclasses.replace(SPEC, **change))
+        hf_config_from_spec(dataclasses.replace(SPEC, **change))

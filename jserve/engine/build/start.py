@@ -58,7 +58,7 @@ def start_engine(
     if backend_of_pages(backend, kv_dtype) is not backend:
         _log.warning("the native attention does not read %s pages; XLA's loops do", kv_dtype)
     model = Model(spec, dtype, backend, model_config.quantization, mesh)
-    for name, shape in list(model.weights_without_kernel().items())[:1]:
+    for name, shape in list(model.unaccelerated_weights().items())[:1]:
         _log.warning(
             "%s and others, %s on a device, have no kernel for %s weights on %s: XLA makes floats "
             "of them in every step",

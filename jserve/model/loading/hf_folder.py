@@ -51,7 +51,7 @@ def write_hf_folder(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        config = hf_config_of(model.spec) | {"torch_dtype": model.dtype.name}
+        config = hf_config_from_spec(model.spec) | {"torch_dtype": model.dtype.name}
         if assets.bos_token_id is not None:
             config["bos_token_id"] = assets.bos_token_id
         (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -64,7 +64,7 @@ def write_hf_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def hf_config_of(spec: ModelSpec) -> dict[str, Any]:
+def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:
     """The `config.json` of a spec; `spec_from_hf` gives the spec back.
 
     Raises ConfigError for biases, windows or experts that Hugging Face's classes do not have.

@@ -138,7 +138,7 @@ def _restore(
     restore_args = {
         name: ocp.ArrayRestoreArgs(
             restore_type=jax.Array,
-            sharding=_of_stored(shardings[name], spec),
+            sharding=_stored_sharding(shardings[name], spec),
             global_shape=spec.stored_shape,
             dtype=spec.dtype,
         )
@@ -164,18 +164,18 @@ def _restore(
     for name, how in made.items():
         if how.order:
             # On its devices, some of which may be other processes'.
-            restored[name] = _turning(how.order, shardings[name])(restored.pop(name))
+            restored[name] = _transposing(how.order, shardings[name])(restored.pop(name))
     return restored
 
 
 @cache  # compiled once per shape, not once per layer
-def _turning(order: tuple[int, ...], sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
+def _transposing(order: tuple[int, ...], sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
     """Puts the dimensions of a stored array where the parameter has them."""
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return jax.jit(lambda stored: stored.transpose(inverse), out_shardings=sharding)
 
 
-def _of_stored(sharding: Sharding, spec: ParamSpec) -> Sharding:
+def _stored_sharding(sharding: Sharding, spec: ParamSpec) -> Sharding:
     """The sharding of the stored array of a parameter: fewer dimensions, or in another order."""
     is_as_stored = spec.stored_order == tuple(range(len(spec.shape)))
     if isinstance(sharding, NamedSharding) and not is_as_stored:

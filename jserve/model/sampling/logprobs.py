@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jserve.core.request import MAX_LOGPROBS
 from jserve.model.sampling import mass as masses
-from jserve.model.sampling import rows as tiles
+from jserve.model.sampling.sharded_vocab import Axes, sums, take_tokens, top_k, width
 
 
 class Logprobs(NamedTuple):
@@ -29,23 +29,23 @@ def no_logprobs(rows: int) -> Logprobs:
     )
 
 
-def raw_logprobs(logits: jax.Array, tokens: jax.Array, axes: tiles.Axes = ()) -> Logprobs:
+def raw_logprobs(logits: jax.Array, tokens: jax.Array, axes: Axes = ()) -> Logprobs:
     """The log-probabilities of `tokens` [rows] under `logits` [rows, vocab] float32.
 
     The normalizer is an integer sum (`mass`), so the result depends neither on other rows nor on
-    how the vocabulary is split over the devices of `axes` (see `rows`). Give
+    how the vocabulary is split over the devices of `axes` (see `sharded_vocab`). Give
     at least 8 rows: XLA's CPU code rounds the logarithm of fewer than 8 numbers differently.
     A vocabulary smaller than MAX_LOGPROBS fills the rest of `top` with -inf.
     """
-    num_top = min(MAX_LOGPROBS, tiles.width(logits, axes))
-    top, top_ids = tiles.top_k(logits, num_top, axes)
+    num_top = min(MAX_LOGPROBS, width(logits, axes))
+    top, top_ids = top_k(logits, num_top, axes)
     largest = top[:, :1]
     weight = jnp.exp(masses.scaled(logits, largest, jnp.ones_like(largest)))
-    shift = masses.shift_of(weight, axes)
-    sums = masses.total(masses.digits(weight, shift), weight > 0, axes)
-    log_total = masses.log(sums, shift)[:, None]
-    token = tiles.pick_id(logits, tokens, axes)
-    (rank,) = tiles.sums((logits >= token).astype(jnp.int32), axes=axes)
+    shift = masses.shift_from_weights(weight, axes)
+    whole = masses.total(masses.digits(weight, shift), weight > 0, axes)
+    log_total = masses.log(whole, shift)[:, None]
+    token = take_tokens(logits, tokens, axes)
+    (rank,) = sums((logits >= token).astype(jnp.int32), axes=axes)
     spare = ((0, 0), (0, MAX_LOGPROBS - num_top))
     return Logprobs(
         ((token - largest) - log_total)[:, 0],
@@ -55,6 +55,6 @@ def raw_logprobs(logits: jax.Array, tokens: jax.Array, axes: tiles.Axes = ()) ->
     )
 
 
-def prompt_logprobs(logits: jax.Array, targets: jax.Array, axes: tiles.Axes = ()) -> Logprobs:
+def prompt_logprobs(logits: jax.Array, targets: jax.Array, axes: Axes = ()) -> Logprobs:
     """`raw_logprobs` of the next prompt tokens `targets` [rows] of a tile of prompt positions."""
     return raw_logprobs(logits, targets, axes)

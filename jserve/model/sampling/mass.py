@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jserve.model.sampling.rows import Axes, sums
+from jserve.model.sampling.sharded_vocab import Axes, sums
 
 MAX_VOCAB = 1 << 18  # what the digits leave room for
 _LOW_BITS = 13
@@ -45,7 +45,7 @@ def scaled(x: jax.Array, largest: jax.Array, temperature: jax.Array) -> jax.Arra
     )
 
 
-def shift_of(weight: jax.Array, axes: Axes = ()) -> jax.Array:
+def shift_from_weights(weight: jax.Array, axes: Axes = ()) -> jax.Array:
     """The shift at which the weights of a row [rows, n] sum to at most 2**30 units: int32 [rows].
 
     Weights that do not belong to the row's set must be zero.

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jserve.model.sampling.rows import Axes, first_id
+from jserve.model.sampling.sharded_vocab import Axes, first_id
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jserve.model.sampling.rows import Axes, first_id, own
+from jserve.model.sampling.sharded_vocab import Axes, first_id, local_index
 from jserve.model.sampling.state import Processor, SamplerState
 
 
@@ -33,7 +33,7 @@ def process(
 ) -> jax.Array:
     """The processed logits of rows [rows, vocab] whose tokens are chosen at `positions` [rows].
 
-    Or of this device's share of the vocabulary, if it is split over `axes` (see `rows`).
+    Or of this device's share of the vocabulary, if it is split over `axes` (see `sharded_vocab`).
     """
     bits = state.processors[slots][:, None]
     x = jnp.where(((bits & Processor.MASK) != 0) & ~_allowed(state, slots, axes), -jnp.inf, logits)
@@ -42,12 +42,12 @@ def process(
     early = ((bits & Processor.MIN_TOKENS) != 0) & (positions < state.min_total[slots])[:, None]
     stop_ids = state.stop_ids[slots]
     unused = logits.shape[1]  # past the row: dropped; a negative index would wrap
-    stop_ids = jnp.where(early & (stop_ids >= 0), own(stop_ids, unused, axes), unused)
+    stop_ids = jnp.where(early & (stop_ids >= 0), local_index(stop_ids, unused, axes), unused)
     x = x.at[rows, stop_ids].set(-jnp.inf, mode="drop")
 
     bias_ids = state.bias_ids[slots]
     biased = ((bits & Processor.BIAS) != 0) & (bias_ids >= 0)
-    bias_ids = jnp.where(biased, own(bias_ids, unused, axes), unused)
+    bias_ids = jnp.where(biased, local_index(bias_ids, unused, axes), unused)
     x = x.at[rows, bias_ids].add(state.bias[slots], mode="drop")
     return jnp.where((bits & Processor.PENALTIES) != 0, _penalize(x, state, slots), x)
 

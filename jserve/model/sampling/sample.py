@@ -24,10 +24,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jserve.model.sampling import noise, processors, truncation
-from jserve.model.sampling import rows as tiles
 from jserve.model.sampling.logprobs import Logprobs, no_logprobs, raw_logprobs
 from jserve.model.sampling.mass import MAX_VOCAB
+from jserve.model.sampling.sharded_vocab import Axes, argmax, count, top_k, width
 from jserve.model.sampling.state import GREEDY_BELOW, SamplerState
+from jserve.model.sampling.tiling import for_each_tile, gather_rows, scatter_rows
 from jserve.model.sampling.truncation import Total, Truncation
 from jserve.pallas_kernels.backend import Backend
 
@@ -65,7 +66,7 @@ def sample(
     positions: jax.Array,
     live: jax.Array,
     config: SamplerConfig = SamplerConfig(),
-    axes: tiles.Axes = (),
+    axes: Axes = (),
 ) -> Sampled:
     """Chooses a token for each row.
 
@@ -81,25 +82,25 @@ def sample(
     Raises:
       ValueError: the vocabulary is larger than 2**18.
     """
-    vocab = tiles.width(logits, axes)
+    vocab = width(logits, axes)
     if vocab > MAX_VOCAB:
         raise ValueError(f"vocab is {vocab}; the sampler's sums hold {MAX_VOCAB}")
     slots = jnp.clip(slots, 0, state.num_slots - 1)
     random = live & (state.temperature[slots] >= GREEDY_BELOW)
     processed = live & processors.needed(state, slots, positions)
     tokens = lax.cond(
-        tiles.count(random | processed) > 0,
+        count(random | processed) > 0,
         lambda: _choose(logits, state, slots, positions, random, processed, config, axes),
-        lambda: tiles.argmax(logits, axes),
+        lambda: argmax(logits, axes),
     )
     wanted = live & (state.num_logprobs[slots] >= 0)
 
     def add_logprobs(rows: jax.Array, carry: Logprobs) -> Logprobs:
-        found = raw_logprobs(tiles.take(logits, rows), tiles.take(tokens, rows), axes)
-        return Logprobs(*(tiles.put(x, rows, v) for x, v in zip(carry, found, strict=True)))
+        found = raw_logprobs(gather_rows(logits, rows), gather_rows(tokens, rows), axes)
+        return Logprobs(*(scatter_rows(x, rows, v) for x, v in zip(carry, found, strict=True)))
 
     none = no_logprobs(logits.shape[0])
-    return Sampled(tokens, tiles.for_each_tile(wanted, _TILE, add_logprobs, none))
+    return Sampled(tokens, for_each_tile(wanted, _TILE, add_logprobs, none))
 
 
 def _choose(
@@ -110,20 +111,20 @@ def _choose(
     random: jax.Array,
     processed: jax.Array,
     config: SamplerConfig,
-    axes: tiles.Axes,
+    axes: Axes,
 ) -> jax.Array:
     """The general case: tokens int32 [rows] when some row is random or has processors."""
     tile = min(config.tile_rows, logits.shape[0])
 
     def process(rows: jax.Array, x: jax.Array) -> jax.Array:
-        at, raw = tiles.take(slots, rows), tiles.take(logits, rows)
-        done = processors.process(raw, state, at, tiles.take(positions, rows), axes)
-        return tiles.put(x, rows, done)
+        at, raw = gather_rows(slots, rows), gather_rows(logits, rows)
+        done = processors.process(raw, state, at, gather_rows(positions, rows), axes)
+        return scatter_rows(x, rows, done)
 
-    x = tiles.for_each_tile(processed, tile, process, logits)
-    best = tiles.argmax(x, axes)
+    x = for_each_tile(processed, tile, process, logits)
+    best = argmax(x, axes)
     return lax.cond(
-        tiles.count(random) > 0,
+        count(random) > 0,
         lambda: jnp.where(random, _draw(x, state, slots, positions, random, config, axes), best),
         lambda: best,
     )
@@ -136,27 +137,27 @@ def _draw(
     positions: jax.Array,
     random: jax.Array,
     config: SamplerConfig,
-    axes: tiles.Axes,
+    axes: Axes,
 ) -> jax.Array:
     """Draws a token for the rows where `random`, from processed logits `x` [rows, vocab]."""
-    num_rows, vocab = x.shape[0], tiles.width(x, axes)
-    params = _truncation_of(state, slots, random, vocab)
+    num_rows, vocab = x.shape[0], width(x, axes)
+    params = _truncation_params(state, slots, random, vocab)
     keys = noise.token_keys(state.seed[slots], state.choice[slots], positions)
 
     def draw_candidates(
         rows: jax.Array, carry: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
         found = _draw_from_candidates(
-            tiles.take(x, rows),
-            _take(params, rows),
-            tiles.take(keys, rows),
+            gather_rows(x, rows),
+            _gather_params(params, rows),
+            gather_rows(keys, rows),
             min(config.num_candidates, vocab),
             axes,
         )
-        return tiles.put(carry[0], rows, found[0]), tiles.put(carry[1], rows, found[1])
+        return scatter_rows(carry[0], rows, found[0]), scatter_rows(carry[1], rows, found[1])
 
     nothing = (jnp.zeros((num_rows,), jnp.int32), jnp.zeros((num_rows,), bool))
-    tokens, decided = tiles.for_each_tile(
+    tokens, decided = for_each_tile(
         random & params.truncates(vocab),
         min(max(config.tile_rows, _TILE), num_rows),
         draw_candidates,
@@ -164,31 +165,33 @@ def _draw(
     )
 
     def draw_whole(rows: jax.Array, carry: jax.Array) -> jax.Array:
-        keep, scaled = truncation.from_vocab(tiles.take(x, rows), _take(params, rows), axes)
-        noisy = scaled + noise.vocab_gumbel(tiles.take(keys, rows), x.shape[1], axes)
-        return tiles.put(carry, rows, tiles.argmax(jnp.where(keep, noisy, -jnp.inf), axes))
+        keep, scaled = truncation.from_vocab(
+            gather_rows(x, rows), _gather_params(params, rows), axes
+        )
+        noisy = scaled + noise.vocab_gumbel(gather_rows(keys, rows), x.shape[1], axes)
+        return scatter_rows(carry, rows, argmax(jnp.where(keep, noisy, -jnp.inf), axes))
 
     tile = min(config.tile_rows, num_rows)
-    return tiles.for_each_tile(random & ~decided, tile, draw_whole, tokens)
+    return for_each_tile(random & ~decided, tile, draw_whole, tokens)
 
 
 def _draw_from_candidates(
-    x: jax.Array, params: Truncation, keys: jax.Array, num_candidates: int, axes: tiles.Axes
+    x: jax.Array, params: Truncation, keys: jax.Array, num_candidates: int, axes: Axes
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens int32 [rows] of truncated rows, and for which of them the candidates suffice."""
-    vocab = tiles.width(x, axes)
-    values, ids = tiles.top_k(x, num_candidates, axes)
+    vocab = width(x, axes)
+    values, ids = top_k(x, num_candidates, axes)
     best = truncation.candidates(values, params, vocab)
-    own = truncation.total_of(best.weight)
+    known = truncation.total_from_weights(best.weight)
     # A nucleus of more than the candidates needs the mass of the whole vocabulary.
     whole = ~best.closed & (params.top_p < 1.0) & (params.top_k >= vocab)
-    unknown = Total(own.shift, jnp.zeros_like(own.units))
+    unknown = Total(known.shift, jnp.zeros_like(known.units))
     other = lax.cond(
-        tiles.count(whole) > 0, lambda: truncation.vocab_total(x, params, axes), lambda: unknown
+        count(whole) > 0, lambda: truncation.vocab_total(x, params, axes), lambda: unknown
     )
     total = Total(
-        jnp.where(whole, other.shift, own.shift),
-        jnp.where(whole, other.units, jnp.where(best.closed, own.units, 0)),
+        jnp.where(whole, other.shift, known.shift),
+        jnp.where(whole, other.units, jnp.where(best.closed, known.units, 0)),
     )
     keep, decided = truncation.from_candidates(best, params, total)
     noisy = jnp.where(keep, best.scaled + noise.gumbel(keys, ids.astype(jnp.uint32)), -jnp.inf)
@@ -197,7 +200,7 @@ def _draw_from_candidates(
     return jnp.min(jnp.where(noisy == largest, ids, vocab - 1), axis=-1), decided
 
 
-def _truncation_of(
+def _truncation_params(
     state: SamplerState, slots: jax.Array, random: jax.Array, vocab: int
 ) -> Truncation:
     top_k = state.top_k[slots]
@@ -209,5 +212,5 @@ def _truncation_of(
     )
 
 
-def _take(params: Truncation, rows: jax.Array) -> Truncation:
-    return Truncation(*(tiles.take(p, rows) for p in params))
+def _gather_params(params: Truncation, rows: jax.Array) -> Truncation:
+    return Truncation(*(gather_rows(p, rows) for p in params))

@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec
 
 from jserve.model.sampling.history import restore
 from jserve.model.sampling.logprobs import Logprobs, prompt_logprobs
-from jserve.model.sampling.rows import Axes
 from jserve.model.sampling.sample import Sampled, SamplerConfig, sample
+from jserve.model.sampling.sharded_vocab import Axes
 from jserve.model.sampling.state import SamplerState, count_chunk, observe, reset
 from jserve.model.sharding import AnyMesh, vocab_axes
 

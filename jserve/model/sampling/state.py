@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jserve.core.request import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jserve.core.step import FinishCode
-from jserve.model.sampling.rows import Axes, own
+from jserve.model.sampling.sharded_vocab import Axes, local_index
 
 GREEDY_BELOW = 1e-5  # temperatures below are greedy, as in vLLM
 
@@ -174,7 +174,7 @@ def observe(
 ) -> SamplerState:
     """Counts the newly sampled `tokens` of `slots` as output, where `live`; all are [rows]."""
     at = jnp.where(live, slots, state.num_slots)
-    tokens = own(tokens, state.vocab, axes)
+    tokens = local_index(tokens, state.vocab, axes)
     return state._replace(output_counts=state.output_counts.at[at, tokens].add(1, mode="drop"))
 
 
@@ -196,9 +196,9 @@ def count_chunk(
       tokens: int32 [tokens], ids.
       is_prompt: bool [tokens], whether the token's position is inside the prompt.
       live: bool [tokens], false for padding and decode tokens.
-      axes: see `rows`.
+      axes: see `sharded_vocab`.
     """
-    tokens = own(tokens, state.vocab, axes)
+    tokens = local_index(tokens, state.vocab, axes)
     prompt_at = jnp.where(live & is_prompt, token_slots, state.num_slots)
     output_at = jnp.where(live & ~is_prompt, token_slots, state.num_slots)
     return state._replace(

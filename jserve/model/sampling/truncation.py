@@ -21,12 +21,12 @@ from jax import lax
 
 from jserve.model.sampling import mass as masses
 from jserve.model.sampling.mass import Mass
-from jserve.model.sampling.rows import (
+from jserve.model.sampling.sharded_vocab import (
     Axes,
     largest,
-    pick,
     sums,
     sums_before,
+    take_along_rows,
     token_ids,
     width,
 )
@@ -52,9 +52,9 @@ class Total(NamedTuple):
     units: jax.Array
 
 
-def total_of(weight: jax.Array, axes: Axes = ()) -> Total:
+def total_from_weights(weight: jax.Array, axes: Axes = ()) -> Total:
     """The total of weights [rows, n] that are zero outside of the set."""
-    shift = masses.shift_of(weight, axes)
+    shift = masses.shift_from_weights(weight, axes)
     sums = masses.total(masses.digits(weight, shift), weight > 0, axes)
     return Total(shift, sums.units())
 
@@ -62,7 +62,7 @@ def total_of(weight: jax.Array, axes: Axes = ()) -> Total:
 def vocab_total(x: jax.Array, params: Truncation, axes: Axes = ()) -> Total:
     """The total of the tokens that min_p leaves of whole rows, `x` [rows, vocab] or a share."""
     weight = jnp.exp(masses.scaled(x, largest(x, axes), params.temperature[:, None]))
-    return total_of(jnp.where(weight >= params.min_p[:, None], weight, 0.0), axes)
+    return total_from_weights(jnp.where(weight >= params.min_p[:, None], weight, 0.0), axes)
 
 
 def _target(params: Truncation, units: jax.Array) -> jax.Array:
@@ -86,7 +86,7 @@ def candidates(values: jax.Array, params: Truncation, vocab: int) -> Candidates:
     scaled = masses.scaled(values, values[:, :1], params.temperature[:, None])
     weight = jnp.exp(scaled)
     at = jnp.clip(params.top_k - 1, 0, k - 1)
-    kth = pick(values, at[:, None])
+    kth = take_along_rows(values, at[:, None])
     kept = (weight >= params.min_p[:, None]) & (values > -jnp.inf)
     kept &= (values >= kth) | (params.top_k > k)[:, None]
     closed = ~kept[:, -1] if k < vocab else jnp.ones((rows,), bool)
@@ -148,7 +148,7 @@ def from_vocab(x: jax.Array, params: Truncation, axes: Axes = ()) -> tuple[jax.A
       x: float32 [rows, vocab] processed logits, -inf where masked; or this device's share of
         the vocabulary, like both results.
       params: the row's parameters.
-      axes: see `rows`.
+      axes: see `sharded_vocab`.
 
     Returns:
       keep: bool [rows, vocab].
@@ -190,7 +190,7 @@ def _top_p(
     """The part of `kept` [rows, vocab] that top_p leaves; all of it where top_p is 1."""
     vocab = width(key, axes)
     weight = jnp.where(kept, weight, 0.0)
-    total = total_of(weight, axes)
+    total = total_from_weights(weight, axes)
     digits = masses.digits(weight, total.shift)
     target = _target(params, total.units)
     wants_p = params.top_p < 1.0

@@ -16,7 +16,7 @@ from jserve.checkpoints.native_folder import read_spec
 from jserve.checkpoints.text_assets import byte_level_assets, load_text_assets
 from jserve.core.errors import ConfigError
 from jserve.model.loading.convert import Format, convert
-from jserve.model.loading.hf_folder import hf_config_of
+from jserve.model.loading.hf_folder import hf_config_from_spec
 from jserve.model.loading.load import open_source
 from tests.model_files import tiny_weights, write_gguf, write_hf
 
@@ -31,7 +31,7 @@ def no_progress(done: int, total: int) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_config_is_a_spec_and_back(case: str) -> None:
     spec = spec_from_hf(json.loads((FIXTURES / case / "config.json").read_text()))
-    again = spec_from_hf(json.loads(json.dumps(hf_config_of(spec))))
+    again = spec_from_hf(json.loads(json.dumps(hf_config_from_spec(spec))))
     assert again == dataclasses.replace(spec, query_scale=again.query_scale)
     assert (again.query_scale is None) == (spec.query_scale is None)
     assert again.attention_scale == pytest.approx(spec.attention_scale, rel=1e-6)

@@ -89,7 +89,7 @@ class ExpertParams(nnx.Module):
         std: float,
         order: tuple[int, ...],  # of the dimensions of the codes; empty: as they are
     ) -> None:
-        self.turned = bool(order)
+        self.is_transposed = bool(order)
         encode, measure = (
             partial(part, dtype=dtype) for part in (channels.channel_codes, channels.channel_scales)
         )
@@ -103,7 +103,7 @@ class ExpertParams(nnx.Module):
     def value(self) -> ChannelStack:
         """What `grouped_matmul` takes."""
         codes = self.codes[...]
-        return ChannelStack(codes.swapaxes(1, 2) if self.turned else codes, self.scales[...])
+        return ChannelStack(codes.swapaxes(1, 2) if self.is_transposed else codes, self.scales[...])
 
 
 Matrix = nnx.Param | GroupParams | ChannelParams
@@ -167,7 +167,7 @@ def _same(stack: np.ndarray) -> np.ndarray:
     return stack
 
 
-def products(
+def matmul_weights(
     x: Float[Array, "rows in_dim"],
     weights: Sequence[Matrix],
     numerics: Numerics,
@@ -179,13 +179,13 @@ def products(
     by_channel = [weight for weight in weights if isinstance(weight, ChannelParams)]
     assert len(weights) in map(len, (dense, groups, by_channel))
     if by_channel:
-        return _channel_products(x, by_channel, numerics, num_rows)
+        return _matmul_channel_weights(x, by_channel, numerics, num_rows)
     if groups:
         return quantized_matmul(x, groups, num_rows=num_rows, backend=numerics.backend)
     return matmul(x, dense, num_rows=num_rows, backend=numerics.backend)
 
 
-def _channel_products(
+def _matmul_channel_weights(
     x: Array, weights: Sequence[ChannelParams], numerics: Numerics, num_rows: Array | None
 ) -> tuple[Array, ...]:
     values, backend, mesh = [weight.value() for weight in weights], numerics.backend, numerics.mesh
@@ -201,7 +201,7 @@ def _split(axes: tuple[str | None, ...], numerics: Numerics) -> Split:
     return out_axes, in_axes
 
 
-def weights_without_kernel(
+def unaccelerated_weights(
     specs: Mapping[str, ParamSpec], numerics: Numerics
 ) -> dict[str, tuple[int, int]]:
     """The names of weights with a scale per output that the backend has no kernel for.
@@ -221,7 +221,7 @@ def weights_without_kernel(
     return found
 
 
-def grouped_products(
+def matmul_expert_weights(
     x: Float[Array, "rows in_dim"],
     weights: Sequence[Matrices],
     group_sizes: Int[Array, " experts"],

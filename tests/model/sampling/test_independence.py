@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jserve.core.request import SamplingParams
-from jserve.model.sampling import noise, rows, truncation
+from jserve.model.sampling import noise, sharded_vocab, truncation
 from jserve.model.sampling.sample import SamplerConfig
 from jserve.model.sampling.truncation import Truncation
 from tests.model.sampling.sampling_reference import (
@@ -145,9 +145,9 @@ def _keep(x, k, p, min_p, temperature, num_candidates):
 @cache
 def _both(vocab, num_candidates):
     def both(x, params):
-        values, ids = rows.top_k(x, num_candidates)
+        values, ids = sharded_vocab.top_k(x, num_candidates)
         best = truncation.candidates(values, params, vocab)
-        own, whole = truncation.total_of(best.weight), truncation.vocab_total(x, params)
+        own, whole = truncation.total_from_weights(best.weight), truncation.vocab_total(x, params)
         known = best.closed | (params.top_k >= vocab)
         total = truncation.Total(
             jnp.where(best.closed, own.shift, whole.shift),
@@ -249,7 +249,7 @@ def test_blocked_argmax_and_top_k(vocab):
     x = np.float32(rng.integers(-20, 20, (5, vocab)))  # ties everywhere
     x[0] = -np.inf
     order = np.argsort(-x, axis=-1, kind="stable")
-    values, ids = rows.top_k(jnp.asarray(x), 40)
+    values, ids = sharded_vocab.top_k(jnp.asarray(x), 40)
     np.testing.assert_array_equal(ids, order[:, :40])
     np.testing.assert_array_equal(values, np.take_along_axis(x, order[:, :40], axis=1))
-    np.testing.assert_array_equal(rows.argmax(jnp.asarray(x)), order[:, 0])
+    np.testing.assert_array_equal(sharded_vocab.argmax(jnp.asarray(x)), order[:, 0])

@@ -1,12 +1,9 @@
-"""Row-wise building blocks: tiles of the rows that need a path, blocked argmax and top-k.
+"""Reductions over rows of the vocabulary, whole or split over the devices of a mesh.
 
-Rows may be split: inside a `shard_map` every device holds an equal share of the vocabulary, in
-the order of the devices on `axes`. What is as wide as a share then stays where it is; devices
-exchange what a row has few of (its best tokens, sums), so all get the result of whole rows.
+Inside a `shard_map` every device holds an equal share of the vocabulary, in the order of the
+devices on `axes`. Arrays as wide as a share stay where they are; devices exchange the few values
+that a row has of a kind (best tokens, sums), so all devices get the results of whole rows.
 """
-
-from collections.abc import Callable
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,48 +12,10 @@ from jax import lax
 _BLOCK_BITS = 6
 _BLOCK = 1 << _BLOCK_BITS  # tokens; measured best on CPU for vocabularies of 49k and 128k
 
-Carry = TypeVar("Carry")
-Axes = tuple[str, ...]  # of the mesh, that rows are split over; empty: rows are whole
+Axes = tuple[str, ...]  # mesh axes that rows are split over; empty: rows are whole
 
 
-def for_each_tile(
-    needed: jax.Array, tile: int, body: Callable[[jax.Array, Carry], Carry], carry: Carry
-) -> Carry:
-    """Runs `body(rows, carry)` over the rows where `needed`, `tile` of them at a time.
-
-    The cost follows the number of such rows; with none, nothing runs. `rows` is int32 [tile];
-    surplus entries are `len(needed)`: gather them clipped, scatter them dropped.
-    """
-    num_rows = needed.shape[0]
-    max_tiles = -(-num_rows // tile)
-    if max_tiles == 1:
-        # Not a loop: XLA would hoist the body, which no longer depends on the iteration.
-        rows = jnp.arange(tile, dtype=jnp.int32)
-        needed = jnp.pad(needed, (0, tile - num_rows))
-        rows = jnp.where(needed, rows, num_rows)
-        return lax.cond(count(needed) > 0, lambda c: body(rows, c), lambda c: c, carry)
-    # The needed rows in order, then padding.
-    order = jnp.sort(jnp.where(needed, jnp.arange(num_rows, dtype=jnp.int32), num_rows))
-    order = jnp.pad(order, (0, max_tiles * tile - num_rows), constant_values=num_rows)
-    num_tiles = lax.div(count(needed) + (tile - 1), tile)
-
-    def step(i: jax.Array, carry: Carry) -> Carry:
-        return body(lax.dynamic_slice(order, (i * tile,), (tile,)), carry)
-
-    return lax.fori_loop(0, num_tiles, step, carry)
-
-
-def take(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """`x[rows]` with surplus rows clipped."""
-    return x.at[rows].get(mode="clip", wrap_negative_indices=False)
-
-
-def put(x: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
-    """`x` with `values` at `rows`, surplus rows dropped."""
-    return x.at[rows].set(values, mode="drop", wrap_negative_indices=False)
-
-
-def pick(x: jax.Array, at: jax.Array) -> jax.Array:
+def take_along_rows(x: jax.Array, at: jax.Array) -> jax.Array:
     """`x[r, at[r, j]]` for x [rows, n, …] and indices [rows, k], which are in bounds."""
     rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
     return x.at[rows, at].get(mode="promise_in_bounds", wrap_negative_indices=False)
@@ -78,7 +37,7 @@ def token_ids(x: jax.Array, axes: Axes) -> jax.Array:
     return at + first_id(x.shape[1], axes) if axes else at
 
 
-def own(ids: jax.Array, n: int, axes: Axes) -> jax.Array:
+def local_index(ids: jax.Array, n: int, axes: Axes) -> jax.Array:
     """Where token ids lie in a share of `n`; `n`, where a scatter drops them, if in another."""
     if not axes:
         return ids
@@ -86,11 +45,11 @@ def own(ids: jax.Array, n: int, axes: Axes) -> jax.Array:
     return jnp.where((at >= 0) & (at < n), at, n)
 
 
-def pick_id(x: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
+def take_tokens(x: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
     """The logit of token `ids[r]` in each row of `x` [rows, n]: [rows, 1]."""
     if not axes:
-        return pick(x, ids[:, None])
-    at = own(ids, x.shape[1], axes)[:, None]
+        return take_along_rows(x, ids[:, None])
+    at = local_index(ids, x.shape[1], axes)[:, None]
     rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
     found = x.at[rows, at].get(mode="fill", fill_value=-jnp.inf, wrap_negative_indices=False)
     return lax.pmax(found, axes)
@@ -141,13 +100,13 @@ def argmax(x: jax.Array, axes: Axes = ()) -> jax.Array:
     best = _argmax(x)
     if not axes:
         return best
-    values = pick(x, best[:, None])[:, 0]
+    values = take_along_rows(x, best[:, None])[:, 0]
     both = jnp.stack((lax.bitcast_convert_type(values, jnp.int32), best))
     both = lax.all_gather(both, axes)  # [devices, 2, rows]
     # Equal values lie on devices in the order of their ids, so the first device has the lowest.
     device = jnp.argmax(lax.bitcast_convert_type(both[:, 0], jnp.float32), axis=0)
     device = device.astype(jnp.int32)
-    return device * x.shape[1] + pick(both[:, 1].T, device[:, None])[:, 0]
+    return device * x.shape[1] + take_along_rows(both[:, 1].T, device[:, None])[:, 0]
 
 
 def _argmax(x: jax.Array) -> jax.Array:
@@ -157,7 +116,7 @@ def _argmax(x: jax.Array) -> jax.Array:
         return jnp.argmax(x, axis=-1).astype(jnp.int32)
     blocks = x.reshape(rows, n // _BLOCK, _BLOCK)
     block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1).astype(jnp.int32)
-    best = pick(blocks, block[:, None])[:, 0]
+    best = take_along_rows(blocks, block[:, None])[:, 0]
     return block * _BLOCK + jnp.argmax(best, axis=-1).astype(jnp.int32)
 
 
@@ -176,7 +135,7 @@ def top_k(x: jax.Array, k: int, axes: Axes = ()) -> tuple[jax.Array, jax.Array]:
     both = lax.all_gather(both, axes, axis=2)  # [2, rows, devices, min(k, n)]
     pool, ids = both.reshape(2, rows, -1)
     values, at = _top_k(lax.bitcast_convert_type(pool, jnp.float32), k)
-    return values, pick(ids, at)
+    return values, take_along_rows(ids, at)
 
 
 def _blocked_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -187,9 +146,9 @@ def _blocked_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     blocks = jnp.where(x == 0, 0.0, x).reshape(rows, n // _BLOCK, _BLOCK)  # -0 equals +0
     _, chosen = _top_k(jnp.max(blocks, axis=-1), k)
     chosen = jnp.sort(chosen, axis=-1)  # so that equal values stay in order of their index
-    pool = pick(blocks, chosen).reshape(rows, k * _BLOCK)
+    pool = take_along_rows(blocks, chosen).reshape(rows, k * _BLOCK)
     values, at = _top_k(pool, k)
-    block = pick(chosen, at >> _BLOCK_BITS)
+    block = take_along_rows(chosen, at >> _BLOCK_BITS)
     return values, (block << _BLOCK_BITS) | (at & (_BLOCK - 1))
 
 
