@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32
 
 from jserve.core.request import MAX_LOGPROBS
 from jserve.model.sampling import mass as masses
@@ -13,14 +13,13 @@ from jserve.model.sampling.sharded_vocab import Axes, sums, take_tokens, top_k, 
 class Logprobs(NamedTuple):
     """Log-softmax of unprocessed logits at some positions (vLLM's `raw_logprobs`)."""
 
-    token: jax.Array  # float32 [rows], of the chosen token
-    rank: jax.Array  # int32 [rows], tokens at least as likely as it, itself included
-    top_ids: jax.Array  # int32 [rows, MAX_LOGPROBS], best first, ties by lower id
-    top: jax.Array  # float32 [rows, MAX_LOGPROBS]
+    token: Float32[Array, " rows"]  # of the chosen token
+    rank: Int32[Array, " rows"]  # tokens at least as likely as it, itself included
+    top_ids: Int32[Array, "rows most"]  # MAX_LOGPROBS of them, best first, ties by lower id
+    top: Float32[Array, "rows most"]
 
 
 def no_logprobs(rows: int) -> Logprobs:
-    """Zeros."""
     return Logprobs(
         jnp.zeros((rows,), jnp.float32),
         jnp.zeros((rows,), jnp.int32),
@@ -29,11 +28,13 @@ def no_logprobs(rows: int) -> Logprobs:
     )
 
 
-def raw_logprobs(logits: jax.Array, tokens: jax.Array, axes: Axes = ()) -> Logprobs:
-    """The log-probabilities of `tokens` [rows] under `logits` [rows, vocab] float32.
+def raw_logprobs(
+    logits: Float32[Array, "rows vocab"], tokens: Int32[Array, " rows"], axes: Axes = ()
+) -> Logprobs:
+    """The log-probabilities of `tokens` under `logits`.
 
     The normalizer is an integer sum (`mass`), so the result depends neither on other rows nor on
-    how the vocabulary is split over the devices of `axes` (see `sharded_vocab`). Give
+    how the vocabulary is split over the devices of `axes` (see `sharded_vocab`). Callers give
     at least 8 rows: XLA's CPU code rounds the logarithm of fewer than 8 numbers differently.
     A vocabulary smaller than MAX_LOGPROBS fills the rest of `top` with -inf.
     """
@@ -55,6 +56,8 @@ def raw_logprobs(logits: jax.Array, tokens: jax.Array, axes: Axes = ()) -> Logpr
     )
 
 
-def prompt_logprobs(logits: jax.Array, targets: jax.Array, axes: Axes = ()) -> Logprobs:
-    """`raw_logprobs` of the next prompt tokens `targets` [rows] of a tile of prompt positions."""
+def prompt_logprobs(
+    logits: Float32[Array, "rows vocab"], targets: Int32[Array, " rows"], axes: Axes = ()
+) -> Logprobs:
+    """`raw_logprobs` of the next prompt tokens `targets` of a tile of prompt positions."""
     return raw_logprobs(logits, targets, axes)

@@ -1,8 +1,8 @@
 """Counter-based randomness: Threefry keys of (seed, choice, position) and noise by token id."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float32, Int32, UInt32
 
 from jserve.model.sampling.sharded_vocab import Axes, first_id
 
@@ -11,9 +11,10 @@ _PARITY = 0x1BD11BDA
 
 
 def threefry2x32(
-    key: tuple[jax.Array, jax.Array], counter: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Threefry-2x32 with 20 rounds (Salmon et al., SC 2011), elementwise on broadcast uint32.
+    key: tuple[UInt32[Array, "..."], UInt32[Array, "..."]],
+    counter: tuple[UInt32[Array, "..."], UInt32[Array, "..."]],
+) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+    """Threefry-2x32 with 20 rounds (Salmon et al., SC 2011), elementwise with broadcasting.
 
     The same bits as JAX's generator. Unrolled here, so that XLA fuses it with what consumes the
     bits; JAX's CPU lowering is a loop over whole arrays and four times slower.
@@ -30,16 +31,17 @@ def threefry2x32(
     return x0, x1
 
 
-def token_keys(seed: jax.Array, choice: jax.Array, positions: jax.Array) -> jax.Array:
+def token_keys(
+    seed: UInt32[Array, "rows 2"],
+    choice: Int32[Array, " rows"],
+    positions: Int32[Array, " rows"],
+) -> UInt32[Array, "rows 2"]:
     """`fold_in(fold_in(key(seed), choice), position)` of each row, as raw key words.
 
     Args:
-      seed: uint32 [rows, 2], the high and low word of a 64-bit seed.
-      choice: int32 [rows].
-      positions: int32 [rows], absolute position of the token to be chosen.
-
-    Returns:
-      uint32 [rows, 2].
+      seed: the high and low word of a 64-bit seed.
+      choice: `Request.choice`.
+      positions: absolute position of the token to be chosen.
     """
     key = (seed[:, 0], seed[:, 1])
     for data in (choice, positions):
@@ -48,20 +50,13 @@ def token_keys(seed: jax.Array, choice: jax.Array, positions: jax.Array) -> jax.
     return jnp.stack(key, axis=-1)
 
 
-def gumbel(keys: jax.Array, ids: jax.Array) -> jax.Array:
-    """Standard Gumbel noise of token `ids[r, c]` under key `keys[r]`.
+def gumbel(keys: UInt32[Array, "rows 2"], ids: UInt32[Array, "rows n"]) -> Float32[Array, "rows n"]:
+    """Standard Gumbel noise of token `ids[r, c]` under key `keys[r]`; finite.
 
     The noise of a token depends on its id alone, so a few candidates and the whole vocabulary
     see the same values: 64 random bits per id, equal to `jax.random.bits(key, (vocab,), uint64)`.
     48 of them make the uniform, which is finest near zero, where the winners are: with the usual
     23, tokens of probability below 1e-7 would never be drawn, however many they are.
-
-    Args:
-      keys: uint32 [rows, 2].
-      ids: uint32 [rows, n].
-
-    Returns:
-      float32 [rows, n], finite.
     """
     high, low = threefry2x32((keys[:, :1], keys[:, 1:]), (jnp.zeros_like(ids), ids))
     coarse = (high >> 8).astype(jnp.int32).astype(jnp.float32) * 2.0**-24
@@ -71,8 +66,10 @@ def gumbel(keys: jax.Array, ids: jax.Array) -> jax.Array:
     return -jnp.log(-jnp.log1p(-uniform))
 
 
-def vocab_gumbel(keys: jax.Array, vocab: int, axes: Axes = ()) -> jax.Array:
-    """`gumbel` of every id below `vocab`, or of a share of so many: float32 [rows, vocab]."""
+def vocab_gumbel(
+    keys: UInt32[Array, "rows 2"], vocab: int, axes: Axes = ()
+) -> Float32[Array, "rows {vocab}"]:
+    """`gumbel` of every id below `vocab`, or of this device's share of `vocab` ids."""
     ids = lax.broadcasted_iota(jnp.uint32, (keys.shape[0], vocab), 1)
     if axes:
         ids = ids + first_id(vocab, axes).astype(jnp.uint32)

@@ -1,4 +1,4 @@
-"""Logit processors: what changes a row's logits before temperature and truncation.
+"""Logit processors: changes to a row's logits before temperature and truncation.
 
 Order, as in vLLM V1 (`Sampler.apply_logits_processors` and `apply_penalties`):
 
@@ -9,31 +9,34 @@ Order, as in vLLM V1 (`Sampler.apply_logits_processors` and `apply_penalties`):
 6. frequency penalty × count in the output, then presence penalty if in the output: subtracted
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32
 
 from jserve.model.sampling.sharded_vocab import Axes, first_id, local_index
 from jserve.model.sampling.state import Processor, SamplerState
 
 
-def needed(state: SamplerState, slots: jax.Array, positions: jax.Array) -> jax.Array:
-    """Whether any processor changes the row at this position: bool [rows]."""
+def needed(
+    state: SamplerState, slots: Int32[Array, " rows"], positions: Int32[Array, " rows"]
+) -> Bool[Array, " rows"]:
+    """Whether any processor changes the row at this position."""
     bits = state.processors[slots]
     early = positions < state.min_total[slots]
     return ((bits & ~Processor.MIN_TOKENS) != 0) | (((bits & Processor.MIN_TOKENS) != 0) & early)
 
 
 def process(
-    logits: jax.Array,
+    logits: Float32[Array, "rows vocab"],
     state: SamplerState,
-    slots: jax.Array,
-    positions: jax.Array,
+    slots: Int32[Array, " rows"],
+    positions: Int32[Array, " rows"],
     axes: Axes = (),
-) -> jax.Array:
-    """The processed logits of rows [rows, vocab] whose tokens are chosen at `positions` [rows].
+) -> Float32[Array, "rows vocab"]:
+    """The processed logits of rows whose tokens are chosen at `positions`.
 
-    Or of this device's share of the vocabulary, if it is split over `axes` (see `sharded_vocab`).
+    `vocab` is this device's share of the vocabulary if it is split over `axes` (see
+    `sharded_vocab`).
     """
     bits = state.processors[slots][:, None]
     x = jnp.where(((bits & Processor.MASK) != 0) & ~_allowed(state, slots, axes), -jnp.inf, logits)
@@ -52,7 +55,9 @@ def process(
     return jnp.where((bits & Processor.PENALTIES) != 0, _penalize(x, state, slots), x)
 
 
-def _allowed(state: SamplerState, slots: jax.Array, axes: Axes) -> jax.Array:
+def _allowed(
+    state: SamplerState, slots: Int32[Array, " rows"], axes: Axes
+) -> Bool[Array, "rows vocab"]:
     words = state.mask[slots]
     first = jnp.int32(0)
     if axes:  # the words that the share touches; it may begin and end inside of one
@@ -67,7 +72,9 @@ def _allowed(state: SamplerState, slots: jax.Array, axes: Axes) -> jax.Array:
     return bits[:, : state.vocab] != 0
 
 
-def _penalize(x: jax.Array, state: SamplerState, slots: jax.Array) -> jax.Array:
+def _penalize(
+    x: Float32[Array, "rows vocab"], state: SamplerState, slots: Int32[Array, " rows"]
+) -> Float32[Array, "rows vocab"]:
     counts = state.output_counts[slots]
     produced = counts > 0
     repetition = state.repetition_penalty[slots][:, None]

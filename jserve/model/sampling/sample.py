@@ -13,7 +13,7 @@ truncation, a wide nucleus, a large top_k) is computed over the whole vocabulary
 rows. Every row's result is a function of its own logits and parameters: which other rows there
 are decides only what is computed besides, and all sums are of integers (see `mass`).
 
-All of it also runs on rows that are split over devices, which is decided in `rows`.
+All of it also runs on rows that are split over devices; see `sharded_vocab`.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jserve.model.sampling import noise, processors, truncation
 from jserve.model.sampling.logprobs import Logprobs, no_logprobs, raw_logprobs
@@ -44,7 +45,7 @@ class SamplerConfig:
 
 
 def sampler_config(backend: Backend, rows: int) -> SamplerConfig:
-    """What suits a backend and a batch: only a CPU takes the rows that need a pass in tiles.
+    """The config for a backend and a batch: only a CPU runs passes over the vocabulary in tiles.
 
     An accelerator's memory is as fast for all rows at once, and devices exchange less often.
     """
@@ -53,31 +54,31 @@ def sampler_config(backend: Backend, rows: int) -> SamplerConfig:
 
 
 class Sampled(NamedTuple):
-    """The chosen tokens [rows], and their log-probabilities where the slot asks for them."""
+    """The chosen tokens, and their log-probabilities where the slot asks for them."""
 
-    tokens: jax.Array  # int32 [rows]; meaningless where the row is not live
+    tokens: Int32[Array, " rows"]  # meaningless where the row is not live
     logprobs: Logprobs  # zeros where not asked for
 
 
 def sample(
-    logits: jax.Array,
+    logits: Float32[Array, "rows vocab"],
     state: SamplerState,
-    slots: jax.Array,
-    positions: jax.Array,
-    live: jax.Array,
+    slots: Int32[Array, " rows"],
+    positions: Int32[Array, " rows"],
+    live: Bool[Array, " rows"],
     config: SamplerConfig = SamplerConfig(),
     axes: Axes = (),
 ) -> Sampled:
     """Chooses a token for each row.
 
     Args:
-      logits: float32 [rows, vocab], raw; or this device's share of the vocabulary.
-      state: the sampling state of all slots; what is as wide as the vocabulary likewise.
-      slots: int32 [rows], the slot of each row.
-      positions: int32 [rows], absolute position of the token to choose: the length so far.
-      live: bool [rows]; the others cost nothing and mean nothing.
-      config: how to compute it.
-      axes: of the mesh, that the vocabulary is split over, inside of a `shard_map`.
+      logits: raw; or this device's share of the vocabulary.
+      state: the sampling state of all slots; counts of token ids are of the same share.
+      slots: the slot of each row.
+      positions: absolute position of the token to choose: the length so far.
+      live: false for rows whose result is not read; they cost nothing.
+      config: trades time only.
+      axes: mesh axes that the vocabulary is split over, inside of a `shard_map`.
 
     Raises:
       ValueError: the vocabulary is larger than 2**18.
@@ -104,16 +105,16 @@ def sample(
 
 
 def _choose(
-    logits: jax.Array,
+    logits: Float32[Array, "rows vocab"],
     state: SamplerState,
-    slots: jax.Array,
-    positions: jax.Array,
-    random: jax.Array,
-    processed: jax.Array,
+    slots: Int32[Array, " rows"],
+    positions: Int32[Array, " rows"],
+    random: Bool[Array, " rows"],
+    processed: Bool[Array, " rows"],
     config: SamplerConfig,
     axes: Axes,
-) -> jax.Array:
-    """The general case: tokens int32 [rows] when some row is random or has processors."""
+) -> Int32[Array, " rows"]:
+    """The tokens in the general case: some row is random or has processors."""
     tile = min(config.tile_rows, logits.shape[0])
 
     def process(rows: jax.Array, x: jax.Array) -> jax.Array:
@@ -131,15 +132,15 @@ def _choose(
 
 
 def _draw(
-    x: jax.Array,
+    x: Float32[Array, "rows vocab"],
     state: SamplerState,
-    slots: jax.Array,
-    positions: jax.Array,
-    random: jax.Array,
+    slots: Int32[Array, " rows"],
+    positions: Int32[Array, " rows"],
+    random: Bool[Array, " rows"],
     config: SamplerConfig,
     axes: Axes,
-) -> jax.Array:
-    """Draws a token for the rows where `random`, from processed logits `x` [rows, vocab]."""
+) -> Int32[Array, " rows"]:
+    """Draws a token for the rows where `random`, from processed logits."""
     num_rows, vocab = x.shape[0], width(x, axes)
     params = _truncation_params(state, slots, random, vocab)
     keys = noise.token_keys(state.seed[slots], state.choice[slots], positions)
@@ -176,9 +177,13 @@ def _draw(
 
 
 def _draw_from_candidates(
-    x: jax.Array, params: Truncation, keys: jax.Array, num_candidates: int, axes: Axes
-) -> tuple[jax.Array, jax.Array]:
-    """Tokens int32 [rows] of truncated rows, and for which of them the candidates suffice."""
+    x: Float32[Array, "rows vocab"],
+    params: Truncation,
+    keys: UInt32[Array, "rows 2"],
+    num_candidates: int,
+    axes: Axes,
+) -> tuple[Int32[Array, " rows"], Bool[Array, " rows"]]:
+    """Draws tokens of truncated rows, and tells for which of them the candidates suffice."""
     vocab = width(x, axes)
     values, ids = top_k(x, num_candidates, axes)
     best = truncation.candidates(values, params, vocab)
@@ -201,7 +206,7 @@ def _draw_from_candidates(
 
 
 def _truncation_params(
-    state: SamplerState, slots: jax.Array, random: jax.Array, vocab: int
+    state: SamplerState, slots: Int32[Array, " rows"], random: Bool[Array, " rows"], vocab: int
 ) -> Truncation:
     top_k = state.top_k[slots]
     return Truncation(

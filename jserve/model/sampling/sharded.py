@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float32, Int32
 
 from jserve.model.sampling.history import restore
 from jserve.model.sampling.logprobs import Logprobs, prompt_logprobs
@@ -25,7 +26,7 @@ _WHOLE = PartitionSpec()
 
 @dataclass(frozen=True)
 class ShardedSampler:
-    """What a step does with logits and sampling state; on one device the plain functions."""
+    """The sampler's functions over a mesh; on one device the plain functions."""
 
     mesh: AnyMesh
     vocab: int
@@ -33,36 +34,38 @@ class ShardedSampler:
 
     @property
     def axes(self) -> Axes:
-        """Of the mesh, that the vocabulary is split over."""
+        """Mesh axes that the vocabulary is split over."""
         return vocab_axes(self.vocab, self.mesh)
 
     def sample(
         self,
-        logits: jax.Array,
+        logits: Float32[Array, "rows vocab"],
         state: SamplerState,
-        slots: jax.Array,
-        positions: jax.Array,
-        live: jax.Array,
+        slots: Int32[Array, " rows"],
+        positions: Int32[Array, " rows"],
+        live: Bool[Array, " rows"],
     ) -> Sampled:
-        """See `sample`."""
         choose = partial(sample, config=self.config, axes=self.axes)
         takes = (self._wide(), self.state_specs(state), _WHOLE, _WHOLE, _WHOLE)
         return self._split(choose, takes, _WHOLE)(logits, state, slots, positions, live)
 
-    def prompt_logprobs(self, logits: jax.Array, targets: jax.Array) -> Logprobs:
-        """See `prompt_logprobs`."""
+    def prompt_logprobs(
+        self, logits: Float32[Array, "rows vocab"], targets: Int32[Array, " rows"]
+    ) -> Logprobs:
         look_up = partial(prompt_logprobs, axes=self.axes)
         return self._split(look_up, (self._wide(), _WHOLE), _WHOLE)(logits, targets)
 
-    def reset(self, state: SamplerState, keep: jax.Array) -> SamplerState:
-        """See `reset`."""
+    def reset(self, state: SamplerState, keep: Bool[Array, " slots"]) -> SamplerState:
         specs = self.state_specs(state)
         return self._split(reset, (specs, _WHOLE), specs)(state, keep)
 
     def observe(
-        self, state: SamplerState, slots: jax.Array, tokens: jax.Array, live: jax.Array
+        self,
+        state: SamplerState,
+        slots: Int32[Array, " rows"],
+        tokens: Int32[Array, " rows"],
+        live: Bool[Array, " rows"],
     ) -> SamplerState:
-        """See `observe`."""
         specs = self.state_specs(state)
         note = partial(observe, axes=self.axes)
         return self._split(note, (specs, _WHOLE, _WHOLE, _WHOLE), specs)(state, slots, tokens, live)
@@ -70,12 +73,11 @@ class ShardedSampler:
     def count_chunk(
         self,
         state: SamplerState,
-        token_slots: jax.Array,
-        tokens: jax.Array,
-        is_prompt: jax.Array,
-        live: jax.Array,
+        token_slots: Int32[Array, " tokens"],
+        tokens: Int32[Array, " tokens"],
+        is_prompt: Bool[Array, " tokens"],
+        live: Bool[Array, " tokens"],
     ) -> SamplerState:
-        """See `count_chunk`."""
         specs = self.state_specs(state)
         note = partial(count_chunk, axes=self.axes)
         takes = (specs, _WHOLE, _WHOLE, _WHOLE, _WHOLE)
@@ -88,7 +90,7 @@ class ShardedSampler:
         return self._split(add, (specs, _WHOLE, _WHOLE), specs)(state, slots, words)
 
     def state_specs(self, state: SamplerState) -> SamplerState:
-        """How each part of the state lies on the mesh: what counts token ids is split."""
+        """The layout of the state on the mesh: counts of token ids are split."""
         whole: SamplerState = jax.tree.map(lambda _: _WHOLE, state)
         return whole._replace(prompt_seen=self._wide(), output_counts=self._wide())
 

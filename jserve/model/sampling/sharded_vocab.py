@@ -8,6 +8,7 @@ that a row has of a kind (best tokens, sums), so all devices get the results of 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32, Shaped
 
 _BLOCK_BITS = 6
 _BLOCK = 1 << _BLOCK_BITS  # tokens; measured best on CPU for vocabularies of 49k and 128k
@@ -15,38 +16,45 @@ _BLOCK = 1 << _BLOCK_BITS  # tokens; measured best on CPU for vocabularies of 49
 Axes = tuple[str, ...]  # mesh axes that rows are split over; empty: rows are whole
 
 
-def take_along_rows(x: jax.Array, at: jax.Array) -> jax.Array:
-    """`x[r, at[r, j]]` for x [rows, n, …] and indices [rows, k], which are in bounds."""
+def take_along_rows(
+    x: Shaped[Array, " rows n *rest"], at: Int32[Array, "rows k"]
+) -> Shaped[Array, " rows k *rest"]:
+    """`x[r, at[r, j]]`; the indices are in bounds."""
     rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
     return x.at[rows, at].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
-def width(x: jax.Array, axes: Axes) -> int:
-    """Entries of a whole row of which `x` [rows, n] may be a share."""
+def width(x: Shaped[Array, "rows n"], axes: Axes) -> int:
+    """Entries of a whole row, of which `x` may be a share."""
     return x.shape[1] * lax.axis_size(axes) if axes else x.shape[1]
 
 
-def first_id(n: int, axes: Axes) -> jax.Array:
-    """The token id that this device's share of `n` begins with: int32 scalar."""
+def first_id(n: int, axes: Axes) -> Int32[Array, ""]:
+    """The token id that this device's share of `n` ids begins with."""
     return lax.axis_index(axes) * n
 
 
-def token_ids(x: jax.Array, axes: Axes) -> jax.Array:
-    """The token id of each entry of `x` [rows, n]: int32 [rows, n]."""
+def token_ids(x: Shaped[Array, "rows n"], axes: Axes) -> Int32[Array, "rows n"]:
+    """The token id of each entry of `x`."""
     at = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     return at + first_id(x.shape[1], axes) if axes else at
 
 
-def local_index(ids: jax.Array, n: int, axes: Axes) -> jax.Array:
-    """Where token ids lie in a share of `n`; `n`, where a scatter drops them, if in another."""
+def local_index(ids: Int32[Array, "*shape"], n: int, axes: Axes) -> Int32[Array, "*shape"]:
+    """Index of each id in this device's share of `n` ids, or `n` if another device owns it.
+
+    A scatter drops the index `n`.
+    """
     if not axes:
         return ids
     at = ids - first_id(n, axes)
     return jnp.where((at >= 0) & (at < n), at, n)
 
 
-def take_tokens(x: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
-    """The logit of token `ids[r]` in each row of `x` [rows, n]: [rows, 1]."""
+def take_tokens(
+    x: Float32[Array, "rows n"], ids: Int32[Array, " rows"], axes: Axes
+) -> Float32[Array, "rows 1"]:
+    """The logit of token `ids[r]` in each row of `x`."""
     if not axes:
         return take_along_rows(x, ids[:, None])
     at = local_index(ids, x.shape[1], axes)[:, None]
@@ -55,14 +63,14 @@ def take_tokens(x: jax.Array, ids: jax.Array, axes: Axes) -> jax.Array:
     return lax.pmax(found, axes)
 
 
-def largest(x: jax.Array, axes: Axes) -> jax.Array:
-    """The largest entry of each row of `x` [rows, n]: [rows, 1]."""
+def largest(x: Shaped[Array, "rows n"], axes: Axes) -> Shaped[Array, "rows 1"]:
+    """The largest entry of each row of `x`."""
     found = jnp.max(x, axis=-1, keepdims=True)
     return lax.pmax(found, axes) if axes else found
 
 
-def sums(*xs: jax.Array, axes: Axes = ()) -> tuple[jax.Array, ...]:
-    """The sum of each row of int32 arrays [rows, n], in one pass: int32 [rows] each."""
+def sums(*xs: Int32[Array, "rows n"], axes: Axes = ()) -> tuple[Int32[Array, " rows"], ...]:
+    """The sum of each row of each array, in one pass."""
     # One reduction of several operands: XLA's CPU backend vectorizes it over the row. A plain
     # sum it rewrites into a tree of windows, five times slower; so a lone operand gets company,
     # and the barrier keeps that from being seen through.
@@ -73,7 +81,9 @@ def sums(*xs: jax.Array, axes: Axes = ()) -> tuple[jax.Array, ...]:
     return tuple(lax.psum(jnp.stack(found), axes))  # in one exchange
 
 
-def _add_up(operands: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _add_up(
+    operands: tuple[Int32[Array, " rows n *rest"], ...],
+) -> tuple[Int32[Array, " rows *rest"], ...]:
     """Sums over axis 1, in one reduction."""
 
     def add(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -82,21 +92,21 @@ def _add_up(operands: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return tuple(lax.reduce(operands, tuple(jnp.int32(0) for _ in operands), add, (1,)))
 
 
-def count(flags: jax.Array) -> jax.Array:
-    """How many of bool [rows] are true: int32 scalar."""
+def count(flags: Bool[Array, " rows"]) -> Int32[Array, ""]:
+    """Number of true flags."""
     (number,) = sums(flags.astype(jnp.int32)[None])
     return number[0]
 
 
-def sums_before(*xs: jax.Array) -> tuple[jax.Array, ...]:
-    """For each entry of int32 arrays [rows, n], n small, the sum of those before it in the row."""
+def sums_before(*xs: Int32[Array, "rows n"]) -> tuple[Int32[Array, "rows n"], ...]:
+    """For each entry, the sum of the entries before it in its row; `n` is small."""
     n = xs[0].shape[1]
     earlier = jnp.tri(n, n, -1, dtype=bool).T[None]  # [1, from, to]
     return _add_up(tuple(jnp.where(earlier, x[:, :, None], 0) for x in xs))
 
 
-def argmax(x: jax.Array, axes: Axes = ()) -> jax.Array:
-    """Lowest id of the largest value of each row of `x` [rows, n]: int32 [rows]."""
+def argmax(x: Float32[Array, "rows n"], axes: Axes = ()) -> Int32[Array, " rows"]:
+    """Lowest id of the largest value of each row of `x`."""
     best = _argmax(x)
     if not axes:
         return best
@@ -109,8 +119,8 @@ def argmax(x: jax.Array, axes: Axes = ()) -> jax.Array:
     return device * x.shape[1] + take_along_rows(both[:, 1].T, device[:, None])[:, 0]
 
 
-def _argmax(x: jax.Array) -> jax.Array:
-    """By blocks, because XLA's CPU argmax does not vectorize: eight times faster at 49k."""
+def _argmax(x: Float32[Array, "rows n"]) -> Int32[Array, " rows"]:
+    """The argmax by blocks: XLA's on CPU does not vectorize and is eight times slower at 49k."""
     rows, n = x.shape
     if n % _BLOCK or n == _BLOCK:
         return jnp.argmax(x, axis=-1).astype(jnp.int32)
@@ -120,12 +130,10 @@ def _argmax(x: jax.Array) -> jax.Array:
     return block * _BLOCK + jnp.argmax(best, axis=-1).astype(jnp.int32)
 
 
-def top_k(x: jax.Array, k: int, axes: Axes = ()) -> tuple[jax.Array, jax.Array]:
-    """The `k` largest values of each row of `x` [rows, n], best first, ties by lower id.
-
-    Returns:
-      values [rows, k] and ids int32 [rows, k].
-    """
+def top_k(
+    x: Float32[Array, "rows n"], k: int, axes: Axes = ()
+) -> tuple[Float32[Array, "rows {k}"], Int32[Array, "rows {k}"]]:
+    """The `k` largest values of each row of `x` and their ids, best first, ties by lower id."""
     if not axes:
         return _blocked_top_k(x, k)
     rows, n = x.shape
@@ -138,8 +146,10 @@ def top_k(x: jax.Array, k: int, axes: Axes = ()) -> tuple[jax.Array, jax.Array]:
     return values, take_along_rows(ids, at)
 
 
-def _blocked_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Exact. Only the k blocks with the largest maxima can hold the k best: the others are left."""
+def _blocked_top_k(
+    x: Float32[Array, "rows n"], k: int
+) -> tuple[Float32[Array, "rows {k}"], Int32[Array, "rows {k}"]]:
+    """The exact top k, read from the k blocks with the largest maxima: no other can hold one."""
     rows, n = x.shape
     if n % _BLOCK or n // _BLOCK <= k:
         return _top_k(jnp.where(x == 0, 0.0, x), k)
@@ -152,7 +162,9 @@ def _blocked_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return values, (block << _BLOCK_BITS) | (at & (_BLOCK - 1))
 
 
-def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def _top_k(
+    x: Float32[Array, "rows n"], k: int
+) -> tuple[Float32[Array, "rows {k}"], Int32[Array, "rows {k}"]]:
     # XLA's CPU backend recognizes top_k as a sort whose only uses are two equal slices; the
     # barrier keeps the callers' own slices out of it. Unrecognized, it sorts everything. The
     # indices go first: a barrier on top_k's own tuple crashes XLA when it compiles for several

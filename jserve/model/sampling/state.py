@@ -1,4 +1,4 @@
-"""Sampling state of every slot on the device, and the updates that the step program makes to it."""
+"""Sampling state of every slot on the device, and its updates by the step program."""
 
 import enum
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ GREEDY_BELOW = 1e-5  # temperatures below are greedy, as in vLLM
 
 
 class Processor(enum.IntFlag):
-    """Which logit processors a slot needs; state of the others is stale and never read."""
+    """The logit processors that a slot needs; state of the others is stale and never read."""
 
     MASK = 1
     BIAS = 2
@@ -114,7 +114,10 @@ def init_sampler_state(num_slots: int, vocab: int) -> SamplerState:
 
 
 def _write(
-    state: SamplerState, dtype: np.dtype, slots: jax.Array, words: jax.Array
+    state: SamplerState,
+    dtype: np.dtype,
+    slots: Int32[Array, " rows"],
+    words: Int32[Array, "rows words"],
 ) -> SamplerState:
     changed: dict[str, jax.Array] = {}
     for name, (field, offset, *_) in (dtype.fields or {}).items():
@@ -126,26 +129,30 @@ def _write(
     return state._replace(**changed)
 
 
-def admit(state: SamplerState, slots: jax.Array, words: jax.Array) -> SamplerState:
+def admit(
+    state: SamplerState, slots: Int32[Array, " rows"], words: Int32[Array, "rows words"]
+) -> SamplerState:
     """Writes the scalars of newly admitted slots.
 
     Args:
       state: the state of all slots.
-      slots: int32 [n]; entries ≥ num_slots are padding.
-      words: int32 [n, SLOT_ROW_WORDS], SLOT_ROW records viewed as words.
+      slots: entries ≥ num_slots are padding.
+      words: SLOT_ROW records viewed as words.
     """
     return _write(state, SLOT_ROW, slots, words)
 
 
-def admit_processors(state: SamplerState, slots: jax.Array, words: jax.Array) -> SamplerState:
-    """Writes mask and bias of the slots that need them; as `admit`, with `processor_row_dtype`."""
+def admit_processors(
+    state: SamplerState, slots: Int32[Array, " rows"], words: Int32[Array, "rows words"]
+) -> SamplerState:
+    """Writes mask and biases of slots that need them; `words` are `processor_row_dtype` records."""
     return _write(state, processor_row_dtype(state.vocab), slots, words)
 
 
-def reset(state: SamplerState, keep: jax.Array) -> SamplerState:
-    """Forgets the tokens seen by slots where `keep` (bool [slots]) is false: those just admitted.
+def reset(state: SamplerState, keep: Bool[Array, " slots"]) -> SamplerState:
+    """Forgets the tokens seen by newly admitted slots, which are those not in `keep`.
 
-    The cost follows their number; the buffers are changed in place when they are donated.
+    The cost follows the number of such slots; donated buffers are changed in place.
     """
     (dropped,) = jnp.nonzero(~keep, size=state.num_slots, fill_value=0)
 
@@ -167,12 +174,12 @@ def reset(state: SamplerState, keep: jax.Array) -> SamplerState:
 
 def observe(
     state: SamplerState,
-    slots: jax.Array,
-    tokens: jax.Array,
-    live: jax.Array,
+    slots: Int32[Array, " rows"],
+    tokens: Int32[Array, " rows"],
+    live: Bool[Array, " rows"],
     axes: Axes = (),
 ) -> SamplerState:
-    """Counts the newly sampled `tokens` of `slots` as output, where `live`; all are [rows]."""
+    """Counts the newly sampled `tokens` of `slots` as output, where `live`."""
     at = jnp.where(live, slots, state.num_slots)
     tokens = local_index(tokens, state.vocab, axes)
     return state._replace(output_counts=state.output_counts.at[at, tokens].add(1, mode="drop"))
@@ -180,22 +187,22 @@ def observe(
 
 def count_chunk(
     state: SamplerState,
-    token_slots: jax.Array,
-    tokens: jax.Array,
-    is_prompt: jax.Array,
-    live: jax.Array,
+    token_slots: Int32[Array, " tokens"],
+    tokens: Int32[Array, " tokens"],
+    is_prompt: Bool[Array, " tokens"],
+    live: Bool[Array, " tokens"],
     axes: Axes = (),
 ) -> SamplerState:
-    """Takes note of chunk tokens: of prompts as seen, of recomputed output as generated.
+    """Marks prompt tokens of chunks as seen, and counts recomputed output tokens as generated.
 
     Decode tokens must not be live here: `observe` has counted them when they were sampled.
 
     Args:
       state: the state of all slots; slots must have been `reset` at admission.
-      token_slots: int32 [tokens].
-      tokens: int32 [tokens], ids.
-      is_prompt: bool [tokens], whether the token's position is inside the prompt.
-      live: bool [tokens], false for padding and decode tokens.
+      token_slots: the slot of each token.
+      tokens: ids.
+      is_prompt: whether the token's position is inside the prompt.
+      live: false for padding and decode tokens.
       axes: see `sharded_vocab`.
     """
     tokens = local_index(tokens, state.vocab, axes)
@@ -209,19 +216,19 @@ def count_chunk(
 
 def stop_code(
     state: SamplerState,
-    slots: jax.Array,
-    tokens: jax.Array,
-    new_lengths: jax.Array,
-    live: jax.Array,
-) -> jax.Array:
-    """Whether a sequence ends with its new token, as vLLM's `check_stop`: FinishCode, int32 [rows].
+    slots: Int32[Array, " rows"],
+    tokens: Int32[Array, " rows"],
+    new_lengths: Int32[Array, " rows"],
+    live: Bool[Array, " rows"],
+) -> Int32[Array, " rows"]:
+    """The FinishCode of each row after its new token, as vLLM's `check_stop`.
 
     Args:
       state: the state of all slots.
-      slots: int32 [rows].
-      tokens: int32 [rows], the new tokens.
-      new_lengths: int32 [rows], prompt and output tokens, the new one included.
-      live: bool [rows]; other rows are RUNNING.
+      slots: the slot of each row.
+      tokens: the new tokens.
+      new_lengths: prompt and output tokens, the new one included.
+      live: other rows are RUNNING.
     """
     ends = jnp.arange(MAX_STOP_TOKEN_IDS)[None, :] < state.num_stop_ids[slots][:, None]
     stop = jnp.any((state.stop_ids[slots] == tokens[:, None]) & ends, axis=-1)

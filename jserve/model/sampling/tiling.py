@@ -6,6 +6,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Int32, Shaped
 
 from jserve.model.sampling.sharded_vocab import count
 
@@ -13,7 +14,7 @@ Carry = TypeVar("Carry")
 
 
 def for_each_tile(
-    needed: jax.Array, tile: int, body: Callable[[jax.Array, Carry], Carry], carry: Carry
+    needed: Bool[Array, " rows"], tile: int, body: Callable[[jax.Array, Carry], Carry], carry: Carry
 ) -> Carry:
     """Runs `body(rows, carry)` over the rows where `needed`, `tile` of them at a time.
 
@@ -39,11 +40,17 @@ def for_each_tile(
     return lax.fori_loop(0, num_tiles, step, carry)
 
 
-def gather_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """`x[rows]` with surplus rows clipped."""
+def gather_rows(
+    x: Shaped[Array, " all *rest"], rows: Int32[Array, " tile"]
+) -> Shaped[Array, " tile *rest"]:
+    """`x[rows]`, with surplus rows clipped."""
     return x.at[rows].get(mode="clip", wrap_negative_indices=False)
 
 
-def scatter_rows(x: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
+def scatter_rows(
+    x: Shaped[Array, " all *rest"],
+    rows: Int32[Array, " tile"],
+    values: Shaped[Array, " tile *rest"],
+) -> Shaped[Array, " all *rest"]:
     """`x` with `values` at `rows`, surplus rows dropped."""
     return x.at[rows].set(values, mode="drop", wrap_negative_indices=False)

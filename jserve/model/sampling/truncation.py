@@ -1,4 +1,4 @@
-"""Which tokens of a row may be drawn: min_p, top_k and top_p, exactly and without a sort.
+"""Truncation of a row to the tokens that may be drawn: min_p, top_k, top_p, without a sort.
 
 Tokens are ordered by logit, best first, equal logits by lower id. Every rule keeps a prefix:
 
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float32, Int32
 
 from jserve.model.sampling import mass as masses
 from jserve.model.sampling.mass import Mass
@@ -33,55 +34,55 @@ from jserve.model.sampling.sharded_vocab import (
 
 
 class Truncation(NamedTuple):
-    """The parameters of each row, normalized; all [rows]."""
+    """The parameters of each row, normalized."""
 
-    temperature: jax.Array  # float32, positive
-    top_k: jax.Array  # int32, 1 … vocab; vocab keeps all
-    top_p: jax.Array  # float32; 1 or more keeps all
-    min_p: jax.Array  # float32; 0 keeps all
+    temperature: Float32[Array, " rows"]  # positive
+    top_k: Int32[Array, " rows"]  # 1 … vocab; vocab keeps all
+    top_p: Float32[Array, " rows"]  # 1 or more keeps all
+    min_p: Float32[Array, " rows"]  # 0 keeps all
 
-    def truncates(self, vocab: int) -> jax.Array:
-        """Whether any rule can drop a token: bool [rows]."""
+    def truncates(self, vocab: int) -> Bool[Array, " rows"]:
+        """Whether any rule can drop a token of the row."""
         return (self.top_k < vocab) | (self.top_p < 1.0) | (self.min_p > 0.0)
 
 
 class Total(NamedTuple):
-    """The mass of a row's set before top_p; both int32 [rows]."""
+    """The mass of a row's set before top_p."""
 
-    shift: jax.Array
-    units: jax.Array
+    shift: Int32[Array, " rows"]
+    units: Int32[Array, " rows"]
 
 
-def total_from_weights(weight: jax.Array, axes: Axes = ()) -> Total:
-    """The total of weights [rows, n] that are zero outside of the set."""
+def total_from_weights(weight: Float32[Array, "rows n"], axes: Axes = ()) -> Total:
+    """The total of weights that are zero outside of the set."""
     shift = masses.shift_from_weights(weight, axes)
     sums = masses.total(masses.digits(weight, shift), weight > 0, axes)
     return Total(shift, sums.units())
 
 
-def vocab_total(x: jax.Array, params: Truncation, axes: Axes = ()) -> Total:
-    """The total of the tokens that min_p leaves of whole rows, `x` [rows, vocab] or a share."""
+def vocab_total(x: Float32[Array, "rows vocab"], params: Truncation, axes: Axes = ()) -> Total:
+    """The total of the tokens that min_p leaves of whole rows; `x` may be a device's share."""
     weight = jnp.exp(masses.scaled(x, largest(x, axes), params.temperature[:, None]))
     return total_from_weights(jnp.where(weight >= params.min_p[:, None], weight, 0.0), axes)
 
 
-def _target(params: Truncation, units: jax.Array) -> jax.Array:
-    """The mass before a token, in units, from which on top_p drops it: int32 [rows]."""
+def _target(params: Truncation, units: Int32[Array, " rows"]) -> Int32[Array, " rows"]:
+    """The mass before a token, in units, from which on top_p drops the token."""
     wanted = jnp.ceil(params.top_p * units.astype(jnp.float32)).astype(jnp.int32)
     return jnp.where(params.top_p < 1.0, jnp.maximum(wanted, 1), jnp.int32(2**31 - 1))
 
 
 class Candidates(NamedTuple):
-    """The best tokens of each row in order, with what top_k and min_p leave of them."""
+    """The best tokens of each row in order, after top_k and min_p."""
 
-    scaled: jax.Array  # float32 [rows, k], (logit - max) / temperature
-    weight: jax.Array  # float32 [rows, k]; zero for tokens that top_k or min_p drop
-    kept: jax.Array  # bool [rows, k]; what min_p and top_k leave
-    closed: jax.Array  # bool [rows]: no token outside passes top_k and min_p
+    scaled: Float32[Array, "rows k"]  # (logit - max) / temperature
+    weight: Float32[Array, "rows k"]  # zero for tokens that top_k or min_p drop
+    kept: Bool[Array, "rows k"]  # min_p and top_k leave the token
+    closed: Bool[Array, " rows"]  # no token outside passes top_k and min_p
 
 
-def candidates(values: jax.Array, params: Truncation, vocab: int) -> Candidates:
-    """Applies min_p and top_k to the best tokens of each row: `values` [rows, k], best first."""
+def candidates(values: Float32[Array, "rows k"], params: Truncation, vocab: int) -> Candidates:
+    """Applies min_p and top_k to the logits of the best tokens of each row, best first."""
     rows, k = values.shape
     scaled = masses.scaled(values, values[:, :1], params.temperature[:, None])
     weight = jnp.exp(scaled)
@@ -95,18 +96,14 @@ def candidates(values: jax.Array, params: Truncation, vocab: int) -> Candidates:
 
 def from_candidates(
     best: Candidates, params: Truncation, total: Total
-) -> tuple[jax.Array, jax.Array]:
-    """Which candidates may be drawn, and whether they are all that may.
+) -> tuple[Bool[Array, "rows k"], Bool[Array, " rows"]]:
+    """Tells which candidates may be drawn, and in which rows no other token may.
 
     Args:
       best: the best tokens of each row.
       params: the row's parameters.
       total: of the row's whole set. Where it is unknown (units 0) and the row is not closed,
         the row is undecided.
-
-    Returns:
-      keep: bool [rows, k].
-      decided: bool [rows].
     """
     digits = masses.digits(best.weight, total.shift)
     before = Mass(*sums_before(*digits)).units()
@@ -115,17 +112,21 @@ def from_candidates(
     return keep, best.closed | cut
 
 
-def _ordered(x: jax.Array) -> jax.Array:
-    """int32 keys in the order of the float32 values; -0 equals +0."""
+def _ordered(x: Float32[Array, "*shape"]) -> Int32[Array, "*shape"]:
+    """Keys in the order of the values; -0 equals +0."""
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)
     return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
 
 
-def _bisect(low: jax.Array, high: jax.Array, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The smallest integer in (low, high] for which the monotone `holds` is true: int32 [rows].
+def _bisect(
+    low: Int32[Array, " rows"],
+    high: Int32[Array, " rows"],
+    holds: Callable[[jax.Array], jax.Array],
+) -> Int32[Array, " rows"]:
+    """The smallest integer in (low, high] for which the monotone `holds` is true.
 
-    `holds(high)` is taken for granted. Rows with low + 1 == high are done from the start; where
-    all are, nothing runs.
+    `holds(high)` is taken for granted. Rows with low + 1 == high are done from the start; if all
+    are, nothing runs.
     """
 
     def open_rows(bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -141,18 +142,16 @@ def _bisect(low: jax.Array, high: jax.Array, holds: Callable[[jax.Array], jax.Ar
     return lax.while_loop(open_rows, halve, (low, high))[1]
 
 
-def from_vocab(x: jax.Array, params: Truncation, axes: Axes = ()) -> tuple[jax.Array, jax.Array]:
-    """Which tokens of whole rows may be drawn.
+def from_vocab(
+    x: Float32[Array, "rows vocab"], params: Truncation, axes: Axes = ()
+) -> tuple[Bool[Array, "rows vocab"], Float32[Array, "rows vocab"]]:
+    """Tells which tokens of whole rows may be drawn, and scales all: (x - max) / temperature.
 
     Args:
-      x: float32 [rows, vocab] processed logits, -inf where masked; or this device's share of
-        the vocabulary, like both results.
+      x: processed logits, -inf where masked; or this device's share of the vocabulary, like
+        both results.
       params: the row's parameters.
       axes: see `sharded_vocab`.
-
-    Returns:
-      keep: bool [rows, vocab].
-      scaled: float32 [rows, vocab], (x - max) / temperature.
     """
     vocab = width(x, axes)
     best = largest(x, axes)
@@ -179,15 +178,15 @@ def from_vocab(x: jax.Array, params: Truncation, axes: Axes = ()) -> tuple[jax.A
 
 
 def _top_p(
-    key: jax.Array,
-    weight: jax.Array,
-    kept: jax.Array,
-    top: jax.Array,
-    bottom: jax.Array,
+    key: Int32[Array, "rows vocab"],
+    weight: Float32[Array, "rows vocab"],
+    kept: Bool[Array, "rows vocab"],
+    top: Int32[Array, " rows"],
+    bottom: Int32[Array, " rows"],
     params: Truncation,
     axes: Axes,
-) -> jax.Array:
-    """The part of `kept` [rows, vocab] that top_p leaves; all of it where top_p is 1."""
+) -> Bool[Array, "rows vocab"]:
+    """The part of `kept` that top_p leaves; all of it where top_p is 1."""
     vocab = width(key, axes)
     weight = jnp.where(kept, weight, 0.0)
     total = total_from_weights(weight, axes)
