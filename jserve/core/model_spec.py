@@ -8,7 +8,7 @@ from jserve.core.errors import ConfigError
 
 
 class RopeScalingKind(enum.Enum):
-    """How rotary frequencies are stretched beyond the trained context."""
+    """The rule that stretches rotary frequencies beyond the trained context."""
 
     LINEAR = "linear"
     DYNAMIC = "dynamic"  # NTK-aware; per token, so that the result never depends on chunking
@@ -44,17 +44,17 @@ class ModelSpec:
     rope_scaling: RopeScaling | None = None  # never applies to layers with local_rope_theta
     tied_embeddings: bool = False
     qkv_bias: bool = False  # qwen2; llama's attention_bias
-    output_bias: bool = False  # of the attention's output projection; llama's attention_bias
+    output_bias: bool = False  # attention's output projection has a bias; llama's attention_bias
     ffn_bias: bool = False  # llama's mlp_bias
     sliding_window: int = 0  # tokens a local layer sees, itself included; 0: no local layers
-    local_layers: tuple[bool, ...] = ()  # which layers are local; empty: all of them if windowed
+    local_layers: tuple[bool, ...] = ()  # a flag a layer; empty: all, if there is a window
     local_rope_theta: float | None = None  # gemma3's local layers; None: rope_theta
     query_scale: float | None = None  # multiplies q·k; None: head_dim ** -0.5
-    experts: int = 0  # of a sparse layer; 0: every layer is dense
-    experts_per_token: int = 0  # that a token is sent to
-    expert_ffn_dim: int = 0  # of one expert; ffn_dim is that of dense layers
-    weights_sum_to_one: bool = False  # of a token's experts; else their shares of all experts
-    sparse_layers: tuple[bool, ...] = ()  # which layers have experts; empty: all, if there are any
+    experts: int = 0  # in a sparse layer; 0: every layer is dense
+    experts_per_token: int = 0  # experts that a token is sent to
+    expert_ffn_dim: int = 0  # of one expert; ffn_dim is of dense layers
+    weights_sum_to_one: bool = False  # over a token's experts; else over all experts
+    sparse_layers: tuple[bool, ...] = ()  # a flag a layer; empty: all, if there are experts
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ class ModelSpec:
 
     @property
     def max_context(self) -> int:
-        """Tokens that positions are meaningful for: the bound on prompt and output together."""
+        """Longest prompt and output together, in tokens."""
         if self.rope_scaling is None or self.rope_scaling.kind is not RopeScalingKind.DYNAMIC:
             return self.max_position
         return int(self.max_position * self.rope_scaling.factor)

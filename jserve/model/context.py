@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from jserve.model.rope import RopeTables
 
-KV = TypeVar("KV")  # one layer's pages, of whatever type the attention op has
+KV = TypeVar("KV")  # one layer's pages; the attention op knows their type
 # attend(q, k, v, pages, window) → (out [tokens, q_heads, head_dim], pages)
 #   q [tokens, q_heads, head_dim] is rotated and scaled; k, v [tokens, kv_heads, head_dim],
 #   k rotated; `window` is static, in tokens, 0 for full attention.
@@ -22,7 +22,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, int], tuple[jax.Array, 
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """One step of a decoder; the same for all of its layers."""
+    """Arguments of one step of a decoder that are the same for all layers."""
 
     attend: Attend
     num_tokens: Int[Array, ""] | None = None  # int32; later rows are padding; None: no row is
@@ -35,7 +35,7 @@ class StepContext:
 
 @dataclass(frozen=True, slots=True)
 class LayerContext(StepContext):
-    """One layer of a step."""
+    """Arguments of one layer of a step."""
 
     rope: RopeTables = field(kw_only=True)
     window: int = field(kw_only=True)  # tokens that attention sees; 0: all

@@ -37,12 +37,12 @@ class LayerFactory(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What tells one decoder family from another beyond its spec."""
+    """The differences between decoder families that are not in a spec."""
 
     layer: LayerFactory
-    sparse_layer: LayerFactory | None = None  # one with experts, if the family has such
+    sparse_layer: LayerFactory | None = None  # a layer with experts, if the family has them
     norm_offset: float = 0.0  # added to the final norm's stored weight
-    scaled_embeddings: bool = False  # by sqrt(model_dim), rounded to the compute dtype
+    scaled_embeddings: bool = False  # times sqrt(model_dim), rounded to the compute dtype
 
 
 class Decoder(nnx.Module):

@@ -24,8 +24,8 @@ from jserve.pallas_kernels.backend import Backend
 class Model:
     """A decoder as pure functions of its parameters; immutable, shared by all programs.
 
-    Parameters are plain arrays in a flat dict by Hugging Face's names. Its functions are pure,
-    to be called while tracing.
+    Parameters are plain arrays in a flat dict by Hugging Face's names. The methods that take
+    parameters are called while tracing.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class Model:
     ) -> None:
         """Raises ConfigError for a family or quantization that is not supported.
 
-        `mesh` is what the parameters are spread over, if it is more than one device. Experts are
-        spread by it, quantized weights multiplied.
+        `mesh` has the devices that parameters are spread over; it splits experts and the matmuls
+        of quantized weights. None: one device.
         """
         if spec.family not in FAMILIES:
             raise ConfigError(
@@ -62,11 +62,14 @@ class Model:
         self._paths = [path for path, _ in nnx.to_flat_state(state)]
 
     def param_specs(self) -> dict[str, ParamSpec]:
-        """Every parameter by name."""
+        """The declaration of every parameter, by name."""
         return dict(self._specs)
 
     def unaccelerated_weights(self) -> dict[str, tuple[int, int]]:
-        """Quantized weights that are made floats in every step, and their shapes on a device."""
+        """Quantized weights that no kernel reads, and their shapes on a device.
+
+        XLA converts them to floats in every step.
+        """
         return unaccelerated_weights(self._specs, self._numerics)
 
     def init(

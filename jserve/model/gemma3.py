@@ -33,7 +33,6 @@ class Gemma3Layer(nnx.Module):
     def __call__(
         self, x: Float[Array, "tokens model_dim"], kv: KV, context: LayerContext
     ) -> tuple[Float[Array, "tokens model_dim"], KV]:
-        """See `Layer`."""
         out, kv = self.self_attn(self.input_layernorm(x), kv, context)
         x = x + self.post_attention_layernorm(out)
         out = self.mlp(self.pre_feedforward_layernorm(x), context)

@@ -1,4 +1,4 @@
-"""The parts that decoders are wired from, as Flax NNX modules whose paths are Hugging Face's names.
+"""Building blocks of decoders: Flax NNX modules whose paths are Hugging Face's names.
 
 A module declares its parameters when it is built and computes while a program is traced.
 """
@@ -26,11 +26,11 @@ class Linear(nnx.Module):
         self,
         in_dim: int,
         out_dim: int,
-        axes: tuple[str | None, str | None],  # of the weight
+        axes: tuple[str | None, str | None],  # logical axes of the weight
         numerics: Numerics,
         *,
         bias: bool = False,
-        kind: WeightKind | None = None,  # of the weight; None: as layers have
+        kind: WeightKind | None = None,  # of the weight; None: numerics.layers
     ) -> None:
         self.numerics = numerics
         self.weight = matrix((out_dim, in_dim), axes, numerics, kind or numerics.layers)
@@ -39,11 +39,11 @@ class Linear(nnx.Module):
     def __call__(
         self, x: Float[Array, "tokens in_dim"], context: StepContext
     ) -> Float[Array, "tokens out_dim"]:
-        """The product in the compute dtype; a bias is added before rounding to it."""
+        """The output in the compute dtype; a bias is added before rounding to it."""
         return project(x, context, self)[0]
 
     def biased(self, y: Float[Array, "tokens out_dim"]) -> Float[Array, "tokens out_dim"]:
-        """A float32 product with the bias, in the compute dtype."""
+        """Adds the bias to a float32 matmul result; returns the compute dtype."""
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)[None, :]
         return y.astype(self.numerics.dtype)
@@ -59,7 +59,7 @@ def project(
 
 
 class Embedding(nnx.Module):
-    """A row per token id; transposed it is the head of a model with tied embeddings."""
+    """A row per token id; also the head's weight in a model with tied embeddings."""
 
     def __init__(self, vocab: int, dim: int, numerics: Numerics) -> None:
         self.dtype = numerics.dtype

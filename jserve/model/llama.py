@@ -1,4 +1,4 @@
-"""The plain pre-norm block: Llama 2 and 3, SmolLM2; Mistral and Qwen 2 but for windows and biases.
+"""The plain pre-norm block of Llama 2 and 3, SmolLM2, Mistral and Qwen 2.
 
 Windows, biases and rotary scaling are in the spec, so these families share all the wiring.
 """
@@ -30,7 +30,6 @@ class PreNormLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "tokens model_dim"], kv: KV, context: LayerContext
     ) -> tuple[Float[Array, "tokens model_dim"], KV]:
-        """See `Layer`."""
         out, kv = self.self_attn(self.input_layernorm(x), kv, context)
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x), context), kv

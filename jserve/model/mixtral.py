@@ -1,4 +1,4 @@
-"""Mixtral (Jiang et al., 2024): the Llama block with experts, under names of its own."""
+"""Mixtral (Jiang et al., 2024): the Llama block with experts, under its own parameter names."""
 
 from flax import nnx
 from jaxtyping import Array, Float
@@ -27,7 +27,6 @@ class MixtralLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "tokens model_dim"], kv: KV, context: LayerContext
     ) -> tuple[Float[Array, "tokens model_dim"], KV]:
-        """See `Layer`."""
         out, kv = self.self_attn(self.input_layernorm(x), kv, context)
         x = x + out
         return x + self.block_sparse_moe(self.post_attention_layernorm(x), context), kv

@@ -1,4 +1,4 @@
-"""How a model computes: what its layers are built with beside the spec."""
+"""The arithmetic of a model: dtype, backend, kinds of weights, mesh."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ from jserve.pallas_kernels.backend import Backend
 class Numerics:
     """The dtype of parameters and activations, and which implementation of each op runs.
 
-    `mesh` is what kernels that the compiler cannot split are split over; `rules` map logical axes
-    to axes of it (see `model.sharding`).
+    Kernels that the compiler cannot split are split over `mesh`; `rules` map logical axes to mesh
+    axes (see `model.sharding`).
     """
 
     dtype: jnp.dtype
     backend: Backend
-    layers: WeightKind = WeightKind.FLOAT  # weights of layers
+    layers: WeightKind = WeightKind.FLOAT  # of the layers' weights
     head: WeightKind = WeightKind.FLOAT  # of embedding and head
     mesh: AnyMesh | None = None  # None: one device
     rules: Mapping[str, MeshAxes] = field(default_factory=dict)

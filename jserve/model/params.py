@@ -1,4 +1,16 @@
-"""The one declaration of a parameter, from which loading, sharding and initialization derive."""
+"""The one declaration of a parameter, from which loading, sharding and initialization derive.
+
+    form                        shape          made from the form above it by
+    ─────────────────────────────────────────────────────────────────────────────────────
+    tensors of a checkpoint     source_shape
+    float matrix, in host       float_shape    stacking, if the parameter is `stacked`
+    native folder, on disk      stored_shape   `encode`, for the codes and scales of quantized
+                                               weights
+    parameter, on devices       shape          `encode` if `at_load` (panels of a CPU backend),
+                                               transposing if the encoding has an `order`
+
+A parameter without an encoding has one shape, but for stacking.
+"""
 
 import zlib
 from collections.abc import Callable, Mapping
@@ -15,18 +27,20 @@ from jax.sharding import Sharding
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How a parameter is made of a float matrix: part of a quantized weight, or another layout.
+    """The way from a float matrix to a parameter: part of a quantized weight, or another layout.
 
-    It is made once, when weights are converted, unless `at_load`: then native folders hold the
-    matrix itself, because the layout is that of one backend. With an `order` dimensions are put in
-    another one at load, on devices: it tells which of the parameter's are those before.
+    `encode` runs once, when weights are converted. With `at_load` it runs whenever they are
+    loaded, and native folders hold the matrix itself: the layout is one backend's own.
     """
 
     shape: tuple[int, ...]  # of the float matrix, or of a stack of them
-    rows: int  # of it that make one row of the parameter
-    encode: Callable[[np.ndarray], np.ndarray]  # of whole such rows, float32; at load: of any float
+    rows: int  # rows of the matrix that make one row of the parameter
+    # Takes a multiple of `rows` rows: float32, or with `at_load` any float type.
+    encode: Callable[[np.ndarray], np.ndarray]
     at_load: bool = False
-    order: tuple[int, ...] = ()  # empty: the same ones
+    # Permutes dimensions when the stored array is loaded: dimension i becomes dimension
+    # order[i] of the parameter. Empty: none moves.
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +48,9 @@ class ParamSpec:
     """One parameter of a model, before there is an array.
 
     `axes` names each dimension logically (None: never sharded); `model.sharding` maps the names
-    to mesh axes. `source` names the Hugging Face tensor it is read from, or, if `stacked`, the
-    tensors that it holds one after the other along its first axis; with an `encoding` that is
-    its float matrix. `mean` and `std` describe random weights, before encoding.
+    to mesh axes. `source` names the Hugging Face tensor that the parameter is read from; a
+    `stacked` parameter is read from several, one after the other along its first axis. `mean` and
+    `std` describe random weights, before encoding.
     """
 
     shape: tuple[int, ...]
@@ -50,40 +64,40 @@ class ParamSpec:
 
     @property
     def float_shape(self) -> tuple[int, ...]:
-        """Before encoding."""
+        """Shape before encoding."""
         return self.encoding.shape if self.encoding else self.shape
 
     @property
     def source_shape(self) -> tuple[int, ...]:
-        """Of each of the tensors it is read from."""
+        """Shape of each tensor of `source`."""
         return self.float_shape[1:] if self.stacked else self.float_shape
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """In a native folder."""
+        """Shape in a native folder."""
         if self.encoding and self.encoding.at_load:
             return self.encoding.shape
         return tuple(self.shape[dimension] for dimension in self.stored_order)
 
     @property
     def stored_order(self) -> tuple[int, ...]:
-        """The parameter's dimensions that are those of what a native folder holds."""
+        """For each stored dimension, its index in the parameter."""
         if self.encoding and self.encoding.order:
             return self.encoding.order
         stored = self.encoding.shape if self.encoding and self.encoding.at_load else self.shape
         return tuple(range(len(stored)))
 
     def from_floats(self, floats: np.ndarray) -> np.ndarray:
-        """The parameter, made of the float matrix, or of the stack of them."""
-        return self._ordered(self.encoding.encode(floats)) if self.encoding else floats
+        """The parameter made from its float matrix, or from the stack of them."""
+        return self._transposed(self.encoding.encode(floats)) if self.encoding else floats
 
     def from_stored(self, stored: np.ndarray) -> np.ndarray:
-        """The parameter, made of what a native folder holds."""
+        """The parameter made from the array in a native folder."""
         if self.encoding and self.encoding.at_load:
             return self.from_floats(stored)
-        return self._ordered(stored)
+        return self._transposed(stored)
 
-    def _ordered(self, stored: np.ndarray) -> np.ndarray:
+    def _transposed(self, stored: np.ndarray) -> np.ndarray:
         if self.encoding and self.encoding.order:
             return stored.transpose([int(at) for at in np.argsort(self.encoding.order)])
         return stored
@@ -112,10 +126,10 @@ def param(
 
 
 def param_specs(module: nnx.Module) -> dict[str, ParamSpec]:
-    """Every parameter declared in `module` by its dotted path, which is its Hugging Face name.
+    """Every parameter declared in `module`, by its dotted path, which is its Hugging Face name.
 
-    The parts of a quantized one have a word more. A stacked one, `experts.up_proj.weight`, is
-    made of `experts.0.up_proj.weight` and so on, in parts or not.
+    Parts of a quantized weight have one more word, `.codes` or `.scales`. A stacked parameter
+    `experts.up_proj.weight` is read from `experts.0.up_proj.weight`, `experts.1.up_proj.weight`, …
     """
     specs: dict[str, ParamSpec] = {}
     for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
@@ -145,7 +159,7 @@ def init_params(
 ) -> dict[str, jax.Array]:
     """Random weights, one small program per distinct shape.
 
-    A leaf depends on the seed and its name only: not on the other leaves, nor on the sharding
+    A parameter depends on the seed and its name only: not on other parameters, nor on the sharding
     (threefry is partitionable), so every layout of one seed is the same model.
     """
     root = jax.random.key(seed)
@@ -165,7 +179,7 @@ def init_params(
 
 
 def _place(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
-    """On this process's devices, its part of an array that every process has whole."""
+    """Puts this process's part of `array`, which every process has whole, on its devices."""
     if sharding is None:
         return jax.device_put(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al., 2021): frequencies of every supported kind, tables."""
+"""Rotary position embeddings (Su et al., 2021): frequencies and tables of every kind."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from jserve.core.model_spec import ModelSpec, RopeScaling, RopeScalingKind
 
 
 class RopeTables(NamedTuple):
-    """Cosines and sines of the step's tokens; made once, shared by all layers of one kind."""
+    """Cosines and sines of the step's tokens, shared by all layers of one kind."""
 
     cos: Float[Array, "tokens half_dim"]
     sin: Float[Array, "tokens half_dim"]
@@ -36,7 +36,7 @@ class Rope:
         return RopeTables(jnp.cos(angles), jnp.sin(angles))
 
     def frequencies(self) -> np.ndarray:
-        """Radians per position, [head_dim / 2] float32; those of the trained context if dynamic.
+        """Radians per position, [head_dim / 2] float32; dynamic scaling starts from them, too.
 
         Computed on the host, rounded to float32 after every operation as the references do: at
         position 10⁴ one unit in the last place of a frequency already shows in the logits.
@@ -53,7 +53,7 @@ class Rope:
     def _dynamic_frequencies(
         self, positions: Int[Array, " tokens"]
     ) -> Float[Array, "tokens half_dim"]:
-        """NTK-aware frequencies, those of a sequence that ends at the token itself.
+        """NTK-aware frequencies of a sequence that ends at the token itself.
 
         A token's rotation then depends on its own position only, so chunking and batching cannot
         change it; within the trained context this is plain RoPE.
@@ -80,7 +80,7 @@ def _exponents(head_dim: int) -> np.ndarray:
 
 
 def _llama3(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Llama 3.1: long wavelengths are stretched, short ones kept, those between blended."""
+    """Llama 3.1 scaling: long wavelengths are stretched, short ones kept, the rest blended."""
     factor, trained = np.float32(scaling.factor), scaling.original_max_position
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     wavelengths = np.float32(2 * math.pi) / frequencies

@@ -1,4 +1,4 @@
-"""How parameters spread over devices: the one table from logical axes to mesh axes."""
+"""Sharding of parameters: the one table from logical axes to mesh axes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,16 +11,16 @@ from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
 from jserve.model.params import ParamSpec
 
-AnyMesh = Mesh | AbstractMesh  # for what needs names and sizes only
-MeshAxes = str | tuple[str, ...] | None  # that one dimension is split over; None: it is not
+AnyMesh = Mesh | AbstractMesh  # where names and sizes of axes are enough
+MeshAxes = str | tuple[str, ...] | None  # axes that split one dimension; None: none does
 
-# Of every mesh. Only experts tell the axes apart; all else is split over all devices, so that
-# those of `expert` are no idle copies in attention.
+# The axes of every mesh. Only experts tell them apart; everything else is sharded over both, so
+# the expert axis does not replicate attention.
 DEVICES = ("model", "expert")
 
 # Megatron's split (Shoeybi et al., 2019): heads and FFN columns one way in, the other way out,
-# so each block ends in one all-reduce, which the compiler places. Experts are whole on devices
-# of `expert`, and split over `model` as a dense block is.
+# so each block ends in one all-reduce, which the compiler places. `expert` splits the list of
+# experts; `model` splits each of them like a dense block.
 RULES: dict[str, MeshAxes] = {
     "vocab": DEVICES,
     "q_heads": DEVICES,
@@ -88,7 +88,7 @@ def axis_rules(spec: ModelSpec, mesh: AnyMesh) -> dict[str, MeshAxes]:
 
 
 def num_devices(mesh: AnyMesh, axes: MeshAxes) -> int:
-    """Over how many devices `axes` split a dimension."""
+    """Number of devices that `axes` split a dimension over."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[name] for name in names)
 
@@ -99,7 +99,7 @@ def vocab_axes(vocab: int, mesh: AnyMesh) -> tuple[str, ...]:
 
 
 def stored_kv_heads(spec: ModelSpec, mesh: AnyMesh) -> int:
-    """KV heads that the pages hold: one for each device where there are fewer."""
+    """KV heads in a page: at least one for each device, replicated if the model has fewer."""
     return max(spec.kv_heads, mesh.size)
 
 

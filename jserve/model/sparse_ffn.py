@@ -1,8 +1,8 @@
 """A mixture of experts: each token goes through a few of many gated feed-forward blocks.
 
 No expert has a capacity: no token is dropped because of others, so none depends on them.
-Over several devices each has all tokens and computes the part of its own experts, or of its own
-columns of them; the parts are added up in one all-reduce, as those of a dense block.
+Over several devices each device has all tokens and computes its own experts, or its own columns of
+them; one all-reduce adds up the results, as for a dense block.
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from jserve.pallas_kernels.gated_activation.dispatch import gated_activation
 
 
 class ExpertNames(NamedTuple):
-    """What a family's checkpoints call the three weights of an expert."""
+    """Names of an expert's three weights in a family's checkpoints."""
 
     gate: str
     up: str
@@ -39,9 +39,9 @@ QWEN_NAMES = ExpertNames("gate_proj", "up_proj", "down_proj")
 class Groups(NamedTuple):
     """Rows (a token and one of its experts each) in the order of their experts."""
 
-    tokens: Int[Array, " rows"]  # whose row it is
-    places: Int[Array, "tokens chosen"]  # where the rows of a token are
-    sizes: Int[Array, " experts"]  # rows of each expert; rows after them are of no live token
+    tokens: Int[Array, " rows"]  # the token of each row
+    places: Int[Array, "tokens chosen"]  # the rows of each token
+    sizes: Int[Array, " experts"]  # rows of each expert; later rows belong to no live token
 
 
 class SparseFfn(nnx.Module):
@@ -81,8 +81,9 @@ class SparseFfn(nnx.Module):
     ) -> tuple[Float32[Array, "tokens chosen"], Int[Array, "tokens chosen"]]:
         """The best experts of each token, the best first, and their weights."""
         (logits,) = matmul_weights(x, [self.gate.weight], self.numerics, num_tokens)
-        # As if chosen by a softmax's shares, which have the same order. Its maximum is that of
-        # the choice: fused with a reduction, exponentials would depend on the number of tokens.
+        # Logits have the same order as a softmax's shares. The best logit is also the maximum that
+        # a softmax subtracts: computed by a reduction and fused, the exponentials would depend on
+        # the number of tokens.
         best, chosen = lax.top_k(logits, self.spec.experts_per_token)
         powers = jnp.exp(best - best[:, :1])
         among = powers if self.spec.weights_sum_to_one else jnp.exp(logits - best[:, :1])
@@ -90,7 +91,7 @@ class SparseFfn(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The gated blocks, the same weight of all of them in one array."""
+    """The gated blocks; each of their weights is one array over all experts."""
 
     def __init__(
         self, spec: ModelSpec, numerics: Numerics, activation: Activation, names: ExpertNames
@@ -122,7 +123,7 @@ class Experts(nnx.Module):
 
 
 class ExpertWeights(nnx.Module):
-    """One weight of every expert."""
+    """One weight of all experts, as a stack."""
 
     def __init__(self, spec: ModelSpec, numerics: Numerics, *, into: bool) -> None:
         ffn, dim = spec.expert_ffn_dim, spec.model_dim
@@ -139,7 +140,7 @@ class ExpertWeights(nnx.Module):
 def group_rows(
     chosen: Int[Array, "tokens chosen"], experts: int, num_tokens: jax.Array | None
 ) -> Groups:
-    """Sorts rows by expert; those of tokens from `num_tokens` on come last, in no group."""
+    """Sorts rows by expert; rows of tokens from `num_tokens` on come last, in no group."""
     tokens, per_token = chosen.shape
     if num_tokens is not None:
         live = jnp.arange(tokens, dtype=jnp.int32) < num_tokens
@@ -154,7 +155,7 @@ def _mixed(
     weights: Float32[Array, "tokens chosen"], rows: Float32[Array, "tokens chosen model_dim"]
 ) -> Float32[Array, "tokens model_dim"]:
     """The weighted sum of the rows of each token."""
-    # One after the other: a reduction could take another order for another number of tokens.
+    # Added one after the other: a reduction could take another order for another number of tokens.
     terms = [weights[:, i, None] * rows[:, i] for i in range(weights.shape[1])]
     return sum(terms[1:], start=terms[0])
 
@@ -167,7 +168,7 @@ def _mixed_over(
     chosen: Int[Array, "tokens chosen"],
     num_tokens: jax.Array,
 ) -> Float32[Array, "tokens model_dim"]:
-    """The block over devices, each with its share of `experts`."""
+    """Runs the block over devices, each with its share of `experts`."""
     graph, state = nnx.split(experts)
     flat = nnx.to_flat_state(state)
     layout = [named_sharding(mesh, part.get_metadata()["axes"]).spec for _, part in flat]
@@ -187,7 +188,7 @@ def _mixed_over(
         is_held = (chosen >= 0) & (chosen < num_held)
         groups = group_rows(jnp.where(is_held, chosen, num_held), num_held, num_tokens)
         rows = held(x[groups.tokens], groups.sizes)[groups.places]
-        # Rows of no group can be anything.
+        # Rows of no group hold garbage.
         mixed = _mixed(weights, jnp.where(is_held[:, :, None], rows, 0.0))
         return lax.psum(mixed, mesh.axis_names)
 
@@ -203,7 +204,7 @@ def _mixed_over(
 
 
 def _sum_in_order(x: Float32[Array, "tokens dim"]) -> Float32[Array, "tokens 1"]:
-    """The sum of each row by halving it, where a reduction's order can depend on the rows."""
+    """The sum of each row, by halving: a reduction's order could depend on the number of rows."""
     while (dim := x.shape[1]) > 1:
         half = dim // 2
         x = jnp.concatenate((x[:, :half] + x[:, half : 2 * half], x[:, 2 * half :]), axis=1)

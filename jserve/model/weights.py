@@ -1,6 +1,6 @@
-"""A weight matrix of a model, dense, in panels or quantized: declared once, used without knowing.
+"""Weight matrices of a model: dense, in panels, or quantized.
 
-The only module that tells them apart.
+No other module tells these kinds apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,18 +35,17 @@ class GroupParams(nnx.Module):
         self, shape: tuple[int, int], axes: tuple[str | None, str | None], bits: int, std: float
     ) -> None:
         codes, scales = quantized.quantized_shapes(shape, bits)
-        # Panels of outputs and groups of inputs are what a mesh may split.
+        # A mesh may split panels of outputs and groups of inputs.
         spread: tuple[str | None, ...] = (*axes, None, None, None)
         parts = [Encoding(shape, quantized.PANEL, partial(_part, bits, part)) for part in (0, 1)]
         self.codes = param(codes, spread, jnp.uint8, std=std, encoding=parts[0])
         self.scales = param(scales, spread[:4], jnp.float16, std=std, encoding=parts[1])
 
     def value(self) -> QuantizedMatrix:
-        """What `quantized_matmul` takes."""
+        """The weight as `quantized_matmul` takes it."""
         return QuantizedMatrix(self.codes[...], self.scales[...])
 
     def take_rows(self, rows: Int[Array, " rows"]) -> Float32[Array, "rows in_dim"]:
-        """Some rows of the weight."""
         return quantized.take_rows(self.value(), rows)
 
 
@@ -66,11 +65,10 @@ class ChannelParams(nnx.Module):
         self.scales = param(shape[:1], axes[:1], jnp.float32, std=std, encoding=scales)
 
     def value(self) -> ChannelMatrix:
-        """What `quantized_matmul` takes."""
+        """The weight as `quantized_matmul` takes it."""
         return ChannelMatrix(self.codes[...], self.scales[...])
 
     def take_rows(self, rows: Int[Array, " rows"]) -> Float32[Array, "rows in_dim"]:
-        """Some rows of the weight."""
         return channels.take_rows(self.value(), rows)
 
     def axes(self) -> tuple[str | None, str | None]:
@@ -87,7 +85,7 @@ class ExpertParams(nnx.Module):
         axes: tuple[str | None, str | None, str | None],
         dtype: jnp.dtype,
         std: float,
-        order: tuple[int, ...],  # of the dimensions of the codes; empty: as they are
+        order: tuple[int, ...],  # see `Encoding.order`; of the codes
     ) -> None:
         self.is_transposed = bool(order)
         encode, measure = (
@@ -101,7 +99,7 @@ class ExpertParams(nnx.Module):
         )
 
     def value(self) -> ChannelStack:
-        """What `grouped_matmul` takes."""
+        """The stack as `grouped_matmul` takes it."""
         codes = self.codes[...]
         return ChannelStack(codes.swapaxes(1, 2) if self.is_transposed else codes, self.scales[...])
 
@@ -140,9 +138,9 @@ def matrices(
     axes: tuple[str | None, str | None, str | None],
     numerics: Numerics,
 ) -> Matrices:
-    """Declares a stack of weights [experts, out, in], in files a tensor each.
+    """Declares a stack of weights [experts, out, in]; files hold one tensor per expert.
 
-    Raises ValueError if weights of layers are of a kind that experts cannot be.
+    Raises ValueError if experts cannot be of the kind of the layers' weights.
     """
     std = shape[2] ** -0.5
     order = (0, 2, 1) if wants_inputs_first(numerics.backend) else ()
@@ -173,7 +171,7 @@ def matmul_weights(
     numerics: Numerics,
     num_rows: Int[Array, ""] | None,
 ) -> tuple[Float32[Array, "rows _"], ...]:
-    """X · weightᵀ of weights of one kind, as one op; see `matmul` and `quantized_matmul`."""
+    """Multiplies `x` by the transpose of several weights of one kind, as one op."""
     dense = [_dense(weight) for weight in weights if isinstance(weight, nnx.Param)]
     groups = [weight.value() for weight in weights if isinstance(weight, GroupParams)]
     by_channel = [weight for weight in weights if isinstance(weight, ChannelParams)]
@@ -204,10 +202,7 @@ def _split(axes: tuple[str | None, ...], numerics: Numerics) -> Split:
 def unaccelerated_weights(
     specs: Mapping[str, ParamSpec], numerics: Numerics
 ) -> dict[str, tuple[int, int]]:
-    """The names of weights with a scale per output that the backend has no kernel for.
-
-    And the shape, on one device, that it has none for.
-    """
+    """Weights with a scale per output that the backend has no kernel for: shapes on one device."""
     found: dict[str, tuple[int, int]] = {}
     for name, spec in specs.items():
         if spec.dtype in channels.CODES and len(spec.shape) == 2:
@@ -227,7 +222,7 @@ def matmul_expert_weights(
     group_sizes: Int[Array, " experts"],
     numerics: Numerics,
 ) -> tuple[Float32[Array, "rows _"], ...]:
-    """The rows of each expert · its weightᵀ, of stacks of weights; see `grouped_matmul`."""
+    """Multiplies the rows of each expert by the transpose of its weight, for several stacks."""
     stacks: list[Any] = [
         weight.value() if isinstance(weight, ExpertParams) else _dense(weight) for weight in weights
     ]
@@ -235,7 +230,7 @@ def matmul_expert_weights(
 
 
 def lookup(weight: Matrix, rows: Int[Array, " rows"]) -> Float[Array, "rows in_dim"]:
-    """Some rows of a weight: in float32 if it is quantized."""
+    """Rows of a weight: in float32 if it is quantized."""
     if isinstance(weight, GroupParams | ChannelParams):
         return weight.take_rows(rows)
     value = _dense(weight)
@@ -243,12 +238,12 @@ def lookup(weight: Matrix, rows: Int[Array, " rows"]) -> Float[Array, "rows in_d
 
 
 def _dense(weight: nnx.Param) -> Any:
-    """The weight, or the stack of weights, as `matmul` and `grouped_matmul` take it."""
+    """The weight, or the stack, as `matmul` and `grouped_matmul` take it."""
     encoding: Encoding | None = weight.get_metadata()["encoding"]
     if encoding is None:
         return weight[...]
     if encoding.order:
-        return weight[...].swapaxes(-1, -2)  # for the compiler a name, not a copy
+        return weight[...].swapaxes(-1, -2)  # the compiler renames dimensions and copies nothing
     return PanelMatrix(weight[...], encoding.shape[-2])
 
 
