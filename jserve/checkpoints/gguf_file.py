@@ -41,7 +41,7 @@ _GEMMA3_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-# Of architectures that have experts: the names of the router, and of three weights per expert.
+# Names of the router and of the three weights per expert, for architectures with experts.
 EXPERT_NAMES = {
     "llama": {
         "ffn_gate_inp": "block_sparse_moe.gate",
@@ -96,7 +96,7 @@ class GgufFile:
         self._stored = {
             name: part
             for tensor in self.header.tensors.values()
-            if tensor.name != ROPE_FREQS  # part of the spec, see gguf_spec
+            if tensor.name != ROPE_FREQS  # gguf_spec reads it
             for name, part in _parts(tensor, hf_name(tensor.name, self.arch) or tensor.name)
         }
         self._infos = {
@@ -105,11 +105,11 @@ class GgufFile:
         }
 
     def tensors(self) -> dict[str, TensorInfo]:
-        """See `TensorSource`. A tensor that the architecture has not keeps its GGUF name."""
+        """Every tensor; one that the architecture does not have keeps its GGUF name."""
         return self._infos
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """See `TensorSource`; always float32. Reads in blocks, safe to call from threads."""
+        """Rows in float32, dequantized in blocks. Safe to call from threads."""
         tensor = self._stored[name]
         out = np.empty((stop - start, *tensor.shape[1:]), np.float32)
         order = self._row_order(name, tensor.shape[0])
@@ -124,7 +124,7 @@ class GgufFile:
         return out
 
     def read_stored(self, name: str) -> np.ndarray:
-        """A whole tensor by its GGUF name, as the file has it, float32."""
+        """Reads a whole tensor by its GGUF name in the file's layout, as float32."""
         tensor = self.header.tensors[name]
         return self._dequantize(tensor, self._raw_rows(tensor)).reshape(tensor.shape)
 
@@ -140,7 +140,7 @@ class GgufFile:
         return values.astype(np.float32, copy=False).reshape(-1, *tensor.shape[1:])
 
     def _row_order(self, name: str, num_rows: int) -> np.ndarray | None:
-        """Which stored row is each Hugging Face row; None if all are in place."""
+        """The stored row of each Hugging Face row; None if all are in place."""
         match = re.search(r"\.self_attn\.([qk])_proj\.(weight|bias)$", name)
         if self.arch != "llama" or match is None:
             return None
@@ -157,7 +157,7 @@ class GgufFile:
         return stored.swapaxes(1, 2).reshape(num_rows)
 
     def _check_tensors(self) -> None:
-        """Types known, sizes whole blocks, data within the file and not overlapping."""
+        """Checks that types are known, sizes are whole blocks, and data lie in the file, apart."""
         problems: list[str] = []
         kinds: set[int] = set()
         end_before = 0
@@ -183,7 +183,7 @@ class GgufFile:
 
 
 def _parts(tensor: GgufTensor, name: str) -> Iterator[tuple[str, GgufTensor]]:
-    """A tensor under its name; of one that holds all experts, each expert's part."""
+    """A tensor under its name, or, if it holds all experts, the part of each expert."""
     if "{}" not in name or len(tensor.shape) != 3:
         yield name, tensor
         return
@@ -199,7 +199,7 @@ def _num_bytes(tensor: GgufTensor) -> int:
 
 
 def _type_problem(tensor: GgufTensor, known: set[int]) -> str | None:
-    """What is wrong with a tensor's type, if anything. `known` collects types seen to work."""
+    """The problem of a tensor's type, if any. `known` collects types that work."""
     try:
         kind = GGMLQuantizationType(tensor.type_id)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata and where each tensor lies. No JAX.
+"""The header of a GGUF file: metadata and the place of each tensor. No JAX.
 
 Walks the bytes once; `gguf.GGUFReader` takes a hundred times as long on a large vocabulary.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3.
@@ -37,7 +37,7 @@ _BOOL = 7
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where one tensor lies. `shape` is slowest axis first, the reverse of the file's order."""
+    """The place of one tensor. `shape` is slowest axis first, the reverse of the file's order."""
 
     name: str
     shape: tuple[int, ...]

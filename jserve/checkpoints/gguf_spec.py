@@ -15,8 +15,8 @@ FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "qwen3moe")
 DEFAULT_ROPE_THETA = 10_000.0
 GEMMA3_LOCAL_ROPE_THETA = 10_000.0
 GEMMA3_WINDOW_PATTERN = 6
-GEMMA3_27B_LAYERS = 62  # the one size whose queries are not scaled by head_dim
-LLAMA3_ORIGINAL_POSITIONS = 8192  # what llama.cpp's converter assumes when it makes rope_freqs
+GEMMA3_27B_LAYERS = 62  # the only size whose queries are not scaled by head_dim
+LLAMA3_ORIGINAL_POSITIONS = 8192  # assumed by llama.cpp's converter when it makes rope_freqs
 _UNSUPPORTED = (
     "expert_shared_count",
     "expert_weights_scale",
@@ -62,7 +62,7 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
         vocab=stored["model.embed_tokens.weight"].shape[0],
         layers=layers,
         model_dim=model_dim,
-        # Absent where every layer has experts.
+        # The key is absent where every layer has experts.
         ffn_dim=keys.integer("feed_forward_length", experts.get("expert_ffn_dim")),
         q_heads=q_heads,
         kv_heads=keys.integer("attention.head_count_kv", q_heads),
@@ -119,12 +119,12 @@ class _Keys:
 
 
 def _shortest_float(value: float) -> float:
-    """The decimal that was meant: 1e-5 is stored as the float32 9.999999747378752e-06."""
+    """The shortest decimal of a float32: 1e-5 is stored as 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def _windows(keys: _Keys, layers: int) -> tuple[int, tuple[bool, ...]]:
-    """The sliding window in tokens (0: none), and which layers have it (empty: all)."""
+    """The sliding window in tokens (0: none), and a flag for each layer with it (empty: all)."""
     window = keys.integer("attention.sliding_window", 0)
     pattern = keys.get("attention.sliding_window_pattern")
     if not window:
@@ -189,7 +189,7 @@ def _rope_scaling(file: GgufFile, keys: _Keys, theta: float, head_dim: int) -> R
 
 
 def llama3_scaling(factors: np.ndarray, theta: float) -> RopeScaling | None:
-    """The llama3 scaling that makes these factors by which frequencies are divided, if any.
+    """The llama3 scaling that divides frequencies by these factors, if there is one.
 
     A file keeps only the factors. Between the two bounds, 1 / factor is linear in the frequency,
     which gives the bounds up to a common scale; it is fixed by low_freq_factor = 1, as in every
@@ -203,7 +203,7 @@ def llama3_scaling(factors: np.ndarray, theta: float) -> RopeScaling | None:
     )
     if np.allclose(llama3_factors(usual, theta, factors.size), factors, rtol=1e-4):
         return usual
-    # Per radian of position: frequency f turns original_positions * f / 2π times.
+    # Frequency f is in radians per position: it turns original_positions * f / 2π times.
     freqs = theta ** -(np.arange(factors.size) / factors.size)
     middle = (factors > 1.0) & (factors < largest)
     if middle.sum() < 2:
@@ -223,7 +223,7 @@ def llama3_scaling(factors: np.ndarray, theta: float) -> RopeScaling | None:
 
 
 def llama3_factors(scaling: RopeScaling, theta: float, count: int) -> np.ndarray:
-    """What each of `count` frequencies is divided by (transformers, modeling_rope_utils)."""
+    """The divisor of each of `count` frequencies (transformers, modeling_rope_utils)."""
     wavelengths = 2 * np.pi * theta ** (np.arange(count) / count)
     turns = scaling.original_max_position / wavelengths
     low, high = scaling.low_freq_factor, scaling.high_freq_factor

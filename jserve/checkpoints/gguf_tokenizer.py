@@ -49,7 +49,7 @@ _TEKKEN = (
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """How one tokenizer.ggml.pre cuts text into words: expressions, one after the other."""
+    """The rule by which one tokenizer.ggml.pre cuts text into words: expressions, in order."""
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False  # a word that is a token is that token, whatever its merges
@@ -83,7 +83,7 @@ def adds_bos(header: GgufHeader) -> bool:
 
 
 def end_token_ids(header: GgufHeader) -> tuple[int, ...]:
-    """Every token that ends a generation: those that metadata names, and end-of-turn controls."""
+    """Every token that ends a generation: the metadata's, and end-of-turn controls."""
     found: dict[int, None] = {}
     for name in ("eos", "eot", "eom"):
         token = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -224,7 +224,7 @@ def _sentence_piece(header: GgufHeader, vocab: dict[str, int], types: np.ndarray
 def _merges_from_scores(
     vocab: dict[str, int], scores: np.ndarray, types: np.ndarray
 ) -> Iterator[tuple[str, str]]:
-    """Best score first. SentencePiece merges any neighbours that make a token, best token first.
+    """The merges by score, best first: SentencePiece merges any neighbours that make a token.
 
     Two ways to make the same token tie there, and the leftmost wins; here the one with the lower
     ids comes first, as in transformers' own converter.
@@ -268,7 +268,7 @@ def _bpe(
 
 
 def _post_processor(header: GgufHeader, tokens: list[str]) -> dict[str, Any] | None:
-    """Puts BOS before and EOS after, where the model wants them."""
+    """The post-processor that adds BOS and EOS where the model wants them."""
     around: dict[str, int] = {}
     if adds_bos(header):
         around["bos"] = _special_id(header, "bos", len(tokens))

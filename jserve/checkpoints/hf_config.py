@@ -1,4 +1,4 @@
-"""Reads a Hugging Face `config.json` into a `ModelSpec`; what the decoders lack is refused.
+"""Reads a Hugging Face `config.json` into a `ModelSpec`; refuses features without a decoder.
 
 Understands the key styles of transformers 4 (`rope_theta`, `rope_scaling`) and 5
 (`rope_parameters`); defaults of absent keys are those of the transformers config classes.
@@ -16,7 +16,7 @@ Config = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Defaults:
-    """What transformers assumes of a family when `config.json` does not say."""
+    """The values that transformers assumes for a family when `config.json` does not say."""
 
     family: str
     activation: str = "silu"
@@ -152,7 +152,7 @@ def _sizes(config: Config, defaults: _Defaults) -> dict[str, int]:
 
 
 def _windows(config: Config, defaults: _Defaults, layers: int) -> tuple[tuple[bool, ...], int]:
-    """Which layers are local (empty: all or none) and their window in tokens (0: none)."""
+    """A flag for each local layer (empty: all or none), and their window in tokens (0: none)."""
     window = _optional_integer(config, "sliding_window", defaults.sliding_window)
     if defaults.family == "llama":
         return (), 0

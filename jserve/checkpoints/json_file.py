@@ -8,7 +8,7 @@ from jserve.core.errors import ConfigError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises ConfigError naming the file."""
+    """Reads a JSON file that holds an object. Raises ConfigError naming the file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Where the files of a configured model are on this machine. No JAX."""
+"""Locates the files of a configured model on this machine. No JAX."""
 
 import hashlib
 from pathlib import Path
@@ -27,7 +27,7 @@ def locate(config: ModelConfig, progress: Progress) -> Path | None:
 
 
 def native_path(config: ModelConfig, source: Path) -> Path:
-    """Where the native form of `source` is or would be: itself, or a folder of the cache.
+    """The folder of the native form of `source`: itself, or one in the cache, made or not.
 
     The cache's folder changes with the source (its digest, or else its place, size and time),
     with the dtype, the quantization and with the native format.

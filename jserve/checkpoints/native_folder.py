@@ -23,7 +23,7 @@ from jserve.checkpoints.json_file import read_json
 from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec, RopeScaling, RopeScalingKind
 
-FORMAT = 1  # raised whenever a folder of before would be read wrongly
+FORMAT = 1  # raised whenever older folders would be read wrongly
 MANIFEST = "manifest.json"
 SPEC = "spec.json"
 PARAMS = "params"
@@ -33,11 +33,11 @@ _BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a native folder says of itself."""
+    """A native folder's description of itself."""
 
     dtype: Dtype
     quantization: Quantization
-    source: str  # what it was made from, for people
+    source: str  # the file or folder it was made from, for people
     tensors: dict[str, tuple[int, ...]]  # shape of every parameter
     files: dict[str, tuple[int, str]]  # path in the folder: (bytes, digest)
 
@@ -48,7 +48,7 @@ def is_native(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest. Raises ConfigError if it is corrupt or of another format."""
+    """Reads the manifest. Raises ConfigError if it is corrupt or of another format."""
     path = folder / MANIFEST
     stored = read_json(path)
     if stored.get("format") != FORMAT:
@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def weights_digest(folder: Path) -> str:
     """Tells whether two native folders hold the same weights, wherever they were made."""
-    # Not the files around the tensors' chunks, which hold times.
+    # Other files hold times, so only the tensors' chunks are digested.
     chunks = {name: file for name, file in read_manifest(folder).files.items() if "/c/" in name}
     return xxhash.xxh3_128_hexdigest(repr(sorted(chunks.items())).encode())
 
@@ -131,7 +131,6 @@ def verify(folder: Path, manifest: Manifest) -> None:
 
 
 def write_spec(folder: Path, spec: ModelSpec) -> None:
-    """Writes spec.json."""
     text = json.dumps(dataclasses.asdict(spec), indent=1, default=_enum_value)
     (folder / SPEC).write_text(text + "\n", encoding="utf-8")
 

@@ -7,7 +7,7 @@ _PROGRESS_EVERY_S = 1.0
 
 
 class FileProgress:
-    """Turns byte counts into a line now and then; the callback of whoever moves files."""
+    """A `Progress` callback that turns byte counts into a line now and then."""
 
     def __init__(self, verb: str, say: Callable[[str], None]) -> None:
         self._verb = verb

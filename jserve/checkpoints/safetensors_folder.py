@@ -15,7 +15,7 @@ from jserve.core.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
-MAX_HEADER_BYTES = 100 << 20  # as the safetensors library
+MAX_HEADER_BYTES = 100 << 20  # the safetensors library has the same limit
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -26,7 +26,7 @@ DTYPES: dict[str, np.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """Where one tensor lies."""
+    """The place of one tensor."""
 
     file: Path
     dtype: str
@@ -55,11 +55,10 @@ class SafetensorsFolder:
         }
 
     def tensors(self) -> dict[str, TensorInfo]:
-        """See `TensorSource`."""
         return self._infos
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """See `TensorSource`; a view of the mapped file in the stored type, not a copy."""
+        """Rows as a view of the mapped file in the stored type, not a copy."""
         stored = self._stored[name]
         dtype = DTYPES[stored.dtype]
         row = int(np.prod(stored.shape[1:], dtype=np.int64))
@@ -69,7 +68,7 @@ class SafetensorsFolder:
         return rows.reshape(stop - start, *stored.shape[1:])
 
     def _index(self) -> dict[str, str]:
-        """Which file holds each tensor; empty if one file holds all."""
+        """The file of each tensor; empty if one file holds all."""
         path = self.path / INDEX
         if not path.is_file():
             if not (self.path / WHOLE).is_file():

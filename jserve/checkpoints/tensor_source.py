@@ -1,4 +1,4 @@
-"""Where weights come from: named tensors read on demand. No JAX."""
+"""Sources of weights: named tensors read on demand. No JAX."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-# Told how far a long task has come: (bytes done, bytes in all; 0 if not known).
+# Called with the progress of a long task: bytes done, bytes in all (0 if not known).
 Progress = Callable[[int, int], None]
 
 

@@ -1,4 +1,4 @@
-"""What turns text into token ids and back: tokenizer, chat template, defaults. No JAX.
+"""The text side of a model: tokenizer, chat template, default sampling. No JAX.
 
 Read from a Hugging Face folder, a GGUF file or a native folder, which keeps them in the Hugging
 Face form.
@@ -34,7 +34,7 @@ _GGUF_SAMPLING = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextAssets:
-    """Everything of a model that has to do with text.
+    """A model's tokenizer, chat template and defaults.
 
     `special_tokens` are the texts of bos_token, eos_token, unk_token and pad_token, as chat
     templates see them. `add_bos` None leaves it to the tokenizer's post-processor.
@@ -78,7 +78,7 @@ def save_text_assets(folder: Path, assets: TextAssets) -> None:
 
 
 def byte_level_assets(vocab: int, eos_token_ids: tuple[int, ...]) -> TextAssets:
-    """A tokenizer without training: id b is byte b, higher ids are words that text never gives.
+    """A tokenizer without training: id b is byte b; text never yields higher ids.
 
     Raises ConfigError if `vocab` is under 256.
     """

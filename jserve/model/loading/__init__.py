@@ -1,1 +1,1 @@
-"""From model files to parameters on devices, by way of the native Orbax checkpoint."""
+"""Loading: model files become parameters on devices, by way of the native Orbax checkpoint."""

@@ -15,8 +15,6 @@ from jserve.model.loading.native import write_native
 
 
 class Format(enum.Enum):
-    """What a model can be converted to."""
-
     NATIVE = "native"
     HUGGING_FACE = "huggingface"
 

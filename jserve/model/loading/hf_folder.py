@@ -104,7 +104,7 @@ def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:
 
 def _biases(spec: ModelSpec) -> dict[str, bool]:
     if spec.family == "qwen2":
-        return {}  # q, k and v always have one, nothing else has
+        return {}  # its q, k and v always have a bias, nothing else has
     if spec.qkv_bias != spec.output_bias or (spec.ffn_bias and spec.family != "llama"):
         raise ConfigError(
             f"{spec.family} with qkv_bias={spec.qkv_bias}, output_bias={spec.output_bias}, "
@@ -119,7 +119,7 @@ def _windows(spec: ModelSpec) -> dict[str, Any]:
         return {}
     if spec.family in ("mistral", "mixtral"):
         return {"sliding_window": spec.sliding_window or None}
-    if spec.family == "qwen3_moe":  # one kind of layer only
+    if spec.family == "qwen3_moe":  # has one kind of layer only
         if spec.local_layers:
             raise ConfigError("qwen3_moe with local_layers has no Hugging Face form")
         window = spec.sliding_window or None
@@ -170,7 +170,7 @@ def _rope_scaling(scaling: RopeScaling) -> dict[str, Any]:
 def _write_safetensors(
     path: Path, source: TensorSource, specs: Mapping[str, ParamSpec], progress: Progress
 ) -> None:
-    """One file, one tensor in host memory at a time."""
+    """Writes one file, with one tensor in host memory at a time."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,4 +1,4 @@
-"""From a configured model to its spec and its parameters on devices, by way of the native form."""
+"""Loads a configured model: its spec, and its parameters on devices, by way of the native form."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ class PreparedModel:
 
 
 def model_spec(config: ModelConfig, progress: Progress) -> ModelSpec:
-    """The spec alone, from headers: programs can be compiled while the weights are converted.
+    """Reads the spec alone, from headers, so that programs compile while weights are converted.
 
     Raises ConfigError if the model cannot be had or is of an unknown kind.
     """
@@ -48,12 +48,12 @@ def model_spec(config: ModelConfig, progress: Progress) -> ModelSpec:
     folder = native_path(config, source)
     if is_native(folder):
         return read_spec(folder)
-    # Not by way of open_source, which makes a tokenizer of a GGUF file's metadata: seconds.
+    # open_source would make a tokenizer of a GGUF file's metadata, which takes seconds.
     return open_source(source)[1] if source.is_dir() else spec_from_gguf(GgufFile(source))
 
 
 def architecture(config: ModelConfig, progress: Progress) -> ModelSpec:
-    """The spec as far as shapes go: of a Hugging Face folder, its config.json will do."""
+    """The spec for shapes alone: of a Hugging Face folder, config.json is enough."""
     source = locate(config, progress)
     if source is None or not (source / "config.json").is_file() or is_native(source):
         return model_spec(config, progress)
@@ -101,7 +101,7 @@ def to_native(source: Path, folder: Path, config: ModelConfig, progress: Progres
 def open_source(source: Path) -> tuple[TensorSource, ModelSpec, TextAssets]:
     """Tensors, spec and text side of a GGUF file, a Hugging Face or a native folder.
 
-    Reads headers only. Raises ConfigError if it is none, or anything about it is wrong.
+    Reads headers only. Raises ConfigError if `source` is none of them, or is damaged.
     """
     assets = load_text_assets(source)
     if is_native(source):

@@ -41,8 +41,8 @@ from jserve.model.loading.reading import (
 )
 from jserve.model.params import ParamSpec
 
-# A stored chunk is read whole. Below: a device reads little beyond its shard. Above malloc's
-# mmap threshold (32 MiB): buffers of reads go back to the system at once.
+# A stored chunk is read whole. Small enough that a device reads little beyond its shard, and above
+# malloc's mmap threshold (32 MiB), so that buffers of reads go back to the system at once.
 CHUNK_BYTES = 64 << 20
 # Stored bytes being read at a time, unless one tensor alone is more.
 READ_AHEAD_BYTES = 24 << 20
@@ -59,7 +59,8 @@ def write_native(
 ) -> None:
     """Makes a native folder of `source`, all or nothing, one tensor in host memory at a time.
 
-    Not for a process that `jax.distributed` joined with others: of those, Orbax lets one write.
+    Must not run in a process that `jax.distributed` joined with others: Orbax lets only one of
+    them write.
     Raises ConfigError, before writing, if the tensors are not those of `model`. A folder that
     another process completed meanwhile is left as it is.
     """
@@ -87,7 +88,7 @@ def write_native(
 def restore_native(
     folder: Path, specs: Mapping[str, ParamSpec], shardings: Mapping[str, Sharding]
 ) -> dict[str, jax.Array]:
-    """The parameters of a native folder as arrays on their devices, cast to the specs' dtypes.
+    """Reads the parameters of a native folder onto their devices, cast to the specs' dtypes.
 
     Every process keeps only what its own devices hold. Raises ConfigError if a file differs from
     its digest or a tensor from its spec, before anything is read.
@@ -124,8 +125,8 @@ def _restore(
     shardings: Mapping[str, Sharding],
     read_ahead_bytes: int,
 ) -> dict[str, jax.Array]:
-    """Some tensors of the checkpoint, at most `read_ahead_bytes` of them being read at a time."""
-    # Of several processes, each reads what its devices hold, and waits for no other.
+    """Restores some tensors of the checkpoint, reading at most `read_ahead_bytes` at a time."""
+    # Each of several processes reads what its devices hold, and waits for no other.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
@@ -163,20 +164,20 @@ def _restore(
         list(pool.map(arrange, here))
     for name, how in made.items():
         if how.order:
-            # On its devices, some of which may be other processes'.
+            # Transposed on the parameter's devices, some of which may be other processes'.
             restored[name] = _transposing(how.order, shardings[name])(restored.pop(name))
     return restored
 
 
 @cache  # compiled once per shape, not once per layer
 def _transposing(order: tuple[int, ...], sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
-    """Puts the dimensions of a stored array where the parameter has them."""
+    """A function that puts the dimensions of a stored array where the parameter has them."""
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return jax.jit(lambda stored: stored.transpose(inverse), out_shardings=sharding)
 
 
 def _stored_sharding(sharding: Sharding, spec: ParamSpec) -> Sharding:
-    """The sharding of the stored array of a parameter: fewer dimensions, or in another order."""
+    """The sharding of a parameter's stored array, with fewer or reordered dimensions."""
     is_as_stored = spec.stored_order == tuple(range(len(spec.shape)))
     if isinstance(sharding, NamedSharding) and not is_as_stored:
         axes = [*sharding.spec, *[None] * len(spec.shape)]
@@ -206,7 +207,7 @@ class _Pending:
 
 
 class _PendingHandler(ocp.type_handlers.NumpyHandler):
-    """Saves `_Pending` leaves, each as the array it stands for, reading ahead of the disk."""
+    """Saves each `_Pending` leaf as an array, reading ahead of the disk."""
 
     def __init__(self, progress: Progress, sizes: Sequence[int]) -> None:
         super().__init__(deepcopy_host_arrays=False)
@@ -265,7 +266,7 @@ def _save_params(
 
 
 def _stored_bytes(spec: ParamSpec, dtype: str) -> int:
-    """Of a parameter in a folder of `dtype`; codes and their scales have types of their own."""
+    """Bytes of a parameter in a folder of `dtype`; codes and scales have their own types."""
     quantized = spec.encoding and not spec.encoding.at_load
     itemsize = jnp.dtype(spec.dtype if quantized else dtype).itemsize
     return int(np.prod(spec.stored_shape)) * itemsize
@@ -290,7 +291,7 @@ def _gigabytes(num_bytes: float) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Holds back what Orbax logs: every step, and a warning when OCDBT is turned off."""
+    """Silences Orbax, which logs every step, and warns when OCDBT is off."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

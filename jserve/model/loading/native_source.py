@@ -31,11 +31,9 @@ class NativeSource:
         self._open: dict[str, ts.TensorStore] = {}
 
     def tensors(self) -> dict[str, TensorInfo]:
-        """See `TensorSource`."""
         return self._infos
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """See `TensorSource`."""
         if name not in self._open:
             path = str((self.path / PARAMS / name).resolve())
             spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}

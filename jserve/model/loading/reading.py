@@ -1,4 +1,4 @@
-"""From a `TensorSource` to the parameters of a model: matching names, reading in threads."""
+"""Reads the parameters of a model from a `TensorSource`: matches names, reads in threads."""
 
 import dataclasses
 import os
@@ -14,19 +14,19 @@ from jserve.checkpoints.tensor_source import TensorSource
 from jserve.core.errors import ConfigError
 from jserve.model.params import ParamSpec
 
-BLOCK_ELEMENTS = 1 << 20  # what one thread reads at a time: 4 MiB of float32
+BLOCK_ELEMENTS = 1 << 20  # elements a thread reads at a time: 4 MiB of float32
 _LISTED = 12  # tensors named in one message
 _IGNORED = re.compile(r".*\.rotary_emb\.inv_freq|.*\.(masked_)?bias_mask")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def found_specs(source: TensorSource, specs: Mapping[str, ParamSpec]) -> dict[str, ParamSpec]:
-    """`specs`, those read whole whose stack is one tensor of `source`, as in a native folder."""
+    """`specs`, adjusted where `source` already stores an expert stack as one tensor."""
     found = source.tensors()
 
     def whole(name: str, spec: ParamSpec) -> ParamSpec:
         if spec.encoding and not spec.encoding.at_load:
-            name = name.rpartition(".")[0]  # of the stack that it is a part of
+            name = name.rpartition(".")[0]  # the stack's name, without the part's
         if spec.stacked and name in found:
             return dataclasses.replace(spec, source=(name,), stacked=False)
         return spec
@@ -59,7 +59,7 @@ def check_tensors(source: TensorSource, specs: Mapping[str, ParamSpec]) -> None:
 
 
 def read_param(source: TensorSource, spec: ParamSpec, pool: Executor) -> np.ndarray:
-    """A whole parameter in host memory, of the spec's dtype; never twice, but for blocks of rows.
+    """Reads a whole parameter into host memory; only blocks of rows exist twice.
 
     Raises ConfigError if it holds NaN or infinite values.
     """
@@ -82,7 +82,7 @@ def read_param(source: TensorSource, spec: ParamSpec, pool: Executor) -> np.ndar
 
 @contextmanager
 def reading_threads() -> Iterator[Executor]:
-    """Threads for `read_param`: dequantization is NumPy's, which lets go of the interpreter."""
+    """Threads for `read_param`: NumPy, which dequantizes, releases the interpreter lock."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         yield pool
 

@@ -60,7 +60,7 @@ def host_row(
 def _stop_ids(
     sampling: SamplingParams, eos_token_ids: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids that end the sequence, and ids that are only masked while it is too short."""
+    """Ids that end the sequence, and ids that are only masked while the sequence is too short."""
     asked = tuple(dict.fromkeys(sampling.stop_token_ids))
     eos = tuple(token for token in dict.fromkeys(eos_token_ids) if token not in asked)
     return (asked, eos) if sampling.ignore_eos else (asked + eos, ())

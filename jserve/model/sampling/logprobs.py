@@ -1,4 +1,4 @@
-"""Raw log-probabilities: of a token, its rank, and the best alternatives."""
+"""Raw log-probabilities of a token and of the best alternatives, with its rank."""
 
 from typing import NamedTuple
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from jserve.model.sampling.sharded_vocab import Axes, sums
 
-MAX_VOCAB = 1 << 18  # what the digits leave room for
+MAX_VOCAB = 1 << 18  # token ids that the digits have room for
 _LOW_BITS = 13
 _COARSE_BITS = 12
 _TOTAL_BITS = 30

@@ -11,7 +11,7 @@ How it is fast without a sort: a plain greedy batch is one argmax. Otherwise the
 `num_candidates` tokens of each row usually decide it; a row that they do not decide (no
 truncation, a wide nucleus, a large top_k) is computed over the whole vocabulary, in tiles of such
 rows. Every row's result is a function of its own logits and parameters: which other rows there
-are decides only what is computed besides, and all sums are of integers (see `mass`).
+are decides only which work is skipped, and all sums are of integers (see `mass`).
 
 All of it also runs on rows that are split over devices; see `sharded_vocab`.
 """
@@ -33,15 +33,15 @@ from jserve.model.sampling.tiling import for_each_tile, gather_rows, scatter_row
 from jserve.model.sampling.truncation import Total, Truncation
 from jserve.pallas_kernels.backend import Backend
 
-_TILE = 8  # rows of the smaller passes; for log-probabilities see raw_logprobs
+_TILE = 8  # rows of the smaller passes; raw_logprobs needs as many
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Trades time only; results do not depend on it."""
+    """Sizes that trade time; results do not depend on them."""
 
     num_candidates: int = 128  # tokens a row is first tried with
-    tile_rows: int = 2  # rows of a pass over the vocabulary: what a core's cache holds
+    tile_rows: int = 2  # rows of a pass over the vocabulary, as many as fit a core's cache
 
 
 def sampler_config(backend: Backend, rows: int) -> SamplerConfig:
@@ -201,7 +201,7 @@ def _draw_from_candidates(
     keep, decided = truncation.from_candidates(best, params, total)
     noisy = jnp.where(keep, best.scaled + noise.gumbel(keys, ids.astype(jnp.uint32)), -jnp.inf)
     largest = jnp.max(noisy, axis=-1, keepdims=True)
-    # The lowest id among equals, as argmax over the vocabulary takes it.
+    # Equal values: the lowest id, as argmax over the vocabulary takes it.
     return jnp.min(jnp.where(noisy == largest, ids, vocab - 1), axis=-1), decided
 
 

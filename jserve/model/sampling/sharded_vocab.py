@@ -72,8 +72,8 @@ def largest(x: Shaped[Array, "rows n"], axes: Axes) -> Shaped[Array, "rows 1"]:
 def sums(*xs: Int32[Array, "rows n"], axes: Axes = ()) -> tuple[Int32[Array, " rows"], ...]:
     """The sum of each row of each array, in one pass."""
     # One reduction of several operands: XLA's CPU backend vectorizes it over the row. A plain
-    # sum it rewrites into a tree of windows, five times slower; so a lone operand gets company,
-    # and the barrier keeps that from being seen through.
+    # sum it rewrites into a tree of windows, five times slower; so a lone operand gets a second
+    # one, and the barrier keeps XLA from removing it.
     operands = (xs[0], xs[0] + 1) if len(xs) == 1 else xs
     found = lax.optimization_barrier(_add_up(operands))[: len(xs)]
     if not axes:
@@ -113,7 +113,7 @@ def argmax(x: Float32[Array, "rows n"], axes: Axes = ()) -> Int32[Array, " rows"
     values = take_along_rows(x, best[:, None])[:, 0]
     both = jnp.stack((lax.bitcast_convert_type(values, jnp.int32), best))
     both = lax.all_gather(both, axes)  # [devices, 2, rows]
-    # Equal values lie on devices in the order of their ids, so the first device has the lowest.
+    # Devices hold ids in order, so the first device of equal values has the lowest id.
     device = jnp.argmax(lax.bitcast_convert_type(both[:, 0], jnp.float32), axis=0)
     device = device.astype(jnp.int32)
     return device * x.shape[1] + take_along_rows(both[:, 1].T, device[:, None])[:, 0]
@@ -139,7 +139,7 @@ def top_k(
     rows, n = x.shape
     values, ids = _blocked_top_k(x, min(k, n))
     both = jnp.stack((lax.bitcast_convert_type(values, jnp.int32), ids + first_id(n, axes)))
-    # The best of each device, in the order of the devices, so equal values in that of their ids.
+    # Devices come in the order of their ids, so equal values stay in the order of token ids.
     both = lax.all_gather(both, axes, axis=2)  # [2, rows, devices, min(k, n)]
     pool, ids = both.reshape(2, rows, -1)
     values, at = _top_k(lax.bitcast_convert_type(pool, jnp.float32), k)

@@ -27,7 +27,7 @@ class Processor(enum.IntFlag):
 
 
 class SamplerState(NamedTuple):
-    """One entry per slot: the one declaration of what a slot's sampling is made of.
+    """The sampling of every slot, one entry each: the one declaration of its fields.
 
     The host's records (`SLOT_ROW`, `processor_row_dtype`) derive from these fields, and `host_row`
     fills them from the request's `SamplingParams` by name. Mask, biases and counts are read only

@@ -1,4 +1,4 @@
-"""Tiles of rows: work for the rows that need it, at a cost that follows their number."""
+"""Tiles of rows: work runs for the rows that need it, at a cost that follows their number."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -24,7 +24,7 @@ def for_each_tile(
     num_rows = needed.shape[0]
     max_tiles = -(-num_rows // tile)
     if max_tiles == 1:
-        # Not a loop: XLA would hoist the body, which no longer depends on the iteration.
+        # A loop would not do: its body no longer depends on the iteration, so XLA would hoist it.
         rows = jnp.arange(tile, dtype=jnp.int32)
         needed = jnp.pad(needed, (0, tile - num_rows))
         rows = jnp.where(needed, rows, num_rows)

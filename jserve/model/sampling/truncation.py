@@ -67,7 +67,7 @@ def vocab_total(x: Float32[Array, "rows vocab"], params: Truncation, axes: Axes 
 
 
 def _target(params: Truncation, units: Int32[Array, " rows"]) -> Int32[Array, " rows"]:
-    """The mass before a token, in units, from which on top_p drops the token."""
+    """The mass before a token, in units, at and above which top_p drops the token."""
     wanted = jnp.ceil(params.top_p * units.astype(jnp.float32)).astype(jnp.int32)
     return jnp.where(params.top_p < 1.0, jnp.maximum(wanted, 1), jnp.int32(2**31 - 1))
 
@@ -206,7 +206,7 @@ def _top_p(
     def ends_before(n: jax.Array) -> jax.Array:
         return Mass(above.high + n * each.high, above.low + n * each.low).units() >= target
 
-    # Of the equal tokens at the border the first `num_tied` stay: find the id where they end.
+    # The first `num_tied` of the equal tokens at the border stay: find the id where they end.
     zero = jnp.zeros_like(ties)
     num_tied = _bisect(zero, jnp.maximum(ties, 1), ends_before)
     ids = token_ids(key, axes)
