@@ -189,7 +189,7 @@ def _place(array: np.ndarray, sharding: Sharding | None) -> jax.Array:
 def _sampler(
     shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding | None
 ) -> Callable[[jax.Array, float, float], jax.Array]:
-    def sample(key: jax.Array, mean: float, std: float) -> jax.Array:
+    def sample(key: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
         return (mean + std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
     return jax.jit(sample, out_shardings=sharding)

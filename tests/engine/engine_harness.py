@@ -1,6 +1,5 @@
 """A tiny engine in this process: real scheduler, real programs, no wire."""
 
-import functools
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +16,12 @@ from jserve.core.request import FinishReason, Request, SequenceUpdate, TokenLogp
 from jserve.engine.build.assembly import Engine, build_engine
 from jserve.engine.config import EngineConfig
 from jserve.engine.pipeline import Pipeline
-from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh, param_shardings
 from jserve.pallas_kernels.backend import Backend, backend_for
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
-from tests.model.model_harness import dense_attend
+from tests.model.model_harness import dense_logits
 
 TINY = ModelSpec(
     family="llama",
@@ -149,7 +147,7 @@ class Harness:
         """Logits at every position, by whole-context attention without pages."""
         padded = np.zeros(self.engine.info.max_model_len, np.int32)
         padded[: len(tokens)] = tokens
-        return np.asarray(_dense(self.model)(self.params, jnp.asarray(padded)))[: len(tokens)]
+        return np.asarray(dense_logits(self.model)(self.params, jnp.asarray(padded)))[: len(tokens)]
 
 
 def greedy_tokens(
@@ -161,24 +159,10 @@ def greedy_tokens(
     for prompt in prompts:
         padded[: len(prompt)] = prompt
         for at in range(len(prompt), len(prompt) + num_tokens):
-            logits = _dense(model)(params, jnp.asarray(padded))
+            logits = dense_logits(model)(params, jnp.asarray(padded))
             padded[at] = np.argmax(logits[at - 1])
         found.append(padded[len(prompt) : len(prompt) + num_tokens].tolist())
     return found
-
-
-@functools.cache
-def _dense(model: Model):
-    """Logits [tokens, vocab] of `(params, tokens)`, jitted."""
-
-    def forward(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
-        places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-        kv = (None,) * model.spec.layers
-        return model.logits(
-            params, model.hidden(params, tokens, places, kv, StepContext(dense_attend))[0]
-        )
-
-    return jax.jit(forward)
 
 
 def _note(outcome: Outcome, update: SequenceUpdate) -> None:

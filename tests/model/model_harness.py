@@ -1,7 +1,8 @@
-"""What the model tests share: a dense attention, and the checkpoints with known logits."""
+"""Shared by the model tests: a dense attention, and the checkpoints with known logits."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
+from jserve.checkpoints.config import Quantization
 from jserve.checkpoints.hf_config import spec_from_hf
+from jserve.core.model_spec import ModelSpec
+from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.model.params import ParamSpec
+from jserve.model.sharding import AnyMesh
 from jserve.pallas_kernels.backend import Backend
 
 CASES = Path("tests/fixtures/models")
@@ -30,6 +35,34 @@ def dense_attend(
     seen = (age >= 0) & (age < window) if window else age >= 0
     weights = jax.nn.softmax(jnp.where(seen[None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("hqk,khd->qhd", weights, v), kv
+
+
+def dense_logits(model: Model) -> Callable[[Mapping[str, jax.Array], jax.Array], jax.Array]:
+    """The logits [tokens, vocab] of one sequence as a jitted function of `(params, tokens)`.
+
+    Models of one configuration share it, so that it compiles once.
+    """
+    return _dense_logits(model.spec, model.dtype, model.backend, model.quantization, model.mesh)
+
+
+@functools.cache
+def _dense_logits(
+    spec: ModelSpec,
+    dtype: jnp.dtype,
+    backend: Backend,
+    quantization: Quantization,
+    mesh: AnyMesh | None,
+) -> Callable[[Mapping[str, jax.Array], jax.Array], jax.Array]:
+    model = Model(spec, dtype, backend, quantization, mesh)
+
+    @jax.jit
+    def logits(params: Mapping[str, jax.Array], tokens: jax.Array) -> jax.Array:
+        positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+        kv = (None,) * spec.layers
+        hidden, _ = model.hidden(params, tokens, positions, kv, StepContext(dense_attend))
+        return model.logits(params, hidden)
+
+    return logits
 
 
 @dataclass(frozen=True)

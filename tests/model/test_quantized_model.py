@@ -16,7 +16,6 @@ from jserve.checkpoints.locate import locate
 from jserve.config import load
 from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
-from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.model.loading.convert import Format, convert
 from jserve.model.loading.load import load_params, open_source, prepare
@@ -26,7 +25,7 @@ from jserve.pallas_kernels.quantized_matmul import channels
 from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
 from jserve.pallas_kernels.quantized_matmul.matrix import QuantizedMatrix, dequantize
 from tests.backends import BACKENDS
-from tests.model.model_harness import dense_attend
+from tests.model.model_harness import dense_logits
 from tests.model_files import tiny_weights, write_gguf
 
 ROOT = Path(__file__).parents[2]
@@ -69,14 +68,7 @@ def floats(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def logits(model: Model, params: dict[str, jax.Array], tokens: np.ndarray) -> np.ndarray:
-    @jax.jit
-    def run(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
-        kv = (None,) * model.spec.layers
-        positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-        hidden, _ = model.hidden(params, tokens, positions, kv, StepContext(dense_attend))
-        return model.logits(params, hidden)
-
-    return np.asarray(run(params, tokens))
+    return np.asarray(dense_logits(model)(params, jnp.asarray(tokens)))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -13,7 +13,7 @@ from jserve.pallas_kernels.ragged_paged_attention.dispatch import (
     ragged_paged_attention,
 )
 from tests.backends import INVARIANT_BACKENDS
-from tests.model.model_harness import CASE_NAMES, Case, dense_attend
+from tests.model.model_harness import CASE_NAMES, Case, dense_logits
 
 TOLERANCE = 1e-4
 PAGE_SIZE = 8
@@ -29,19 +29,8 @@ def test_whole_prefill_without_pages(name: str, backend: Backend) -> None:
     assert {n: p.shape for n, p in case.model.param_specs().items()} == {
         n: array.shape for n, array in case.params.items()
     }
-    layers = case.model.spec.layers
-
-    @jax.jit
-    def logits(params: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
-        positions = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-        hidden, _ = case.model.hidden(
-            params, tokens, positions, (None,) * layers, StepContext(dense_attend)
-        )
-        return case.model.logits(params, hidden)
-
-    np.testing.assert_allclose(
-        logits(case.params, case.token_ids), case.logits, rtol=0, atol=TOLERANCE
-    )
+    found = dense_logits(case.model)(case.params, jnp.asarray(case.token_ids))
+    np.testing.assert_allclose(found, case.logits, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)

@@ -10,10 +10,9 @@ from jax.sharding import PartitionSpec
 
 from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
-from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.model.sharding import axis_rules, device_mesh, param_shardings
-from tests.model.model_harness import dense_attend
+from tests.model.model_harness import dense_logits
 
 SPEC = ModelSpec(
     family="llama",
@@ -45,17 +44,9 @@ def test_any_layout_is_the_same_model(spec: ModelSpec) -> None:
     for name, array in spread.items():
         assert array.sharding.is_equivalent_to(shardings[name], array.ndim), name
         np.testing.assert_array_equal(array, plain[name], err_msg=name)
-    tokens = np.random.default_rng(0).integers(0, spec.vocab, 24).astype(np.int32)
-
-    @jax.jit
-    def logits(params: dict[str, jax.Array]) -> jax.Array:
-        positions = jnp.arange(24, dtype=jnp.int32)
-        hidden, _ = model.hidden(
-            params, tokens, positions, (None,) * spec.layers, StepContext(dense_attend)
-        )
-        return model.logits(params, hidden)
-
-    np.testing.assert_allclose(logits(spread), logits(plain), rtol=0, atol=1e-5)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, spec.vocab, 24), jnp.int32)
+    logits = dense_logits(model)
+    np.testing.assert_allclose(logits(spread, tokens), logits(plain, tokens), rtol=0, atol=1e-5)
 
 
 def test_what_is_split_and_what_is_not() -> None:

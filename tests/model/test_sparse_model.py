@@ -1,9 +1,7 @@
 """Models with experts: their weights through the files, over devices, and what is refused."""
 
 import dataclasses
-import functools
 import json
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,7 +16,6 @@ from jserve.checkpoints.native_folder import read_spec
 from jserve.checkpoints.text_assets import byte_level_assets
 from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
-from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.model.loading.convert import Format, convert
 from jserve.model.loading.hf_folder import hf_config_from_spec
@@ -27,7 +24,7 @@ from jserve.model.sharding import axis_rules, device_mesh, param_shardings
 from jserve.pallas_kernels.backend import Backend
 from jserve.pallas_kernels.matmul.panels import to_panels
 from jserve.pallas_kernels.quantized_matmul.channels import channel_codes, channel_scales
-from tests.model.model_harness import CASES, dense_attend, from_checkpoint
+from tests.model.model_harness import CASES, dense_logits, from_checkpoint
 from tests.model_files import write_hf
 
 SPEC = ModelSpec(
@@ -113,18 +110,9 @@ def test_any_layout_is_the_same_model() -> None:
     spread = decoder.init(3, shardings)
     for name, array in spread.items():
         np.testing.assert_array_equal(array, plain[name], err_msg=name)
-    tokens = np.random.default_rng(0).integers(0, SPEC.vocab, 24).astype(np.int32)
-
-    @partial(jax.jit, static_argnums=0)
-    def logits(decoder: Model, params: dict[str, jax.Array]) -> jax.Array:
-        positions = jnp.arange(24, dtype=jnp.int32)
-        hidden, _ = decoder.hidden(
-            params, tokens, positions, (None,) * 2, StepContext(dense_attend)
-        )
-        return decoder.logits(params, hidden)
-
-    found, expected = logits(decoder, spread), logits(alone, plain)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, SPEC.vocab, 24), jnp.int32)
+    found = dense_logits(decoder)(spread, tokens)
+    np.testing.assert_allclose(found, dense_logits(alone)(plain, tokens), rtol=0, atol=1e-5)
 
 
 def test_experts_are_transposed_for_tpus(tmp_path: Path) -> None:
@@ -141,14 +129,7 @@ def test_experts_are_transposed_for_tpus(tmp_path: Path) -> None:
     assert shardings[name].spec == PartitionSpec("expert", None, "model")
     plain, transposed = cpu.init(3), tpu.init(3, shardings)
     np.testing.assert_array_equal(transposed[name], plain[name].swapaxes(1, 2))
-    tokens = np.arange(24, dtype=np.int32)
-
-    def logits(model: Model, params: dict[str, jax.Array]) -> jax.Array:
-        hidden, _ = model.hidden(params, tokens, tokens, (None,), StepContext(dense_attend))
-        return model.logits(params, hidden)
-
-    ours = jax.jit(functools.partial(logits, tpu))(transposed)
-    np.testing.assert_allclose(ours, jax.jit(functools.partial(logits, cpu))(plain), atol=1e-4)
+    np.testing.assert_allclose(_logits(tpu, transposed), _logits(cpu, plain), atol=1e-4)
     weights: dict[str, np.ndarray] = {}
     for key, array in plain.items():
         source = cpu.param_specs()[key].source
@@ -195,14 +176,7 @@ def _dequantized(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _logits(model: Model, params: dict[str, jax.Array]) -> np.ndarray:
-    @jax.jit
-    def run(params: dict[str, jax.Array]) -> jax.Array:
-        tokens = jnp.arange(24, dtype=jnp.int32)
-        kv = (None,) * model.spec.layers
-        hidden, _ = model.hidden(params, tokens, tokens, kv, StepContext(dense_attend))
-        return model.logits(params, hidden)
-
-    return np.asarray(run(params))
+    return np.asarray(dense_logits(model)(params, jnp.arange(24, dtype=jnp.int32)))
 
 
 def test_experts_of_codes() -> None:

@@ -284,7 +284,7 @@ def _move(temporary: Path, folder: Path) -> None:
             raise
 
 
-def _gigabytes(num_bytes: float) -> Any:
+def _gigabytes(num_bytes: int) -> Any:
     """Orbax declares whole gigabytes but counts bytes."""
     return num_bytes / 10**9
 
