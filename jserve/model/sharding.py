@@ -11,7 +11,7 @@ from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
 from jserve.model.params import ParamSpec
 
-AnyMesh = Mesh | AbstractMesh  # where names and sizes of axes are enough
+AnyMesh = Mesh | AbstractMesh  # names and sizes of axes are enough
 MeshAxes = str | tuple[str, ...] | None  # axes that split one dimension; None: none does
 
 # The axes of every mesh. Only experts tell them apart; everything else is sharded over both, so

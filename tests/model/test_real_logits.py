@@ -35,8 +35,8 @@ MOST_ERROR = 3.0  # times transformers'
 PAGE_SIZE = 16
 ROW_PAGES = 64  # 1024 tokens
 TABLE_PAGES = 128  # like a server's, wider than a prompt needs
-WHOLE_TOKENS = 1024  # of the program that takes all prompts at once
-CHUNK_TOKENS = 160  # of the one that takes these many of each prompt, in turn, while it lasts
+WHOLE_TOKENS = 1024  # tokens of the program that takes all prompts at once
+CHUNK_TOKENS = 160  # tokens of the program that takes CHUNKS of each prompt in turn
 CHUNKS = ((7, 33, 59, 61), (1, 30, 21, 108), (2, 1, 37, 120))
 DECODED = 48  # the last tokens of a prompt come one at a time; of a short prompt, half of them
 
@@ -159,7 +159,7 @@ class Measured:
     exact: dict[str, np.ndarray]
 
     def error(self, prompt: str) -> np.ndarray:
-        """Of the sampled columns, [positions, ids]."""
+        """Errors of the sampled columns, [positions, ids]."""
         sampled = self.logits[prompt][:, self.exact["vocab_ids"]]
         return sampled - self.exact[f"{prompt}_logits_float64"]
 

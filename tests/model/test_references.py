@@ -17,8 +17,8 @@ from tests.model.model_harness import CASE_NAMES, Case, dense_logits
 
 TOLERANCE = 1e-4
 PAGE_SIZE = 8
-TABLE_PAGES = 16  # of one row; the CPU path reads blocks of 128 tokens
-SAME_MODEL = ("llama_sharded", "qwen3_bf16")  # as another case, but for the files
+TABLE_PAGES = 16  # pages of one row; the CPU path reads blocks of 128 tokens
+SAME_MODEL = ("llama_sharded", "qwen3_bf16")  # the same model as another case, in other files
 CHUNK = 16  # tokens of one step; a shorter chunk is padded
 
 

@@ -166,7 +166,7 @@ def test_experts_are_not_quantized_so(quantization: Quantization) -> None:
 
 
 def _dequantized(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """As the model without quantization has them."""
+    """The parameters that the model without quantization has."""
     floats = {name: p for name, p in params.items() if not name.endswith((".codes", ".scales"))}
     for name in params.keys() - floats.keys():
         stem = name.rpartition(".")[0]
@@ -203,7 +203,7 @@ def test_experts_of_codes() -> None:
 
 
 def test_experts_of_codes_through_files(tmp_path: Path) -> None:
-    """Of a Hugging Face folder and of a native one, for CPU and TPU."""
+    """Codes from a Hugging Face folder and from a native one, for CPU and TPU."""
     config = json.loads((CASES / "mixtral" / "config.json").read_text())
     weights = load_file(CASES / "mixtral" / "model.safetensors")
     source = write_hf(tmp_path / "hf", config, weights, byte_level_assets(256, ()).tokenizer_json)

@@ -13,7 +13,7 @@ from jserve.model.sampling.sharded_vocab import Axes, sums, take_tokens, top_k, 
 class Logprobs(NamedTuple):
     """Log-softmax of unprocessed logits at some positions (vLLM's `raw_logprobs`)."""
 
-    token: Float32[Array, " rows"]  # of the chosen token
+    token: Float32[Array, " rows"]  # the chosen token's
     rank: Int32[Array, " rows"]  # tokens at least as likely as it, itself included
     top_ids: Int32[Array, "rows most"]  # MAX_LOGPROBS of them, best first, ties by lower id
     top: Float32[Array, "rows most"]

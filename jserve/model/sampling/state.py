@@ -48,7 +48,7 @@ class SamplerState(NamedTuple):
     choice: Int32[Array, " slots"]
     num_logprobs: Int32[Array, " slots"]  # -1 for none
     processors: Int32[Array, " slots"]  # Processor bits
-    num_stop_ids: Int32[Array, " slots"]  # how many of stop_ids end the sequence
+    num_stop_ids: Int32[Array, " slots"]  # the first num_stop_ids of stop_ids end the sequence
     min_total: Int32[Array, " slots"]  # prompt length + min_tokens
     max_total: Int32[Array, " slots"]  # prompt length + max_tokens
     # -1 where unused. All are masked below min_total: also the ids past num_stop_ids, which are

@@ -142,7 +142,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 def truncated(
     x: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> np.ndarray:
-    """Which tokens of a processed row may be drawn: bool [vocab]."""
+    """True for the tokens of a processed row that may be drawn: bool [vocab]."""
     p = softmax(x / temperature)
     keep = (p >= min_p * p.max()) & (x > -np.inf)
     if 0 < top_k < x.size:
