@@ -61,11 +61,12 @@ MIXTRAL = dataclasses.replace(
 SPECS = {
     "smollm2": SMOLLM2,
     "gemma3": GEMMA3_270M,
-    "qwen3": dataclasses.replace(ODD, family="qwen3", tied_embeddings=False),
     "mixtral": MIXTRAL,
+    # Its dense layer is that of qwen3.
     "qwen3_moe": dataclasses.replace(
         MIXTRAL,
         family="qwen3_moe",
+        tied_embeddings=False,
         layers=2,
         experts=60,
         experts_per_token=5,
