@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,7 @@ class TensorInfo:
     stored_dtype: str
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """A model file or folder. Names and layouts are Hugging Face's, whatever the format.
 

@@ -1,7 +1,7 @@
 """A decoder of any family: embedding, layers, final norm, head, as Flax NNX modules."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jserve.model.rope import rope_for_layer
 from jserve.model.weights import matmul_weights
 
 
+@runtime_checkable
 class Layer(Protocol):
     """One block of a decoder: an NNX module of the family."""
 
@@ -27,6 +28,7 @@ class Layer(Protocol):
         ...
 
 
+@runtime_checkable
 class LayerFactory(Protocol):
     """Declares one block; a layer class or a `partial` of one."""
 

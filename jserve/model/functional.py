@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Sharding
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from jserve.checkpoints.config import Quantization
@@ -31,7 +32,7 @@ class Model:
     def __init__(
         self,
         spec: ModelSpec,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         backend: Backend = Backend.CPU,
         quantization: Quantization = Quantization.NONE,
         mesh: AnyMesh | None = None,

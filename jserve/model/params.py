@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
+from jax.typing import DTypeLike
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class ParamSpec:
 def param(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     *,
     mean: float = 0.0,
     std: float,
