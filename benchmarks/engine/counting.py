@@ -50,13 +50,13 @@ class Counter:
     def step(self, spans: list[tuple[int, int]], num_sampled: int) -> Work:
         """One step over tokens [start, end) of each row; `num_sampled` rows go through the head."""
         tokens = sum(end - start for start, end in spans)
-        products = layer_parameters(self.spec) * tokens + head_parameters(self.spec) * num_sampled
+        multiplied = layer_parameters(self.spec) * tokens + head_parameters(self.spec) * num_sampled
         attention = sum(attention_operations(self.spec, *span) for span in spans)
         in_view = sum(tokens_in_view(self.spec, *span) for span in spans)
         head_bytes = self.weights.head_bytes if num_sampled else 0
         return Work(
             bytes=self.weights.layers_bytes + head_bytes + round(in_view * self.kv_bytes),
-            operations=2 * products + attention,
+            operations=2 * multiplied + attention,
         )
 
     def plan(self, plan: StepPlan) -> Work:

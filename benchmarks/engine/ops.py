@@ -35,7 +35,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def time_products(
+def time_matmuls(
     model: Model, params: dict[str, jax.Array], rows: int, turns: Turns
 ) -> list[float]:
     """Milliseconds of all layers without attention, and of the head."""
@@ -95,7 +95,7 @@ def main() -> None:
 
     found: list[dict[str, Any]] = []
     for rows in arguments.rows:
-        layers, head = time_products(model, params, rows, turns)
+        layers, head = time_matmuls(model, params, rows, turns)
         entry: dict[str, Any] = {"rows": rows, "layers_ms": layers, "head_ms": head}
         for context in arguments.contexts:
             entry[f"decode_{context}_ms"] = attention([(context, 1)] * rows)

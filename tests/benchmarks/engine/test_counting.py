@@ -32,7 +32,7 @@ def plan(program, num_steps, *chunks):
     return StepPlan(step_id=0, program=program, num_steps=num_steps, chunks=chunks)
 
 
-def test_parameters_in_products():
+def test_parameters_in_matmuls():
     assert counting.layer_parameters(SPEC) == LAYER_PARAMETERS == 240
     assert counting.head_parameters(SPEC) == 40
 
@@ -52,8 +52,8 @@ def test_models_have_their_published_sizes(name, parameters):
     if spec.family != "llama":
         norms += 2 * spec.head_dim
     embedding = 0 if spec.tied_embeddings else counting.head_parameters(spec)
-    products = counting.layer_parameters(spec) + counting.head_parameters(spec)
-    assert products + embedding + spec.layers * norms + spec.model_dim == parameters
+    multiplied = counting.layer_parameters(spec) + counting.head_parameters(spec)
+    assert multiplied + embedding + spec.layers * norms + spec.model_dim == parameters
 
 
 @pytest.mark.parametrize(
