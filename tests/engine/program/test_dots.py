@@ -9,7 +9,8 @@ import pytest
 from jserve.checkpoints.config import Quantization
 from jserve.core.model_spec import ModelSpec
 from jserve.core.step import ProgramKind
-from jserve.engine.build.sizing import abstract_params, abstract_state, shape_engine
+from jserve.engine.build.shape import abstract_params, abstract_state
+from jserve.engine.build.sizing import shape_engine
 from jserve.engine.config import KVDtype
 from jserve.engine.program.kv_scales import lower_kv_scales
 from jserve.engine.program.programs import lower_step
