@@ -1,4 +1,4 @@
-"""The scheduler's knobs, as plain data."""
+"""The settings of the scheduler. Plain data."""
 
 from dataclasses import dataclass
 
@@ -7,28 +7,28 @@ from jserve.core.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """How an engine shares its steps. Capacities (slots, pages, programs) are the engine's own.
+    """How an engine divides its steps; capacities (slots, pages, programs) are in `EngineConfig`.
 
     Raises:
         ConfigError: a value is out of range.
     """
 
     max_queue: int = 1024  # waiting sequences; beyond it requests are refused
-    # Tokens of a mixed step, decodes included: what bounds the time between two tokens of a stream
+    # Tokens of a mixed step, decodes included. It bounds the time between two tokens of a stream
     # while prompts are computed. None: as many as the largest mixed program holds.
     step_tokens: int | None = None
-    # Decode steps of one run, at most. None: as many as the program holds.
+    # Most decode steps of one run. None: as many as the program holds.
     decode_steps: int | None = None
-    # How long a new request may wait for decode runs in flight: bounds their steps by the
-    # pace of those before, so the very first may be longer. 0: no bound.
+    # Longest time that a new request should wait for decode runs in flight. It limits the steps of
+    # a run by the measured pace of earlier runs, so the first run may take longer. 0: no limit.
     decode_wait_s: float = 0.25
-    # Prompts that may be half computed at once. 1 finishes one prompt before the next is begun;
-    # more let short prompts pass a long one that came first.
+    # Prompts that may be half computed at once. 1 finishes each prompt before the next is begun;
+    # a larger number lets short prompts pass a long one that came first.
     max_partial_prefills: int = 1
-    # Pages left free per running sequence when another is admitted: room to grow, so that a
-    # sequence is not admitted only to be preempted (and computed again) a few tokens later.
+    # Pages that must stay free per running sequence when another is admitted. Without them, a
+    # sequence could be admitted only to be preempted, and computed again, a few tokens later.
     headroom_pages: int = 1
-    max_retry_after_s: float = 30.0  # longest wait that a refused client is asked for
+    max_retry_after_s: float = 30.0  # longest wait that a refused client is told
 
     def __post_init__(self) -> None:
         _at_least("max_queue", self.max_queue, 1)

@@ -1,20 +1,20 @@
-"""Log-probabilities from the arrays of a step to the records of a request."""
+"""Makes the log-probability records of a request from the arrays of a step."""
 
 from jserve.core.request import TokenLogprobs
 from jserve.core.step import RowLogprobs
 
 
-def of_tokens(
+def token_records(
     rows: RowLogprobs, row: int, tokens: list[int], num_top: int
 ) -> tuple[TokenLogprobs, ...]:
-    """Records of the `tokens` that row `row` got, with `num_top` alternatives each."""
+    """Makes records of the `tokens` sampled in row `row`, with `num_top` alternatives each."""
     return tuple(_record(rows, row, step, token, num_top) for step, token in enumerate(tokens))
 
 
-def of_prompt(
+def prompt_records(
     rows: RowLogprobs, first: int, tokens: tuple[int, ...], num_top: int
 ) -> list[TokenLogprobs | None]:
-    """Records of the prompt `tokens`, predicted at the ragged tokens from `first` on."""
+    """Makes records of prompt `tokens`, which the ragged tokens from `first` on predict."""
     return [_record(rows, first + i, 0, token, num_top) for i, token in enumerate(tokens)]
 
 

@@ -1,19 +1,19 @@
-"""How long a decode step takes, learned from the times of commits."""
+"""Estimates the time of a decode step from the times of commits."""
 
-_NEW = 0.5  # weight of the newest decode step: rows come and go, and with them the pace
+_NEW = 0.5  # weight of the newest run: rows come and go, and the pace changes with them
 
 
 class Pace:
-    """Seconds of one decode step. Owned by the scheduler."""
+    """A moving average of the seconds of one decode step. Owned by the scheduler."""
 
     def __init__(self) -> None:
         self._step_s: float | None = None
         self._last_commit_s = float("-inf")
 
     def committed(self, planned_s: float, now_s: float, num_steps: int) -> None:
-        """Takes in a step of `num_steps` decode steps; 0 if it was none of decodes alone.
+        """Updates the average with a run of `num_steps` decode steps; 0 for a mixed step.
 
-        The device began it when it was planned or, if it was busy then, at the commit before.
+        The device began the run when it was planned or, if it was busy then, at the commit before.
         """
         began_s = max(planned_s, self._last_commit_s)
         self._last_commit_s = now_s
@@ -23,9 +23,9 @@ class Pace:
             self._step_s = before_s + _NEW * (step_s - before_s)
 
     def steps_within(self, wait_s: float) -> int | None:
-        """The most decode steps of a run of which two end within `wait_s`; None while any may.
+        """Most decode steps of a run so that two runs end within `wait_s`; None if unlimited.
 
-        Two, because one runs and one is in flight behind it when somebody arrives.
+        A request that arrives waits for two runs: one is on the device, one in flight behind it.
         """
         if not self._step_s or not wait_s:
             return None

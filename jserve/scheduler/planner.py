@@ -1,4 +1,4 @@
-"""Builds the next step: who is admitted, who grows, who is preempted, in which program."""
+"""Builds the next step: decides who is admitted, grows or is preempted, and in which program."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from jserve.scheduler.sequence import Sequence
 
 @dataclass(slots=True)
 class Rows:
-    """The rows of a step, each one entry of every list."""
+    """The rows of a step; row r is entry r of every list."""
 
     chunks: list[Chunk] = field(default_factory=list[Chunk])
     sequences: list[Sequence] = field(default_factory=list[Sequence])
@@ -37,7 +37,7 @@ _Decode = tuple[Sequence, PageDelta, int]
 
 @dataclass(slots=True)
 class _Grant:
-    """Prompt tokens of one sequence in the step that is built."""
+    """Prompt tokens of one sequence in the step under construction."""
 
     seq: Sequence
     num_tokens: int = 0
@@ -46,7 +46,7 @@ class _Grant:
 
 @dataclass(slots=True)
 class _Draft:
-    """A mixed step that is built. Decode rows come first, then prompts by rank."""
+    """A mixed step under construction. Decode rows come first, then prompts by rank."""
 
     now_s: float
     left: int  # prompt tokens that the step still holds
@@ -86,7 +86,7 @@ class Planner:
         self.pace = Pace()
 
     def plan(self, now_s: float) -> Step | None:
-        """The next step, with slots, pages and counts of its sequences as after it."""
+        """Builds the next step, and counts it as done; None if nothing can run."""
         if self._head_fits() or any(s.num_computed < len(s.context) for s in self._running):
             step = self._mixed_step(now_s)
         else:
@@ -116,7 +116,7 @@ class Planner:
             steps //= 2  # rather a shorter run than a preemption
         grow = self._cache.grow
         decodes: list[_Decode] = []
-        for seq in running:  # which may lose its end to a preemption
+        for seq in running:  # preemptions remove sequences that are still to come
             left = seq.max_total - seq.num_tokens
             new = left if left < steps else steps
             end = seq.num_computed + new
@@ -145,7 +145,7 @@ class Planner:
         running = self._running
         left = self._step_tokens - sum(s.num_computed >= len(s.context) for s in running)
         draft = _Draft(now_s, left=left, share=-(-left // self._config.max_partial_prefills))
-        for seq in running:  # which may lose its end to a preemption
+        for seq in running:  # preemptions remove sequences that are still to come
             if seq.num_computed < len(seq.context):
                 self._grant(draft, _Grant(seq))
                 continue
@@ -154,7 +154,7 @@ class Planner:
             if pages is not None:
                 draft.decodes.append((seq, pages, 1))
         self._admit(draft)
-        for grant in draft.prompts:  # what the shares of others left over
+        for grant in draft.prompts:  # tokens that the shares of others left over
             self._extend(draft, grant, draft.left)
         return self._build_mixed(draft)
 
@@ -171,10 +171,10 @@ class Planner:
             program = self._programs.decode(num_tokens, 1)
         return self._step(program, 1, rows, draft.admissions)
 
-    # Admission: from the head of the queue, so nobody is overtaken.
+    # Admission takes the head of the queue only, so nobody is overtaken.
 
     def _admission_room(self) -> int:
-        """Pages for newcomers: free, not owed to half computed prompts, not kept for growth."""
+        """Free pages that are neither owed to half computed prompts nor kept for growth."""
         owed = sum(
             self._cache.missing(seq.pages, len(seq.context))
             for seq in self._running
@@ -190,7 +190,7 @@ class Planner:
         return self._cache.pages_for(head.num_context) <= self._admission_room()
 
     def _admit(self, draft: _Draft) -> None:
-        """Fills `draft` with newcomers until one must wait."""
+        """Admits sequences to `draft` until one must wait."""
         room = self._admission_room() if len(self._waiting) else 0
         num_processors = 0
         while len(self._waiting) and self._lifecycle.num_free_slots and draft.left > 0:
@@ -217,7 +217,7 @@ class Planner:
     # Memory goes by rank: the policy's victims rank behind the sequence that lacks a page.
 
     def _grant(self, draft: _Draft, grant: _Grant) -> None:
-        """Gives a half computed prompt its share; it preempts only if not one token fits.
+        """Gives a half computed prompt its share of tokens; it preempts only if not one token fits.
 
         A prompt that would be its own victim waits with what it holds instead.
         """
@@ -240,7 +240,7 @@ class Planner:
         draft.left -= end - start
 
     def _make_room(self, seq: Sequence, num_tokens: int, now_s: float) -> PageDelta | None:
-        """Pages for `num_tokens` tokens of `seq` in all; None if it had to be preempted itself."""
+        """Takes pages for `num_tokens` tokens of `seq`; None if it had to be preempted itself."""
         while (pages := self._cache.grow(seq.pages, num_tokens)) is None:
             victim = self._lifecycle.victim(seq)
             self._preempt(victim, now_s)
@@ -266,7 +266,7 @@ class Planner:
 
 
 def issue_decodes(decodes: list[_Decode]) -> Rows:
-    """Rows of `decodes`; counts their tokens as computed, and them as in flight."""
+    """Makes the rows of `decodes`, and counts their tokens as computed and in flight."""
     chunks: list[Chunk] = []
     for seq, pages, new in decodes:
         start = seq.num_computed
@@ -279,7 +279,7 @@ def issue_decodes(decodes: list[_Decode]) -> Rows:
 
 
 def issue_prompt(rows: Rows, grant: _Grant) -> None:
-    """Adds a chunk to `rows`; counts its tokens as computed, and the sequence as in flight."""
+    """Adds the chunk of `grant` to `rows`, and counts its tokens as computed and in flight."""
     seq = grant.seq
     start, end = seq.num_computed, seq.num_computed + grant.num_tokens
     max_new = int(end == len(seq.context))

@@ -1,4 +1,4 @@
-"""Which compiled program holds a step."""
+"""Chooses the compiled program of a step."""
 
 from jserve.core.errors import ConfigError
 from jserve.core.step import Program, ProgramKind
@@ -29,7 +29,7 @@ class ProgramTable:
         self._num_slots = num_slots
 
     def step_tokens(self, wanted: int | None) -> int:
-        """The token budget of a mixed step: `wanted`, or as much as the largest program holds.
+        """The token budget of a mixed step: `wanted`, limited to what the largest program holds.
 
         Raises:
             ConfigError: it leaves no token for a prompt while other slots decode.
@@ -43,7 +43,7 @@ class ProgramTable:
         return most if wanted is None else min(wanted, most)
 
     def max_decode_steps(self, rows: int) -> int:
-        """Decode steps that one run over `rows` rows can make."""
+        """Most decode steps of one run over `rows` rows."""
         fitting = [p for p in self._decodes if p.rows >= rows]
         return max((p.steps for p in fitting if p.rows == fitting[0].rows), default=1)
 

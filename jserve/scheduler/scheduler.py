@@ -1,4 +1,4 @@
-"""The scheduler: requests in, plans out, results in, updates out. No device and no I/O."""
+"""The scheduler takes requests and results, and makes plans and updates. No device, no I/O."""
 
 from collections import deque
 from dataclasses import replace
@@ -22,9 +22,9 @@ _FINISH_REASONS = (None, FinishReason.STOP, FinishReason.LENGTH)  # by FinishCod
 
 
 class Scheduler:
-    """Iteration-level scheduling with chunked prompts over paged memory. One thread, one owner.
+    """Schedules each step anew, with chunked prompts over paged memory. One thread, one owner.
 
-    One rule, no phases: each step lets the computed tokens of a sequence catch up with its tokens.
+    There are no phases: each step lets the computed tokens of a sequence catch up with its tokens.
     Steps are planned before the results of those in flight are known, and committed in order.
 
     Orca (OSDI'22): sequences join and leave at every step. Sarathi-Serve (OSDI'24): decodes go
@@ -43,7 +43,7 @@ class Scheduler:
         max_processor_rows: int = 8,
         policy: Policy = FIRST_COME_FIRST_SERVED,
     ) -> None:
-        """`max_processor_rows`: admissions with masks or biases that one step's batch can carry.
+        """`max_processor_rows` is how many admissions with masks or biases one step can carry.
 
         Raises:
             ConfigError: the programs or `config.step_tokens` cannot hold every slot.
@@ -176,13 +176,13 @@ class Scheduler:
         )
 
     def audit(self) -> Audit:
-        """Copies of all bookkeeping, and what is wrong with it; for tests and debugging."""
+        """Copies all bookkeeping and lists what is wrong with it; for tests and debugging."""
         return audit(self._live.values(), self._lifecycle, self._cache)
 
     # Before a step.
 
     def plan(self, now_s: float) -> StepPlan | None:
-        """The next step, to be submitted as it is; None if nothing can run before a commit."""
+        """Plans the step to be submitted next; None if nothing can run before a commit."""
         step = self._planner.plan(now_s)
         if step is None:
             return None
@@ -192,7 +192,7 @@ class Scheduler:
     # After a step.
 
     def commit(self, plan: StepPlan, result: StepResult, now_s: float) -> list[SequenceUpdate]:
-        """Takes in the result of the oldest step in flight: what clients are to be told.
+        """Applies the result of the oldest step in flight; returns what clients must be told.
 
         Tokens past a finish or an abort are dropped. A row may yield fewer tokens than planned.
 
@@ -245,7 +245,7 @@ class Scheduler:
         return updates
 
     def _settle(self, seq: Sequence, shortfall: int, now_s: float) -> None:
-        """Corrects the counts of a sequence that goes on with `shortfall` tokens under its plan."""
+        """Corrects the counts of a sequence that got `shortfall` tokens less than planned."""
         if shortfall < 0 or len(seq.request.prompt) + len(seq.output) >= seq.max_total:
             raise EngineError(
                 f"request {seq.id}: the device ran past the limit of {seq.max_total} tokens"
@@ -264,7 +264,7 @@ class Scheduler:
 
 
 def _with_limit(request: Request, max_total: int) -> Request:
-    """`request`, asking for no more tokens than the context leaves: the device counts alike."""
+    """Limits `max_tokens` to what the context leaves, so that the device stops there."""
     most = max_total - len(request.prompt)
     if request.sampling.max_tokens == most:
         return request
@@ -274,14 +274,14 @@ def _with_limit(request: Request, max_total: int) -> Request:
 def _full_update(
     seq: Sequence, row: int, new: list[int], finish: FinishReason | None, result: StepResult
 ) -> SequenceUpdate:
-    """An update with log-probabilities, or with what comes once, on the first."""
+    """Makes an update with log-probabilities, or the first one with what is reported once."""
     num_top = seq.request.sampling.logprobs
     if num_top is not None and result.logprobs is None:
         raise EngineError(f"request {seq.id}: the step came without log-probabilities")
     of_tokens = (
         None
         if num_top is None or result.logprobs is None
-        else logprobs.of_tokens(result.logprobs, row, new, num_top)
+        else logprobs.token_records(result.logprobs, row, new, num_top)
     )
     if seq.reported:
         return SequenceUpdate(seq.id, tuple(new), finish, of_tokens)
@@ -301,14 +301,14 @@ def _full_update(
 
 
 def _collect_prompt_logprobs(step: Step, rows: RowLogprobs) -> None:
-    """Stores what the chunks of `step` say of the prompts; a recomputation stores it again."""
+    """Stores the prompt log-probabilities of a step; a recomputation stores the same again."""
     first = 0
     for chunk, seq in zip(step.rows.chunks, step.rows.sequences, strict=True):
         num_top = seq.request.sampling.prompt_logprobs
         if chunk.prompt_targets and num_top is not None and seq.prompt_logprobs is not None:
             start = chunk.start + 1
             end = start + len(chunk.prompt_targets)
-            seq.prompt_logprobs[start:end] = logprobs.of_prompt(
+            seq.prompt_logprobs[start:end] = logprobs.prompt_records(
                 rows, first, chunk.prompt_targets, num_top
             )
         first += chunk.num_tokens
