@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jserve.cache.layout import KVLayout
 from jserve.cache.page_pool import PagePool
 from jserve.core.request import Request
-from jserve.core.step import NewPages
+from jserve.core.step import Move, NewPages
 
 # Pages that were added to a sequence's page tables; the scheduler carries it into a chunk.
 PageDelta = tuple[NewPages, ...]
@@ -51,6 +51,11 @@ class Hit:
     num_pages: int = 0
     num_evictable: int = 0
 
+    @property
+    def num_entries(self) -> int:
+        """Entries of the device's page table that the hit fills, in the group with most of them."""
+        return max(map(len, self.tables), default=0)
+
 
 NO_HIT = Hit()
 
@@ -66,6 +71,7 @@ class KVCache:
         self.layout = layout
         self._page_sizes = tuple(group.page_size for group in layout.groups)
         self._pool = PagePool(num_pages)
+        self._moves: list[Move] = []
 
     @property
     def num_pages(self) -> int:
@@ -96,6 +102,10 @@ class KVCache:
         """
         return self.pages_for(num_tokens) - hit.num_pages + hit.num_evictable
 
+    def max_entries(self, num_tokens: int) -> int:
+        """Entries of a page table that `num_tokens` tokens fill, in the group with most of them."""
+        return max(-(-num_tokens // size) for size in self._page_sizes)
+
     def room(self, pages: Pages) -> int:
         """Tokens that `pages` could hold if it took every free page."""
         free = self._pool.num_free
@@ -112,7 +122,8 @@ class KVCache:
         """The longest start of `tokens` that is in memory already. Nothing is taken.
 
         `tokens` are the prompt of `request` and its output so far. The hit is good until pages are
-        taken or released. Nothing is kept yet, so nothing is found.
+        taken or released, and never costs more than no hit. Nothing is kept yet, so nothing is
+        found.
         """
         return NO_HIT
 
@@ -145,7 +156,7 @@ class KVCache:
         ids = self._pool.take(count)
         table += ids
         pages.capacity = len(table) * size
-        return (NewPages(0, first, tuple(ids)),)
+        return (NewPages._make((0, first, tuple(ids))),)  # in half the time of naming the fields
 
     def _grow_groups(self, pages: Pages, num_tokens: int) -> PageDelta | None:
         """`grow` of more than one group: all of them, or none."""
@@ -171,6 +182,13 @@ class KVCache:
             self._pool.release(table)
             table.clear()
         pages.capacity = 0
+
+    def take_moves(self) -> tuple[Move, ...]:
+        """Hands out, once, the page copies that the next step must run before its program."""
+        if not self._moves:
+            return ()
+        moves, self._moves = tuple(self._moves), []
+        return moves
 
     def audit(self, held: Iterable[Pages]) -> list[str]:
         """What is wrong with the books if `held` are all that sequences hold; for tests."""

@@ -2,7 +2,7 @@
 
 import heapq
 
-from jserve.cache.kv_cache import NO_HIT, KVCache
+from jserve.cache.kv_cache import Hit, KVCache, PageDelta
 from jserve.scheduler.policy import Policy
 from jserve.scheduler.queue import RankedQueue
 from jserve.scheduler.sequence import Event, Sequence, SequenceState
@@ -32,23 +32,32 @@ class Lifecycle:
         """Slots that nobody holds."""
         return len(self._free_slots)
 
+    @property
+    def next_slot(self) -> int:
+        """The slot that `admit` gives next: the lowest that is free."""
+        return self._free_slots[0]
+
     # Transitions.
 
     def arrive(self, seq: Sequence, now_s: float) -> None:
         """Puts the new `seq` into the waiting queue."""
         self._wait(seq, Event.ARRIVAL, now_s)
 
-    def admit(self, seq: Sequence) -> None:
-        """WAITING → RUNNING, with the lowest free slot and no pages yet."""
+    def admit(self, seq: Sequence, hit: Hit) -> PageDelta:
+        """WAITING → RUNNING in `next_slot`; returns the pages of `hit`, which are its first."""
         _require(seq, SequenceState.WAITING)
         self.waiting.remove(seq)
         seq.state = SequenceState.RUNNING
         seq.slot = heapq.heappop(self._free_slots)
-        seq.context = seq.tokens
-        seq.num_tokens = len(seq.context)
-        seq.num_computed = 0
-        seq.pages, _ = self._cache.adopt(NO_HIT)
+        tokens = seq.tokens
+        if hit.num_tokens >= len(tokens):
+            raise ValueError(f"{seq.id}: a hit of {hit.num_tokens} tokens leaves none to compute")
+        seq.context = tokens[:-1] if seq.resumes_after(hit.num_tokens) else tokens
+        seq.num_tokens = len(tokens)
+        seq.num_computed = hit.num_tokens
+        seq.pages, delta = self._cache.adopt(hit)
         self.running.add(seq)
+        return delta
 
     def preempt(self, seq: Sequence, now_s: float) -> None:
         """RUNNING → WAITING; tokens in flight still count when their step is committed."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from jserve.cache.kv_cache import KVCache, PageDelta, joined
+from jserve.cache.kv_cache import NO_HIT, Hit, KVCache, PageDelta, joined
 from jserve.core.stats import EngineStats
 from jserve.core.step import Admission, Chunk, Program, StepPlan
 from jserve.scheduler.config import SchedulerConfig
@@ -73,6 +73,7 @@ class Planner:
         cache: KVCache,
         counters: EngineStats,
         max_processor_rows: int,
+        max_model_len: int,
     ) -> None:
         self._config = config
         self._programs = programs
@@ -82,6 +83,7 @@ class Planner:
         self._running = lifecycle.running
         self._counters = counters
         self._max_processor_rows = max_processor_rows
+        self._max_hit_entries = cache.max_entries(max_model_len)
         self._step_tokens = programs.step_tokens(config.step_tokens)
         self.pace = Pace()
 
@@ -138,6 +140,7 @@ class Planner:
             num_steps=num_steps,
             chunks=tuple(rows.chunks),
             admissions=tuple(admissions),
+            moves=self._cache.take_moves() if rows.chunks else (),
         )
         return Step(plan, rows)
 
@@ -165,7 +168,7 @@ class Planner:
             if grant.num_tokens > 0:
                 issue_prompt(rows, grant)
                 num_tokens += grant.num_tokens
-        if num_tokens > len(draft.decodes):
+        if draft.admissions or num_tokens > len(draft.decodes):
             program = self._programs.mixed(num_tokens, len(rows.chunks))
         else:
             program = self._programs.decode(num_tokens, 1)
@@ -187,30 +190,61 @@ class Planner:
         if not len(self._waiting) or not self._lifecycle.num_free_slots:
             return False
         head = self._waiting.first
-        return self._cache.pages_for(head.num_context) <= self._admission_room()
+        return self._cache.cost(self._hit(head), head.num_context) <= self._admission_room()
+
+    def _hit(self, seq: Sequence) -> Hit:
+        """The computed tokens that `seq` finds in memory."""
+        if seq.prompt_logprobs is not None:  # they come from computing the prompt
+            return NO_HIT
+        return self._cache.match(seq.request, seq.tokens)
+
+    def _admission(self, seq: Sequence) -> tuple[Admission, Hit]:
+        """The admission of `seq` to the next free slot, and the hit that it starts with."""
+        for hit in (self._hit(seq), NO_HIT):
+            admission = Admission(
+                self._lifecycle.next_slot,
+                seq.request,
+                tuple(seq.output),
+                num_computed=hit.num_tokens,
+                last_token=seq.output[-1] if seq.resumes_after(hit.num_tokens) else None,
+            )
+            if admission.history_rows <= self._max_processor_rows:
+                break  # else its history fits into no step: it is computed again
+        return admission, hit
 
     def _admit(self, draft: _Draft) -> None:
         """Admits sequences to `draft` until one must wait."""
         room = self._admission_room() if len(self._waiting) else 0
-        num_processors = 0
+        num_processors = num_entries = 0
         while len(self._waiting) and self._lifecycle.num_free_slots and draft.left > 0:
             seq = self._waiting.first
-            pages = self._cache.pages_for(seq.num_context)
-            num_processors += seq.request.sampling.has_token_rules
-            if pages > room or num_processors > self._max_processor_rows:
+            admission, hit = self._admission(seq)
+            cost = self._cache.cost(hit, seq.num_context)
+            num_processors += admission.processor_rows
+            if cost > room or num_processors > self._max_processor_rows:
                 return
             if seq.num_in_flight > 0:  # just preempted: its tokens are not all known yet
                 return
-            room -= pages + self._config.headroom_pages
-            self._enter(draft, seq)
+            # A step has room for the pages of one whole sequence, beside those of its chunks.
+            if num_entries and num_entries + hit.num_entries > self._max_hit_entries:
+                return
+            num_entries += hit.num_entries
+            room -= cost + self._config.headroom_pages
+            self._enter(draft, seq, admission, hit)
 
-    def _enter(self, draft: _Draft, seq: Sequence) -> None:
-        self._lifecycle.admit(seq)
+    def _enter(self, draft: _Draft, seq: Sequence, admission: Admission, hit: Hit) -> None:
         if seq.queue_s is None:
             seq.queue_s = draft.now_s - seq.arrival_s
             self._counters.prompt_tokens += len(seq.request.prompt)
-        draft.admissions.append(Admission(seq.slot, seq.request, tuple(seq.output)))
-        grant = _Grant(seq)
+        pages = self._lifecycle.admit(seq, hit)
+        draft.admissions.append(admission)
+        if admission.last_token is not None:
+            draft.left -= 1
+            more = self._cache.grow(seq.pages, seq.num_computed + 1)
+            assert more is not None  # its cost was within the room
+            draft.decodes.append((seq, joined(pages, more), 1))
+            return
+        grant = _Grant(seq, pages=pages)
         self._extend(draft, grant, draft.share)
         draft.prompts.append(grant)
 

@@ -61,6 +61,7 @@ class Scheduler:
             cache=cache,
             counters=self._counters,
             max_processor_rows=max_processor_rows,
+            max_model_len=max_model_len,
         )
         self._live: dict[str, Sequence] = {}
         self._in_flight: deque[Step] = deque()

@@ -100,6 +100,14 @@ class Sequence:
         known = len(self.request.prompt) + max(0, len(self.output) - 1)
         return self.tokens[: min(self.num_computed, known)]
 
+    def resumes_after(self, num_computed: int) -> bool:
+        """Whether it decodes next if so many of its tokens are computed.
+
+        Only the last token is missing then, and it was sampled: a decode row computes it, as it
+        would have without the interruption.
+        """
+        return bool(self.output) and num_computed == self.num_context - 1
+
     def view(self, event: Event) -> SequenceView:
         """The sequence as a policy sees it."""
         return SequenceView(event, self.request, self.arrival, self.arrival_s, len(self.output))

@@ -1,7 +1,7 @@
 """The scheduler under random load: 10⁵ operations against a simulated device that checks plans."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +19,7 @@ from jserve.scheduler.scheduler import Scheduler
 from jserve.scheduler.sequence import SequenceState
 from jserve.scheduler.simulated_executor import SimulatedExecutor
 from jserve.scheduler.simulated_model import EMPTY_DIGEST, SimulatedModel, extend
+from tests.scheduler.sharing_cache import SharingCache
 
 # 3 % of tokens stop: sequences end in every way, and many grow long.
 MODEL = SimulatedModel(vocab=64, eos_token_ids=(1, 5))
@@ -72,13 +73,17 @@ def engines(draw: st.DrawFn) -> Engine:
 class Drill:
     """A scheduler and a device under random orders; checks everything after each."""
 
-    def __init__(self, engine: Engine, seed: int, depth: int = 2) -> None:
-        """`depth`: steps in flight at most."""
+    def __init__(self, engine: Engine, seed: int, depth: int = 2, sharing: bool = False) -> None:
+        """`depth` is the most steps in flight; with `sharing`, sequences find computed pages."""
         self.random = random.Random(seed)
         self.engine = engine
+        self.sharing = sharing
+        self.cache = KVCache(single_group(engine.page_size), engine.num_pages)
+        if sharing:
+            self.cache = SharingCache(engine.page_size, engine.num_pages, seed)
         self.scheduler = Scheduler(
             engine.config,
-            cache=KVCache(single_group(engine.page_size), engine.num_pages),
+            cache=self.cache,
             num_slots=engine.num_slots,
             max_model_len=engine.max_model_len,
             programs=engine.programs,
@@ -91,6 +96,7 @@ class Drill:
             page_size=engine.page_size,
             model=MODEL,
             max_processor_rows=engine.max_processor_rows,
+            pages_per_slot=-(-engine.max_model_len // engine.page_size),
         )
         self.now_s = 0.0
         self.pipeline = Pipeline(self.scheduler, self.executor, depth)
@@ -161,10 +167,12 @@ class Drill:
         names = [name for name in map(str, range(12)) if name not in self.requests]
         self.num_requests += 1
         rules = pick.random() < 0.2
+        # With sharing, a few prompts begin alike.
+        tokens = random.Random(pick.randrange(3)) if self.sharing else pick
         return Request(
             id=pick.choice(names) if names else f"n{self.num_requests}",
             prompt=tuple(
-                pick.randrange(MODEL.vocab)
+                tokens.randrange(MODEL.vocab)
                 for _ in range(
                     pick.choice((1, 2, 3, 4, 5, 6, 7, 15, self.engine.max_model_len - 1))
                 )
@@ -175,7 +183,9 @@ class Drill:
                 min_tokens=pick.choice((0, 0, 3)),
                 ignore_eos=pick.random() < 0.3,
                 stop_token_ids=(9,) if pick.random() < 0.3 else (),
-                bad_token_ids=(60,) if rules else (),  # not honoured by the model, but counted
+                # Rules and penalties are not honoured by the model, but counted.
+                bad_token_ids=(60,) if rules else (),
+                presence_penalty=pick.choice((0.0, 0.0, 0.5)),
                 logprobs=pick.choice((None, None, None, 0, 3)),
                 prompt_logprobs=pick.choice((None, None, None, 0, 2)),
             ),
@@ -261,7 +271,11 @@ class Drill:
         found = self.scheduler.audit()
         assert not found.problems
         stats = self.scheduler.stats()
-        assert stats.free_pages == self.engine.num_pages - sum(s.num_pages for s in found.running)
+        held = sum(seq.num_pages for seq in found.running)
+        if self.sharing:
+            assert stats.free_pages >= self.engine.num_pages - held
+        else:
+            assert stats.free_pages == self.engine.num_pages - held
         assert stats.free_slots == self.engine.num_slots - len(found.running)
         assert stats.num_waiting + stats.num_running == len(self.requests)
         assert stats.num_waiting <= self.engine.config.max_queue + self.engine.num_slots
@@ -314,6 +328,25 @@ def test_random_load_loses_nothing(engine: Engine, seed: int, depth: int, num_op
     Drill(engine, seed, depth).run(num_ops)
 
 
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(engine=engines(), seed=st.integers(0, 1 << 32), depth=st.sampled_from((1, 2, 3)))
+def test_random_load_with_shared_cached_and_copied_pages(
+    engine: Engine, seed: int, depth: int
+) -> None:
+    Drill(engine, seed, depth, sharing=True).run(500)
+
+
+@pytest.mark.sweep
+@settings(
+    max_examples=220, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(engine=engines(), seed=st.integers(0, 1 << 32), depth=st.sampled_from((1, 2, 3)))
+def test_100_000_orders_with_shared_cached_and_copied_pages(
+    engine: Engine, seed: int, depth: int
+) -> None:
+    Drill(engine, seed, depth, sharing=True).run(500)
+
+
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(engine=engines(), seed=st.integers(0, 1 << 32))
 def test_same_input_gives_the_same_plans(engine: Engine, seed: int) -> None:
@@ -323,27 +356,40 @@ def test_same_input_gives_the_same_plans(engine: Engine, seed: int) -> None:
     assert first.plans == second.plans
 
 
+CROWDED = Engine(
+    num_slots=4,
+    num_pages=16,
+    page_size=2,
+    max_model_len=32,
+    programs=(Program(ProgramKind.MIXED, 8, 4), Program(ProgramKind.DECODE, 4, 4, 4)),
+    max_processor_rows=1,
+    config=SchedulerConfig(max_queue=8),
+)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_drill_reaches_preemption_and_decode_runs(seed: int) -> None:
     """The random load above would prove little if it never came to these."""
-    slots = 4
-    engine = Engine(
-        num_slots=slots,
-        num_pages=16,
-        page_size=2,
-        max_model_len=32,
-        programs=(
-            Program(ProgramKind.MIXED, 8, slots),
-            Program(ProgramKind.DECODE, slots, slots, 4),
-        ),
-        max_processor_rows=1,
-        config=SchedulerConfig(max_queue=8),
-    )
-    drill = Drill(engine, seed)
+    drill = Drill(CROWDED, seed)
     drill.run(2000)
     admissions = [admission for plan in drill.plans for admission in plan.admissions]
     assert drill.scheduler.stats().num_preemptions > 20
     assert drill.num_in_flight_preemptions > 10
     assert sum(bool(admission.output) for admission in admissions) > 10
     assert any(plan.num_steps == 4 for plan in drill.plans)
+    assert drill.num_done > 100
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_drill_reaches_every_kind_of_hit(seed: int) -> None:
+    drill = Drill(replace(CROWDED, num_pages=24), seed, sharing=True)
+    drill.run(2000)
+    assert isinstance(drill.cache, SharingCache)
+    seen = drill.cache.seen
+    assert min(seen[event] for event in ("hit", "shared", "copied", "evicted")) > 10
+    assert drill.scheduler.stats().num_preemptions > 20
+    admissions = [admission for plan in drill.plans for admission in plan.admissions]
+    assert sum(admission.num_computed > 0 for admission in admissions) == seen["hit"]
+    assert sum(len(plan.moves) for plan in drill.plans) == seen["copied"]
+    assert any(admission.history_rows for admission in admissions)
     assert drill.num_done > 100
