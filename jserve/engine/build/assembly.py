@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 import jserve
 from jserve.cache.kv_cache import KVCache
-from jserve.cache.layout import kv_layout
 from jserve.core.request import EngineInfo
 from jserve.core.step import Program
 from jserve.engine.build.shape import (
@@ -114,15 +113,9 @@ def build_engine(
         max_queue=scheduler_config.max_queue,
         eos_token_ids=model.spec.eos_token_ids,
     )
-    layout = kv_layout(
-        model.spec,
-        page_size=config.page_size,
-        kv_heads=shape.kv_heads,
-        value_bytes=shape.kv_dtype.itemsize,
-    )
     scheduler = Scheduler(
         scheduler_config,
-        cache=KVCache(layout, shape.num_pages),
+        cache=KVCache(shape.layout, shape.num_pages),
         num_slots=config.num_slots,
         max_model_len=shape.max_model_len,
         programs=config.programs(),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jserve.cache.layout import kv_layout
 from jserve.core.errors import ConfigError
 from jserve.core.step import Program, ProgramKind
 from jserve.engine.build.shape import GRID, EngineShape, abstract_params, abstract_state
@@ -137,8 +138,10 @@ def _with_programs(budget: KVBudget, temporaries: dict[Program, int], code: int)
 
 def page_bytes(model: Model, page_size: int, kv_dtype: jnp.dtype, kv_heads: int) -> int:
     """Bytes of one page of `kv_heads` heads over all layers."""
-    spec = model.spec
-    return 2 * kv_heads * page_size * spec.head_dim * spec.layers * kv_dtype.itemsize
+    layout = kv_layout(
+        model.spec, page_size=page_size, kv_heads=kv_heads, value_bytes=kv_dtype.itemsize
+    )
+    return layout.page_bytes
 
 
 def host_pages(

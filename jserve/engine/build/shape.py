@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jserve.cache.layout import KVLayout, kv_layout
 from jserve.core.errors import ConfigError
 from jserve.engine.config import EngineConfig
 from jserve.engine.program.batch import BatchShape
@@ -25,6 +26,7 @@ class EngineShape:
     max_model_len: int
     kv_dtype: jnp.dtype
     kv_heads: int  # stored in a page, copies included
+    layout: KVLayout
 
     @property
     def pages_per_slot(self) -> int:
@@ -54,16 +56,20 @@ def least_shape(model: Model, mesh: AnyMesh, config: EngineConfig) -> EngineShap
         raise ConfigError(
             f"engine.max_model_len is {max_model_len}; the model's context is {spec.max_context}"
         )
+    dtype = stored_kv_dtype(config, model.dtype)
+    kv_heads = stored_kv_heads(spec, mesh)
+    layout = kv_layout(
+        spec, page_size=config.page_size, kv_heads=kv_heads, value_bytes=dtype.itemsize
+    )
     batch = BatchShape(
         config.num_slots,
         spec.vocab,
         config.page_size,
         config.processor_rows,
         pages_per_slot=-(-max_model_len // config.page_size),
+        page_groups=len(layout.groups),
     )
-    dtype = stored_kv_dtype(config, model.dtype)
-    kv_heads = stored_kv_heads(spec, mesh)
-    return EngineShape(batch, GRID, max_model_len, dtype, kv_heads)
+    return EngineShape(batch, GRID, max_model_len, dtype, kv_heads, layout)
 
 
 def stored_kv_dtype(config: EngineConfig, model_dtype: jnp.dtype) -> jnp.dtype:
@@ -84,10 +90,10 @@ def make_state(model: Model, shape: EngineShape) -> DeviceState:
     """The state of an idle engine."""
     return init_state(
         model,
+        shape.layout,
         kv_heads=shape.kv_heads,
         num_slots=shape.batch.num_slots,
         num_pages=shape.num_pages,
-        page_size=shape.batch.page_size,
         pages_per_slot=shape.pages_per_slot,
         kv_dtype=shape.kv_dtype,
     )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from jserve.cache.layout import KVLayout, PageGroup
 from jserve.model.functional import Model
 from jserve.model.sampling.sharded import ShardedSampler
 from jserve.model.sampling.state import SamplerState, init_sampler_state
@@ -43,21 +44,25 @@ class DeviceState(NamedTuple):
 
 def init_state(
     model: Model,
+    layout: KVLayout,
     *,
     kv_heads: int,
     num_slots: int,
     num_pages: int,
-    page_size: int,
     pages_per_slot: int,
     kv_dtype: jnp.dtype,
 ) -> DeviceState:
     """An empty engine; pure, so that it can be evaluated abstractly or jitted with shardings."""
     spec = model.spec
-    shape = kv_pages_shape(num_pages, page_size, kv_heads, spec.head_dim)
+
+    def pages(group: PageGroup) -> tuple[jax.Array, ...]:
+        shape = kv_pages_shape(num_pages, group.page_size, kv_heads, spec.head_dim)
+        return tuple(jnp.zeros(shape, kv_dtype) for _ in group.layers)
+
     return DeviceState(
-        kv=(tuple(jnp.zeros(shape, kv_dtype) for _ in range(spec.layers)),),
+        kv=tuple(map(pages, layout.groups)),
         kv_scales=jnp.ones((spec.layers, 2, kv_heads), jnp.float32),
-        page_tables=(jnp.zeros((num_slots, pages_per_slot), jnp.int32),),
+        page_tables=tuple(jnp.zeros((num_slots, pages_per_slot), jnp.int32) for _ in layout.groups),
         prompt_lens=jnp.zeros(num_slots, jnp.int32),
         lengths=jnp.zeros(num_slots, jnp.int32),
         last_tokens=jnp.zeros(num_slots, jnp.int32),
