@@ -1,0 +1,128 @@
+"""Tests of the results that a device may give, and of those that it may not."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from jserve.core.errors import (
+    EngineError,
+)
+from jserve.core.request import Request, SamplingParams, SequenceUpdate
+from jserve.core.step import FinishCode, StepPlan, StepResult
+from jserve.scheduler.config import SchedulerConfig
+from tests.scheduler.rig import (
+    Rig,
+)
+
+# Log-probabilities.
+
+
+def test_prompt_logprobs_come_whole_with_the_first_token() -> None:
+    rig = Rig(SchedulerConfig(step_tokens=4))
+    rig.add("a", prompt=10, max_tokens=3, prompt_logprobs=2)
+    rig.add("other", prompt=3, max_tokens=9)
+    updates: list[SequenceUpdate] = []
+    while rig.scheduler.has_work:
+        updates += [update for update in rig.step()[1] if update.request_id == "a"]
+    entries = updates[0].prompt_logprobs
+    assert entries is not None
+    assert entries[0] is None
+    assert [entry.token_id for entry in entries[1:] if entry] == [
+        (i * i + 1) % 97 for i in range(1, 10)
+    ]
+    assert {len(entry.top) for entry in entries[1:] if entry} == {2}
+    assert all(update.prompt_logprobs is None for update in updates[1:])
+
+
+def test_logprobs_of_a_step_that_has_none_are_an_error() -> None:
+    rig = Rig()
+    rig.add("a", logprobs=1)
+    plan = rig.scheduler.plan(0.0)
+    assert plan is not None
+    result = rig.executor.collect(rig.executor.submit(plan))
+    with pytest.raises(EngineError, match="without log-prob"):
+        rig.scheduler.commit(plan, replace(result, logprobs=None), 0.0)
+
+
+def test_missing_prompt_logprobs_are_an_error() -> None:
+    rig = Rig()
+    rig.add("a", prompt_logprobs=0)
+    plan = rig.scheduler.plan(0.0)
+    assert plan is not None
+    result = rig.executor.collect(rig.executor.submit(plan))
+    with pytest.raises(EngineError, match="prompt log-prob"):
+        rig.scheduler.commit(plan, replace(result, prompt_logprobs=None), 0.0)
+
+
+# What a device may and may not answer.
+
+
+def answer(plan: StepPlan, num_new: int, code: FinishCode = FinishCode.RUNNING) -> StepResult:
+    """Every row of `plan` yields `num_new` times token 7."""
+    rows = plan.program.rows
+    return StepResult(
+        plan.step_id,
+        np.full((rows, plan.program.steps), 7, np.int32),
+        np.full(rows, num_new, np.int32),
+        np.full(rows, code, np.int32),
+    )
+
+
+def test_a_row_may_yield_less_than_planned() -> None:
+    scheduler = Rig().scheduler
+    request = Request(id="a", prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=20))
+    scheduler.add(request, 0.0)
+    starts: list[int] = []
+    counts = [1, 5, 0, 2]
+    for count in counts:
+        plan = scheduler.plan(0.0)
+        assert plan is not None
+        starts.append(plan.chunks[0].start)
+        updates = scheduler.commit(plan, answer(plan, count), 0.0)
+        assert [update.tokens for update in updates] == ([(7,) * count] if count else [])
+    assert starts == [0, 3, 8, 8]
+    plan = scheduler.plan(0.0)
+    assert plan is not None
+    assert plan.chunks[0].start == 3 + sum(counts) - 1
+
+
+def test_a_sequence_that_owes_tokens_after_its_last_step_is_computed_again() -> None:
+    scheduler = Rig().scheduler
+    request = Request(id="a", prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=9))
+    scheduler.add(request, 0.0)
+    plan = scheduler.plan(0.0)
+    assert plan is not None
+    scheduler.commit(plan, answer(plan, 1), 0.0)
+    plan = scheduler.plan(0.0)
+    assert plan is not None
+    assert plan.num_steps == 8
+    scheduler.commit(plan, answer(plan, 6), 0.0)
+    plan = scheduler.plan(0.0)
+    assert plan is not None
+    [admission] = plan.admissions
+    assert admission.output == (7,) * 7
+    assert plan.chunks[0].tokens == (1, 2, 3, *admission.output)
+
+
+def test_running_past_the_limit_is_an_error() -> None:
+    scheduler = Rig().scheduler
+    request = Request(id="a", prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=1))
+    scheduler.add(request, 0.0)
+    plan = scheduler.plan(0.0)
+    assert plan is not None
+    with pytest.raises(EngineError, match="limit of 4"):
+        scheduler.commit(plan, answer(plan, 1), 0.0)
+
+
+def test_steps_are_committed_in_order_and_once() -> None:
+    rig = Rig()
+    rig.add("a", max_tokens=30)
+    first, second = rig.plan(), rig.plan()
+    with pytest.raises(ValueError, match="not the oldest"):
+        rig.scheduler.commit(second, answer(second, 1), 0.0)
+    with pytest.raises(ValueError, match="result of step 1"):
+        rig.scheduler.commit(first, answer(second, 1), 0.0)
+    rig.commit()
+    with pytest.raises(ValueError, match="not the oldest"):
+        rig.scheduler.commit(first, answer(first, 1), 0.0)
