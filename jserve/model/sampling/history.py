@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Int32
 
 from jserve.core.step import HISTORY_PAIRS
-from jserve.model.sampling.rows import Axes, first_id, own
+from jserve.model.sampling.sharded_vocab import Axes, first_id, local_index
 from jserve.model.sampling.state import SamplerState
 
 
@@ -69,7 +69,7 @@ def restore(
         before = lax.dynamic_slice(seen, at, (1, n))
         return (
             lax.dynamic_update_slice(seen, before | occurs[None], at),
-            counts.at[slots[i], own(tokens, n, axes)].add(times, mode="drop"),
+            counts.at[slots[i], local_index(tokens, n, axes)].add(times, mode="drop"),
         )
 
     used = jnp.sum(slots < state.num_slots, dtype=jnp.int32)
