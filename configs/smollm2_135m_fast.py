@@ -9,10 +9,10 @@ from jserve.engine.config import KVDtype
 
 
 def get_config() -> ServeConfig:
-    """As `smollm2_135m`, quantized; docs/performance.md has what it gains and costs.
+    """The `smollm2_135m` config with quantized weights; docs/performance.md has gains and costs.
 
-    Made for processors with AVX512-VNNI; without it prompts are slower than in float32. K and V
-    are bfloat16, so that 1 GiB of pages holds twice the tokens.
+    It is made for processors with AVX512-VNNI; without it prompts are slower than in float32. K
+    and V are bfloat16, so that 1 GiB of pages holds twice the tokens.
     """
     exact = load(str(Path(__file__).with_name("smollm2_135m.py")))
     return dataclasses.replace(
