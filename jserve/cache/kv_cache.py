@@ -80,7 +80,7 @@ class KVCache:
 
     @property
     def num_free(self) -> int:
-        """Pages that can be taken now, those of evictable content included."""
+        """Pages that can be taken now, evictable ones included."""
         return self._pool.num_free
 
     # What tokens need.
@@ -191,7 +191,7 @@ class KVCache:
         return moves
 
     def audit(self, held: Iterable[Pages]) -> list[str]:
-        """What is wrong with the books if `held` are all that sequences hold; for tests."""
+        """Lists what is wrong with pages if `held` are all that sequences hold; for tests."""
         problems = self._pool.audit()
         holders = [0] * (self.num_pages + 1)
         for pages in held:

@@ -1,4 +1,4 @@
-"""How the layers of a model share KV pages: plain data, from the model's spec."""
+"""The page groups of a model, by which its layers share KV pages. Plain data, from its spec."""
 
 from dataclasses import dataclass
 
@@ -44,7 +44,7 @@ class KVLayout:
 def kv_layout(spec: ModelSpec, *, page_size: int, kv_heads: int, value_bytes: int) -> KVLayout:
     """The layout of `spec`: one group of all layers, which keeps every token.
 
-    `kv_heads` are those that a page stores, `value_bytes` the size of one number in it. Layers with
+    A page stores `kv_heads` heads, of numbers of `value_bytes` bytes. Layers with
     a sliding window are in the same group: their pages keep tokens that they no longer read.
     """
     layers = tuple(range(spec.layers))

@@ -110,7 +110,7 @@ class PagePool:
             self._free.append(page)
 
     def audit(self) -> list[str]:
-        """What is wrong with the books; empty if nothing is. For tests."""
+        """Lists what is wrong with the states of pages, if anything is; for tests."""
         free, cached = list(self._free), set(self._cached)
         used = {page for page, refs in enumerate(self._num_refs) if refs > 0}
         found = sorted([*free, *cached, *used])

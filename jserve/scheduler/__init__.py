@@ -1,1 +1,1 @@
-"""Who runs in the next step: plan and commit. No JAX."""
+"""The scheduler decides who runs in the next step: plan and commit. No JAX."""

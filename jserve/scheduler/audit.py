@@ -1,4 +1,4 @@
-"""What a scheduler holds at one moment, and whether its books agree: for tests and debugging."""
+"""A copy of a scheduler's bookkeeping, and a check that it agrees: for tests and debugging."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -41,7 +41,7 @@ class Audit(NamedTuple):
 
 
 def audit(live: Iterable[Sequence], lifecycle: Lifecycle, cache: KVCache) -> Audit:
-    """Looks at every sequence, queue, slot and page; O(pages)."""
+    """Copies and checks every sequence, queue, slot and page; O(pages)."""
     live = list(live)
     problems = lifecycle.audit(live)
     problems += cache.audit(seq.pages for seq in live)

@@ -7,7 +7,7 @@ from jserve.core.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """How an engine divides its steps; capacities (slots, pages, programs) are in `EngineConfig`.
+    """Settings that divide an engine's steps; capacities (slots, pages) are in `EngineConfig`.
 
     Raises:
         ConfigError: a value is out of range.

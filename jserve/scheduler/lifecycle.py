@@ -119,7 +119,7 @@ class Lifecycle:
         self._cache.release(seq.pages, seq.computed_tokens)
 
     def audit(self, live: list[Sequence]) -> list[str]:
-        """What is wrong with states, queues and slots if `live` are all sequences; for tests."""
+        """Lists what is wrong if `live` are all sequences; for tests."""
         problems: list[str] = []
         queues = ((self.waiting, SequenceState.WAITING), (self.running, SequenceState.RUNNING))
         for queue, state in queues:

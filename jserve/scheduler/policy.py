@@ -1,4 +1,4 @@
-"""Who goes first, who makes room, and for how long: pure functions. The scheduler allocates."""
+"""Policies decide who goes first and who makes room: pure functions. The scheduler allocates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -23,7 +23,7 @@ Rank = tuple[float, ...]
 
 
 class SequenceState(enum.Enum):
-    """Where a sequence is; it holds a slot and pages only while RUNNING."""
+    """The stages of a sequence's life; it holds a slot and pages only while RUNNING."""
 
     WAITING = "waiting"  # in the queue: new, preempted, or owed tokens after all
     RUNNING = "running"
@@ -95,13 +95,13 @@ class Sequence:
     def computed_tokens(self) -> tuple[int, ...]:
         """Tokens that are known and whose K and V are in the pages, once what is in flight has run.
 
-        The newest output token never is among them: it is computed by the step that follows it.
+        The newest output token is never among them: the step that follows it computes it.
         """
         known = len(self.request.prompt) + max(0, len(self.output) - 1)
         return self.tokens[: min(self.num_computed, known)]
 
     def resumes_after(self, num_computed: int) -> bool:
-        """Whether it decodes next if so many of its tokens are computed.
+        """Whether it decodes next if its first `num_computed` tokens are computed.
 
         Only the last token is missing then, and it was sampled: a decode row computes it, as it
         would have without the interruption.

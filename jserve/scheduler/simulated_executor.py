@@ -297,7 +297,7 @@ class _Outcome:
             _store(self._logprobs, row, step, logprobs)
 
     def add_prompt_logprobs(self, ragged: int, logprobs: TokenLogprobs) -> None:
-        """Of the prompt token after ragged token `ragged`."""
+        """Adds the log-probabilities of the prompt token after ragged token `ragged`."""
         self._prompt_logprobs = self._prompt_logprobs or _no_logprobs(self._plan.program.tokens, 1)
         _store(self._prompt_logprobs, ragged, 0, logprobs)
 

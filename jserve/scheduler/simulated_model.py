@@ -40,7 +40,7 @@ class SimulatedModel:
         return token
 
     def logprobs(self, digest: int, token: int) -> TokenLogprobs:
-        """Of `token` after a context of `digest`, with MAX_LOGPROBS alternatives."""
+        """Log-probabilities of `token` after `digest`, with MAX_LOGPROBS alternatives."""
         best = extend(digest, -1) % self.vocab
         return TokenLogprobs(
             token_id=token,
