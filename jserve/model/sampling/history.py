@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import cast
 
 import jax
@@ -31,7 +30,7 @@ def history_rows(prompt: Sequence[int], output: Sequence[int], vocab: int) -> np
     """Records [rows] of what the computed tokens of a prompt and of its output add to counts."""
     counts = Counter(output)
     rows = np.zeros(max(1, -(-len(counts) // HISTORY_PAIRS)), history_row_dtype(vocab))
-    seen = np.zeros(rows["prompt"].shape[1] * 32, bool)
+    seen = np.zeros(-(-vocab // 32) * 32, bool)
     seen[list(prompt)] = True
     rows["prompt"][0] = np.packbits(seen, bitorder="little").view("<u4")
     for field, values, unused in (("tokens", counts.keys(), vocab), ("counts", counts.values(), 0)):
@@ -75,4 +74,4 @@ def restore(
     used = jnp.sum(slots < state.num_slots, dtype=jnp.int32)
     start = (state.prompt_seen, state.output_counts)
     found = cast(tuple[jax.Array, jax.Array], lax.fori_loop(0, used, add, start))
-    return replace(state, prompt_seen=found[0], output_counts=found[1])
+    return state._replace(prompt_seen=found[0], output_counts=found[1])
