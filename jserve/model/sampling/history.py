@@ -52,7 +52,7 @@ def restore(
       state: the state of all slots; slots must have been `reset` at admission.
       slots: used rows come first; entries ≥ num_slots are unused.
       words: `history_row_dtype` records viewed as words.
-      axes: see `rows`.
+      axes: see `sharded_vocab`.
     """
     n = state.vocab  # of this device's share
     prompt_words = words.shape[1] - 2 * HISTORY_PAIRS
