@@ -33,8 +33,19 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Its end is checked as well, after its tests: SIGTERM finishes what runs and ends all."""
     with serving(CONFIG, tmp_path_factory.mktemp("group") / "log", *FLAGS) as running:
         yield running
+        leader, follower = psutil.Process(running.engine_pid), _follower(running)
+        reader = start_reader(running, 200)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.wait(30) == 0
+        reader.join(10)
+        assert reader.error is None
+        assert reader.finish_reason == "length"
+        assert not leader.is_running()
+        assert not follower.is_running()
+        assert "Traceback" not in running.output
 
 
 def _follower(group: Server) -> psutil.Process:
@@ -70,20 +81,6 @@ def test_killed_follower_takes_the_leader_along_and_both_come_back(group: Server
     group.until(group.is_ready)
     assert _follower(group).pid != follower.pid
     assert _answers(group)[0]["text"] == before
-
-
-def test_sigterm_finishes_what_runs_and_ends_all(tmp_path: Path) -> None:
-    with serving(CONFIG, tmp_path / "log", *FLAGS) as server:
-        leader, follower = psutil.Process(server.engine_pid), _follower(server)
-        reader = start_reader(server, 200)
-        server.process.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
-        reader.join(10)
-        assert reader.error is None
-        assert reader.finish_reason == "length"
-        assert not leader.is_running()
-        assert not follower.is_running()
-        assert "Traceback" not in server.output
 
 
 def test_with_launchers_of_their_own(tmp_path: Path) -> None:
