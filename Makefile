@@ -36,7 +36,8 @@ test-newest: ## Runs the suite with the newest JAX and the newest of all else on
 	@scripts/bootstrap.sh newest .venv-newest
 	@.venv-newest/bin/python -m pytest $(PYTEST_WORKERS) --no-fold-skipped $(PYTEST_ARGS)
 
-check: lint types contracts ## Format, lint, types, import contracts
+check: ## Format, lint, types, import contracts
+	@$(MAKE) --no-print-directory --jobs=2 lint types contracts
 
 lint:
 	@scripts/bootstrap.sh dev
