@@ -101,7 +101,7 @@ def _check_shares(engine: Engine, one: Engine, layers: int, devices: int) -> Non
         assert memory is not None
         assert memory_of_one is not None
         assert memory.alias_size_in_bytes >= layers * share
-        # One device copies no pages (see test_engine_generation), so several do not either.
+        # One device copies no pages (see test_generation), so several do not either.
         assert memory.temp_size_in_bytes < memory_of_one.temp_size_in_bytes + share
 
 
