@@ -14,7 +14,7 @@ multiplies. Weights of bfloat16 are multiplied from shared memory.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,10 +23,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jserve.pallas_kernels.gpu_launch import Buffer, Memory, Ref, barriers, shared
+
 COMPUTE = 2  # warpgroups; the next one loads
 THREADS = COMPUTE + 1  # warpgroups of a thread block
-
-Ref = Any  # a Pallas reference
 
 
 def num_stages(outputs: int, rows: int, inputs: int, dtype: jnp.dtype, num_bytes: int) -> int:
@@ -35,23 +35,25 @@ def num_stages(outputs: int, rows: int, inputs: int, dtype: jnp.dtype, num_bytes
     return min(num_bytes // stage_bytes, 8)
 
 
-def scratch_types(stages: int, outputs: int, rows: int, inputs: int, dtype: jnp.dtype) -> list[Any]:
-    """What `multiply_tile` needs, for weights of `dtype`: stages, and their barriers."""
+def tile_memory(
+    stages: int, outputs: int, rows: int, inputs: int, dtype: jnp.dtype
+) -> dict[str, Buffer]:
+    """The memory of `multiply_tile`, for weights of `dtype`."""
     line = min(128 // dtype.itemsize, inputs)
     weight = (plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(line * dtype.itemsize))
     x = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return [
-        plgpu.SMEM((stages, outputs, inputs), dtype, transforms=weight),
-        plgpu.SMEM((stages, rows, inputs), jnp.bfloat16, transforms=x),
-        plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
-    ]
+    return {
+        "weight_stages": shared((stages, outputs, inputs), dtype, weight),
+        "x_stages": shared((stages, rows, inputs), jnp.bfloat16, x),
+        "loaded": barriers(stages, arrivals=2),
+        "released": barriers(stages, arrivals=COMPUTE),
+    }
 
 
 def multiply_tile(
     x: Ref,  # [rows, in_dim] in global memory, from a multiple of 8 rows on; see `grouped_matmul`
     weight: Ref,  # [outputs, in_dim]
-    scratch: Sequence[Ref],
+    memory: Memory,  # with what `tile_memory` declares
     role: jax.Array,
     store: Callable[[Any, jax.Array], None],
     *,
@@ -62,7 +64,8 @@ def multiply_tile(
     The sums, [outputs of the slice, rows] in wgmma's layout, are those of `splits` shares of the
     inputs, added up in order; within a share inputs are added in order, too.
     """
-    weight_here, x_here, loaded, done = scratch
+    weight_here, x_here = memory.weight_stages, memory.x_stages
+    loaded, done = memory.loaded, memory.released
     stages, outputs, inputs = weight_here.shape
     steps = x.shape[1] // inputs
 

@@ -29,7 +29,8 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_blocks import (
     blocks_in_use,
     blocks_on,
 )
-from jserve.pallas_kernels.ragged_paged_attention.gpu_items import shape_of, visits_of
+from jserve.pallas_kernels.ragged_paged_attention.gpu_items import visits_of
+from jserve.pallas_kernels.ragged_paged_attention.gpu_memory import shape_of
 from tests.pallas_kernels.attention_problem import Problem
 from tests.pallas_kernels.gpu_interpreter import interpreted, needs_gpu_interpreter
 

@@ -33,15 +33,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jserve.pallas_kernels.gpu_launch import gpu_kernel
+from jserve.pallas_kernels.gpu_launch import (
+    Buffer,
+    Memory,
+    Ref,
+    gpu_kernel,
+    operand,
+    output,
+    shared,
+)
 from jserve.pallas_kernels.gpu_tile import (
     COMPUTE,
     THREADS,
-    Ref,
     multiply_tile,
     num_stages,
-    scratch_types,
     store_turned,
+    tile_memory,
 )
 
 _OUTPUTS = 128  # of a thread block, and that a weight has a multiple of
@@ -100,26 +107,29 @@ def _launch(
     dtype = weights[0].dtype
     stages = num_stages(_OUTPUTS, height, inputs, dtype, _SHARED_BYTES - height * _OUTPUTS * 4)
     tiles = sum(weight.shape[1] // _OUTPUTS for weight in weights)
-    call = gpu_kernel(
-        functools.partial(_body, width=width, num_weights=len(weights)),
-        out_type=[jax.ShapeDtypeStruct((rows, weight.shape[1]), jnp.float32) for weight in weights],
-        scratch_types=[
-            plgpu.SMEM((COMPUTE, height, half), jnp.float32),
-            *scratch_types(stages, _OUTPUTS, height, inputs, dtype),
-        ],
+    memory: dict[str, Buffer | list[Buffer]] = {
+        "items": operand(items.shape, jnp.int32),
+        "x": operand(x.shape, jnp.bfloat16),
+        "weights": [operand(weight.shape, dtype) for weight in weights],
+        "outs": [output((rows, weight.shape[1]), jnp.float32) for weight in weights],
+        "products": shared((COMPUTE, height, half), jnp.float32),
+        **tile_memory(stages, _OUTPUTS, height, inputs, dtype),
+    }
+    launch = gpu_kernel(
+        functools.partial(_body, width=width),
+        memory,
         name="grouped_matmul",
         blocks=items.shape[0] * tiles,
         warpgroups=THREADS,
     )
-    return call(items, x, *weights)
+    return launch(items=items, x=x, weights=list(weights))["outs"]
 
 
-def _body(items: Ref, x: Ref, *refs: Ref, width: int, num_weights: int) -> None:
+def _body(memory: Memory, *, width: int) -> None:
     """One thread block: finds its item, then its outputs."""
-    weights, outs = refs[:num_weights], refs[num_weights : 2 * num_weights]
-    products, *scratch = refs[2 * num_weights :]
+    items, x, products = memory.items, memory.x, memory.products
     role = lax.axis_index("role")
-    tiles = [weight.shape[1] // _OUTPUTS for weight in weights]
+    tiles = [weight.shape[1] // _OUTPUTS for weight in memory.weights]
     item = lax.div(lax.axis_index("block"), jnp.int32(sum(tiles)))
     tile = lax.rem(lax.axis_index("block"), jnp.int32(sum(tiles)))
     expert, start, count = (items[item, field] for field in (_EXPERT, _START, _COUNT))
@@ -129,7 +139,7 @@ def _body(items: Ref, x: Ref, *refs: Ref, width: int, num_weights: int) -> None:
     from_row = jnp.minimum(start - lax.rem(start, jnp.int32(_GROUP)), x.shape[0] - height)
     from_row = pl.multiple_of(from_row, _GROUP)
     first = 0
-    for weight, out, own_tiles in zip(weights, outs, tiles, strict=True):
+    for weight, out, own_tiles in zip(memory.weights, memory.outs, tiles, strict=True):
 
         @pl.when((tile >= first) & (tile < first + own_tiles) & (count > 0))
         def _(weight: Ref = weight, out: Ref = out, first: int = first) -> None:
@@ -145,7 +155,7 @@ def _body(items: Ref, x: Ref, *refs: Ref, width: int, num_weights: int) -> None:
             multiply_tile(
                 x.at[pl.ds(from_row, height)],
                 weight.at[expert, pl.ds(output, _OUTPUTS)],
-                scratch,
+                memory,
                 role,
                 store,
             )

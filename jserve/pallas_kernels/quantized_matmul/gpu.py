@@ -24,14 +24,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jserve.pallas_kernels.gpu_launch import gpu_kernel
+from jserve.pallas_kernels.gpu_launch import Buffer, Memory, Ref, gpu_kernel, operand, output
 from jserve.pallas_kernels.gpu_tile import (
     THREADS,
-    Ref,
     multiply_tile,
     num_stages,
-    scratch_types,
     store_turned,
+    tile_memory,
 )
 from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
 
@@ -134,34 +133,34 @@ def _launch(
     """The sums of splits: [parts, rows, all tiles of outputs] for each weight."""
     dtype = codes[0].dtype
     assert all(weight.dtype == dtype for weight in codes)
-    call = gpu_kernel(
-        functools.partial(_body, tiling=tiling, num_weights=len(codes)),
-        out_type=[
-            jax.ShapeDtypeStruct(
-                (tiling.parts, x.shape[0], tiling.tiles(weight.shape[0]) * tiling.outputs),
-                jnp.float32,
-            )
-            for weight in codes
+    rows, in_dim = x.shape
+    memory: dict[str, Buffer | list[Buffer]] = {
+        "live": operand((1,), jnp.int32),
+        "x": operand((rows, in_dim), jnp.bfloat16),
+        "weights": [operand(weight.shape, dtype) for weight in codes],
+        "outs": [
+            output((tiling.parts, rows, tiling.tiles(out_dim) * tiling.outputs), jnp.float32)
+            for out_dim, _ in (weight.shape for weight in codes)
         ],
-        scratch_types=scratch_types(
-            tiling.stages, tiling.outputs, tiling.rows, tiling.inputs, dtype
-        ),
+        **tile_memory(tiling.stages, tiling.outputs, tiling.rows, tiling.inputs, dtype),
+    }
+    launch = gpu_kernel(
+        functools.partial(_body, tiling=tiling),
+        memory,
         name="channel_matmul",
         blocks=sum(tiling.blocks(weight.shape[0]) for weight in codes),
         warpgroups=THREADS,
     )
-    return call(live, x, *codes)
+    return launch(live=live, x=x, weights=list(codes))["outs"]
 
 
-def _body(live: Ref, x: Ref, *refs: Ref, tiling: Tiling, num_weights: int) -> None:
+def _body(memory: Memory, *, tiling: Tiling) -> None:
     """One thread block: finds its weight, then its place in it."""
-    weights, outs = refs[:num_weights], refs[num_weights : 2 * num_weights]
-    scratch = refs[2 * num_weights :]
     block, role, first = lax.axis_index("block"), lax.axis_index("role"), 0
     # Neighbours share a tile of the weight, so it comes from memory once for all rows.
     row = lax.rem(block, jnp.int32(tiling.row_tiles)) * tiling.rows
-    is_live = row < live[0] if tiling.row_tiles > 1 else True
-    for weight, out in zip(weights, outs, strict=True):
+    is_live = row < memory.live[0] if tiling.row_tiles > 1 else True
+    for weight, out in zip(memory.weights, memory.outs, strict=True):
         end = first + tiling.blocks(weight.shape[0])
 
         @pl.when((block >= first) & (block < end) & is_live)
@@ -175,9 +174,9 @@ def _body(live: Ref, x: Ref, *refs: Ref, tiling: Tiling, num_weights: int) -> No
             outputs = pl.ds(output, tiling.outputs)
             into = out.at[part, rows, pl.ds(column, tiling.outputs)]
             multiply_tile(
-                x.at[rows, inputs],
+                memory.x.at[rows, inputs],
                 weight.at[outputs, inputs],
-                scratch,
+                memory,
                 role,
                 lambda own, sums: store_turned(into.at[:, own], sums),
                 splits=tiling.splits // tiling.parts,

@@ -38,7 +38,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jserve.pallas_kernels.gpu_launch import gpu_kernel
+from jserve.pallas_kernels.gpu_launch import Memory, gpu_kernel
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
 from jserve.pallas_kernels.ragged_paged_attention.gpu_blocks import blocks_for, blocks_in_use
 from jserve.pallas_kernels.ragged_paged_attention.gpu_combine import combine
@@ -47,23 +47,21 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_decode import compute_deco
 from jserve.pallas_kernels.ragged_paged_attention.gpu_items import (
     Shape,
     Work,
-    shape_of,
     work_of,
 )
 from jserve.pallas_kernels.ragged_paged_attention.gpu_memory import (
     COMPUTE,
-    Memory,
-    Ref,
     each_item,
-    scratch,
+    off_chip,
+    on_chip,
+    shape_of,
 )
 from jserve.pallas_kernels.ragged_paged_attention.gpu_prompts import compute_prompt
 
 _LOADER, _WRITER = COMPUTE, COMPUTE + 1  # warpgroups after the computing ones
 
 
-def _kernel(*refs: Ref, shape: Shape, prompts: bool) -> None:
-    memory = Memory(*refs)
+def _kernel(memory: Memory, *, shape: Shape, prompts: bool) -> None:
     role = lax.axis_index("role")
 
     @pl.when(role < COMPUTE)
@@ -86,18 +84,26 @@ def _kernel(*refs: Ref, shape: Shape, prompts: bool) -> None:
 
 def _operands(
     q: jax.Array, k: jax.Array, v: jax.Array, work: Work, shape: Shape
-) -> tuple[jax.Array, ...]:
-    """As `Memory` names them, tiles where copies may begin: each one gather of whole heads."""
+) -> dict[str, jax.Array]:
+    """Queries, K and V, with tiles where copies may begin: each one gather of whole heads."""
     # Row `token · group + g` of a KV head is query head `head · group + g` of the token.
     token, head = work.queries // shape.group, work.queries % shape.group
     first = shape.group * jnp.arange(shape.kv_heads, dtype=jnp.int32)
     index = (token * q.shape[1] + head)[None, :] + first[:, None]
     queries = _rows(q.reshape(-1, shape.head_dim), index).astype(shape.dtype)
     # Decode rows come first, with a token each.
-    fresh = (part[: shape.rows].astype(shape.dtype) for part in (k, v))
-    kv = tuple(part.astype(shape.kv_dtype) for part in (k, v))
-    new = kv if work.new is None else tuple(_rows(part, work.new) for part in kv)
-    return queries, *kv, *new, *fresh
+    fresh_k, fresh_v = (part[: shape.rows].astype(shape.dtype) for part in (k, v))
+    k, v = (part.astype(shape.kv_dtype) for part in (k, v))
+    new_k, new_v = (k, v) if work.new is None else (_rows(part, work.new) for part in (k, v))
+    return {
+        "q": queries,
+        "k": k,
+        "v": v,
+        "new_k": new_k,
+        "new_v": new_v,
+        "fresh_k": fresh_k,
+        "fresh_v": fresh_v,
+    }
 
 
 def _rows(array: jax.Array, index: jax.Array) -> jax.Array:
@@ -122,31 +128,26 @@ def ragged_paged_attention(
     """
     shape = shape_of(q, pages, batch, window, blocks_for(kind) if kind else blocks_in_use())
     work: Work = work_of(batch, shape, prompts=prompts)
-    part_heads = -(-q.shape[1] // 8) * 8
     flat = jax.new_ref(pages.reshape(-1, shape.page_size, shape.head_dim), memory_space=plgpu.GMEM)
-    parts = shape.rows * shape.max_splits
     launch = gpu_kernel(
         functools.partial(_kernel, shape=shape, prompts=prompts),
-        out_type=(
-            jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),
-            jax.ShapeDtypeStruct((parts, part_heads, shape.head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((parts, part_heads, 8), jnp.float32),
-        ),
-        scratch_types=scratch(shape),
+        {**off_chip(shape, work, pages.shape[0]), **on_chip(shape)},
         name="ragged_paged_attention",
         blocks=shape.blocks,
         warpgroups=4,
     )
-    out, part_out, part_weight = launch(
-        work.counts,
-        work.prompts,
-        work.splits,
-        batch.page_table.reshape(-1),
-        batch.write_pages,
-        batch.write_offsets,
-        *_operands(q, k, v, work, shape),
-        flat,
+    made = launch(
+        counts=work.counts,
+        prompts=work.prompts,
+        splits=work.splits,
+        table=batch.page_table.reshape(-1),
+        write_pages=batch.write_pages,
+        write_offsets=batch.write_offsets,
+        **_operands(q, k, v, work, shape),
+        pages=flat,
     )
+    out = made["out"]
     if shape.max_splits > 1:
-        out = combine(out, part_out, part_weight, work.row_splits, blocks=shape.blocks)
+        parts = made["part_out"], made["part_weight"]
+        out = combine(out, *parts, work.row_splits, blocks=shape.blocks)
     return out, jax.freeze(flat).reshape(pages.shape)

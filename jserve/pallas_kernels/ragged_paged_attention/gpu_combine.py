@@ -9,7 +9,7 @@ in a ring, several ahead:
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jserve.pallas_kernels.gpu_launch import gpu_kernel
+from jserve.pallas_kernels.gpu_launch import Memory, barriers, gpu_kernel, operand, shared
 
 _ROWS = 64
 _COLUMNS = 64
@@ -25,22 +25,8 @@ _AHEAD = 4
 _MASKED = -1e30
 _LOG2E = math.log2(math.e)
 
-Ref = Any
 
-
-class _Memory(NamedTuple):
-    row_splits: Ref  # [rows, 4]: first part, number, token, 0
-    part_out: Ref  # [parts, q_heads, head_dim]
-    part_weight: Ref  # [parts, q_heads, 8]
-    out: Ref  # [tokens, q_heads, head_dim]
-    sums: Ref
-    weights: Ref
-    result: Ref
-    here: Ref
-
-
-def _kernel(*refs: Ref, heads: int, blocks: int) -> None:
-    memory = _Memory(*refs)
+def _kernel(memory: Memory, *, heads: int, blocks: int) -> None:
     rows = memory.row_splits.shape[0]
     _, q_heads, head_dim = memory.out.shape
     tiles, columns = memory.part_out.shape[1] // heads, head_dim // _COLUMNS
@@ -127,15 +113,17 @@ def combine(
     items = row_splits.shape[0] * (part_heads // heads) * (head_dim // _COLUMNS)
     blocks = min(blocks, items)
     target = jax.new_ref(out, memory_space=plgpu.GMEM)
-    gpu_kernel(
-        functools.partial(_kernel, heads=heads, blocks=blocks),
-        scratch_types=[
-            plgpu.SMEM((_AHEAD, _ROWS, _COLUMNS), jnp.float32, transforms=_swizzled(32)),
-            plgpu.SMEM((_AHEAD, _ROWS, 8), jnp.float32, transforms=_swizzled(8)),
-            plgpu.SMEM((_ROWS, _COLUMNS), jnp.bfloat16),
-            plgpu.Barrier(num_arrivals=2, num_barriers=_AHEAD),
-        ],
-        name="combine_splits",
-        blocks=blocks,
-    )(row_splits, part_out, part_weight, target)
+    memory = {
+        "row_splits": operand(row_splits.shape, jnp.int32),
+        "part_out": operand(part_out.shape, jnp.float32),
+        "part_weight": operand((*part_out.shape[:2], 8), jnp.float32),
+        "out": operand(out.shape, jnp.bfloat16),
+        "sums": shared((_AHEAD, _ROWS, _COLUMNS), jnp.float32, _swizzled(32)),
+        "weights": shared((_AHEAD, _ROWS, 8), jnp.float32, _swizzled(8)),
+        "result": shared((_ROWS, _COLUMNS), jnp.bfloat16),
+        "here": barriers(_AHEAD, arrivals=2),
+    }
+    kernel = functools.partial(_kernel, heads=heads, blocks=blocks)
+    launch = gpu_kernel(kernel, memory, name="combine_splits", blocks=blocks)
+    launch(row_splits=row_splits, part_out=part_out, part_weight=part_weight, out=target)
     return jax.freeze(target)

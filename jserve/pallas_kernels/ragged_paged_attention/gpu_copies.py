@@ -9,13 +9,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jserve.pallas_kernels.gpu_launch import Memory, Ref
 from jserve.pallas_kernels.ragged_paged_attention.batch import NULL_PAGE
 from jserve.pallas_kernels.ragged_paged_attention.gpu_items import BLANK, TILE, Shape
 from jserve.pallas_kernels.ragged_paged_attention.gpu_memory import (
     KEYS,
     VALUES,
-    Memory,
-    Ref,
     Tile,
     each_item,
     prompt_item,

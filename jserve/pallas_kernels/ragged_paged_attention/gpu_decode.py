@@ -10,15 +10,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jserve.pallas_kernels.gpu_launch import Memory, Ref
 from jserve.pallas_kernels.ragged_paged_attention.gpu_items import ROWS, TILE, Shape
-from jserve.pallas_kernels.ragged_paged_attention.gpu_memory import (
-    KEYS,
-    VALUES,
-    Memory,
-    Ref,
-    Tile,
-    split_item,
-)
+from jserve.pallas_kernels.ragged_paged_attention.gpu_memory import KEYS, VALUES, Tile, split_item
 from jserve.pallas_kernels.ragged_paged_attention.gpu_softmax import (
     LOG2E,
     Block,

@@ -3,8 +3,6 @@
 The lists depend on the batch alone, so that XLA computes them once for all layers.
 """
 
-import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,16 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Int
 
-from jserve.pallas_kernels.backend import GPU_HEAD_DIMS, GPU_PAGE_SIZES
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
-from jserve.pallas_kernels.ragged_paged_attention.gpu_blocks import Blocks
 
 TILE = 8  # rows of tiled shared memory that one copy moves together; it begins at a multiple
 ROWS = 64  # queries · grouped heads in one product of a warpgroup: what wgmma takes
 BLANK = 32  # columns of zeros for the outputs of tokens that belong to no row
-_SMEM_BYTES = 227 * 1024  # of a Hopper multiprocessor, for one block of threads
-_COPY_BYTES = 128
-_SMEM_RESERVE = 3 * 1024  # barriers, and what the compiler takes for itself
 
 # Fields of an item.
 ROW, TOKEN, COUNT, POSITION, START, KV_LEN, FIRST, END, QUERIES, NEW = range(10)
@@ -93,80 +86,6 @@ class Shape:
 def up_to(size: Any, multiple: int) -> Any:
     """The next multiple, of a number or of an array of them."""
     return (size + multiple - 1) // multiple * multiple
-
-
-def shape_of(
-    q: jax.Array, pages: jax.Array, batch: RaggedBatch, window: int, blocks: Blocks
-) -> Shape:
-    """Sizes for these arguments. Raises ValueError for what the kernel cannot hold."""
-    tokens, q_heads, head_dim = q.shape
-    _, _, kv_heads, page_size, _ = pages.shape
-    rows, pages_per_row = batch.page_table.shape
-    if head_dim not in GPU_HEAD_DIMS:
-        raise ValueError(f"head_dim {head_dim} is none of {GPU_HEAD_DIMS}")
-    if page_size not in GPU_PAGE_SIZES:
-        raise ValueError(f"page_size {page_size} is none of {GPU_PAGE_SIZES}")
-    if q.dtype != jnp.bfloat16:
-        raise ValueError(f"queries are {q.dtype}; the tensor cores take bfloat16 here")
-    if pages.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
-        raise ValueError(f"pages are {pages.dtype}, neither bfloat16 nor float8_e4m3fn")
-    group = q_heads // kv_heads
-    if group > ROWS or q_heads > 256 or kv_heads > 256 or (q_heads > ROWS and q_heads % 8):
-        raise ValueError(f"{q_heads} query heads over {kv_heads} KV heads do not fit")
-    sizes = blocks.sizes(head_dim)
-    context = pages_per_row * page_size
-    split = max(blocks.split, -(-context // blocks.max_splits // sizes.block) * sizes.block)
-    # A copy begins at a multiple of 128 bytes of shared memory, as the outputs of a token do.
-    columns = sizes.columns if group * sizes.columns * 2 % _COPY_BYTES == 0 else _COPY_BYTES // 2
-    row_bytes = kv_heads * head_dim * pages.dtype.itemsize
-    if row_bytes % _COPY_BYTES:
-        raise ValueError(
-            f"K of a token is {row_bytes} bytes ({kv_heads} heads of {head_dim}), no multiple of "
-            f"{_COPY_BYTES}, which copies take; keep pages in bfloat16"
-        )
-    shape = Shape(
-        tokens=tokens,
-        kv_heads=kv_heads,
-        group=group,
-        head_dim=head_dim,
-        page_size=page_size,
-        pages_per_row=pages_per_row,
-        rows=rows,
-        window=window,
-        block=sizes.block,
-        stages=sizes.stages * 2 // pages.dtype.itemsize,
-        split=split,
-        columns=columns,
-        wide_columns=sizes.wide_columns,
-        writes=min(max(blocks.write_kib * 1024 // row_bytes, 1), 8),
-        blocks=blocks.thread_blocks,
-        kv_dtype=jnp.dtype(pages.dtype),
-    )
-    while smem_bytes(shape) > _SMEM_BYTES:
-        if shape.stages > sizes.stages or (shape.writes == 1 and shape.stages > 2):
-            shape = dataclasses.replace(shape, stages=shape.stages - 1)
-        elif shape.writes > 1:
-            shape = dataclasses.replace(shape, writes=shape.writes - 1)
-        else:
-            raise ValueError(
-                f"{kv_heads} KV heads of {head_dim} take {smem_bytes(shape)} bytes of shared "
-                f"memory; a multiprocessor has {_SMEM_BYTES}"
-            )
-    return shape
-
-
-def smem_bytes(shape: Shape) -> int:
-    """Shared memory of a thread block."""
-    wide = shape.kv_dtype.itemsize
-    queries = 2 * ROWS * shape.head_dim * 2
-    stages = shape.stages * 2 * shape.block * shape.head_dim * wide
-    outputs = 2 * ROWS * (shape.columns * 2 + shape.wide_columns * 4 + 8 * 4)
-    fresh = 2 * 2 * shape.head_dim * 2
-    writes = shape.writes * shape.kv_heads * shape.head_dim * wide
-    blank = (shape.kv_heads * shape.group + 7) * BLANK * 2
-    widened = 2 * shape.block * shape.head_dim * 2 if shape.widens else 0
-    parts = (queries, stages, outputs, fresh, writes, blank, widened)
-    return sum(math.ceil(part / 1024) * 1024 for part in parts) + _SMEM_RESERVE
 
 
 class Work(NamedTuple):

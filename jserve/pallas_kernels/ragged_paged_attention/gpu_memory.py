@@ -1,14 +1,28 @@
-"""What the roles of the GPU kernel share: its memory, its barriers, its items."""
+"""The GPU kernel's memory, declared once, and the items that its roles walk over."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jserve.pallas_kernels.backend import GPU_HEAD_DIMS, GPU_PAGE_SIZES
+from jserve.pallas_kernels.gpu_launch import (
+    Buffer,
+    Memory,
+    Ref,
+    barriers,
+    operand,
+    output,
+    shared,
+    shared_bytes,
+)
+from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
+from jserve.pallas_kernels.ragged_paged_attention.gpu_blocks import Blocks
 from jserve.pallas_kernels.ragged_paged_attention.gpu_items import (
     BLANK,
     COUNT,
@@ -21,88 +35,157 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_items import (
     ROW,
     ROWS,
     START,
+    TILE,
     TOKEN,
     Shape,
+    Work,
+    up_to,
 )
 
 COMPUTE = 2  # compute warpgroups
+_SHARED_BYTES = 227 * 1024 - 3 * 1024  # of a Hopper multiprocessor, but for barriers and alignment
+_COPY_BYTES = 128
 KEYS, VALUES = 0, 1
 
-Ref = Any  # a Pallas reference
+
+def shape_of(
+    q: jax.Array, pages: jax.Array, batch: RaggedBatch, window: int, blocks: Blocks
+) -> Shape:
+    """Sizes for these arguments. Raises ValueError for what the kernel cannot hold."""
+    tokens, q_heads, head_dim = q.shape
+    _, _, kv_heads, page_size, _ = pages.shape
+    rows, pages_per_row = batch.page_table.shape
+    if head_dim not in GPU_HEAD_DIMS:
+        raise ValueError(f"head_dim {head_dim} is none of {GPU_HEAD_DIMS}")
+    if page_size not in GPU_PAGE_SIZES:
+        raise ValueError(f"page_size {page_size} is none of {GPU_PAGE_SIZES}")
+    if q.dtype != jnp.bfloat16:
+        raise ValueError(f"queries are {q.dtype}; the tensor cores take bfloat16 here")
+    if pages.dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
+        raise ValueError(f"pages are {pages.dtype}, neither bfloat16 nor float8_e4m3fn")
+    group = q_heads // kv_heads
+    if group > ROWS or q_heads > 256 or kv_heads > 256 or (q_heads > ROWS and q_heads % 8):
+        raise ValueError(f"{q_heads} query heads over {kv_heads} KV heads do not fit")
+    sizes = blocks.sizes(head_dim)
+    context = pages_per_row * page_size
+    split = max(blocks.split, -(-context // blocks.max_splits // sizes.block) * sizes.block)
+    # A copy begins at a multiple of 128 bytes of shared memory, as the outputs of a token do.
+    columns = sizes.columns if group * sizes.columns * 2 % _COPY_BYTES == 0 else _COPY_BYTES // 2
+    row_bytes = kv_heads * head_dim * pages.dtype.itemsize
+    if row_bytes % _COPY_BYTES:
+        raise ValueError(
+            f"K of a token is {row_bytes} bytes ({kv_heads} heads of {head_dim}), no multiple of "
+            f"{_COPY_BYTES}, which copies take; keep pages in bfloat16"
+        )
+    shape = Shape(
+        tokens=tokens,
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+        page_size=page_size,
+        pages_per_row=pages_per_row,
+        rows=rows,
+        window=window,
+        block=sizes.block,
+        stages=sizes.stages * 2 // pages.dtype.itemsize,
+        split=split,
+        columns=columns,
+        wide_columns=sizes.wide_columns,
+        writes=min(max(blocks.write_kib * 1024 // row_bytes, 1), 8),
+        blocks=blocks.thread_blocks,
+        kv_dtype=jnp.dtype(pages.dtype),
+    )
+    while (needed := _fit_bytes(shape)) > _SHARED_BYTES:
+        if shape.stages > sizes.stages or (shape.writes == 1 and shape.stages > 2):
+            shape = dataclasses.replace(shape, stages=shape.stages - 1)
+        elif shape.writes > 1:
+            shape = dataclasses.replace(shape, writes=shape.writes - 1)
+        else:
+            raise ValueError(
+                f"{kv_heads} KV heads of {head_dim} take {needed} bytes of shared "
+                f"memory; a thread block may have {_SHARED_BYTES}"
+            )
+    return shape
 
 
-class Memory(NamedTuple):
-    """Global memory, shared memory, barriers."""
+def _fit_bytes(shape: Shape) -> int:
+    """Shared memory that the sizes are fitted to: at most 1 KiB more than is declared.
 
-    counts: Ref
-    prompts: Ref
-    splits: Ref
-    table: Ref
-    write_pages: Ref
-    write_offsets: Ref
-    q: Ref  # [kv_heads, query rows, head_dim], tiles at multiples of 8 rows
-    k: Ref  # [tokens, kv_heads, head_dim]
-    v: Ref
-    new_k: Ref  # [new rows, kv_heads, head_dim], of prompts, blocks at multiples of 8 rows
-    new_v: Ref
-    fresh_k: Ref  # [decode tokens, kv_heads, head_dim], rounded to the type of pages
-    fresh_v: Ref
-    pages: Ref  # [pages · 2 · kv_heads, page_size, head_dim]
-    out: Ref  # [tokens, q_heads, head_dim]
-    part_out: Ref  # [split items, part_heads, head_dim]
-    part_weight: Ref  # [split items, part_heads, 8], log2 of the sum of weights, 8 times
-    queries: Ref  # from here on shared memory
-    keys: Ref
-    values: Ref
-    fresh: Ref
-    narrow: Ref
-    wide: Ref
-    weight: Ref
-    writes: Ref
-    blank: Ref
-    queries_here: Ref  # from here on barriers
-    keys_here: Ref
-    values_here: Ref
-    keys_done: Ref
-    values_done: Ref
-    fresh_here: Ref
-    patched: Ref
-    turn: Ref
-    writes_here: Ref
-    widened: Ref = None  # K, then V of a block for each compute warpgroup, if pages are narrower
+    It counts seven rows more in `blank`, as when tables of sizes were chosen; to count less would
+    give some kernels another number of stages.
+    """
+    memory = on_chip(shape)
+    blank = (shape.kv_heads * shape.group + 7, BLANK)
+    return shared_bytes({**memory, "blank": shared(blank, jnp.bfloat16)})
 
 
-def scratch(shape: Shape) -> list[Any]:
-    """As `Memory` names them."""
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+def off_chip(shape: Shape, work: Work, num_pages: int) -> dict[str, Buffer]:
+    """Operands and outputs of the kernel."""
+    heads, dim = shape.kv_heads, shape.head_dim
+    kv = operand((shape.tokens, heads, dim), shape.kv_dtype)
+    # K and V of prompts, blocks at multiples of 8 rows.
+    new = kv if work.new is None else operand((work.new.shape[0], heads, dim), shape.kv_dtype)
+    # K and V of decode rows, rounded to the type of pages.
+    fresh = operand((min(shape.rows, shape.tokens), heads, dim), shape.dtype)
+    splits, part_heads = work.splits.shape[0], up_to(heads * shape.group, 8)
+    return {
+        "counts": operand(work.counts.shape, jnp.int32),
+        "prompts": operand(work.prompts.shape, jnp.int32),
+        "splits": operand(work.splits.shape, jnp.int32),
+        "table": operand((shape.rows * shape.pages_per_row,), jnp.int32),
+        "write_pages": operand((shape.tokens,), jnp.int32),
+        "write_offsets": operand((shape.tokens,), jnp.int32),
+        # Tiles of queries, at multiples of 8 rows.
+        "q": operand((heads, work.queries.shape[0], dim), shape.dtype),
+        "k": kv,
+        "v": kv,
+        "new_k": new,
+        "new_v": new,
+        "fresh_k": fresh,
+        "fresh_v": fresh,
+        # Planes of K and V: [page · K|V · kv_head, page_size, head_dim].
+        "pages": operand((num_pages * 2 * heads, shape.page_size, dim), shape.kv_dtype),
+        "out": output((shape.tokens, heads * shape.group, dim), jnp.bfloat16),
+        "part_out": output((splits, part_heads, dim), jnp.float32),
+        # The log2 of the sum of weights, 8 times.
+        "part_weight": output((splits, part_heads, 8), jnp.float32),
+    }
+
+
+def on_chip(shape: Shape) -> dict[str, Buffer]:
+    """Shared memory and barriers of a thread block."""
+    heads, dim = shape.kv_heads, shape.head_dim
+    # Rows of shared memory that copies fill stand in tiles of 8, as wgmma reads them.
+    swizzled = (plgpu.TilingTransform((TILE, 64)), plgpu.SwizzleTransform(128))
     line_bytes = shape.lines * shape.kv_dtype.itemsize
-    kv = (plgpu.TilingTransform((8, shape.lines)), plgpu.SwizzleTransform(line_bytes))
-    widened = plgpu.SMEM((COMPUTE, shape.block, shape.head_dim), shape.dtype, transforms=swizzled)
-    stage = plgpu.SMEM((shape.stages, shape.block, shape.head_dim), shape.kv_dtype, transforms=kv)
-    full = plgpu.Barrier(num_arrivals=shape.pieces, num_barriers=shape.stages)
-    free = plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=shape.stages)
-    q_heads = shape.kv_heads * shape.group
-    return [
-        plgpu.SMEM((COMPUTE, ROWS, shape.head_dim), shape.dtype, transforms=swizzled),
-        stage,
-        stage,
-        plgpu.SMEM((COMPUTE, 2, shape.head_dim), shape.dtype),
-        plgpu.SMEM((COMPUTE, ROWS, shape.columns), jnp.bfloat16),
-        plgpu.SMEM((COMPUTE, ROWS, shape.wide_columns), jnp.float32),
-        plgpu.SMEM((COMPUTE, ROWS, 8), jnp.float32),
-        plgpu.SMEM((shape.writes, shape.kv_heads, shape.head_dim), shape.kv_dtype),
-        plgpu.SMEM((-(-q_heads // 8) * 8, BLANK), jnp.bfloat16),
-        plgpu.Barrier(num_barriers=COMPUTE),
-        full,
-        full,
-        free,
-        free,
-        plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
-        plgpu.Barrier(),
-        plgpu.Barrier(num_arrivals=COMPUTE),
-        plgpu.Barrier(num_barriers=shape.writes),
-        *([widened] if shape.widens else []),
-    ]
+    in_lines = (plgpu.TilingTransform((TILE, shape.lines)), plgpu.SwizzleTransform(line_bytes))
+    stages = shared((shape.stages, shape.block, dim), shape.kv_dtype, in_lines)
+    loaded = barriers(shape.stages, arrivals=shape.pieces)
+    released = barriers(shape.stages, arrivals=COMPUTE)
+    memory = {
+        "queries": shared((COMPUTE, ROWS, dim), shape.dtype, swizzled),
+        "keys": stages,
+        "values": stages,
+        "fresh": shared((COMPUTE, 2, dim), shape.dtype),
+        "narrow": shared((COMPUTE, ROWS, shape.columns), jnp.bfloat16),
+        "wide": shared((COMPUTE, ROWS, shape.wide_columns), jnp.float32),
+        "weight": shared((COMPUTE, ROWS, 8), jnp.float32),
+        "writes": shared((shape.writes, heads, dim), shape.kv_dtype),
+        "blank": shared((up_to(heads * shape.group, 8), BLANK), jnp.bfloat16),
+        "queries_here": barriers(COMPUTE),
+        "keys_here": loaded,
+        "values_here": loaded,
+        "keys_done": released,
+        "values_done": released,
+        "fresh_here": barriers(COMPUTE, arrivals=2),
+        "patched": barriers(),
+        "turn": barriers(arrivals=COMPUTE),
+        "writes_here": barriers(shape.writes),
+    }
+    if shape.widens:
+        # K, then V of a block for each compute warpgroup.
+        memory["widened"] = shared((COMPUTE, shape.block, dim), shape.dtype, swizzled)
+    return memory
 
 
 class Tile(NamedTuple):

@@ -10,12 +10,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jserve.pallas_kernels.gpu_launch import Memory, Ref
 from jserve.pallas_kernels.ragged_paged_attention.gpu_items import ROWS, Shape
-from jserve.pallas_kernels.ragged_paged_attention.gpu_memory import (
-    Memory,
-    Ref,
-    Tile,
-)
+from jserve.pallas_kernels.ragged_paged_attention.gpu_memory import Tile
 
 _MASKED = -1e30  # finite, so that a fully masked block leaves the running softmax unchanged
 LOG2E = math.log2(math.e)
