@@ -13,7 +13,7 @@ from jserve.model.context import KV, LayerContext
 from jserve.model.decoder import Family
 from jserve.model.layers import Attention, GatedFfn, RMSNorm
 from jserve.model.numerics import Numerics
-from jserve.pallas_kernels.gated_activation.activation import Activation
+from jserve.pallas_kernels.gated_activation import Activation
 
 NORM_OFFSET = 1.0
 

@@ -13,10 +13,9 @@ from jserve.model.context import KV, LayerContext, StepContext
 from jserve.model.numerics import Numerics
 from jserve.model.params import param
 from jserve.model.weights import lookup, matmul_weights, matrix
-from jserve.pallas_kernels.gated_activation.activation import Activation
-from jserve.pallas_kernels.gated_activation.dispatch import gated_activation
-from jserve.pallas_kernels.rms_norm.dispatch import rms_norm
-from jserve.pallas_kernels.rotary.dispatch import rotary
+from jserve.pallas_kernels.gated_activation import Activation, gated_activation
+from jserve.pallas_kernels.rms_norm import rms_norm
+from jserve.pallas_kernels.rotary import rotary
 
 
 class Linear(nnx.Module):

@@ -12,7 +12,7 @@ from jserve.model.decoder import Family
 from jserve.model.layers import Attention, GatedFfn, RMSNorm
 from jserve.model.numerics import Numerics
 from jserve.model.sparse_ffn import SparseFfn
-from jserve.pallas_kernels.gated_activation.activation import Activation
+from jserve.pallas_kernels.gated_activation import Activation
 
 
 class PreNormLayer(nnx.Module):

@@ -10,7 +10,7 @@ from jserve.model.layers import Attention, RMSNorm
 from jserve.model.llama import PreNormLayer
 from jserve.model.numerics import Numerics
 from jserve.model.sparse_ffn import ExpertNames, SparseFfn
-from jserve.pallas_kernels.gated_activation.activation import Activation
+from jserve.pallas_kernels.gated_activation import Activation
 
 NAMES = ExpertNames(gate="w1", up="w3", down="w2")
 

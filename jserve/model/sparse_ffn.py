@@ -21,8 +21,7 @@ from jserve.model.layers import Linear
 from jserve.model.numerics import Numerics
 from jserve.model.sharding import AnyMesh, named_sharding
 from jserve.model.weights import matmul_expert_weights, matmul_weights, matrices
-from jserve.pallas_kernels.gated_activation.activation import Activation
-from jserve.pallas_kernels.gated_activation.dispatch import gated_activation
+from jserve.pallas_kernels.gated_activation import Activation, gated_activation
 
 
 class ExpertNames(NamedTuple):

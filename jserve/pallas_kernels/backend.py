@@ -2,6 +2,8 @@
 
 import enum
 import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -33,6 +35,24 @@ _HOPPER = {
 }
 GPU_HEAD_DIMS = (64, 128, 256)
 GPU_PAGE_SIZES = (64, 128)
+
+
+def implementations(
+    reference: Callable[..., Any],
+    *,
+    cpu: Callable[..., Any] | None = None,
+    native: Callable[..., Any],
+    tpu: Callable[..., Any] | None = None,
+    gpu: Callable[..., Any] | None = None,
+) -> Mapping[Backend, Callable[..., Any]]:
+    """The implementation of an op on every backend: the reference where there is no other."""
+    return {
+        Backend.REFERENCE: reference,
+        Backend.CPU: cpu or reference,
+        Backend.NATIVE: native,
+        Backend.TPU: tpu or reference,
+        Backend.GPU: gpu or reference,
+    }
 
 
 def hopper_multiprocessors(device_kind: str) -> int | None:

@@ -13,8 +13,7 @@ import pytest
 from jax import lax
 
 from jserve.pallas_kernels.backend import Backend
-from jserve.pallas_kernels.gated_activation.activation import Activation
-from jserve.pallas_kernels.gated_activation.dispatch import gated_activation
+from jserve.pallas_kernels.gated_activation import Activation, gated_activation
 from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
 from jserve.pallas_kernels.matmul.dispatch import matmul
 from jserve.pallas_kernels.quantized_matmul import channels
@@ -27,8 +26,8 @@ from jserve.pallas_kernels.ragged_paged_attention.dispatch import (
     kv_pages_shape,
     ragged_paged_attention,
 )
-from jserve.pallas_kernels.rms_norm.dispatch import rms_norm
-from jserve.pallas_kernels.rotary.dispatch import rotary
+from jserve.pallas_kernels.rms_norm import rms_norm
+from jserve.pallas_kernels.rotary import rotary
 from tests.compiled_hlo import narrow_dots
 
 BF16 = jnp.bfloat16

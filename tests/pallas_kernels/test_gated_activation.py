@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from jserve.pallas_kernels.backend import Backend
-from jserve.pallas_kernels.gated_activation.activation import Activation
-from jserve.pallas_kernels.gated_activation.dispatch import gated_activation
+from jserve.pallas_kernels.gated_activation import Activation, gated_activation
 from tests.backends import BACKENDS, INVARIANT_BACKENDS
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jserve.pallas_kernels.backend import Backend
-from jserve.pallas_kernels.rms_norm.dispatch import rms_norm
+from jserve.pallas_kernels.rms_norm import rms_norm
 from tests.backends import BACKENDS, INVARIANT_BACKENDS
 
 SHAPES = [(16,), (24,), (576,), (4096,), (3, 64), (16, 128), (5, 90)]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jserve.pallas_kernels.backend import Backend
-from jserve.pallas_kernels.rotary.dispatch import rotary
+from jserve.pallas_kernels.rotary import rotary
 from tests.backends import BACKENDS, INVARIANT_BACKENDS
 
 SCALE = 0.3

@@ -1,16 +1,17 @@
 """The one entry to products with experts: contract, validation, choice of backend."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int
 
-from jserve.pallas_kernels.backend import Backend
-from jserve.pallas_kernels.grouped_matmul import cpu, gpu, native, reference, tpu
+from jserve.pallas_kernels.backend import Backend, implementations
+from jserve.pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu
 from jserve.pallas_kernels.matmul.dispatch import wants_panels
 from jserve.pallas_kernels.matmul.panels import PanelMatrix
+from jserve.pallas_kernels.native import calls
 from jserve.pallas_kernels.quantized_matmul.channels import ChannelStack
 
 _log = logging.getLogger(__name__)
@@ -30,13 +31,13 @@ def _on_gpu(
     return gpu.grouped_matmul(x, weights, group_sizes)
 
 
-_IMPLEMENTATIONS: dict[Backend, Callable[..., tuple[jax.Array, ...]]] = {
-    Backend.REFERENCE: reference.grouped_matmul,
-    Backend.CPU: cpu.grouped_matmul,
-    Backend.NATIVE: native.grouped_matmul,
-    Backend.TPU: tpu.grouped_matmul,
-    Backend.GPU: _on_gpu,
-}
+_IMPLEMENTATIONS = implementations(
+    reference.grouped_matmul,
+    cpu=cpu.grouped_matmul,
+    native=calls.grouped_matmul,
+    tpu=tpu.grouped_matmul,
+    gpu=_on_gpu,
+)
 
 
 def wants_inputs_first(backend: Backend) -> bool:

@@ -1,21 +1,16 @@
 """The one entry to matrix products: contract, validation, choice of backend."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 from jaxtyping import Float, Float32, Int
 
-from jserve.pallas_kernels.backend import Backend
-from jserve.pallas_kernels.matmul import cpu, native, reference
+from jserve.pallas_kernels.backend import Backend, implementations
+from jserve.pallas_kernels.matmul import cpu, reference
 from jserve.pallas_kernels.matmul.panels import PanelMatrix
+from jserve.pallas_kernels.native import calls
 
-_IMPLEMENTATIONS: dict[Backend, Callable[..., tuple[jax.Array, ...]]] = {
-    Backend.REFERENCE: reference.matmul,
-    Backend.CPU: cpu.matmul,
-    Backend.NATIVE: native.matmul,
-    Backend.TPU: reference.matmul,
-    Backend.GPU: reference.matmul,
-}
+_IMPLEMENTATIONS = implementations(reference.matmul, cpu=cpu.matmul, native=calls.matmul)
 
 
 def wants_panels(backend: Backend) -> bool:

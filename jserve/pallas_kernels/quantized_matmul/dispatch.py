@@ -6,23 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int
 
-from jserve.pallas_kernels.backend import Backend
-from jserve.pallas_kernels.quantized_matmul import cpu, gpu, native, reference, tpu
+from jserve.pallas_kernels.backend import Backend, implementations
+from jserve.pallas_kernels.matmul import cpu
+from jserve.pallas_kernels.native import calls
+from jserve.pallas_kernels.quantized_matmul import gpu, reference, tpu
 from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
-from jserve.pallas_kernels.quantized_matmul.matrix import QuantizedMatrix
-
-_GROUPS = {
-    Backend.REFERENCE: reference.quantized_matmul,
-    Backend.CPU: cpu.quantized_matmul,
-    Backend.NATIVE: native.quantized_matmul,
-}
-_CHANNELS = {
-    Backend.REFERENCE: reference.channel_matmul,
-    Backend.CPU: cpu.channel_matmul,
-    Backend.NATIVE: cpu.channel_matmul,
-    Backend.TPU: reference.channel_matmul,  # where the kernel does not fit
-    Backend.GPU: reference.channel_matmul,
-}
+from jserve.pallas_kernels.quantized_matmul.matrix import QuantizedMatrix, dequantize
+from jserve.pallas_kernels.quantized_matmul.reference import rounded
 
 
 def quantized_matmul(
@@ -73,3 +63,29 @@ def _channel_matmul(
         kernel = tpu.channel_matmul if backend is Backend.TPU else gpu.channel_matmul
         return kernel(x, weights, num_rows)
     return _CHANNELS[backend](x, weights, num_rows)
+
+
+def _group_matmul_on_cpu(
+    x: jax.Array, weights: Sequence[QuantizedMatrix], num_rows: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """XLA makes floats of the weights first, which takes long."""
+    return cpu.matmul(rounded(x), [dequantize(weight) for weight in weights], num_rows)
+
+
+def _channel_matmul_on_cpu(
+    x: jax.Array, weights: Sequence[ChannelMatrix], num_rows: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    products = cpu.matmul(x, [weight.codes for weight in weights], num_rows)
+    scales = (weight.scales[None, :] for weight in weights)
+    return tuple(product * scale for product, scale in zip(products, scales, strict=True))
+
+
+_GROUPS = {
+    Backend.REFERENCE: reference.quantized_matmul,
+    Backend.CPU: _group_matmul_on_cpu,
+    Backend.NATIVE: calls.quantized_matmul,
+}
+# The accelerators' own are of weights that have a kernel.
+_CHANNELS = implementations(
+    reference.channel_matmul, cpu=_channel_matmul_on_cpu, native=_channel_matmul_on_cpu
+)

@@ -5,12 +5,14 @@ one to two microseconds to load, and so many rows make a product that takes long
 its weights.
 """
 
-import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from jserve.pallas_kernels.block_tables import read_row
+
 LANES = 128
+
+_TABLE = Path(__file__).with_suffix(".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +35,6 @@ class Blocks:
         return LANES * max(n for n in range(1, fitting + 1) if tiles % n == 0)
 
 
-@functools.cache
-def _table() -> dict[str, Blocks]:
-    text = Path(__file__).with_name("tpu_blocks.json").read_text(encoding="utf-8")
-    return {name: Blocks(**sizes) for name, sizes in json.loads(text).items()}
-
-
 def blocks_for(generation: str) -> Blocks:
     """The sizes of a generation. Raises ValueError where the table has none."""
-    table = _table()
-    if generation not in table:
-        raise ValueError(f"no TPU generation {generation!r}; the table has {', '.join(table)}")
-    return table[generation]
+    return read_row(_TABLE, generation, Blocks, "TPU generation")

@@ -6,17 +6,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Float32
 
-from jserve.pallas_kernels.backend import Backend
-from jserve.pallas_kernels.ragged_paged_attention import cpu, gpu, native, reference, tpu
+from jserve.pallas_kernels.backend import Backend, implementations
+from jserve.pallas_kernels.native import calls
+from jserve.pallas_kernels.ragged_paged_attention import cpu, gpu, reference, tpu
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
 
-_IMPLEMENTATIONS = {
-    Backend.REFERENCE: reference.ragged_paged_attention,
-    Backend.CPU: cpu.ragged_paged_attention,
-    Backend.NATIVE: native.ragged_paged_attention,
-    Backend.TPU: tpu.ragged_paged_attention,
-    Backend.GPU: gpu.ragged_paged_attention,
-}
+_IMPLEMENTATIONS = implementations(
+    reference.ragged_paged_attention,
+    cpu=cpu.ragged_paged_attention,
+    native=calls.ragged_paged_attention,
+    tpu=tpu.ragged_paged_attention,
+    gpu=gpu.ragged_paged_attention,
+)
 
 
 def kv_pages_shape(

@@ -4,17 +4,18 @@ They are chosen from the sizes of shared memory and register files, not measured
 """
 
 import dataclasses
-import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
 from jserve.pallas_kernels.backend import hopper_multiprocessors
+from jserve.pallas_kernels.block_tables import read_row
 
 HOPPER = "hopper"
 OTHER = "other"  # the interpreter runs it: few thread blocks, short splits
+
+_TABLE = Path(__file__).with_suffix(".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +43,9 @@ class Blocks:
         return Sizes(**self.head_dims[str(head_dim)])
 
 
-@functools.cache
-def _table() -> dict[str, Blocks]:
-    text = Path(__file__).with_name("gpu_blocks.json").read_text(encoding="utf-8")
-    return {name: Blocks(**sizes) for name, sizes in json.loads(text).items()}
-
-
 def blocks_for(kind: str) -> Blocks:
     """The sizes of a kind. Raises ValueError where the table has none."""
-    table = _table()
-    if kind not in table:
-        raise ValueError(f"no GPU kind {kind!r}; the table has {', '.join(table)}")
-    return table[kind]
+    return read_row(_TABLE, kind, Blocks, "GPU kind")
 
 
 def blocks_in_use() -> Blocks:

@@ -3,12 +3,14 @@
 They are chosen from the sizes of memories and matrix units, not measured yet.
 """
 
-import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from jserve.pallas_kernels.block_tables import read_row
+
 _LANES = 128
+
+_TABLE = Path(__file__).with_suffix(".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +37,6 @@ class Blocks:
         return tokens
 
 
-@functools.cache
-def _table() -> dict[str, Blocks]:
-    text = Path(__file__).with_name("tpu_blocks.json").read_text(encoding="utf-8")
-    return {name: Blocks(**sizes) for name, sizes in json.loads(text).items()}
-
-
 def blocks_for(generation: str) -> Blocks:
     """The sizes of a generation. Raises ValueError where the table has none."""
-    table = _table()
-    if generation not in table:
-        raise ValueError(f"no TPU generation {generation!r}; the table has {', '.join(table)}")
-    return table[generation]
+    return read_row(_TABLE, generation, Blocks, "TPU generation")

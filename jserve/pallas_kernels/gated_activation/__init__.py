@@ -1,1 +1,0 @@
-"""activation(gate) · up of gated feed-forward blocks."""
