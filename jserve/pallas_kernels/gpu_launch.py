@@ -103,18 +103,18 @@ def gpu_kernel(
         assert not rest
         return found
 
-    def types_of(kind: Kind) -> list[Any]:
+    def declared_types(kind: Kind) -> list[Any]:
         return [each for _, of, types in places if of is kind for each in types]
 
     def scoped(*refs: Any) -> None:
         def run(*scratch: Any) -> None:
             body(Memory(**by_name((*refs, *scratch), *Kind)))
 
-        pl.run_scoped(run, *types_of(Kind.SCRATCH), collective_axes="role")
+        pl.run_scoped(run, *declared_types(Kind.SCRATCH), collective_axes="role")
 
     launch = pl.kernel(
         scoped,
-        out_type=tuple(types_of(Kind.OUTPUT)),
+        out_type=tuple(declared_types(Kind.OUTPUT)),
         mesh=mesh,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,

@@ -64,27 +64,27 @@ def multiply_tile(
     The sums, [outputs of the slice, rows] in wgmma's layout, are those of `splits` shares of the
     inputs, added up in order; within a share inputs are added in order, too.
     """
-    weight_here, x_here = memory.weight_stages, memory.x_stages
-    loaded, done = memory.loaded, memory.released
-    stages, outputs, inputs = weight_here.shape
+    weight_stages, x_stages = memory.weight_stages, memory.x_stages
+    loaded, released = memory.loaded, memory.released
+    stages, outputs, inputs = weight_stages.shape
     steps = x.shape[1] // inputs
 
     @pl.when(role == COMPUTE)
     def _() -> None:
         plgpu.set_max_registers(40, action="decrease")
 
-        def load(step: jax.Array, slot: jax.Array) -> None:
+        def load(step: jax.Array, stage: jax.Array) -> None:
             part = pl.ds(step * inputs, inputs)
-            plgpu.copy_gmem_to_smem(weight.at[:, part], weight_here.at[slot], loaded.at[slot])
-            plgpu.copy_gmem_to_smem(x.at[:, part], x_here.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(weight.at[:, part], weight_stages.at[stage], loaded.at[stage])
+            plgpu.copy_gmem_to_smem(x.at[:, part], x_stages.at[stage], loaded.at[stage])
 
-        def wait(step: jax.Array, slot: jax.Array) -> None:
+        def wait(step: jax.Array, stage: jax.Array) -> None:
             del step
-            plgpu.barrier_wait(done.at[slot])
+            plgpu.barrier_wait(released.at[stage])
 
-        def reload(step: jax.Array, slot: jax.Array) -> None:
-            wait(step, slot)
-            load(step, slot)
+        def reload(step: jax.Array, stage: jax.Array) -> None:
+            wait(step, stage)
+            load(step, stage)
 
         ahead = min(stages, steps)
         _each_step(0, ahead, stages, load)
@@ -95,17 +95,17 @@ def multiply_tile(
     def _() -> None:
         plgpu.set_max_registers(232, action="increase")
         half = outputs // COMPUTE
-        own = pl.ds(role * half, half)
+        part = pl.ds(role * half, half)
 
-        def multiply(step: jax.Array, slot: jax.Array, sums: Ref) -> None:
+        def multiply(step: jax.Array, stage: jax.Array, sums: Ref) -> None:
             del step
-            plgpu.barrier_wait(loaded.at[slot])
-            left = weight_here.at[slot, own]
-            if weight_here.dtype != jnp.bfloat16:
+            plgpu.barrier_wait(loaded.at[stage])
+            left = weight_stages.at[stage, part]
+            if weight_stages.dtype != jnp.bfloat16:
                 left = _floats(left)
-            plgpu.wgmma(sums, left, plgpu.transpose_ref(x_here.at[slot], (1, 0)))
+            plgpu.wgmma(sums, left, plgpu.transpose_ref(x_stages.at[stage], (1, 0)))
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(done.at[slot])
+            plgpu.barrier_arrive(released.at[stage])
 
         def split(i: jax.Array | int) -> jax.Array:
             def run(sums: Ref) -> jax.Array:
@@ -117,19 +117,19 @@ def multiply_tile(
             accumulator = plgpu.WGMMAAccumulatorRef((half, x.shape[0]), jnp.float32)
             return pl.run_scoped(run, accumulator)
 
-        store(own, lax.fori_loop(1, splits, lambda i, total: total + split(i), split(0)))
+        store(part, lax.fori_loop(1, splits, lambda i, total: total + split(i), split(0)))
 
 
-def store_turned(target: Ref, sums: jax.Array) -> None:
+def store_transposed(target: Ref, sums: jax.Array) -> None:
     """Stores sums [outputs, rows] to a reference [rows, outputs] without tiles."""
-    turned = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
+    transposed = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
     into = plgpu.transpose_ref(target, (1, 0))
     # A later JAX refuses stores that meet in banks of shared memory, unless it is told to make
     # them; JAX 0.10 makes them, and has no way to say so.
     if store := getattr(plgpu, "store", None):
-        store(into, turned, optimized=False)
+        store(into, transposed, optimized=False)
     else:
-        into[...] = turned
+        into[...] = transposed
 
 
 def _each_step(

@@ -34,7 +34,7 @@ _SATURATION = (
 )
 PARTS: dict[str, tuple[str, ...]] = {
     "correct": ("tests.gpu_check.correctness",),
-    "products are correct": ("tests.gpu_check.products",),
+    "matmuls are correct": ("tests.gpu_check.matmuls",),
     "attention": ("benchmarks.kernels.attention",),
     "attention in 8 bits": ("benchmarks.kernels.attention", "--kv_dtype", "float8_e4m3fn"),
     "attention, heads of 64": ("benchmarks.kernels.attention", "--head_dim", "64"),
@@ -42,7 +42,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         *("benchmarks.kernels.attention", "--q_heads", "8", "--kv_heads", "4"),
         *("--head_dim", "256", "--window", "1024"),
     ),
-    "products": ("benchmarks.kernels.products",),
+    "matmuls": ("benchmarks.kernels.matmuls",),
     "engine": _STEPS,
     "engine in 8 bits": (*_STEPS, *_8_BITS),
     "saturation": _SATURATION,

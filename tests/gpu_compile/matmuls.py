@@ -16,7 +16,7 @@ from jserve.pallas_kernels.grouped_matmul.dispatch import grouped_matmul
 from jserve.pallas_kernels.quantized_matmul.cases import MODEL_CASES, Case
 from jserve.pallas_kernels.quantized_matmul.channels import CODES, ChannelMatrix, ChannelStack
 from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
-from jserve.pallas_kernels.quantized_matmul.gpu import tiling_of
+from jserve.pallas_kernels.quantized_matmul.gpu import make_tiling
 from tests.gpu_compile.h200 import Program, argument
 
 
@@ -60,7 +60,7 @@ def _program(
 
 def _quantized(case: Case, codes: jnp.dtype) -> Program:
     """XLA adds up and scales the sums of splits."""
-    tiling = tiling_of(case.rows, case.in_dim, case.out_dims)
+    tiling = make_tiling(case.rows, case.in_dim, case.out_dims)
     sums = tiling.parts * tiling.rows * tiling.row_tiles
     sums *= sum(map(tiling.tiles, case.out_dims)) * tiling.outputs
     return _program(

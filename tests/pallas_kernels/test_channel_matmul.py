@@ -25,7 +25,7 @@ from jserve.pallas_kernels.quantized_matmul.channels import (
     take_rows,
 )
 from jserve.pallas_kernels.quantized_matmul.dispatch import has_kernel, quantized_matmul
-from jserve.pallas_kernels.quantized_matmul.gpu import splits_of, tiling_of
+from jserve.pallas_kernels.quantized_matmul.gpu import make_tiling, num_splits
 from jserve.pallas_kernels.quantized_matmul.matrix import QuantizedMatrix, quantize
 from jserve.pallas_kernels.quantized_matmul.tpu_blocks import blocks_for
 from jserve.pallas_kernels.tpu_generation import OTHER
@@ -138,10 +138,10 @@ def test_hopper_sums_in_one_order() -> None:
     """
     x, (weight,) = _problem(Case("", 264, 1024, (128,)), CODES[0], jnp.dtype(jnp.bfloat16))
     x = x * (jnp.arange(1024) % 128 == 77).astype(x.dtype)[None, :]
-    splits = splits_of(1024, (128,))
+    splits = num_splits(1024, (128,))
     assert splits == 2
-    assert tiling_of(264, 1024, (128,)).in_registers
-    assert not tiling_of(1, 1024, (128,)).in_registers
+    assert make_tiling(264, 1024, (128,)).in_registers
+    assert not make_tiling(1, 1024, (128,)).in_registers
     terms = (
         np.asarray(weight.codes, np.float32)[:, 77::128]
         * np.asarray(x, np.float32)[:, None, 77::128]
@@ -156,14 +156,14 @@ def test_hopper_sums_in_one_order() -> None:
 def test_hopper_tilings() -> None:
     """What a block needs is there, and splits are those of the weights."""
     for case in MODEL_CASES:
-        tiling = tiling_of(case.rows, case.in_dim, case.out_dims)
+        tiling = make_tiling(case.rows, case.in_dim, case.out_dims)
         assert tiling.rows * tiling.row_tiles >= case.rows
         assert tiling.stages >= 4
         assert tiling.stages * tiling.inputs * (tiling.outputs + 2 * tiling.rows) <= 227 * 1024
         sets = 2 if tiling.in_registers else 1
         assert tiling.outputs * tiling.rows * sets <= 128 * 256  # 128 registers of 256 threads
         assert case.in_dim % (tiling.splits * tiling.inputs) == 0
-        assert tiling.splits == tiling_of(1, case.in_dim, case.out_dims).splits
+        assert tiling.splits == make_tiling(1, case.in_dim, case.out_dims).splits
         assert sum(map(tiling.blocks, case.out_dims)) >= 64
 
 

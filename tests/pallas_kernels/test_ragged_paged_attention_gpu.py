@@ -29,8 +29,8 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_blocks import (
     blocks_in_use,
     blocks_on,
 )
-from jserve.pallas_kernels.ragged_paged_attention.gpu_items import visits_of
-from jserve.pallas_kernels.ragged_paged_attention.gpu_memory import shape_of
+from jserve.pallas_kernels.ragged_paged_attention.gpu_items import count_visits
+from jserve.pallas_kernels.ragged_paged_attention.gpu_memory import make_shape
 from tests.pallas_kernels.attention_problem import Problem
 from tests.pallas_kernels.gpu_interpreter import interpreted, needs_gpu_interpreter
 
@@ -234,16 +234,16 @@ def test_shared_memory_holds_every_shape() -> None:
         for page_size in (64, 128):
             q = jax.ShapeDtypeStruct((64, 4 * heads, head_dim), jnp.bfloat16)
             pages = jax.ShapeDtypeStruct((9, 2, heads, page_size, head_dim), jnp.bfloat16)
-            shape = shape_of(q, pages, batch, 0, blocks_for("hopper"))
+            shape = make_shape(q, pages, batch, 0, blocks_for("hopper"))
             assert shape.stages >= 2
 
 
 def test_each_split_is_visited_once_and_no_thread_block_idles_for_want_of_one() -> None:
     for prompts, splits, visits in ((0, 0, 0), (0, 16, 16), (0, 150, 132), (0, 301, 151)):
-        counts = visits_of(jnp.int32(prompts), jnp.int32(splits), 132)
+        counts = count_visits(jnp.int32(prompts), jnp.int32(splits), 132)
         assert counts.tolist() == [prompts, splits, visits, splits - visits]
-    assert visits_of(jnp.int32(130), jnp.int32(9), 132).tolist() == [130, 9, 5, 4]
-    assert visits_of(jnp.int32(128), jnp.int32(5), 132).tolist() == [128, 5, 4, 1]
+    assert count_visits(jnp.int32(130), jnp.int32(9), 132).tolist() == [130, 9, 5, 4]
+    assert count_visits(jnp.int32(128), jnp.int32(5), 132).tolist() == [128, 5, 4, 1]
 
 
 def test_what_does_not_fit_is_refused() -> None:

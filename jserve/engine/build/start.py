@@ -20,7 +20,7 @@ from jserve.model.functional import Model
 from jserve.model.loading.load import load_params, model_spec, prepare
 from jserve.model.sharding import device_mesh, param_shardings, vocab_axes
 from jserve.pallas_kernels.backend import backend_for
-from jserve.pallas_kernels.ragged_paged_attention.dispatch import backend_of_pages
+from jserve.pallas_kernels.ragged_paged_attention.dispatch import backend_for_pages
 from jserve.scheduler.config import SchedulerConfig
 
 _log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def start_engine(
         page_size=config.page_size,
     )
     kv_dtype = stored_kv_dtype(config, dtype)
-    if backend_of_pages(backend, kv_dtype) is not backend:
+    if backend_for_pages(backend, kv_dtype) is not backend:
         _log.warning("the native attention does not read %s pages; XLA's loops do", kv_dtype)
     model = Model(spec, dtype, backend, model_config.quantization, mesh)
     for name, shape in list(model.unaccelerated_weights().items())[:1]:

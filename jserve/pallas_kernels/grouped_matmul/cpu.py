@@ -1,4 +1,4 @@
-"""Grouped products by XLA's CPU kernels: a loop over blocks of rows that share an expert.
+"""Grouped sums by XLA's CPU kernels: a loop over blocks of rows that share an expert.
 
 Only experts that have rows are read, and a row is in a product of at least two rows, so its bits
 depend on nothing but the row (see `matmul.cpu`). A block may reach into the rows of the next
@@ -31,11 +31,11 @@ def grouped_matmul(
         expert = jnp.sum(last_blocks <= i)
         at = starts[expert] + (i - last_blocks[expert] + num_blocks[expert]) * block
         part = lax.dynamic_slice_in_dim(padded, at, block)
-        own = [lax.dynamic_index_in_dim(weight, expert, keepdims=False) for weight in weights]
-        made = matmul.matmul(part, own)
+        chosen = [lax.dynamic_index_in_dim(weight, expert, keepdims=False) for weight in weights]
+        sums = matmul.matmul(part, chosen)
         return tuple(
             lax.dynamic_update_slice_in_dim(y, new, at, axis=0)
-            for y, new in zip(ys, made, strict=True)
+            for y, new in zip(ys, sums, strict=True)
         )
 
     zeros = tuple(jnp.zeros((rows + block, w.shape[1]), jnp.float32) for w in weights)

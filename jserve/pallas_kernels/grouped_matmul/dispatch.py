@@ -83,11 +83,11 @@ def grouped_matmul(
         # The C++ kernels read no codes; XLA makes floats of those of experts that have rows.
         multiply = _IMPLEMENTATIONS[Backend.CPU if backend is Backend.NATIVE else backend]
         ys = multiply(x, [stack.codes for stack in stacks], group_sizes)
-        expert = _experts_of_rows(group_sizes, x.shape[0])
+        expert = _row_experts(group_sizes, x.shape[0])
         return tuple(y * stack.scales[expert] for y, stack in zip(ys, stacks, strict=True))
 
 
-def _experts_of_rows(group_sizes: jax.Array, rows: int) -> jax.Array:
+def _row_experts(group_sizes: jax.Array, rows: int) -> jax.Array:
     """The last one for rows that are of none."""
     row, ends = jnp.arange(rows, dtype=jnp.int32), jnp.cumsum(group_sizes)
     return jnp.sum(ends[None, :-1] <= row[:, None], axis=1, dtype=jnp.int32)

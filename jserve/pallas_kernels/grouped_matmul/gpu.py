@@ -47,7 +47,7 @@ from jserve.pallas_kernels.gpu_tile import (
     THREADS,
     multiply_tile,
     num_stages,
-    store_turned,
+    store_transposed,
     tile_memory,
 )
 
@@ -55,7 +55,7 @@ _OUTPUTS = 128  # of a thread block, and that a weight has a multiple of
 _INPUTS = 128  # likewise, and of a stage of few rows
 _MIN_ROWS, _MAX_ROWS = 8, 128  # of an item; shared memory has no room for many more
 _GROUP = 8  # rows that a tile starts at a multiple of
-_SHARED_BYTES = 216 * 1024  # for stages and products
+_SHARED_BYTES = 216 * 1024  # for stages and sums
 _EXPERT, _START, _COUNT = range(3)  # of an item
 
 
@@ -93,10 +93,10 @@ def list_items(group_sizes: jax.Array, rows: int, width: int) -> jax.Array:
     ends, last_blocks = jnp.cumsum(sizes), jnp.cumsum(blocks)
     item = jnp.arange(num_items, dtype=jnp.int32)
     expert = jnp.sum(last_blocks[None, :] <= item[:, None], axis=1, dtype=jnp.int32)
-    held = jnp.minimum(expert, experts - 1)
-    start = (ends - sizes)[held] + (item - (last_blocks - blocks)[held]) * width
-    count = jnp.where(expert < experts, jnp.minimum(ends[held] - start, width), 0)
-    return jnp.stack((held, start, count), axis=1)
+    owner = jnp.minimum(expert, experts - 1)
+    start = (ends - sizes)[owner] + (item - (last_blocks - blocks)[owner]) * width
+    count = jnp.where(expert < experts, jnp.minimum(ends[owner] - start, width), 0)
+    return jnp.stack((owner, start, count), axis=1)
 
 
 def _launch(
@@ -112,7 +112,7 @@ def _launch(
         "x": operand(x.shape, jnp.bfloat16),
         "weights": [operand(weight.shape, dtype) for weight in weights],
         "outs": [output((rows, weight.shape[1]), jnp.float32) for weight in weights],
-        "products": shared((COMPUTE, height, half), jnp.float32),
+        "sums": shared((COMPUTE, height, half), jnp.float32),
         **tile_memory(stages, _OUTPUTS, height, inputs, dtype),
     }
     launch = gpu_kernel(
@@ -127,7 +127,7 @@ def _launch(
 
 def _body(memory: Memory, *, width: int) -> None:
     """One thread block: finds its item, then its outputs."""
-    items, x, products = memory.items, memory.x, memory.products
+    items, x, sums_here = memory.items, memory.x, memory.sums
     role = lax.axis_index("role")
     tiles = [weight.shape[1] // _OUTPUTS for weight in memory.weights]
     item = lax.div(lax.axis_index("block"), jnp.int32(sum(tiles)))
@@ -139,18 +139,18 @@ def _body(memory: Memory, *, width: int) -> None:
     from_row = jnp.minimum(start - lax.rem(start, jnp.int32(_GROUP)), x.shape[0] - height)
     from_row = pl.multiple_of(from_row, _GROUP)
     first = 0
-    for weight, out, own_tiles in zip(memory.weights, memory.outs, tiles, strict=True):
+    for weight, out, weight_tiles in zip(memory.weights, memory.outs, tiles, strict=True):
 
-        @pl.when((tile >= first) & (tile < first + own_tiles) & (count > 0))
+        @pl.when((tile >= first) & (tile < first + weight_tiles) & (count > 0))
         def _(weight: Ref = weight, out: Ref = out, first: int = first) -> None:
             output = (tile - first) * _OUTPUTS
 
-            def store(own: pl.Slice, sums: jax.Array) -> None:
-                store_turned(products.at[role], sums)
+            def store(part: pl.Slice, sums: jax.Array) -> None:
+                store_transposed(sums_here.at[role], sums)
                 plgpu.commit_smem()
-                columns = pl.ds(output + own.start, own.size)
+                columns = pl.ds(output + part.start, part.size)
                 at = (start - from_row, start)
-                _store_rows(products.at[role], out.at[:, columns], *at, count, width)
+                _store_rows(sums_here.at[role], out.at[:, columns], *at, count, width)
 
             multiply_tile(
                 x.at[pl.ds(from_row, height)],
@@ -160,7 +160,7 @@ def _body(memory: Memory, *, width: int) -> None:
                 store,
             )
 
-        first += own_tiles
+        first += weight_tiles
 
 
 def _store_rows(

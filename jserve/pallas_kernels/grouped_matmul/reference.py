@@ -14,12 +14,12 @@ def grouped_matmul(
     """See `dispatch`. Rows after the last group are zero."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(x.shape[0])[None, :]
-    is_own = (row >= (ends - group_sizes)[:, None]) & (row < ends[:, None])  # [experts, rows]
+    belongs = (row >= (ends - group_sizes)[:, None]) & (row < ends[:, None])  # [experts, rows]
 
-    def product(weight: jax.Array) -> jax.Array:
+    def multiply(weight: jax.Array) -> jax.Array:
         if not jnp.issubdtype(weight.dtype, jnp.floating):
             weight = weight.astype(x.dtype)  # codes
         everything = jax.vmap(dot, in_axes=(None, 0))(x, weight)
-        return jnp.sum(jnp.where(is_own[:, :, None], everything, 0.0), axis=0)
+        return jnp.sum(jnp.where(belongs[:, :, None], everything, 0.0), axis=0)
 
-    return tuple(product(weight) for weight in weights)
+    return tuple(multiply(weight) for weight in weights)

@@ -55,12 +55,12 @@ def _in_turn(x: jax.Array, weight: jax.Array, num_rows: jax.Array | None) -> jax
     by batches that have tokens.
     """
     if weight.dtype == jnp.float32 or num_rows is None:
-        return _product(x, weight)
+        return _dot_in_runs(x, weight)
     nothing = jnp.zeros((x.shape[0], weight.shape[0]), jnp.float32)
-    return lax.cond(num_rows > 0, _product, lambda *_: nothing, x, weight)
+    return lax.cond(num_rows > 0, _dot_in_runs, lambda *_: nothing, x, weight)
 
 
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+def _dot_in_runs(x: jax.Array, weight: jax.Array) -> jax.Array:
     in_dim = x.shape[1]
     run = in_dim if in_dim <= _LONG else _RUN
     first, *others = (

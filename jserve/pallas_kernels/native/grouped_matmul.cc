@@ -1,11 +1,11 @@
 // y = x . weight[e]^T in float32 for the rows of each expert e, which lie one after the other, with
-// one or several stacks of weights in panels: see panel_product.h. An expert that has no rows costs
+// one or several stacks of weights in panels: see panel_matmul.h. An expert that has no rows costs
 // nothing: its weights are not read.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "panel_product.h"
+#include "panel_matmul.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 

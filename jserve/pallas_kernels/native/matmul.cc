@@ -1,10 +1,10 @@
 // y = x . weight^T in float32 for one or several weights, float32 or bfloat16, in panels: see
-// panel_product.h.
+// panel_matmul.h.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "panel_product.h"
+#include "panel_matmul.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 

@@ -75,9 +75,9 @@ def _group_matmul_on_cpu(
 def _channel_matmul_on_cpu(
     x: jax.Array, weights: Sequence[ChannelMatrix], num_rows: jax.Array | None
 ) -> tuple[jax.Array, ...]:
-    products = cpu.matmul(x, [weight.codes for weight in weights], num_rows)
+    ys = cpu.matmul(x, [weight.codes for weight in weights], num_rows)
     scales = (weight.scales[None, :] for weight in weights)
-    return tuple(product * scale for product, scale in zip(products, scales, strict=True))
+    return tuple(y * scale for y, scale in zip(ys, scales, strict=True))
 
 
 _GROUPS = {

@@ -29,7 +29,7 @@ from jserve.pallas_kernels.gpu_tile import (
     THREADS,
     multiply_tile,
     num_stages,
-    store_turned,
+    store_transposed,
     tile_memory,
 )
 from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
@@ -69,9 +69,9 @@ class Tiling:
         return -(-out_dim // self.outputs)
 
 
-def tiling_of(rows: int, in_dim: int, out_dims: Sequence[int]) -> Tiling:
+def make_tiling(rows: int, in_dim: int, out_dims: Sequence[int]) -> Tiling:
     """How products of so many rows with weights that fit are cut."""
-    splits = splits_of(in_dim, out_dims)
+    splits = num_splits(in_dim, out_dims)
     in_registers = splits > 1 and rows > 256
     # Accumulators take 128 registers of a thread at most; two sets of them where splits add up.
     width = min(-(-rows // 8) * 8, 128 if in_registers else 256)
@@ -89,7 +89,7 @@ def tiling_of(rows: int, in_dim: int, out_dims: Sequence[int]) -> Tiling:
     )
 
 
-def splits_of(in_dim: int, out_dims: Sequence[int]) -> int:
+def num_splits(in_dim: int, out_dims: Sequence[int]) -> int:
     """Shares of the inputs: as few as keep the memory busy with tall tiles, none too short."""
     splits, tiles = 1, sum(out_dims) // (2 * _OUTPUTS)
     while tiles * splits < _BUSY:
@@ -111,7 +111,7 @@ def channel_matmul(
 ) -> tuple[jax.Array, ...]:
     """See `dispatch`; of weights that fit, with codes of one type."""
     rows, in_dim = x.shape
-    tiling = tiling_of(rows, in_dim, [weight.shape[0] for weight in weights])
+    tiling = make_tiling(rows, in_dim, [weight.shape[0] for weight in weights])
     padded = jnp.pad(x, ((0, tiling.rows * tiling.row_tiles - rows), (0, 0)))
     live = jnp.full(1, rows, jnp.int32) if num_rows is None else num_rows.reshape(1)
     sums = _launch(live, padded, [weight.codes for weight in weights], tiling)
@@ -119,10 +119,10 @@ def channel_matmul(
     for weight, parts in zip(weights, sums, strict=True):
         # One after the other: a reduction could take another order for another number of rows.
         total = functools.reduce(jnp.add, [parts[i] for i in range(tiling.parts)])
-        own = weight.shape[0] % tiling.outputs  # of the last tile's, where they do not divide
-        if own:
+        remainder = weight.shape[0] % tiling.outputs  # of the last tile's, where they do not divide
+        if remainder:
             first, last = jnp.split(total, [total.shape[1] - tiling.outputs], axis=1)
-            total = jnp.concatenate((first, last[:, -own:]), axis=1)
+            total = jnp.concatenate((first, last[:, -remainder:]), axis=1)
         ys.append(total[:rows] * weight.scales[None, :])
     return tuple(ys)
 
@@ -178,7 +178,7 @@ def _body(memory: Memory, *, tiling: Tiling) -> None:
                 weight.at[outputs, inputs],
                 memory,
                 role,
-                lambda own, sums: store_turned(into.at[:, own], sums),
+                lambda part, sums: store_transposed(into.at[:, part], sums),
                 splits=tiling.splits // tiling.parts,
             )
 

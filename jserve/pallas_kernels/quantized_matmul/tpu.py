@@ -42,10 +42,10 @@ def channel_matmul(
     x: jax.Array, weights: Sequence[ChannelMatrix], num_rows: jax.Array | None
 ) -> tuple[jax.Array, ...]:
     """See `dispatch`; of weights that fit."""
-    return tuple(_product(x, weight, num_rows) for weight in weights)
+    return tuple(_matmul(x, weight, num_rows) for weight in weights)
 
 
-def _product(x: jax.Array, weight: ChannelMatrix, num_rows: jax.Array | None) -> jax.Array:
+def _matmul(x: jax.Array, weight: ChannelMatrix, num_rows: jax.Array | None) -> jax.Array:
     (rows, in_dim), out_dim = x.shape, weight.shape[0]
     blocks = blocks_for(generation_in_use())
     outputs = blocks.outputs(out_dim, in_dim)

@@ -60,7 +60,7 @@ def ragged_paged_attention(
     if batch.page_table.dtype != jnp.int32:
         raise ValueError(f"page_table is {batch.page_table.dtype}, not int32")
     with jax.named_scope("ragged_paged_attention"):
-        attend = _IMPLEMENTATIONS[backend_of_pages(backend, pages.dtype)]
+        attend = _IMPLEMENTATIONS[backend_for_pages(backend, pages.dtype)]
         if pages.dtype.itemsize > 1:
             return attend(q, k, v, pages, batch, window=window, prompts=prompts)
         scales = jnp.ones((2, kv_heads), jnp.float32) if kv_scales is None else kv_scales
@@ -68,10 +68,10 @@ def ragged_paged_attention(
             saturated(_scaled(x, jnp.divide, scale), pages.dtype)
             for x, scale in zip((k, v), scales, strict=True)
         )
-        of_k, of_v = jnp.repeat(scales, q_heads // kv_heads, axis=1)
-        q = _scaled(q, jnp.multiply, of_k)
+        k_scales, v_scales = jnp.repeat(scales, q_heads // kv_heads, axis=1)
+        q = _scaled(q, jnp.multiply, k_scales)
         out, pages = attend(q, k, v, pages, batch, window=window, prompts=prompts)
-        return _scaled(out, jnp.multiply, of_v), pages
+        return _scaled(out, jnp.multiply, v_scales), pages
 
 
 def _scaled(
@@ -81,7 +81,7 @@ def _scaled(
     return change(x.astype(jnp.float32), scales[None, :, None]).astype(x.dtype)
 
 
-def backend_of_pages(backend: Backend, dtype: jnp.dtype) -> Backend:
+def backend_for_pages(backend: Backend, dtype: jnp.dtype) -> Backend:
     """What attends over pages of this dtype: C++ does not know 8-bit floats, XLA's loops do."""
     narrow = jnp.dtype(dtype).itemsize == 1
     return Backend.CPU if backend is Backend.NATIVE and narrow else backend

@@ -47,14 +47,14 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_decode import compute_deco
 from jserve.pallas_kernels.ragged_paged_attention.gpu_items import (
     Shape,
     Work,
-    work_of,
+    make_work,
 )
 from jserve.pallas_kernels.ragged_paged_attention.gpu_memory import (
     COMPUTE,
     each_item,
+    make_shape,
     off_chip,
     on_chip,
-    shape_of,
 )
 from jserve.pallas_kernels.ragged_paged_attention.gpu_prompts import compute_prompt
 
@@ -126,8 +126,8 @@ def ragged_paged_attention(
     Queries are bfloat16, pages bfloat16 or float8_e4m3fn, of 64 or 128 tokens; head_dim is 64,
     128 or 256. Padding is not written at all.
     """
-    shape = shape_of(q, pages, batch, window, blocks_for(kind) if kind else blocks_in_use())
-    work: Work = work_of(batch, shape, prompts=prompts)
+    shape = make_shape(q, pages, batch, window, blocks_for(kind) if kind else blocks_in_use())
+    work: Work = make_work(batch, shape, prompts=prompts)
     flat = jax.new_ref(pages.reshape(-1, shape.page_size, shape.head_dim), memory_space=plgpu.GMEM)
     launch = gpu_kernel(
         functools.partial(_kernel, shape=shape, prompts=prompts),

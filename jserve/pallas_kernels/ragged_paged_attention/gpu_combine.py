@@ -48,21 +48,21 @@ def _kernel(memory: Memory, *, heads: int, blocks: int) -> None:
             across = pl.ds(column * _COLUMNS, _COLUMNS)
 
             def fetch(i: jax.Array) -> None:
-                slot = lax.rem(i, jnp.int32(_AHEAD))
-                here = memory.here.at[slot]
-                into = memory.sums.at[slot, pl.ds(0, heads)]
-                plgpu.copy_gmem_to_smem(memory.part_out.at[first + i, head, across], into, here)
-                into = memory.weights.at[slot, pl.ds(0, heads)]
-                plgpu.copy_gmem_to_smem(memory.part_weight.at[first + i, head], into, here)
+                stage = lax.rem(i, jnp.int32(_AHEAD))
+                loaded = memory.loaded.at[stage]
+                into = memory.sums.at[stage, pl.ds(0, heads)]
+                plgpu.copy_gmem_to_smem(memory.part_out.at[first + i, head, across], into, loaded)
+                into = memory.weights.at[stage, pl.ds(0, heads)]
+                plgpu.copy_gmem_to_smem(memory.part_weight.at[first + i, head], into, loaded)
 
             lax.fori_loop(0, jnp.minimum(number, _AHEAD), lambda i, _: fetch(i), None)
 
             def add(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]):
                 out, peak, total = carry
-                slot = lax.rem(i, jnp.int32(_AHEAD))
-                plgpu.barrier_wait(memory.here.at[slot])
-                part = plgpu.layout_cast(memory.sums[slot], layout)
-                weight = jnp.max(plgpu.layout_cast(memory.weights[slot], layout), axis=1)
+                stage = lax.rem(i, jnp.int32(_AHEAD))
+                plgpu.barrier_wait(memory.loaded.at[stage])
+                part = plgpu.layout_cast(memory.sums[stage], layout)
+                weight = jnp.max(plgpu.layout_cast(memory.weights[stage], layout), axis=1)
 
                 @pl.when(i + _AHEAD < number)
                 def _() -> None:
@@ -121,7 +121,7 @@ def combine(
         "sums": shared((_AHEAD, _ROWS, _COLUMNS), jnp.float32, _swizzled(32)),
         "weights": shared((_AHEAD, _ROWS, 8), jnp.float32, _swizzled(8)),
         "result": shared((_ROWS, _COLUMNS), jnp.bfloat16),
-        "here": barriers(_AHEAD, arrivals=2),
+        "loaded": barriers(_AHEAD, arrivals=2),
     }
     kernel = functools.partial(_kernel, heads=heads, blocks=blocks)
     launch = gpu_kernel(kernel, memory, name="combine_splits", blocks=blocks)

@@ -22,29 +22,29 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_memory import (
 )
 
 
-def _load(memory: Memory, shape: Shape, stage: jax.Array, source: Callable[[int, int], Any]):
+def _load(memory: Memory, shape: Shape, used: jax.Array, source: Callable[[int, int], Any]):
     """Fills a stage; `source` gives K or V of one piece."""
-    slot = lax.rem(stage, jnp.int32(shape.stages))
+    stage = lax.rem(used, jnp.int32(shape.stages))
     size = shape.block // shape.pieces
     halves = (
-        (KEYS, memory.keys, memory.keys_here, memory.keys_done),
-        (VALUES, memory.values, memory.values_here, memory.values_done),
+        (KEYS, memory.keys, memory.keys_loaded, memory.keys_released),
+        (VALUES, memory.values, memory.values_loaded, memory.values_released),
     )
     for part, target, here, done in halves:
 
-        @pl.when(stage >= shape.stages)
+        @pl.when(used >= shape.stages)
         def _(done: Ref = done) -> None:
-            plgpu.barrier_wait(done.at[slot])
+            plgpu.barrier_wait(done.at[stage])
 
         for piece in range(shape.pieces):
-            into = target.at[slot]
+            into = target.at[stage]
             if shape.pieces > 1:
-                into = target.at[slot, pl.ds(piece * size, size)]
-            plgpu.copy_gmem_to_smem(source(part, piece), into, here.at[slot])
+                into = target.at[stage, pl.ds(piece * size, size)]
+            plgpu.copy_gmem_to_smem(source(part, piece), into, here.at[stage])
 
 
 def _load_pages(
-    memory: Memory, shape: Shape, tile: Tile, block: jax.Array, stage: jax.Array
+    memory: Memory, shape: Shape, tile: Tile, block: jax.Array, used: jax.Array
 ) -> None:
     size = shape.block // shape.pieces
     place = block * shape.block
@@ -59,10 +59,10 @@ def _load_pages(
         plane = (ids[piece] * 2 + part) * shape.kv_heads + tile.head
         return memory.pages.at[plane, pl.ds(inside, size)]
 
-    _load(memory, shape, stage, source)
+    _load(memory, shape, used, source)
 
 
-def _load_new(memory: Memory, shape: Shape, tile: Tile, block: jax.Array, stage: jax.Array) -> None:
+def _load_new(memory: Memory, shape: Shape, tile: Tile, block: jax.Array, used: jax.Array) -> None:
     size = shape.block // shape.pieces
     first = pl.multiple_of(tile.new + block * shape.block, TILE)
 
@@ -70,50 +70,50 @@ def _load_new(memory: Memory, shape: Shape, tile: Tile, block: jax.Array, stage:
         array = memory.new_v if part else memory.new_k
         return array.at[pl.ds(pl.multiple_of(first + piece * size, TILE), size), tile.head]
 
-    _load(memory, shape, stage, source)
+    _load(memory, shape, used, source)
 
 
 def load_items(memory: Memory, shape: Shape, prompts: bool) -> None:
     """The loader: fills stages in the order in which the compute warpgroups empty them."""
 
-    def prompt(item: jax.Array, stage: jax.Array) -> jax.Array:
+    def prompt(item: jax.Array, used: jax.Array) -> jax.Array:
         tile = prompt_item(memory, shape, item)
         edge, straddles = tile.patch_block(shape), tile.straddles(shape)
         old_end = jnp.clip(edge + straddles, tile.first, tile.end)
         new_first = jnp.clip(edge, tile.first, tile.end)
 
-        def load_old(block: jax.Array, stage: jax.Array) -> jax.Array:
-            _load_pages(memory, shape, tile, block, stage)
-            return stage + 1
+        def load_old(block: jax.Array, used: jax.Array) -> jax.Array:
+            _load_pages(memory, shape, tile, block, used)
+            return used + 1
 
-        def load_new(block: jax.Array, stage: jax.Array) -> jax.Array:
-            _load_new(memory, shape, tile, block, stage)
-            return stage + 1
+        def load_new(block: jax.Array, used: jax.Array) -> jax.Array:
+            _load_new(memory, shape, tile, block, used)
+            return used + 1
 
-        stage = lax.fori_loop(tile.first, old_end, load_old, stage)
-        return lax.fori_loop(new_first, tile.end, load_new, stage)
+        used = lax.fori_loop(tile.first, old_end, load_old, used)
+        return lax.fori_loop(new_first, tile.end, load_new, used)
 
-    def decode(item: jax.Array, stage: jax.Array) -> jax.Array:
+    def decode(item: jax.Array, used: jax.Array) -> jax.Array:
         tiles = [split_item(memory, shape, item, group)[0] for group in range(2)]
 
-        def step(i: jax.Array, stage: jax.Array) -> jax.Array:
+        def step(i: jax.Array, used: jax.Array) -> jax.Array:
             for tile in tiles:
 
                 @pl.when(i < tile.blocks)
-                def _(tile: Tile = tile, stage: jax.Array = stage) -> None:
-                    _load_pages(memory, shape, tile, tile.first + i, stage)
+                def _(tile: Tile = tile, used: jax.Array = used) -> None:
+                    _load_pages(memory, shape, tile, tile.first + i, used)
 
-                stage += (i < tile.blocks).astype(jnp.int32)
-            return stage
+                used += (i < tile.blocks).astype(jnp.int32)
+            return used
 
-        return lax.fori_loop(0, jnp.maximum(tiles[0].blocks, tiles[1].blocks), step, stage)
+        return lax.fori_loop(0, jnp.maximum(tiles[0].blocks, tiles[1].blocks), step, used)
 
     used = each_item(memory, shape, prompt if prompts else None, decode)
 
-    def settle(stage: jax.Array, _: None) -> None:
-        slot = lax.rem(stage, jnp.int32(shape.stages))
-        plgpu.barrier_wait(memory.keys_done.at[slot])
-        plgpu.barrier_wait(memory.values_done.at[slot])
+    def settle(used: jax.Array, _: None) -> None:
+        stage = lax.rem(used, jnp.int32(shape.stages))
+        plgpu.barrier_wait(memory.keys_released.at[stage])
+        plgpu.barrier_wait(memory.values_released.at[stage])
 
     lax.fori_loop(jnp.maximum(used - shape.stages, 0), used, settle, None)
 
@@ -135,32 +135,32 @@ def write_new(memory: Memory, shape: Shape) -> None:
         return token, part, page
 
     def several(turn: jax.Array, _: None) -> None:
-        for slot in range(shape.writes):
-            token, part, page = address(turn * shape.writes + slot)
+        for stage in range(shape.writes):
+            token, part, page = address(turn * shape.writes + stage)
             for half, array in ((KEYS, memory.k), (VALUES, memory.v)):
 
                 @pl.when((page > NULL_PAGE) & (part == half))
-                def _(array: Ref = array, token: jax.Array = token, slot: int = slot) -> None:
+                def _(array: Ref = array, token: jax.Array = token, stage: int = stage) -> None:
                     plgpu.copy_gmem_to_smem(
                         array.at[token],
-                        memory.writes.at[slot],
-                        memory.writes_here.at[slot],
+                        memory.writes.at[stage],
+                        memory.writes_loaded.at[stage],
                     )
 
-        for slot in range(shape.writes):
-            token, part, page = address(turn * shape.writes + slot)
+        for stage in range(shape.writes):
+            token, part, page = address(turn * shape.writes + stage)
 
             @pl.when(page > NULL_PAGE)
             def _(
                 token: jax.Array = token,
                 part: jax.Array = part,
                 page: jax.Array = page,
-                slot: int = slot,
+                stage: int = stage,
             ) -> None:
-                plgpu.barrier_wait(memory.writes_here.at[slot])
+                plgpu.barrier_wait(memory.writes_loaded.at[stage])
                 plane = (page * 2 + part) * shape.kv_heads
                 target = memory.pages.at[pl.ds(plane, shape.kv_heads), memory.write_offsets[token]]
-                plgpu.copy_smem_to_gmem(memory.writes.at[slot], target)
+                plgpu.copy_smem_to_gmem(memory.writes.at[stage], target)
 
             @pl.when((page == NULL_PAGE) & (part == 0))
             def _(token: jax.Array = token) -> None:

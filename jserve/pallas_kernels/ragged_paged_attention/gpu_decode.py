@@ -18,21 +18,21 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_softmax import (
     Block,
     Sums,
     attend,
+    broadcast_rows,
     empty,
     iota,
     put_widened,
-    rows_of,
     store_outputs,
 )
 
 
-def _skip(memory: Memory, shape: Shape, stage: jax.Array) -> None:
+def _skip(memory: Memory, shape: Shape, used: jax.Array) -> None:
     """Lets go of a stage that the other warpgroup uses."""
-    slot = lax.rem(stage, jnp.int32(shape.stages))
-    plgpu.barrier_wait(memory.keys_here.at[slot])
-    plgpu.barrier_arrive(memory.keys_done.at[slot])
-    plgpu.barrier_wait(memory.values_here.at[slot])
-    plgpu.barrier_arrive(memory.values_done.at[slot])
+    stage = lax.rem(used, jnp.int32(shape.stages))
+    plgpu.barrier_wait(memory.keys_loaded.at[stage])
+    plgpu.barrier_arrive(memory.keys_released.at[stage])
+    plgpu.barrier_wait(memory.values_loaded.at[stage])
+    plgpu.barrier_arrive(memory.values_released.at[stage])
 
 
 class _Last(NamedTuple):
@@ -62,39 +62,39 @@ def _decode_block(
     memory: Memory,
     shape: Shape,
     group: jax.Array,
-    slot: jax.Array,
+    stage: jax.Array,
     seen: jax.Array | None,
     last: _Last | None,
 ) -> Block:
     """A block where it was loaded."""
-    plgpu.barrier_wait(memory.keys_here.at[slot])
+    plgpu.barrier_wait(memory.keys_loaded.at[stage])
 
     def patch(place: jax.Array) -> None:
-        plgpu.barrier_wait(memory.values_here.at[slot])
+        plgpu.barrier_wait(memory.values_loaded.at[stage])
         for half, part in ((KEYS, memory.keys), (VALUES, memory.values)):
             for column in range(0, shape.head_dim, 64):
                 here = (slice(None), pl.ds(column, 64))
-                old = plgpu.layout_cast(part[slot, *here], plgpu.Layout.WGMMA)
-                part[slot, *here] = _with_token(memory, group, half, place, here)(old)
+                old = plgpu.layout_cast(part[stage, *here], plgpu.Layout.WGMMA)
+                part[stage, *here] = _with_token(memory, group, half, place, here)(old)
         plgpu.commit_smem()
 
     def values_ready() -> None:
         if last is None:
-            plgpu.barrier_wait(memory.values_here.at[slot])
+            plgpu.barrier_wait(memory.values_loaded.at[stage])
         else:
             pl.when(jnp.logical_not(last.here))(
-                lambda: plgpu.barrier_wait(memory.values_here.at[slot])
+                lambda: plgpu.barrier_wait(memory.values_loaded.at[stage])
             )
 
     if last is not None:
         pl.when(last.here)(lambda: patch(last.place))
     return Block(
         seen,
-        memory.keys.at[slot],
-        memory.values.at[slot],
-        lambda: plgpu.barrier_arrive(memory.keys_done.at[slot]),
+        memory.keys.at[stage],
+        memory.values.at[stage],
+        lambda: plgpu.barrier_arrive(memory.keys_released.at[stage]),
         values_ready,
-        lambda: plgpu.barrier_arrive(memory.values_done.at[slot]),
+        lambda: plgpu.barrier_arrive(memory.values_released.at[stage]),
     )
 
 
@@ -102,28 +102,28 @@ def _widened_decode_block(
     memory: Memory,
     shape: Shape,
     group: jax.Array,
-    slot: jax.Array,
+    stage: jax.Array,
     seen: jax.Array | None,
     last: _Last | None,
 ) -> Block:
     """A block that is widened, and the new token put into it on the way."""
 
     def widen(half: int, part: Ref, here: Ref, done: Ref) -> None:
-        put = functools.partial(put_widened, memory, shape, group, part, slot)
+        put = functools.partial(put_widened, memory, shape, group, part, stage)
 
-        plgpu.barrier_wait(here.at[slot])
+        plgpu.barrier_wait(here.at[stage])
         if last is None:
             put(lambda old, _: old)
         else:
             token = functools.partial(_with_token, memory, group, half, last.place)
             pl.when(last.here)(lambda: put(lambda old, columns: token(columns)(old)))
             pl.when(jnp.logical_not(last.here))(lambda: put(lambda old, _: old))
-        plgpu.barrier_arrive(done.at[slot])
+        plgpu.barrier_arrive(done.at[stage])
 
     def values_ready() -> None:
-        widen(VALUES, memory.values, memory.values_here, memory.values_done)
+        widen(VALUES, memory.values, memory.values_loaded, memory.values_released)
 
-    widen(KEYS, memory.keys, memory.keys_here, memory.keys_done)
+    widen(KEYS, memory.keys, memory.keys_loaded, memory.keys_released)
     here = memory.widened.at[group]
     return Block(seen, here, here, lambda: None, values_ready, lambda: None)
 
@@ -138,7 +138,7 @@ def _store_split(
 ) -> None:
     """A row of one split is done; the others are combined later."""
     out, peak, total = sums
-    out = out / rows_of(total, shape.head_dim)
+    out = out / broadcast_rows(total, shape.head_dim)
 
     @pl.when(tile.number == 1)
     def _() -> None:
@@ -149,7 +149,7 @@ def _store_split(
         heads = pl.ds(tile.head * shape.group, shape.group)
         rows = pl.ds(0, shape.group)
         weight = peak + jnp.log(total) * LOG2E
-        memory.weight[group] = rows_of(weight, 8)
+        memory.weight[group] = broadcast_rows(weight, 8)
         for column in range(0, shape.head_dim, shape.wide_columns):
             part = lax.slice(out, (0, column), (ROWS, column + shape.wide_columns))
             memory.wide[group] = part
@@ -170,22 +170,22 @@ def _decode_queries(memory: Memory, shape: Shape, group: jax.Array, tile: Tile) 
     plgpu.copy_gmem_to_smem(
         memory.q.at[tile.head, pl.ds(pl.multiple_of(tile.queries, TILE), shape.query_rows)],
         memory.queries.at[group, pl.ds(0, shape.query_rows)],
-        memory.queries_here.at[group],
+        memory.queries_loaded.at[group],
     )
     for half, array in ((KEYS, memory.fresh_k), (VALUES, memory.fresh_v)):
         plgpu.copy_gmem_to_smem(
             array.at[tile.token, tile.head],
             memory.fresh.at[group, half],
-            memory.fresh_here.at[group],
+            memory.fresh_loaded.at[group],
         )
-    plgpu.barrier_wait(memory.queries_here.at[group])
-    plgpu.barrier_wait(memory.fresh_here.at[group])
+    plgpu.barrier_wait(memory.queries_loaded.at[group])
+    plgpu.barrier_wait(memory.fresh_loaded.at[group])
 
 
 def compute_decode(
-    memory: Memory, shape: Shape, group: jax.Array, item: jax.Array, stage: jax.Array
+    memory: Memory, shape: Shape, group: jax.Array, item: jax.Array, used: jax.Array
 ) -> jax.Array:
-    """This warpgroup's split; the other one's stages are let go in their turn."""
+    """This warpgroup's split; releases the other one's stages in their turn."""
     tile, index = split_item(memory, shape, item, group)
     other = split_item(memory, shape, item, 1 - group)[0]
     size = jnp.int32(shape.block)
@@ -198,14 +198,14 @@ def compute_decode(
         _decode_queries(memory, shape, group, tile)
 
     def step(i: jax.Array, sums: Sums, *, masked: bool) -> Sums:
-        here = stage + i + jnp.minimum(i + lead, other.blocks)
+        here = used + i + jnp.minimum(i + lead, other.blocks)
         follows = (i + lead - 1 >= 0) & (i + lead - 1 < other.blocks)
 
         @pl.when(follows)
         def _() -> None:
             _skip(memory, shape, here - 1)
 
-        slot = lax.rem(here, jnp.int32(shape.stages))
+        stage = lax.rem(here, jnp.int32(shape.stages))
         block = tile.first + i
         seen: jax.Array | None = None
         ends: _Last | None = None
@@ -217,7 +217,7 @@ def compute_decode(
             if shape.window:
                 seen &= token > place - shape.window
         make = _widened_decode_block if shape.widens else _decode_block
-        ready = make(memory, shape, group, slot, seen, ends)
+        ready = make(memory, shape, group, stage, seen, ends)
         return attend(memory, shape, group, ready, sums, turns=False)
 
     left = jnp.int32(0)
@@ -231,16 +231,16 @@ def compute_decode(
     right = jnp.clip(last - tile.first, left, tile.blocks)
     sums = lax.fori_loop(left, right, plain, sums)
     sums = lax.fori_loop(right, tile.blocks, masked, sums)
-    # What the other warpgroup still uses.
-    used = tile.blocks + jnp.minimum(jnp.maximum(tile.blocks + lead - 1, 0), other.blocks)
+    # The rest of the other warpgroup's stages.
+    passed = tile.blocks + jnp.minimum(jnp.maximum(tile.blocks + lead - 1, 0), other.blocks)
 
     def skip(i: jax.Array, _: None) -> None:
-        _skip(memory, shape, stage + i)
+        _skip(memory, shape, used + i)
 
-    lax.fori_loop(used, tile.blocks + other.blocks, skip, None)
+    lax.fori_loop(passed, tile.blocks + other.blocks, skip, None)
 
     @pl.when(tile.blocks > 0)
     def _() -> None:
         _store_split(memory, shape, group, tile, index, sums)
 
-    return stage + tile.blocks + other.blocks
+    return used + tile.blocks + other.blocks

@@ -109,7 +109,7 @@ def _spread(counts: jax.Array, length: int) -> tuple[jax.Array, jax.Array, jax.A
     return row, index - starts[row], starts
 
 
-def work_of(batch: RaggedBatch, shape: Shape, *, prompts: bool) -> Work:
+def make_work(batch: RaggedBatch, shape: Shape, *, prompts: bool) -> Work:
     """Splits of decode rows and tiles of prompts, the longest of a prompt first."""
     index = jnp.arange(shape.rows, dtype=jnp.int32)
     live = batch.q_lens > 0
@@ -140,11 +140,13 @@ def work_of(batch: RaggedBatch, shape: Shape, *, prompts: bool) -> Work:
         prompt = live & (index >= batch.num_decode) & (index < batch.num_rows)
         new_base, new = _new_rows(batch, shape, prompt)
         tiles, num_tiles = _tiles(batch, shape, prompt, query_base, new_base)
-    counts = visits_of(num_tiles * shape.kv_heads, jnp.sum(number) * shape.kv_heads, shape.blocks)
+    counts = count_visits(
+        num_tiles * shape.kv_heads, jnp.sum(number) * shape.kv_heads, shape.blocks
+    )
     return Work(_table(tiles), _table(splits), counts, row_splits, queries, new)
 
 
-def visits_of(prompts: jax.Array, splits: jax.Array, blocks: int) -> jax.Array:
+def count_visits(prompts: jax.Array, splits: jax.Array, blocks: int) -> jax.Array:
     """As `Work` has them. A visit takes two splits, or one where there are thread blocks enough."""
     visits = jnp.minimum(splits, jnp.maximum((splits + 1) // 2, blocks - prompts))
     return jnp.stack([prompts, splits, visits, splits - visits]).astype(jnp.int32)

@@ -48,7 +48,7 @@ _COPY_BYTES = 128
 KEYS, VALUES = 0, 1
 
 
-def shape_of(
+def make_shape(
     q: jax.Array, pages: jax.Array, batch: RaggedBatch, window: int, blocks: Blocks
 ) -> Shape:
     """Sizes for these arguments. Raises ValueError for what the kernel cannot hold."""
@@ -172,15 +172,15 @@ def on_chip(shape: Shape) -> dict[str, Buffer]:
         "weight": shared((COMPUTE, ROWS, 8), jnp.float32),
         "writes": shared((shape.writes, heads, dim), shape.kv_dtype),
         "blank": shared((up_to(heads * shape.group, 8), BLANK), jnp.bfloat16),
-        "queries_here": barriers(COMPUTE),
-        "keys_here": loaded,
-        "values_here": loaded,
-        "keys_done": released,
-        "values_done": released,
-        "fresh_here": barriers(COMPUTE, arrivals=2),
+        "queries_loaded": barriers(COMPUTE),
+        "keys_loaded": loaded,
+        "values_loaded": loaded,
+        "keys_released": released,
+        "values_released": released,
+        "fresh_loaded": barriers(COMPUTE, arrivals=2),
         "patched": barriers(),
         "turn": barriers(arrivals=COMPUTE),
-        "writes_here": barriers(shape.writes),
+        "writes_loaded": barriers(shape.writes),
     }
     if shape.widens:
         # K, then V of a block for each compute warpgroup.
@@ -261,11 +261,11 @@ def each_item(
 
     rounds += (place(rounds) < total).astype(jnp.int32)
 
-    def step(turn: jax.Array, stage: jax.Array) -> jax.Array:
+    def step(turn: jax.Array, used: jax.Array) -> jax.Array:
         item = place(turn)
         if prompt is None:
-            return decode(item, stage)
-        first = functools.partial(prompt, item, stage)
-        return lax.cond(item < num_prompts, first, lambda: decode(item - num_prompts, stage))
+            return decode(item, used)
+        first = functools.partial(prompt, item, used)
+        return lax.cond(item < num_prompts, first, lambda: decode(item - num_prompts, used))
 
     return lax.fori_loop(0, rounds, step, jnp.int32(0))

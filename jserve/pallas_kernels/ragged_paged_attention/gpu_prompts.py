@@ -16,10 +16,10 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_softmax import (
     Block,
     Sums,
     attend,
+    broadcast_rows,
     empty,
     iota,
     put_widened,
-    rows_of,
     store_outputs,
     take_turn,
     wide,
@@ -27,31 +27,31 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_softmax import (
 
 
 def _patch_prompt(
-    memory: Memory, shape: Shape, tile: Tile, block: jax.Array, slots: tuple[jax.Array, jax.Array]
+    memory: Memory, shape: Shape, tile: Tile, block: jax.Array, stages: tuple[jax.Array, jax.Array]
 ) -> None:
     """Puts a block together: pages, then the chunk's own K and V, then zeros in V."""
-    slot, new_slot = slots
+    stage, new_stage = stages
     own = tile.start - block * shape.block
-    held = tile.kv_len - block * shape.block
+    filled = tile.kv_len - block * shape.block
 
     @pl.when((own > 0) & (own < shape.block))
     def _() -> None:
         for part in (memory.keys, memory.values):
             for column in range(0, shape.head_dim, 64):
                 here = (slice(None), pl.ds(column, 64))
-                old = plgpu.layout_cast(part[slot, *here], plgpu.Layout.WGMMA)
-                new = plgpu.layout_cast(part[new_slot, *here], plgpu.Layout.WGMMA)
+                old = plgpu.layout_cast(part[stage, *here], plgpu.Layout.WGMMA)
+                new = plgpu.layout_cast(part[new_stage, *here], plgpu.Layout.WGMMA)
                 mine = iota((shape.block, 64), 0) >= own
-                part[slot, *here] = jnp.where(mine, new, old)
+                part[stage, *here] = jnp.where(mine, new, old)
 
     # A weight of zero does not silence a NaN in memory that was never written.
-    @pl.when(held < shape.block)
+    @pl.when(filled < shape.block)
     def _() -> None:
         for column in range(0, shape.head_dim, 64):
             here = (slice(None), pl.ds(column, 64))
-            old = plgpu.layout_cast(memory.values[slot, *here], plgpu.Layout.WGMMA)
-            kept = jnp.where(iota((shape.block, 64), 0) < held, old, jnp.zeros_like(old))
-            memory.values[slot, *here] = kept
+            old = plgpu.layout_cast(memory.values[stage, *here], plgpu.Layout.WGMMA)
+            kept = jnp.where(iota((shape.block, 64), 0) < filled, old, jnp.zeros_like(old))
+            memory.values[stage, *here] = kept
 
     plgpu.commit_smem()
 
@@ -62,39 +62,39 @@ class _PromptBlock(NamedTuple):
     tile: Tile
     block: jax.Array
     merges: jax.Array  # it has two
-    slot: jax.Array
-    new_slot: jax.Array
+    stage: jax.Array
+    new_stage: jax.Array
 
 
-def _let_go(memory: Memory, item: _PromptBlock, done: Ref) -> None:
+def _release(memory: Memory, item: _PromptBlock, done: Ref) -> None:
     """K or V of the stages of a block."""
-    plgpu.barrier_arrive(done.at[item.slot])
-    pl.when(item.merges)(lambda: plgpu.barrier_arrive(done.at[item.new_slot]))
+    plgpu.barrier_arrive(done.at[item.stage])
+    pl.when(item.merges)(lambda: plgpu.barrier_arrive(done.at[item.new_stage]))
 
 
 def _await(memory: Memory, item: _PromptBlock, here: Ref) -> None:
-    plgpu.barrier_wait(here.at[item.slot])
-    pl.when(item.merges)(lambda: plgpu.barrier_wait(here.at[item.new_slot]))
+    plgpu.barrier_wait(here.at[item.stage])
+    pl.when(item.merges)(lambda: plgpu.barrier_wait(here.at[item.new_stage]))
 
 
 def _prompt_block(
     memory: Memory, shape: Shape, group: jax.Array, item: _PromptBlock, seen: jax.Array | None
 ) -> Block:
     """A block where it was loaded; the first warpgroup puts it together for both."""
-    tile, slot = item.tile, item.slot
+    tile, stage = item.tile, item.stage
     patches = item.merges
     if seen is not None:
         patches |= tile.kv_len < (item.block + 1) * shape.block
-    _await(memory, item, memory.keys_here)
+    _await(memory, item, memory.keys_loaded)
 
     @pl.when(patches)
     def _() -> None:
-        _await(memory, item, memory.values_here)
+        _await(memory, item, memory.values_loaded)
 
         # It is ahead of the second one, and never waits for it here.
         @pl.when(group == 0)
         def _() -> None:
-            _patch_prompt(memory, shape, tile, item.block, (slot, item.new_slot))
+            _patch_prompt(memory, shape, tile, item.block, (stage, item.new_stage))
             plgpu.barrier_arrive(memory.patched)
 
         @pl.when(group == 1)
@@ -103,19 +103,21 @@ def _prompt_block(
 
         @pl.when(item.merges)
         def _() -> None:
-            plgpu.barrier_arrive(memory.keys_done.at[item.new_slot])
-            plgpu.barrier_arrive(memory.values_done.at[item.new_slot])
+            plgpu.barrier_arrive(memory.keys_released.at[item.new_stage])
+            plgpu.barrier_arrive(memory.values_released.at[item.new_stage])
 
     def values_ready() -> None:
-        pl.when(jnp.logical_not(patches))(lambda: plgpu.barrier_wait(memory.values_here.at[slot]))
+        pl.when(jnp.logical_not(patches))(
+            lambda: plgpu.barrier_wait(memory.values_loaded.at[stage])
+        )
 
     return Block(
         seen,
-        memory.keys.at[slot],
-        memory.values.at[slot],
-        lambda: plgpu.barrier_arrive(memory.keys_done.at[slot]),
+        memory.keys.at[stage],
+        memory.values.at[stage],
+        lambda: plgpu.barrier_arrive(memory.keys_released.at[stage]),
         values_ready,
-        lambda: plgpu.barrier_arrive(memory.values_done.at[slot]),
+        lambda: plgpu.barrier_arrive(memory.values_released.at[stage]),
     )
 
 
@@ -124,30 +126,30 @@ def _widened_prompt_block(
 ) -> Block:
     """A block that each warpgroup widens for itself, and puts together on the way."""
     place = item.block * shape.block
-    own, held = item.tile.start - place, item.tile.kv_len - place
+    own, filled = item.tile.start - place, item.tile.kv_len - place
 
     def widen(part: Ref) -> None:
         def cut(values: jax.Array) -> jax.Array:
             if part is memory.keys or seen is None:
                 return values
-            return jnp.where(iota(values.shape, 0) < held, values, jnp.zeros_like(values))
+            return jnp.where(iota(values.shape, 0) < filled, values, jnp.zeros_like(values))
 
         def merged(old: jax.Array, columns: tuple[Any, ...]) -> jax.Array:
-            new = wide(part, item.new_slot, columns)
+            new = wide(part, item.new_stage, columns)
             return cut(jnp.where(iota(old.shape, 0) < own, old, new))
 
-        put = functools.partial(put_widened, memory, shape, group, part, item.slot)
+        put = functools.partial(put_widened, memory, shape, group, part, item.stage)
         pl.when(item.merges)(lambda: put(merged))
         pl.when(jnp.logical_not(item.merges))(lambda: put(lambda old, _: cut(old)))
 
     def values_ready() -> None:
-        _await(memory, item, memory.values_here)
+        _await(memory, item, memory.values_loaded)
         widen(memory.values)
-        _let_go(memory, item, memory.values_done)
+        _release(memory, item, memory.values_released)
 
-    _await(memory, item, memory.keys_here)
+    _await(memory, item, memory.keys_loaded)
     widen(memory.keys)
-    _let_go(memory, item, memory.keys_done)
+    _release(memory, item, memory.keys_released)
     here = memory.widened.at[group]
     return Block(seen, here, here, lambda: None, values_ready, lambda: None)
 
@@ -157,13 +159,13 @@ def _prompt_queries(memory: Memory, shape: Shape, group: jax.Array, tile: Tile) 
     plgpu.copy_gmem_to_smem(
         memory.q.at[tile.head, pl.ds(row, ROWS)],
         memory.queries.at[group],
-        memory.queries_here.at[group],
+        memory.queries_loaded.at[group],
     )
-    plgpu.barrier_wait(memory.queries_here.at[group])
+    plgpu.barrier_wait(memory.queries_loaded.at[group])
 
 
 def compute_prompt(
-    memory: Memory, shape: Shape, group: jax.Array, item: jax.Array, stage: jax.Array
+    memory: Memory, shape: Shape, group: jax.Array, item: jax.Array, used: jax.Array
 ) -> jax.Array:
     """Both warpgroups see all blocks of the item; returns the number of stages used so far."""
     tile = prompt_item(memory, shape, item)
@@ -175,7 +177,7 @@ def compute_prompt(
     stages = jnp.int32(shape.stages)
 
     def step(block: jax.Array, carry: tuple[jax.Array, Sums], *, masked: bool):
-        stage, sums = carry
+        used, sums = carry
         merges = (block == edge) & (straddles > 0)
         seen = None
         if masked:
@@ -186,14 +188,14 @@ def compute_prompt(
             if shape.window:
                 seen &= ahead > offset - shape.window * shape.group
         make = _widened_prompt_block if shape.widens else _prompt_block
-        item = _PromptBlock(tile, block, merges, lax.rem(stage, stages), lax.rem(stage + 1, stages))
+        item = _PromptBlock(tile, block, merges, lax.rem(used, stages), lax.rem(used + 1, stages))
         ready = make(memory, shape, group, item, seen)
         sums = attend(memory, shape, group, ready, sums, turns=turns)
-        return stage + 1 + merges.astype(jnp.int32), sums
+        return used + 1 + merges.astype(jnp.int32), sums
 
     whole = lax.div(tile.position, jnp.int32(shape.block))
     left = tile.first
-    carry = (stage, empty(shape))
+    carry = (used, empty(shape))
     if turns:
         pl.when(group == 1)(lambda: take_turn(memory))
 
@@ -204,14 +206,14 @@ def compute_prompt(
         carry = lax.fori_loop(tile.first, left, masked, carry)
     right = jnp.clip(whole, left, tile.end)
     carry = lax.fori_loop(left, right, plain, carry)
-    stage, (out, _, total) = lax.fori_loop(right, tile.end, masked, carry)
+    used, (out, _, total) = lax.fori_loop(right, tile.end, masked, carry)
 
     if turns:
         pl.when(group == 0)(lambda: take_turn(memory))
     else:  # so that the first warpgroup is not ahead by more than a patch
         take_turn(memory)
-    out = out / rows_of(total, shape.head_dim)
+    out = out / broadcast_rows(total, shape.head_dim)
     number = jnp.clip(tile.number - group * shape.tile, 0, shape.tile)
     first = tile.token + group * shape.tile
     store_outputs(memory, shape, group, tile, (first, number), out)
-    return stage
+    return used

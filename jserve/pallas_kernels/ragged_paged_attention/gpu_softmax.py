@@ -25,7 +25,7 @@ def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
-def rows_of(values: jax.Array, columns: int) -> jax.Array:
+def broadcast_rows(values: jax.Array, columns: int) -> jax.Array:
     """[64] as [64, columns]."""
     return lax.broadcast_in_dim(values, (ROWS, columns), [0])
 
@@ -63,22 +63,24 @@ def attend(
     """Adds one block to the running softmax (Milakov and Gimelshein, 2018), in powers of 2."""
     out, peak, total = sums
 
-    def scores_of(scores: Ref) -> jax.Array:
+    def multiply_keys(scores: Ref) -> jax.Array:
         keys = plgpu.transpose_ref(block.keys, (1, 0))
         plgpu.wgmma(scores, memory.queries.at[group], keys)
         if turns:
             take_turn(memory)
         return scores[...]
 
-    scores = pl.run_scoped(scores_of, plgpu.WGMMAAccumulatorRef((ROWS, shape.block), jnp.float32))
+    scores = pl.run_scoped(
+        multiply_keys, plgpu.WGMMAAccumulatorRef((ROWS, shape.block), jnp.float32)
+    )
     block.keys_used()
     if block.seen is not None:
         scores = jnp.where(block.seen, scores, _MASKED)
     new_peak = jnp.maximum(peak, jnp.max(scores, axis=1) * LOG2E)
     fade = jnp.exp2(peak - new_peak)
-    weights = jnp.exp2(scores * LOG2E - rows_of(new_peak, shape.block))
+    weights = jnp.exp2(scores * LOG2E - broadcast_rows(new_peak, shape.block))
     total = total * fade + jnp.sum(weights, axis=1)
-    out = out * rows_of(fade, shape.head_dim)
+    out = out * broadcast_rows(fade, shape.head_dim)
     narrow = weights.astype(shape.dtype)
     if turns:
         out, total, new_peak, narrow = lax.optimization_barrier((out, total, new_peak, narrow))
@@ -129,9 +131,9 @@ def store_outputs(
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def wide(part: Ref, slot: jax.Array, columns: tuple[Any, ...]) -> jax.Array:
+def wide(part: Ref, stage: jax.Array, columns: tuple[Any, ...]) -> jax.Array:
     """Some columns of K or V of a stage in float16, which holds every float8_e4m3fn."""
-    narrow = plgpu.layout_cast(part[slot, *columns], plgpu.Layout.WGMMA_UPCAST_2X)
+    narrow = plgpu.layout_cast(part[stage, *columns], plgpu.Layout.WGMMA_UPCAST_2X)
     return plgpu.layout_cast(narrow.astype(jnp.float16), plgpu.Layout.WGMMA)
 
 
@@ -140,11 +142,11 @@ def put_widened(
     shape: Shape,
     group: jax.Array,
     part: Ref,
-    slot: jax.Array,
+    stage: jax.Array,
     change: Callable[[jax.Array, tuple[Any, ...]], jax.Array],
 ) -> None:
     """Widens a stage, changes it, and leaves it where this warpgroup's products read it."""
     for column in range(0, shape.head_dim, shape.lines):
         columns = (slice(None), pl.ds(column, shape.lines))
-        memory.widened[group, *columns] = change(wide(part, slot, columns), columns)
+        memory.widened[group, *columns] = change(wide(part, stage, columns), columns)
     plgpu.commit_smem()

@@ -44,8 +44,8 @@ def ragged_paged_attention(
     if window:
         seen &= age < window
     # Memory that no token may see can hold anything, NaN included.
-    held = (place < batch.kv_lens[:, None])[None, :, :, None, None]
-    keys, values = jnp.where(held, kv, 0).astype(jnp.float32)[:, row]
+    written = (place < batch.kv_lens[:, None])[None, :, :, None, None]
+    keys, values = jnp.where(written, kv, 0).astype(jnp.float32)[:, row]
 
     grouped = q.astype(jnp.float32).reshape(tokens, kv_heads, q_heads // kv_heads, head_dim)
     scores = jnp.einsum("tkgd,tckd->tkgc", grouped, keys)

@@ -51,8 +51,8 @@ from jserve.pallas_kernels.ragged_paged_attention.tpu_items import (
     Shape,
     advance,
     first_item,
+    make_shape,
     next_live,
-    shape_of,
 )
 from jserve.pallas_kernels.tpu_generation import OTHER, generation_in_use
 
@@ -78,7 +78,7 @@ def _each_page(
     rows: Rows,
     shape: Shape,
     item: Item,
-    slot: jax.Array,
+    buffer: jax.Array,
     act: Callable[[Any], None],
 ) -> None:
     """Acts on the copy of each page of an item's block that the tile sees."""
@@ -87,14 +87,14 @@ def _each_page(
 
     def copy(page: jax.Array, _: None) -> None:
         index = rows.table[item.row * shape.pages_per_row + page]
-        act(page_copy(memory, shape, index, slot, page - start))
+        act(page_copy(memory, shape, index, buffer, page - start))
 
     lax.fori_loop(
         jnp.maximum(start, item.page), jnp.minimum(start + per_block, item.end_page), copy, None
     )
 
 
-def _silence(memory: Memory, shape: Shape, item: Item, slot: jax.Array) -> None:
+def _silence(memory: Memory, shape: Shape, item: Item, buffer: jax.Array) -> None:
     """Zeroes V that was never written or never loaded: a weight of zero does not silence NaN."""
     start = item.block * shape.block
     seen_from = item.page * shape.page_size
@@ -103,11 +103,11 @@ def _silence(memory: Memory, shape: Shape, item: Item, slot: jax.Array) -> None:
     def _() -> None:
         plane = shape.plane(shape.block)
         position = start + lax.broadcasted_iota(jnp.int32, plane, shape.token_axis)
-        held = (position <= item.last) & (position >= seen_from)
+        seen = (position <= item.last) & (position >= seen_from)
 
         def clean(head: jax.Array) -> None:
-            values = memory.kv[slot, 1, head].astype(jnp.float32)
-            memory.kv[slot, 1, head] = jnp.where(held, values, 0.0).astype(memory.kv.dtype)
+            values = memory.kv[buffer, 1, head].astype(jnp.float32)
+            memory.kv[buffer, 1, head] = jnp.where(seen, values, 0.0).astype(memory.kv.dtype)
 
         each_head(shape.kv_heads, clean)
 
@@ -117,8 +117,8 @@ def _attend(
     part: _Part,
     shape: Shape,
     item: Item,
-    slot: jax.Array,
-    q_slot: jax.Array,
+    buffer: jax.Array,
+    q_buffer: jax.Array,
     position: jax.Array,  # [queries, block] of each query; below zero: sees nothing
 ) -> None:
     """Adds one block to the running softmax of a tile (Milakov and Gimelshein, 2018)."""
@@ -130,9 +130,9 @@ def _attend(
         seen &= age < shape.window
 
     def head_step(head: jax.Array) -> None:
-        q = part.q_buffers[q_slot, head].reshape(queries, shape.head_dim)
-        keys = memory.kv[slot, 0, head].astype(q.dtype)
-        values = memory.kv[slot, 1, head].astype(q.dtype)
+        q = part.q_buffers[q_buffer, head].reshape(queries, shape.head_dim)
+        keys = memory.kv[buffer, 0, head].astype(q.dtype)
+        values = memory.kv[buffer, 1, head].astype(q.dtype)
         scores = lax.dot_general(
             q,
             keys,
@@ -172,9 +172,9 @@ class _Routine(NamedTuple):
 
     part: _Part
     decode: bool
-    fetch: Callable[[Item, jax.Array, Callable[[Any], None]], None]  # the copies into q_slot
+    fetch: Callable[[Item, jax.Array, Callable[[Any], None]], None]  # the copies into q_buffer
     attend: Callable[[Item, jax.Array, jax.Array], None]
-    store: Callable[[Item, jax.Array], None]  # a tile's outputs, into the buffer q_slot
+    store: Callable[[Item, jax.Array], None]  # a tile's outputs, into the buffer q_buffer
     out_copy: Callable[[Item, jax.Array], Any]
 
 
@@ -197,40 +197,40 @@ def _walk(
         routine.fetch(opening, zero, lambda copy: copy.start())
 
     def step(carry: tuple[Item, jax.Array, jax.Array]) -> tuple[Item, jax.Array, jax.Array]:
-        item, slot, q_slot = carry
+        item, buffer, q_buffer = carry
         following = advance(rows, shape, item, end, decode=decode)
         closes = item.block == item.last_block
 
         @pl.when(following.row < end)
         def _() -> None:
-            _each_page(memory, rows, shape, following, 1 - slot, lambda copy: copy.start())
+            _each_page(memory, rows, shape, following, 1 - buffer, lambda copy: copy.start())
 
             @pl.when(closes)
             def _() -> None:
-                routine.fetch(following, 1 - q_slot, lambda copy: copy.start())
+                routine.fetch(following, 1 - q_buffer, lambda copy: copy.start())
 
         @pl.when(item.block == item.first_block)
         def _() -> None:
-            routine.fetch(item, q_slot, lambda copy: copy.wait())
+            routine.fetch(item, q_buffer, lambda copy: copy.wait())
             _reset(routine.part)
 
-        _each_page(memory, rows, shape, item, slot, lambda copy: copy.wait())
-        _silence(memory, shape, item, slot)
-        routine.attend(item, slot, q_slot)
+        _each_page(memory, rows, shape, item, buffer, lambda copy: copy.wait())
+        _silence(memory, shape, item, buffer)
+        routine.attend(item, buffer, q_buffer)
 
         @pl.when(closes)
         def _() -> None:
-            settle(memory, q_slot, routine.out_copy(item, q_slot))
-            routine.store(item, q_slot)
-            routine.out_copy(item, q_slot).start()
-            memory.pending[q_slot] = 1
+            settle(memory, q_buffer, routine.out_copy(item, q_buffer))
+            routine.store(item, q_buffer)
+            routine.out_copy(item, q_buffer).start()
+            memory.pending[q_buffer] = 1
 
-        return following, 1 - slot, jnp.where(closes, 1 - q_slot, q_slot)
+        return following, 1 - buffer, jnp.where(closes, 1 - q_buffer, q_buffer)
 
     last = lax.while_loop(lambda carry: carry[0].row < end, step, (opening, zero, zero))[0]
-    for slot in (0, 1):
+    for buffer in (0, 1):
         harmless = last._replace(token=jnp.int32(0))
-        settle(memory, jnp.int32(slot), routine.out_copy(harmless, jnp.int32(slot)))
+        settle(memory, jnp.int32(buffer), routine.out_copy(harmless, jnp.int32(buffer)))
 
 
 def _column(row: jax.Array) -> jax.Array:
@@ -247,62 +247,62 @@ def _decode_routine(
 ) -> _Routine:
     """Rows of one token: q and out are [tokens, kv_heads, group, head_dim]."""
 
-    def fetch(item: Item, slot: jax.Array, act: Callable[[Any], None]) -> None:
-        ready = memory.q_ready.at[slot]
-        act(pltpu.make_async_copy(part.q.at[item.token], part.q_buffers.at[slot], ready))
-        act(pltpu.make_async_copy(new.at[item.token], new_buffers.at[slot], ready))
+    def fetch(item: Item, buffer: jax.Array, act: Callable[[Any], None]) -> None:
+        ready = memory.q_ready.at[buffer]
+        act(pltpu.make_async_copy(part.q.at[item.token], part.q_buffers.at[buffer], ready))
+        act(pltpu.make_async_copy(new.at[item.token], new_buffers.at[buffer], ready))
 
-    def strip_copy(item: Item, slot: jax.Array) -> Any:
+    def strip_copy(item: Item, buffer: jax.Array) -> Any:
         page = rows.table[item.row * shape.pages_per_row + item.last // shape.page_size]
         source = pl.multiple_of(item.last % shape.block // shape.strip * shape.strip, shape.strip)
         target = item.last % shape.page_size // shape.strip * shape.strip
         target = pl.multiple_of(target, shape.strip)
         return pltpu.make_async_copy(
-            memory.kv.at[slot, :, :, *shape.span(source, shape.strip)],
+            memory.kv.at[buffer, :, :, *shape.span(source, shape.strip)],
             memory.pages.at[page, :, :, *shape.span(target, shape.strip)],
             memory.written.at[0],
         )
 
-    def merge(item: Item, slot: jax.Array, q_slot: jax.Array) -> None:
+    def merge(item: Item, buffer: jax.Array, q_buffer: jax.Array) -> None:
         place = item.last % shape.block
         start = pl.multiple_of(place // shape.strip * shape.strip, shape.strip)
         index = lax.broadcasted_iota(jnp.int32, shape.plane(shape.strip), shape.token_axis)
         for half, head in itertools.product((0, 1), range(shape.kv_heads)):
-            strip = (slot, half, head, *shape.span(start, shape.strip))
-            token = new_buffers[q_slot, pl.ds(half * shape.kv_heads + head, 1), :]
+            strip = (buffer, half, head, *shape.span(start, shape.strip))
+            token = new_buffers[q_buffer, pl.ds(half * shape.kv_heads + head, 1), :]
             if shape.transposed:
                 token = _column(token)
             old = memory.kv[strip]
             merged = jnp.where(index == place - start, token, old.astype(jnp.float32))
             memory.kv[strip] = merged.astype(old.dtype)
 
-    def attend(item: Item, slot: jax.Array, q_slot: jax.Array) -> None:
+    def attend(item: Item, buffer: jax.Array, q_buffer: jax.Array) -> None:
         closes = item.block == item.last_block
 
         @pl.when(closes)
         def _() -> None:
-            merge(item, slot, q_slot)
-            strip_copy(item, slot).start()
+            merge(item, buffer, q_buffer)
+            strip_copy(item, buffer).start()
 
         position = jnp.full((part.sums.shape[1], shape.block), item.origin, jnp.int32)
-        _attend(memory, part, shape, item, slot, q_slot, position)
+        _attend(memory, part, shape, item, buffer, q_buffer, position)
 
         @pl.when(closes)
         def _() -> None:
-            strip_copy(item, slot).wait()  # before the buffer takes another block
+            strip_copy(item, buffer).wait()  # before the buffer takes another block
 
-    def store(item: Item, q_slot: jax.Array) -> None:
+    def store(item: Item, q_buffer: jax.Array) -> None:
         del item
 
         def head_store(head: jax.Array) -> None:
             out = part.sums[head] / jnp.maximum(part.total[head][:, :1], 1e-30)
-            part.out_buffers[q_slot, head] = out.astype(part.out_buffers.dtype)
+            part.out_buffers[q_buffer, head] = out.astype(part.out_buffers.dtype)
 
         each_head(shape.kv_heads, head_store)
 
-    def out_copy(item: Item, q_slot: jax.Array) -> Any:
+    def out_copy(item: Item, q_buffer: jax.Array) -> Any:
         return pltpu.make_async_copy(
-            part.out_buffers.at[q_slot], part.out.at[item.token], memory.out_done.at[q_slot]
+            part.out_buffers.at[q_buffer], part.out.at[item.token], memory.out_done.at[q_buffer]
         )
 
     return _Routine(part, True, fetch, attend, store, out_copy)
@@ -316,34 +316,34 @@ def _prompt_routine(
     def tokens(item: Item, size: int) -> Any:
         return pl.ds(pl.multiple_of(item.token, shape.query_strip), size)
 
-    def fetch(item: Item, slot: jax.Array, act: Callable[[Any], None]) -> None:
+    def fetch(item: Item, buffer: jax.Array, act: Callable[[Any], None]) -> None:
         source = part.q.at[:, :, tokens(item, shape.tile), :]
-        act(pltpu.make_async_copy(source, part.q_buffers.at[slot], memory.q_ready.at[slot]))
+        act(pltpu.make_async_copy(source, part.q_buffers.at[buffer], memory.q_ready.at[buffer]))
 
-    def attend(item: Item, slot: jax.Array, q_slot: jax.Array) -> None:
+    def attend(item: Item, buffer: jax.Array, q_buffer: jax.Array) -> None:
         lane = lax.broadcasted_iota(jnp.int32, (shape.group, shape.tile, shape.block), 1)
         own = (lane >= item.first) & (lane < item.end)
         position = jnp.where(own, item.origin + lane, -1)
         position = position.reshape(shape.group * shape.tile, shape.block)
-        _attend(memory, part, shape, item, slot, q_slot, position)
+        _attend(memory, part, shape, item, buffer, q_buffer, position)
 
-    def out_copy(item: Item, q_slot: jax.Array) -> Any:
+    def out_copy(item: Item, q_buffer: jax.Array) -> Any:
         target = part.out.at[:, :, tokens(item, shape.tile), :]
         return pltpu.make_async_copy(
-            part.out_buffers.at[q_slot], target, memory.out_done.at[q_slot]
+            part.out_buffers.at[q_buffer], target, memory.out_done.at[q_buffer]
         )
 
-    def store(item: Item, q_slot: jax.Array) -> None:
+    def store(item: Item, q_buffer: jax.Array) -> None:
         # The tile before may hang over into this row, and this row's first strip may hold
         # tokens of the rows before it.
         @pl.when(item.tile == 0)
         def _() -> None:
-            settle(memory, 1 - q_slot, out_copy(item, 1 - q_slot))
+            settle(memory, 1 - q_buffer, out_copy(item, 1 - q_buffer))
 
         def head_store(head: jax.Array) -> None:
             out = part.sums[head] / jnp.maximum(part.total[head][:, :1], 1e-30)
             out = out.reshape(shape.group, shape.tile, shape.head_dim)
-            part.out_buffers[q_slot, head] = out.astype(part.out_buffers.dtype)
+            part.out_buffers[q_buffer, head] = out.astype(part.out_buffers.dtype)
 
         each_head(shape.kv_heads, head_store)
 
@@ -357,7 +357,7 @@ def _prompt_routine(
             neighbour = lax.broadcasted_iota(jnp.int32, strip, 1) < item.first
 
             def head_keep(head: jax.Array) -> None:
-                at = (q_slot, head, slice(None), pl.ds(0, shape.query_strip), slice(None))
+                at = (q_buffer, head, slice(None), pl.ds(0, shape.query_strip), slice(None))
                 mine = part.out_buffers[at].astype(jnp.float32)
                 both = jnp.where(neighbour, kept[head].astype(jnp.float32), mine)
                 part.out_buffers[at] = both.astype(part.out_buffers.dtype)
@@ -480,7 +480,7 @@ def ragged_paged_attention(
     """
     generation = generation or generation_in_use()
     blocks = blocks_for(generation)
-    shape = shape_of(q, pages, batch, window, blocks)
+    shape = make_shape(q, pages, batch, window, blocks)
     if shape.transposed:
         pages = pages.swapaxes(3, 4)
     elif shape.head_dim < LANES and generation != OTHER:
@@ -493,14 +493,14 @@ def ragged_paged_attention(
         )
     operands = [*_decode_operands(q, k, v, shape)]
     tiles: list[tuple[int, ...]] = [(shape.decode_group, shape.head_dim)]
-    news: list[tuple[int, ...]] = [(2 * shape.kv_heads, shape.head_dim)]
+    new_shapes: list[tuple[int, ...]] = [(2 * shape.kv_heads, shape.head_dim)]
     scratch_end: list[Any] = []
     if prompts:
         operands += _prompt_operands(q, k, v, shape)
         tiles.append((shape.group, shape.tile, shape.head_dim))
         new_tokens = shape.page_size + shape.fresh_strip
         plane = (shape.lanes, new_tokens) if shape.transposed else (new_tokens, shape.lanes)
-        news.append((2, shape.kv_heads * shape.columns, *plane))
+        new_shapes.append((2, shape.kv_heads * shape.columns, *plane))
         strip = (shape.kv_heads, shape.group, shape.query_strip, shape.head_dim)
         scratch_end = [pltpu.VMEM(strip, q.dtype), pltpu.SemaphoreType.DMA((1,))]
     scalars = (
@@ -514,7 +514,7 @@ def ragged_paged_attention(
     pair = pltpu.SemaphoreType.DMA((2,))
     scratch = [pltpu.VMEM(block, pages.dtype), pair, pair, pair, pltpu.SemaphoreType.DMA((1,))]
     scratch.append(pltpu.SMEM((2,), jnp.int32))
-    for tile, new in zip(tiles, news, strict=True):
+    for tile, new in zip(tiles, new_shapes, strict=True):
         scratch += _scratch(shape, q.dtype, tile, new)
     out_shapes = [jax.ShapeDtypeStruct(part.shape, q.dtype) for part in operands[::2]]
     hbm = pl.BlockSpec(memory_space=pl.ANY)

@@ -26,21 +26,21 @@ class Memory(NamedTuple):
 
 
 def page_copy(
-    memory: Memory, shape: Shape, page: jax.Array, slot: jax.Array, place: jax.Array
+    memory: Memory, shape: Shape, page: jax.Array, buffer: jax.Array, place: jax.Array
 ) -> Any:
     """The copy of a whole page into one of the buffers, as its page number `place`."""
     start = pl.multiple_of(place * shape.page_size, shape.page_size)
-    into = memory.kv.at[slot, :, :, *shape.span(start, shape.page_size)]
-    return pltpu.make_async_copy(memory.pages.at[page], into, memory.kv_ready.at[slot])
+    into = memory.kv.at[buffer, :, :, *shape.span(start, shape.page_size)]
+    return pltpu.make_async_copy(memory.pages.at[page], into, memory.kv_ready.at[buffer])
 
 
-def settle(memory: Memory, slot: jax.Array, copy: Any) -> None:
+def settle(memory: Memory, buffer: jax.Array, copy: Any) -> None:
     """Waits for the last copy out of a buffer, if there was one; `copy` has its size."""
 
-    @pl.when(memory.pending[slot] == 1)
+    @pl.when(memory.pending[buffer] == 1)
     def _() -> None:
         copy.wait()
-        memory.pending[slot] = 0
+        memory.pending[buffer] = 0
 
 
 def each_head(heads: int, act: Callable[[jax.Array], None], at_once: int = 8) -> None:
@@ -96,27 +96,27 @@ def fill_pages(
             lambda: opening(fill.row + 1),
         )
 
-    def page_of(fill: _Fill) -> jax.Array:
+    def page_at(fill: _Fill) -> jax.Array:
         return rows.table[fill.row * shape.pages_per_row + fill.page]
 
     def is_partial(fill: _Fill) -> jax.Array:
         return fill.page * size < fill.start
 
-    def fetch(fill: _Fill, slot: jax.Array, act: Callable[[Any], None]) -> None:
+    def fetch(fill: _Fill, buffer: jax.Array, act: Callable[[Any], None]) -> None:
         source = (fill.source + fill.page * size) // unit * unit
         source = shape.span(pl.multiple_of(source, unit), size + unit)
-        ready = memory.q_ready.at[slot]
-        act(pltpu.make_async_copy(new.at[:, :, *source], new_buffers.at[slot], ready))
+        ready = memory.q_ready.at[buffer]
+        act(pltpu.make_async_copy(new.at[:, :, *source], new_buffers.at[buffer], ready))
 
         @pl.when(is_partial(fill))
         def _() -> None:
-            act(page_copy(memory, shape, page_of(fill), slot, jnp.int32(0)))
+            act(page_copy(memory, shape, page_at(fill), buffer, jnp.int32(0)))
 
-    def write_copy(page: jax.Array, slot: jax.Array) -> Any:
-        source = memory.kv.at[slot, :, :, *shape.span(0, size)]
-        return pltpu.make_async_copy(source, memory.pages.at[page], memory.out_done.at[slot])
+    def write_copy(page: jax.Array, buffer: jax.Array) -> Any:
+        source = memory.kv.at[buffer, :, :, *shape.span(0, size)]
+        return pltpu.make_async_copy(source, memory.pages.at[page], memory.out_done.at[buffer])
 
-    def merge(fill: _Fill, slot: jax.Array) -> None:
+    def merge(fill: _Fill, buffer: jax.Array) -> None:
         shift = (fill.source + fill.page * size) % unit
         axis = shape.token_axis
         plane = (shape.lanes, size) if shape.transposed else (size, shape.lanes)
@@ -124,14 +124,14 @@ def fill_pages(
 
         def head_merge(head: jax.Array) -> None:
             for half, column in itertools.product((0, 1), range(shape.columns)):
-                at = (slot, half, head * shape.columns + column)
+                at = (buffer, half, head * shape.columns + column)
                 if shape.transposed:
                     fresh = pltpu.roll(new_buffers[at], size + unit - shift, 1)[:, :size]
-                    place = (slot, half, head, *shape.span(0, size))
+                    place = (buffer, half, head, *shape.span(0, size))
                 else:
                     fresh = new_buffers[*at, pl.ds(shift, size), :]
                     lanes = pl.ds(column * shape.lanes, shape.lanes)
-                    place = (slot, half, head, pl.ds(0, size), lanes)
+                    place = (buffer, half, head, pl.ds(0, size), lanes)
                 old = memory.kv[place]
                 both = jnp.where(is_new, fresh, old.astype(jnp.float32))
                 memory.kv[place] = both.astype(old.dtype)
@@ -145,20 +145,20 @@ def fill_pages(
         fetch(first, jnp.int32(0), lambda copy: copy.start())
 
     def step(carry: tuple[_Fill, jax.Array]) -> tuple[_Fill, jax.Array]:
-        fill, slot = carry
+        fill, buffer = carry
         following = advance(fill)
 
         @pl.when(following.row < end)
         def _() -> None:
-            settle(memory, 1 - slot, write_copy(jnp.int32(0), 1 - slot))
-            fetch(following, 1 - slot, lambda copy: copy.start())
+            settle(memory, 1 - buffer, write_copy(jnp.int32(0), 1 - buffer))
+            fetch(following, 1 - buffer, lambda copy: copy.start())
 
-        fetch(fill, slot, lambda copy: copy.wait())
-        merge(fill, slot)
-        write_copy(page_of(fill), slot).start()
-        memory.pending[slot] = 1
-        return following, 1 - slot
+        fetch(fill, buffer, lambda copy: copy.wait())
+        merge(fill, buffer)
+        write_copy(page_at(fill), buffer).start()
+        memory.pending[buffer] = 1
+        return following, 1 - buffer
 
     lax.while_loop(lambda carry: carry[0].row < end, step, (first, jnp.int32(0)))
-    for slot in (0, 1):
-        settle(memory, jnp.int32(slot), write_copy(jnp.int32(0), jnp.int32(slot)))
+    for buffer in (0, 1):
+        settle(memory, jnp.int32(buffer), write_copy(jnp.int32(0), jnp.int32(buffer)))

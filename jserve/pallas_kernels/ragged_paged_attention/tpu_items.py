@@ -77,7 +77,7 @@ def _sublanes(dtype: jnp.dtype) -> int:
     return SUBLANES * 4 // jnp.dtype(dtype).itemsize
 
 
-def shape_of(
+def make_shape(
     q: jax.Array, pages: jax.Array, batch: RaggedBatch, window: int, blocks: Blocks
 ) -> Shape:
     """Sizes for these arguments. Raises ValueError for what the kernel cannot hold."""
@@ -87,7 +87,7 @@ def shape_of(
     if rows * (pages_per_row + 3) > _SMEM_INTS:
         raise ValueError(
             f"a page table of {rows} rows of {pages_per_row} pages is too large for scalar "
-            f"memory, which holds {_SMEM_INTS} numbers; take larger pages or fewer slots"
+            f"memory, which holds {_SMEM_INTS} numbers; take larger pages or fewer buffers"
         )
     if page_size % SUBLANES:
         raise ValueError(f"page_size {page_size} is no multiple of {SUBLANES}")

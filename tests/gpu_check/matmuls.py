@@ -1,6 +1,6 @@
 """Products on the GPU itself: against float64, and that a row's bits depend on nothing but it.
 
-python3 -m tests.gpu_check.products
+python3 -m tests.gpu_check.matmuls
 """
 
 import functools

@@ -10,8 +10,8 @@
 //
 // Runs are added up in order, so long sums err less, and every output is made in one order whatever
 // the number of rows: results do not depend on what else is in a batch.
-#ifndef JSERVE_NATIVE_PANEL_PRODUCT_H_
-#define JSERVE_NATIVE_PANEL_PRODUCT_H_
+#ifndef JSERVE_NATIVE_PANEL_MATMUL_H_
+#define JSERVE_NATIVE_PANEL_MATMUL_H_
 
 #include <algorithm>
 #include <cstdint>
@@ -149,4 +149,4 @@ inline void Multiply(const float* x, int64_t rows, int64_t in_dim, const Block& 
 
 }  // namespace jserve
 
-#endif  // JSERVE_NATIVE_PANEL_PRODUCT_H_
+#endif  // JSERVE_NATIVE_PANEL_MATMUL_H_

@@ -1,8 +1,8 @@
 """Products with quantized weights, and with experts, beside what memory and matrix units can do.
 
-    python -m benchmarks.kernels.products
-    python -m benchmarks.kernels.products --only "qwen3_30b" --backends gpu cpu
-    python -m benchmarks.kernels.products --only "llama_8b o, 8 rows" --weights_mib 64 --turns 3
+    python -m benchmarks.kernels.matmuls
+    python -m benchmarks.kernels.matmuls --only "qwen3_30b" --backends gpu cpu
+    python -m benchmarks.kernels.matmuls --only "llama_8b o, 8 rows" --weights_mib 64 --turns 3
 
 The shapes are `MODEL_CASES` of the two ops; backend `cpu` is XLA's code, which makes floats of
 weights first. Beside them: XLA with weights in bfloat16, and kernels of libraries (see
