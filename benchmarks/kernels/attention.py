@@ -47,7 +47,7 @@ class Cell:
     chunk: int
     us: float  # a layer
     bytes_share: float  # of the better stream
-    operations_share: float  # of the matrix product
+    operations_share: float  # of the matmul
 
 
 def parse() -> argparse.Namespace:

@@ -36,13 +36,13 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """How often something is measured."""
+    """Numbers of runs and turns of a measurement."""
 
     number: int  # of which the median counts
     runs: int = 1  # in each, one after the other: only the first one's start is waited for
 
     def median_ms(self, run: Callable[[], Any]) -> float:
-        """Of one run, after one that compiles."""
+        """Seconds of one run, after one that compiles."""
         jax.block_until_ready(run())
         seconds: list[float] = []
         for _ in range(self.number):
@@ -114,7 +114,7 @@ def time_library(
 
 
 def _next(q: jax.Array, out: jax.Array) -> jax.Array:
-    """What the next layer asks, so that it waits for this one."""
+    """Queries of the next layer, made so that it waits for this one."""
     return (q + 1e-3 * out).astype(q.dtype)
 
 

@@ -18,7 +18,7 @@ from jax import lax
 from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
 
-# What theirs may raise; it must not end our benchmark. JAX's own errors are of these, too.
+# Errors a library may raise without ending the benchmark; JAX's own errors are among them.
 FAILURES = (
     *(ImportError, AttributeError, AssertionError),
     *(TypeError, ValueError, NotImplementedError, RuntimeError),
@@ -34,8 +34,8 @@ class AttentionLibrary(NamedTuple):
     attend: Callable[[jax.Array, Any, RaggedBatch], jax.Array]  # of scaled queries
 
 
-class ProductLibrary(NamedTuple):
-    """Products of rows with one weight, or with a stack of them."""
+class MatmulLibrary(NamedTuple):
+    """A library's matmul of rows with one weight or a stack of weights."""
 
     name: str
     lay_out: Callable[[Any], Any]  # from what ours takes
@@ -45,7 +45,7 @@ class ProductLibrary(NamedTuple):
 def attention_libraries(
     platform: str, head_dim: int, window: int, lengths: Sequence[tuple[int, int]]
 ) -> tuple[AttentionLibrary, ...]:
-    """Those that can attend so in bfloat16; `lengths`: tokens before, new ones of each row."""
+    """Libraries that can attend so in bfloat16; `lengths` are (before, new) tokens by row."""
     if platform == "tpu":
         return (_tpu_ragged(window),) if head_dim % 128 == 0 else ()
     if platform != "gpu" or window:
@@ -59,10 +59,10 @@ def attention_libraries(
     return _CUDNN_PROMPT, _TOKAMAX_PROMPT, *map(_mosaic_prompt, blocks)
 
 
-def product_libraries(
+def matmul_libraries(
     platform: str, codes: jnp.dtype, rows: int, in_dim: int, out_dims: Sequence[int]
-) -> tuple[ProductLibrary, ...]:
-    """Those that can multiply rows of bfloat16 by such weights."""
+) -> tuple[MatmulLibrary, ...]:
+    """Libraries that can multiply rows of bfloat16 by such weights."""
     if platform != "gpu" or codes != jnp.int8:
         return (_PLAIN,)
     tiles = [
@@ -73,8 +73,8 @@ def product_libraries(
     return _PLAIN, *(_mixed(*tile) for tile in tiles)
 
 
-def expert_libraries(platform: str, sizes: jax.Array) -> tuple[ProductLibrary, ...]:
-    """Those that can multiply by stacks [experts, out, in] of bfloat16."""
+def expert_libraries(platform: str, sizes: jax.Array) -> tuple[MatmulLibrary, ...]:
+    """Libraries that can multiply by stacks [experts, out, in] of bfloat16."""
     if platform == "gpu":
         tiles = ((64, 64), (64, 128), (128, 128))
         return _ragged(sizes), _tokamax_ragged(sizes), *(_mosaic_ragged(sizes, *t) for t in tiles)
@@ -211,10 +211,10 @@ def _plain(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 # Without quantization: what 8 bits must beat.
-_PLAIN = ProductLibrary("XLA, bfloat16 weights", _floats, _plain)
+_PLAIN = MatmulLibrary("XLA, bfloat16 weights", _floats, _plain)
 
 
-def _mixed(outputs: int, rows: int, inputs: int) -> ProductLibrary:
+def _mixed(outputs: int, rows: int, inputs: int) -> MatmulLibrary:
     """With tiles of so many."""
 
     def multiply(x: jax.Array, weight: ChannelMatrix) -> jax.Array:
@@ -230,30 +230,30 @@ def _mixed(outputs: int, rows: int, inputs: int) -> ProductLibrary:
         return (y * weight.scales[:, None]).T
 
     name = f"pallas.ops mixed_matmul, {outputs}, {rows}, {inputs}"
-    return ProductLibrary(name, lambda weight: weight, multiply)
+    return MatmulLibrary(name, lambda weight: weight, multiply)
 
 
-def _ragged(sizes: jax.Array) -> ProductLibrary:
+def _ragged(sizes: jax.Array) -> MatmulLibrary:
     def multiply(x: jax.Array, stack: jax.Array) -> jax.Array:
         return lax.ragged_dot(x, stack, sizes, preferred_element_type=jnp.float32)
 
-    return ProductLibrary("XLA, ragged_dot", _inputs_first, multiply)
+    return MatmulLibrary("XLA, ragged_dot", _inputs_first, multiply)
 
 
 def _inputs_first(stack: jax.Array) -> jax.Array:
     return stack.swapaxes(1, 2)
 
 
-def _tokamax_ragged(sizes: jax.Array) -> ProductLibrary:
+def _tokamax_ragged(sizes: jax.Array) -> MatmulLibrary:
     def multiply(x: jax.Array, stack: jax.Array) -> jax.Array:
         return _tokamax().ragged_dot(
             x, stack, sizes, preferred_element_type=jnp.float32, implementation="mosaic"
         )
 
-    return ProductLibrary("tokamax ragged_dot", _inputs_first, multiply)
+    return MatmulLibrary("tokamax ragged_dot", _inputs_first, multiply)
 
 
-def _mosaic_ragged(sizes: jax.Array, rows: int, outputs: int) -> ProductLibrary:
+def _mosaic_ragged(sizes: jax.Array, rows: int, outputs: int) -> MatmulLibrary:
     """With tiles of so many."""
 
     def multiply(x: jax.Array, stack: jax.Array) -> jax.Array:
@@ -270,15 +270,15 @@ def _mosaic_ragged(sizes: jax.Array, rows: int, outputs: int) -> ProductLibrary:
         )
 
     name = f"pallas.ops ragged_dot_mgpu, {rows}, {outputs}"
-    return ProductLibrary(name, lambda stack: stack, multiply)
+    return MatmulLibrary(name, lambda stack: stack, multiply)
 
 
-def _megablox(sizes: jax.Array, tiling: tuple[int, int, int]) -> ProductLibrary:
+def _megablox(sizes: jax.Array, tiling: tuple[int, int, int]) -> MatmulLibrary:
     def multiply(x: jax.Array, stack: jax.Array) -> jax.Array:
         whole = jnp.pad(x, ((0, -len(x) % tiling[0]), (0, 0)))
         return _of_jax("tpu.megablox.gmm").gmm(whole, stack, sizes, tiling=tiling)[: len(x)]
 
-    return ProductLibrary(f"pallas.ops megablox, {tiling}", _inputs_first, multiply)
+    return MatmulLibrary(f"pallas.ops megablox, {tiling}", _inputs_first, multiply)
 
 
 def agree(

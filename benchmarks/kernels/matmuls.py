@@ -1,4 +1,4 @@
-"""Products with quantized weights, and with experts, beside what memory and matrix units can do.
+"""Quantized and grouped matmuls beside what memory and matrix units can do.
 
     python -m benchmarks.kernels.matmuls
     python -m benchmarks.kernels.matmuls --only "qwen3_30b" --backends gpu cpu
@@ -8,7 +8,7 @@ The shapes are `MODEL_CASES` of the two ops; backend `cpu` is XLA's code, which 
 weights first. Beside them: XLA with weights in bfloat16, and kernels of libraries (see
 `libraries.py`), their shares counted as if they moved our bytes. A program multiplies by several
 weights one after the other, so that none is still in a cache; times are of one call, medians of
-the turns. Bytes are those of the weights that are needed, rows and products. Prints one
+the turns. Bytes are those of the weights that are needed, rows and results. Prints one
 table, one JSON line.
 """
 
@@ -25,10 +25,10 @@ from benchmarks.engine import ceilings
 from benchmarks.kernels.chained_attention import Turns
 from benchmarks.kernels.libraries import (
     FAILURES,
-    ProductLibrary,
+    MatmulLibrary,
     agree,
     expert_libraries,
-    product_libraries,
+    matmul_libraries,
 )
 from benchmarks.serving import report
 from jserve.pallas_kernels.backend import Backend, backend_for
@@ -54,7 +54,7 @@ class Cell:
     backend: str
     us: float
     bytes_share: float  # of the better stream
-    operations_share: float  # of the matrix product
+    operations_share: float  # of the matmul
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class _Problem:
     make: Callable[[jax.Array], Any]  # weights of one call, from a key
     call: Callable[[Backend, Any], tuple[jax.Array, ...]]
     x: jax.Array
-    libraries: Sequence[ProductLibrary]  # that take these shapes
+    libraries: Sequence[MatmulLibrary]  # that take these shapes
     takes: Callable[[Backend], bool]  # weights as `make` makes them
 
 
@@ -105,7 +105,7 @@ def _quantized(case: Case, codes: jnp.dtype) -> _Problem:
         make,
         call,
         x,
-        product_libraries(jax.default_backend(), codes, case.rows, case.in_dim, case.out_dims),
+        matmul_libraries(jax.default_backend(), codes, case.rows, case.in_dim, case.out_dims),
         lambda backend: True,
     )
 
@@ -141,7 +141,7 @@ def _grouped(case: GroupedCase, dtype: jnp.dtype) -> _Problem:
 
 
 def problems(only: str) -> Iterator[_Problem]:
-    """Those with `only` in their names."""
+    """Cases with `only` in their names."""
     found = [
         _quantized(case, codes) for case in MODEL_CASES for codes in CODES if only in case.name
     ]
@@ -194,7 +194,7 @@ def _best_backend() -> Backend:
 
 
 def _seconds(call: Callable[[Any], Any], weights: list[Any], turns: int) -> float:
-    """Of one call among several in a program."""
+    """Seconds of one call among several in a program."""
     run = jax.jit(lambda weights: [call(one) for one in weights])
     return Turns(turns, _RUNS).median_ms(functools.partial(run, weights)) / 1e3 / len(weights)
 
@@ -202,11 +202,11 @@ def _seconds(call: Callable[[Any], Any], weights: list[Any], turns: int) -> floa
 def _library_seconds(
     problem: _Problem,
     weights: list[Any],
-    library: ProductLibrary,
+    library: MatmulLibrary,
     expected: tuple[jax.Array, ...],
     turns: int,
 ) -> float:
-    """Likewise. Raises ValueError where the library's products are not ours."""
+    """Seconds of a library's call. Raises ValueError if its results are not ours."""
     lay_out = jax.jit(library.lay_out)
     laid_out = [[lay_out(one) for one in call] for call in weights]
 
@@ -244,7 +244,7 @@ def main() -> None:
     found = measure(arguments, best)
     show(found, best)
     cells = [asdict(cell) for cell in found]
-    print(report.json_line("products", vars(arguments), ceilings=asdict(best), cells=cells))
+    print(report.json_line("matmuls", vars(arguments), ceilings=asdict(best), cells=cells))
 
 
 if __name__ == "__main__":

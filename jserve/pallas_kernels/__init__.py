@@ -1,1 +1,1 @@
-"""Kernels, one folder an op: dispatch, reference, one file per backend, cases. JAX only."""
+"""Ops on every backend: a file each, or a folder with dispatch, reference, backends and cases."""

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: chosen once, at start-up, and logged."""
+"""The choice of an op's implementation: made once, at start-up, and logged."""
 
 import enum
 import logging
@@ -13,17 +13,17 @@ _log = logging.getLogger(__name__)
 
 
 class Backend(enum.Enum):
-    """The implementations an op may have."""
+    """The implementations an op may have, of which the reference defines correct."""
 
-    REFERENCE = "reference"  # plain jnp, defines correct; runs anywhere
-    CPU = "cpu"  # XLA loops, made for CPU; bounded memory anywhere
+    REFERENCE = "reference"  # plain jnp; runs anywhere
+    CPU = "cpu"  # XLA loops made for CPU; memory is bounded anywhere
     NATIVE = "native"  # C++ on CPU, where it was built
-    TPU = "tpu"  # attention and quantized products in Pallas; XLA's own code does the rest
-    GPU = "gpu"  # likewise, on Hopper
+    TPU = "tpu"  # Pallas for attention and quantized matmuls, XLA for the rest
+    GPU = "gpu"  # Pallas for attention, quantized and grouped matmuls on Hopper, XLA for the rest
 
 
-# Hopper GPUs as JAX names them, or as their names begin, and their multiprocessors. What the
-# kernels need of them: wgmma, and tiles that fit their shared memory.
+# Multiprocessors of Hopper GPUs, by the beginning of JAX's name for them. The kernels need wgmma
+# and Hopper's shared memory.
 _HOPPER = {
     "NVIDIA H100": 132,
     "NVIDIA H100 PCIe": 114,
@@ -56,7 +56,10 @@ def implementations(
 
 
 def hopper_multiprocessors(device_kind: str) -> int | None:
-    """Of a Hopper GPU that JAX names so, by the longest name that fits; None of any other."""
+    """Number of multiprocessors of a Hopper GPU, or None for another device.
+
+    The longest name in the table with which `device_kind` begins counts.
+    """
     names = [name for name in _HOPPER if device_kind.startswith(name)]
     return _HOPPER[max(names, key=len)] if names else None
 
@@ -70,9 +73,9 @@ def backend_for(
     head_dim: int = GPU_HEAD_DIMS[0],
     page_size: int = GPU_PAGE_SIZES[0],
 ) -> Backend:
-    """The best backend there is for a JAX platform name, a model's dtype and its devices.
+    """Chooses the best backend for a JAX platform, a model's dtype and number of devices.
 
-    `device_kind` is the device's own name. It, `head_dim` and `page_size` count on GPUs only.
+    `device_kind` (JAX's name of the device), `head_dim` and `page_size` matter on GPUs only.
     """
     if platform == "tpu":
         return Backend.TPU
@@ -95,7 +98,7 @@ def backend_for(
 
 
 def _gpu_misses(dtype: jnp.dtype, device_kind: str, head_dim: int, page_size: int) -> list[str]:
-    """Why the kernel for Hopper cannot run, in words."""
+    """Reasons, in words, why the kernel for Hopper cannot run; none if it can."""
     missing = []
     if hopper_multiprocessors(device_kind) is None:
         missing.append(f"the kernel needs a Hopper GPU, not {device_kind or 'an unknown one'}")

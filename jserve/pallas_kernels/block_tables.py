@@ -10,9 +10,9 @@ Row = TypeVar("Row")
 
 
 def read_row(path: Path, name: str, make: Callable[..., Row], kind: str) -> Row:
-    """A row of the table; `kind` says in words what its rows are.
+    """Reads a row of the table at `path`; `kind` names its rows in the error.
 
-    Raises ValueError where the table has none of this name.
+    Raises ValueError if the table has no row `name`.
     """
     table = _read(path)
     if name not in table:

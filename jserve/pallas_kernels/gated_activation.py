@@ -1,4 +1,4 @@
-"""activation(gate) · up of gated feed-forward blocks."""
+"""The gate of feed-forward blocks: activation(gate) · up."""
 
 import enum
 
@@ -24,7 +24,7 @@ def gated_activation(
     num_tokens: Int[jax.Array, ""] | None = None,
     backend: Backend,
 ) -> Float[jax.Array, "tokens dim"]:
-    """activation(gate) · up in the dtype of `gate`.
+    """Returns activation(gate) · up in the dtype of `gate`.
 
     With `num_tokens` only the first `num_tokens` tokens mean something: a backend may skip the
     others.
@@ -40,7 +40,7 @@ def gated_activation(
 def _reference(
     gate: jax.Array, up: jax.Array, num_tokens: jax.Array | None, *, is_silu: bool
 ) -> jax.Array:
-    """XLA fuses this well."""
+    """Plain jnp, which XLA fuses well."""
     del num_tokens
     return (jax.nn.silu(gate) if is_silu else jax.nn.gelu(gate, approximate=True)) * up
 

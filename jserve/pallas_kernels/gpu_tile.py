@@ -1,14 +1,14 @@
 """One tile of x · weightᵀ on a Hopper GPU, by a thread block of three warpgroups.
 
-What products with quantized weights and products with experts have in common. One warpgroup
-loads, the other two have half of the outputs each:
+Quantized and grouped matmuls share this code. One warpgroup loads, the other two compute half of
+the outputs each:
 
     loader     │ load 0 │ load 1 │ load 2 │ load 3 │ load 4 …      TMA, up to eight stages ahead
     compute 0           │ codes 0 → bf16 │ wgmma 0 │ codes 1 → bf16 │ wgmma 1 …
     compute 1           │    codes 0 → bf16 │ wgmma 0 │    codes 1 → bf16 │ wgmma 1 …
 
 A stage holds some inputs of the weight and of the rows. The weight is wgmma's left operand, the
-rows are its right one, because the width of that may be as small as 8. Codes of 8 bits become
+rows are its right operand, which may be as narrow as 8. Codes of 8 bits become
 bfloat16 in registers and are multiplied from there; while one warpgroup converts, the other
 multiplies. Weights of bfloat16 are multiplied from shared memory.
 """
@@ -30,7 +30,7 @@ THREADS = COMPUTE + 1  # warpgroups of a thread block
 
 
 def num_stages(outputs: int, rows: int, inputs: int, dtype: jnp.dtype, num_bytes: int) -> int:
-    """As many as fit into `num_bytes` of shared memory, no more than eight."""
+    """Number of stages that fit into `num_bytes` of shared memory, at most eight."""
     stage_bytes = inputs * (outputs * dtype.itemsize + rows * 2)
     return min(num_bytes // stage_bytes, 8)
 
@@ -38,7 +38,7 @@ def num_stages(outputs: int, rows: int, inputs: int, dtype: jnp.dtype, num_bytes
 def tile_memory(
     stages: int, outputs: int, rows: int, inputs: int, dtype: jnp.dtype
 ) -> dict[str, Buffer]:
-    """The memory of `multiply_tile`, for weights of `dtype`."""
+    """Memory that `multiply_tile` needs for weights of `dtype`."""
     line = min(128 // dtype.itemsize, inputs)
     weight = (plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(line * dtype.itemsize))
     x = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
@@ -61,8 +61,8 @@ def multiply_tile(
 ) -> None:
     """Calls `store` in each compute warpgroup with its slice of outputs and their sums.
 
-    The sums, [outputs of the slice, rows] in wgmma's layout, are those of `splits` shares of the
-    inputs, added up in order; within a share inputs are added in order, too.
+    Sums are [outputs of the slice, rows] in wgmma's layout. The inputs are cut into `splits`
+    shares: each share is summed in the order of its inputs, then the shares are added in order.
     """
     weight_stages, x_stages = memory.weight_stages, memory.x_stages
     loaded, released = memory.loaded, memory.released
@@ -124,8 +124,8 @@ def store_transposed(target: Ref, sums: jax.Array) -> None:
     """Stores sums [outputs, rows] to a reference [rows, outputs] without tiles."""
     transposed = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
     into = plgpu.transpose_ref(target, (1, 0))
-    # A later JAX refuses stores that meet in banks of shared memory, unless it is told to make
-    # them; JAX 0.10 makes them, and has no way to say so.
+    # JAX after 0.10 refuses stores with bank conflicts unless `optimized=False` allows them; JAX
+    # 0.10 allows them always and has no such argument.
     if store := getattr(plgpu, "store", None):
         store(into, transposed, optimized=False)
     else:
@@ -138,7 +138,7 @@ def _each_step(
     stages: int,
     act: Callable[[jax.Array, jax.Array], None],
 ) -> None:
-    """Acts on a step and the stage that it takes."""
+    """Calls `act` with each step and its stage."""
 
     def step(i: jax.Array, _: None) -> None:
         act(i, lax.rem(i, jnp.int32(stages)))
@@ -147,7 +147,7 @@ def _each_step(
 
 
 def _floats(codes: Ref) -> jax.Array:
-    """Codes from shared memory to bfloat16, as a left operand of wgmma lies in registers."""
+    """Converts codes in shared memory to bfloat16 registers, as wgmma's left operand lies."""
     packed = plgpu.layout_cast(codes[...], plgpu.Layout.WGMMA_UPCAST_2X)
     if packed.dtype != jnp.int8:  # the chip converts 8-bit floats to float16 only
         packed = packed.astype(jnp.float16).astype(jnp.float32)

@@ -18,7 +18,7 @@ def rms_norm(
     offset: float,
     backend: Backend,
 ) -> Float[jax.Array, "*rows dim"]:
-    """X / rms(x) · (offset + weight) over the last axis, in float32, in the dtype of `x`.
+    """Returns x / rms(x) · (offset + weight) over the last axis, computed in float32, as `x.dtype`.
 
     A row is bitwise independent of the others and of their number. Zhang and Sennrich, 2019.
     """
@@ -32,7 +32,7 @@ def _reference(x: jax.Array, weight: jax.Array, *, eps: float, offset: float) ->
 
 
 def _cpu(x: jax.Array, weight: jax.Array, *, eps: float, offset: float) -> jax.Array:
-    """XLA's code, summed so that a row's bits depend on nothing but the row.
+    """The norm by XLA, summed so that a row's bits depend on nothing but the row.
 
     XLA's CPU backend hands a reduction to YNNPACK only above some 4,000 elements, and below it sums
     in another order, so `jnp.mean` of a row depends on how many rows there are. A dot with ones

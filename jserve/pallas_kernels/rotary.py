@@ -45,7 +45,7 @@ def _reference(
     q_scale: float,
     num_tokens: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """XLA fuses this well enough anywhere but on CPU."""
+    """Plain jnp, which XLA fuses well enough anywhere but on CPU."""
     del num_tokens
     rotated_q = _rotate(q.astype(jnp.float32), cos, sin) * q_scale
     return rotated_q.astype(q.dtype), _rotate(k.astype(jnp.float32), cos, sin).astype(k.dtype)
@@ -57,5 +57,5 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
 
 
-# In C++, because XLA's fusions on CPU would make the cosines and sines anew in every layer.
+# C++ on CPU, because XLA's fusions would compute the cosines and sines anew in every layer.
 _IMPLEMENTATIONS = implementations(_reference, native=calls.rotary)

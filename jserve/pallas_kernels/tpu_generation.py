@@ -1,8 +1,8 @@
-"""Which generation of TPU a program is made for: what tables of block sizes are looked up by."""
+"""The generation of TPU that a program is made for, by which block sizes are looked up."""
 
 import jax
 
-# No TPU: the interpreter, and generations that nobody has tuned for yet.
+# The interpreter, and generations that nobody has tuned for yet.
 OTHER = "other"
 _KINDS = {
     "TPU v5e": "v5e",
@@ -15,7 +15,7 @@ _KINDS = {
 
 
 def generation_in_use() -> str:
-    """The generation that the current mesh is made of, or else the one JAX runs on.
+    """The generation of the current mesh, or else of the devices JAX runs on.
 
     A mesh counts first: a program may be compiled for a TPU where there is none.
     """

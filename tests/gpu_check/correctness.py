@@ -17,13 +17,13 @@ from jserve.pallas_kernels.ragged_paged_attention.cases import CASES, Case
 from jserve.pallas_kernels.ragged_paged_attention.dispatch import ragged_paged_attention
 from tests.pallas_kernels.attention_problem import Problem
 
-# Of ‖out − expected‖ / ‖expected‖ of a head: weights and outputs are rounded to 8 bits.
+# Bound on ‖out − expected‖ / ‖expected‖ of a head: weights and outputs are rounded to 8 bits.
 _BOUND = 2**-6
 _HEAD_DIMS = (64, 128, 256)
 
 
 def attention_cases() -> Iterator[Case]:
-    """Those whose sizes the kernel takes, and some as large as a model's."""
+    """Cases whose sizes the kernel takes, and some as large as a model's."""
     for case in CASES:
         if case.head_dim in _HEAD_DIMS and case.page_size in (64, 128):
             yield case

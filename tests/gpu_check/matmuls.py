@@ -1,4 +1,4 @@
-"""Products on the GPU itself: against float64, and that a row's bits depend on nothing but it.
+"""Matmuls on the GPU itself: against float64, and that a row's bits depend on nothing but it.
 
 python3 -m tests.gpu_check.matmuls
 """
@@ -66,7 +66,7 @@ def quantized(case: Case, codes: jnp.dtype) -> tuple[float, str]:
 
 
 def grouped(case: GroupedCase, kind: str) -> tuple[float, str]:
-    """Likewise for experts of bfloat16 or int8."""
+    """Checks experts of bfloat16 or int8 in the same way."""
     rng = np.random.default_rng(2)
     experts = len(case.group_sizes)
     x = jnp.asarray(rng.normal(size=(case.rows, case.in_dim)), jnp.bfloat16)

@@ -69,7 +69,7 @@ class Layer:
 
     @property
     def page_bytes(self) -> int:
-        """Of the pages of one device."""
+        """Bytes of the pages of one device."""
         return int(np.prod(self._pages())) * jnp.dtype(self.kv_dtype).itemsize // self.devices
 
 

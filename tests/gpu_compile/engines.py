@@ -82,7 +82,7 @@ class Engine:
         )
 
     def scaling(self) -> Program:
-        """What measures the scales of 8-bit pages."""
+        """The program that measures the scales of 8-bit pages."""
         model = self._model(abstract_mesh(model=1))
 
         def lower(mesh: Mesh) -> jax.stages.Lowered:

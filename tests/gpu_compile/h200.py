@@ -68,7 +68,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program."""
+    """The compiler's report on a program."""
 
     kernels: tuple[Kernel, ...]  # but those that this process had compiled before
     launches: int  # of Mosaic kernels
@@ -116,8 +116,8 @@ def _everything_printed(path: Path) -> Iterator[None]:
 
 _REGISTERS = re.compile(r"ptxas info\s+: Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-# What loads a kernel has its shared memory as an argument; from JAX 0.11 on what launches it, after
-# the grid, the cluster and the block.
+# Shared memory is an argument of the call that loads a kernel; from JAX 0.11 on of the call that
+# launches it, after the grid, the cluster and the block.
 _SMEM = re.compile(
     r"call (?:ptr @mosaic_gpu_get_function\(ptr \S+, ptr \S+|"
     r"i32 @mosaic_gpu_launch_kernel\(ptr \S+(?:, i32 \d+){9}), i32 (\d+), i32 \d+"
@@ -181,7 +181,7 @@ def compile_program(program: Program) -> Compiled:
 
 
 def complaints(program: Program, compiled: Compiled) -> list[str]:
-    """What is not as it must be."""
+    """Faults of a compiled program, in words."""
     found = []
     if compiled.alias_bytes < program.in_place_bytes:
         found.append(f"only {compiled.alias_bytes} bytes are updated in place")

@@ -1,4 +1,4 @@
-"""Products to compile for GPUs, at the sizes of models: quantized weights, and experts."""
+"""Quantized and grouped matmuls to compile for GPUs, at the sizes of models."""
 
 import functools
 import math

@@ -103,7 +103,7 @@ class Problem:
         return np.array(outs)
 
     def owned(self) -> np.ndarray:
-        """Which tokens belong to a row that is not idle."""
+        """Mask of the tokens that belong to a row that is not idle."""
         return np.repeat(
             [r not in self.idle for r in range(len(self.rows))], [new for _, new in self.rows]
         )

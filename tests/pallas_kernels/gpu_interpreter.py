@@ -260,7 +260,7 @@ class _Interpreter(jaxpr_interpret.JaxprInterpreter):
 
 
 def _begin(transforms: tuple[Any, ...], number: int) -> list[int]:
-    """Where a view of a reference begins, in its last `number` axes."""
+    """Start of a view of a reference in its last `number` axes."""
     axes: list[int] | None = None
     for transform in transforms:
         if not isinstance(transform, indexing.NDIndexer):

@@ -1,4 +1,4 @@
-"""Products with a scale per output: every backend against float64, kernels by JAX's interpreters.
+"""Matmuls with a scale per output: every backend against float64, kernels by JAX's interpreters.
 
 The interpreter of TPUs fills buffers with NaN, rows that pad the last tile among them.
 """
@@ -81,7 +81,7 @@ def _problem(
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_agrees_with_float64(case: Case, backend: Backend) -> None:
-    """Products of codes are exact in float32, sums are not: a tenth of the worst they may be off.
+    """Terms of codes are exact in float32, sums are not: a tenth of the worst they may be off.
 
     Some of the cases have codes, and rows, of one type, others of the other.
     """
@@ -154,7 +154,7 @@ def test_hopper_sums_in_one_order() -> None:
 
 
 def test_hopper_tilings() -> None:
-    """What a block needs is there, and splits are those of the weights."""
+    """Blocks fit shared memory and registers, and splits depend on the weights alone."""
     for case in MODEL_CASES:
         tiling = make_tiling(case.rows, case.in_dim, case.out_dims)
         assert tiling.rows * tiling.row_tiles >= case.rows

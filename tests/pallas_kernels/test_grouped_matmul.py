@@ -1,4 +1,4 @@
-"""Products with experts: every backend against float64; rows bitwise alone as in company."""
+"""Grouped matmuls: every backend against float64; rows bitwise alone as in company."""
 
 import contextlib
 import functools
@@ -109,7 +109,7 @@ def _check(case: Case, dtype: jnp.dtype, backend: Backend) -> None:
     a = np.asarray(x, np.float64)[:num_rows]
     for y, weight in zip(_run(backend, weights)(x, sizes), weights, strict=True):
         b = np.asarray(weight, np.float64)[expert]  # [rows, out, in]
-        # A tenth of what a float32 sum of so many products may be off in the worst order.
+        # A tenth of what a float32 sum of as many terms may be off in the worst order.
         bound = np.einsum("ri,roi->ro", np.abs(a), np.abs(b))
         bound *= (1 + 0.1 * case.in_dim) * np.finfo(np.float32).eps
         assert y.dtype == jnp.float32
@@ -121,7 +121,7 @@ def _check(case: Case, dtype: jnp.dtype, backend: Backend) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_tpu_means_what_the_reference_does(case: Case) -> None:
-    """XLA has a ragged product everywhere; on CPU it reads all weights, so none may be NaN."""
+    """XLA has a ragged dot everywhere; on CPU it reads all weights, so none may be NaN."""
     x, weights, sizes = (jax.tree.map(jnp.nan_to_num, part) for part in _problem(case, jnp.float32))
     num_rows = sum(case.group_sizes)
     expected = _run(Backend.REFERENCE, weights)(x, sizes)
@@ -158,7 +158,7 @@ def test_a_row_does_not_depend_on_the_others(
 
 
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
-def test_an_expert_is_a_plain_product_bitwise(backend: Backend) -> None:
+def test_an_expert_is_a_plain_matmul_bitwise(backend: Backend) -> None:
     sizes = (0, 40, 0, 17)
     x, (weight,), group_sizes = _problem(Case("", 96, (64,), sizes), jnp.dtype(jnp.float32))
     (y,) = _run(backend, [weight])(x, group_sizes)

@@ -1,4 +1,4 @@
-"""Matrix products: every backend against float64; rows bitwise alone as among others."""
+"""Matmuls: every backend against float64; rows bitwise alone as among others."""
 
 import functools
 
@@ -12,7 +12,7 @@ from jserve.pallas_kernels.matmul.dispatch import matmul, wants_panels
 from jserve.pallas_kernels.matmul.panels import PANEL, PanelMatrix, take_rows, to_panels
 from tests.backends import BACKENDS, INVARIANT_BACKENDS
 
-# in_dim, out_dims: one product and several at once, sizes that no vector or tile divides
+# in_dim, out_dims: one matmul and several at once, sizes that no vector or tile divides
 SHAPES = [(576, (576, 192, 192)), (1536, (576,)), (90, (211, 66, 22)), (7, (1003,))]
 ROWS = (1, 2, 3, 4, 5, 16, 67)
 
@@ -43,7 +43,7 @@ def test_agrees_with_float64(
     x, weights = _problem(in_dim, out_dims, dtype)
     for y, weight in zip(_run(backend, weights)(x), weights, strict=True):
         a, b = np.asarray(x, np.float64), np.asarray(weight, np.float64)
-        # A tenth of what a float32 sum of so many products may be off in the worst order.
+        # A tenth of what a float32 sum of as many terms may be off in the worst order.
         bound = (1 + 0.1 * in_dim) * np.finfo(np.float32).eps * (np.abs(a) @ np.abs(b).T)
         assert y.dtype == jnp.float32
         assert (np.abs(np.asarray(y, np.float64) - a @ b.T) <= bound).all()

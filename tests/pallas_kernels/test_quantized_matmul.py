@@ -1,4 +1,4 @@
-"""Quantized products: against float64 on every backend, and what quantization itself promises."""
+"""Quantized matmuls: against float64 on every backend, and what quantization itself promises."""
 
 import functools
 
@@ -66,7 +66,7 @@ def test_agrees_with_float64(
     x, weights = _problem(in_dim, out_dims, bits)
     for y, weight in zip(_run(backend)(x, weights), weights, strict=True):
         expected = _rounded(x) @ _decoded(weight).T
-        # A product that lies at the border of two codes may be rounded either way.
+        # An activation that lies at the border of two codes may be rounded either way.
         step = np.abs(x).max() / 127 * np.abs(_decoded(weight)).max()
         error = np.abs(np.asarray(y, np.float64) - expected)
         assert (error <= 2 * step).all()
@@ -107,7 +107,7 @@ def test_the_layout(bits: int) -> None:
 
 
 def test_q4_1_survives() -> None:
-    """What llama.cpp quantized to Q4_1 is held in 4 bits without any further loss."""
+    """Weights that llama.cpp quantized to Q4_1 lose nothing more in 4 bits."""
     rng = np.random.default_rng(7)
     weight = rng.normal(size=(64, 128)).astype(np.float32)
     kind = gguf.GGMLQuantizationType.Q4_1

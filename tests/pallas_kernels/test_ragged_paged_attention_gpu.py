@@ -2,7 +2,7 @@
 
 Thread blocks, warpgroups and barriers behave as on a GPU, and memory that was never written is
 NaN. What it cannot show, `make gpu-compile` does: that the kernel is accepted for a real chip.
-The products of the tensor cores are those of NumPy here; only their operands are rounded.
+NumPy multiplies for the tensor cores here; only their operands are rounded.
 """
 
 import functools
@@ -42,7 +42,7 @@ _CASES = (
     Case("mixed", 6, 2, 64, 128, (130,), ((0, 45), (70, 30), (127, 2)), padding=3),
     Case("window", 4, 2, 128, 64, (5, 200), ((100, 40),), window=50),
     Case("narrow_256", 2, 1, 256, 64, (63,), ((30, 40),)),
-    # Those of every backend that this one knows.
+    # The cases of every backend that this one takes.
     *(
         case
         for case in CASES

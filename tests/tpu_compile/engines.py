@@ -108,7 +108,7 @@ ENGINES = (
 def compile_program(
     model: Model, mesh: Mesh, shape: EngineShape, program: Program
 ) -> dict[str, Any]:
-    """What the compiler says of one program. Sizes are of one device."""
+    """The compiler's report on one program. Sizes are of one device."""
     params, state = abstract_params(model, mesh), abstract_state(model, mesh, shape)
     started = time.perf_counter()
     with jax.set_mesh(mesh):
@@ -157,7 +157,7 @@ def compile_engine(generation: str, engine: Engine) -> list[dict[str, Any]]:
 
 
 def compile_scaling(model: Model, mesh: Mesh, chip: Chip) -> dict[str, Any]:
-    """What measures the scales of 8-bit pages, before there are any."""
+    """Compiles the program that measures the scales of 8-bit pages."""
     started = time.perf_counter()
     with jax.set_mesh(mesh):
         compiled = lower_kv_scales(model, mesh, abstract_params(model, mesh)).compile()

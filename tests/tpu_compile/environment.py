@@ -1,4 +1,4 @@
-"""What libtpu wants to be told where there is no TPU; import it before JAX starts."""
+"""Environment that libtpu needs where there is no TPU; import this before JAX starts."""
 
 import os
 

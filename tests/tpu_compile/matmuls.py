@@ -1,9 +1,9 @@
-"""Compiles products with quantized weights, and with experts, for TPUs that are not here.
+"""Compiles quantized and grouped matmuls for TPUs that are not here.
 
     python -m tests.tpu_compile.matmuls [--quick]
 
 Prints one JSON line each. Needs libtpu, no TPU. Exits with 1 where a weight is copied, or made
-floats outside of a kernel, or where XLA takes all experts instead of launching its ragged product.
+floats outside of a kernel, or where XLA takes all experts instead of launching its ragged dot.
 """
 
 import argparse
@@ -43,7 +43,7 @@ _QUICK = (
 
 
 def compile_for(generation: str, case: Case, codes: jnp.dtype) -> dict[str, object]:
-    """What the compiler says of products with quantized weights on a generation of TPU."""
+    """Compiles quantized matmuls for a generation of TPU and reports on them."""
     argument, mesh = _arguments(generation)
     weights = [
         ChannelMatrix(argument(codes, out, case.in_dim), argument(jnp.dtype(jnp.float32), out))
@@ -57,7 +57,7 @@ def compile_for(generation: str, case: Case, codes: jnp.dtype) -> dict[str, obje
 
 
 def compile_grouped(generation: str, case: GroupedCase, dtype: jnp.dtype) -> dict[str, object]:
-    """What the compiler says of products with experts of bfloat16, or of codes of int8.
+    """Compiles grouped matmuls of bfloat16 or int8 codes and reports on them.
 
     Two launches each: a list and a walk.
     """

@@ -84,7 +84,7 @@ def with_generations(jobs: Iterable[T], *, quick: bool) -> Iterator[tuple[str, T
 
 
 def compile_for(generation: str, program: Program) -> dict[str, object]:
-    """What the compiler says of a program on a generation of TPU. Sizes are of one device."""
+    """The compiler's report on a program for a generation of TPU. Sizes are of one device."""
     topology = topologies.get_topology_desc(topology_name=TOPOLOGIES[generation], platform="tpu")
     mesh = Mesh(np.array(topology.devices[: program.devices]), ("model",))
 

@@ -15,7 +15,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def compile_quickly(module: str) -> list[dict[str, Any]]:
-    """What it says of each program; fails where it did not get through or found a fault."""
+    """The module's report on each program; fails if it ended early or found a fault."""
     # Alone in a process: libtpu reads its environment once, and other tests have another one.
     run = subprocess.run(
         [sys.executable, "-m", f"tests.tpu_compile.{module}", "--quick"],

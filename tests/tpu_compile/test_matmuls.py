@@ -1,4 +1,4 @@
-"""Products with quantized weights, and with experts, compile for real TPUs without having one.
+"""Quantized and grouped matmuls compile for real TPUs without having one.
 
 Few cases here, each for one generation; `make tpu-compile` compiles all for all.
 """

@@ -1,1 +1,1 @@
-"""Products of rows that are grouped by expert with the weight of their expert."""
+"""Matmuls of rows, grouped by expert, with the weight of their expert."""

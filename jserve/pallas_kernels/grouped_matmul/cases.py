@@ -1,25 +1,25 @@
-"""The shapes that matter, named once: for tests, benchmarks, tuning and compilation."""
+"""Shapes of grouped matmuls that tests, benchmarks and compilation checks share."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Rows of each expert, and the sizes of the experts' weights."""
+    """Numbers of rows of each expert and sizes of the experts' weights."""
 
     name: str
     in_dim: int
-    out_dims: tuple[int, ...]  # of the stacks of weights that are multiplied at once
+    out_dims: tuple[int, ...]  # outputs of each stack of weights
     group_sizes: tuple[int, ...]  # rows of each expert
     padding: int = 0  # rows after the last group
 
     @property
     def rows(self) -> int:
-        """Of the input, padding included."""
+        """Rows of the input, padding included."""
         return sum(self.group_sizes) + self.padding
 
 
-# Small: what any backend can run.
+# Small shapes, which any backend can run.
 CASES = (
     Case("one_row", 64, (96, 96), (0, 0, 1, 0)),
     Case("decode", 64, (96, 96), (2, 0, 1, 0, 0, 3, 1, 1)),
@@ -30,7 +30,7 @@ CASES = (
     Case("long", 1536, (33,), (1, 5, 0, 26)),  # longer than a run of any backend
 )
 
-# With sizes that the kernel for Hopper takes: fewer rows than a tile has, several stacks, and items
+# Shapes that the kernel for Hopper takes: fewer rows than a tile has, several stacks, and items
 # that end anywhere in a tile.
 TILED_CASES = (
     Case("few_rows", 128, (128,), (0, 3, 0)),
@@ -40,11 +40,11 @@ TILED_CASES = (
 
 
 def _spread(rows: int, experts: int) -> tuple[int, ...]:
-    """As alike as can be."""
+    """Spreads rows over experts as evenly as possible."""
     return tuple(rows * (e + 1) // experts - rows * e // experts for e in range(experts))
 
 
-# Those of models, on one device: eight of 128 experts a token, and two of eight.
+# Shapes of models on one device: eight of 128 experts a token, and two of eight.
 MODEL_CASES = tuple(
     Case(f"{name}, {tokens} tokens", in_dim, out_dims, _spread(chosen * tokens, experts))
     for name, experts, chosen, in_dim, out_dims in (

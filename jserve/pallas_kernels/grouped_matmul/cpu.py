@@ -1,8 +1,8 @@
-"""Grouped sums by XLA's CPU kernels: a loop over blocks of rows that share an expert.
+"""Grouped matmuls by XLA's CPU kernels: a loop over blocks of rows that share an expert.
 
-Only experts that have rows are read, and a row is in a product of at least two rows, so its bits
+Only experts that have rows are read, and every matmul has at least two rows, so a row's bits
 depend on nothing but the row (see `matmul.cpu`). A block may reach into the rows of the next
-experts, whose own blocks come later and write over it: nothing is padded or masked.
+experts, whose blocks come later and overwrite them, so nothing is padded or masked.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,6 @@ _MIN_BLOCK, _MAX_BLOCK = 2, 128  # rows
 def grouped_matmul(
     x: jax.Array, weights: Sequence[jax.Array], group_sizes: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """See `dispatch`."""
     rows, experts = x.shape[0], group_sizes.shape[0]
     block = _block_rows(rows, experts)
     starts = jnp.cumsum(group_sizes) - group_sizes
@@ -44,6 +43,6 @@ def grouped_matmul(
 
 
 def _block_rows(rows: int, experts: int) -> int:
-    """About as many as an expert has if all are liked alike: a power of two."""
+    """Rows of a block: a power of two, about the share of an expert if all get the same."""
     share = max(rows // experts, 1)
     return min(max(1 << (share - 1).bit_length(), _MIN_BLOCK), _MAX_BLOCK)

@@ -1,4 +1,4 @@
-"""The one entry to products with experts: contract, validation, choice of backend."""
+"""The one entry to grouped matmuls: contract, validation, choice of backend."""
 
 import logging
 from collections.abc import Sequence
@@ -41,9 +41,9 @@ _IMPLEMENTATIONS = implementations(
 
 
 def wants_inputs_first(backend: Backend) -> bool:
-    """Whether stacks [experts, out, in] are best views of arrays [experts, in, out].
+    """Whether stacks [experts, out, in] should be views of arrays [experts, in, out].
 
-    They can be any, but this backend copies what is laid out otherwise, in every call.
+    Such a backend takes any layout, but copies stacks of another one in every call.
     """
     return backend is Backend.TPU
 
@@ -57,16 +57,16 @@ def grouped_matmul(
     *,
     backend: Backend,
 ) -> tuple[Float32[jax.Array, "rows _"], ...]:
-    """The rows of each expert · its weightᵀ, for each stack of weights [experts, out, in].
+    """Multiplies the rows of each expert with its weightᵀ, for each stack [experts, out, in].
 
     The rows of expert 0 come first, then those of expert 1, and so on; `group_sizes` (int32)
-    counts them, and may be zero for some. The rows after the last group mean nothing: a backend
-    may skip them, and their results can be anything, NaN included. Accumulated and returned in
-    float32; weights, float32 or bfloat16 (or what `x` is, unless the backend is native), are
-    laid out as `matmul` wants them, or all of them are codes with a scale per output.
+    counts them and may be zero for some. The rows after the last group mean nothing: a backend
+    may skip them and leave anything there, NaN included. Results are accumulated and returned in
+    float32. Weights are float32 or bfloat16 (or `x.dtype`, unless the backend is native) in the
+    layout that `matmul` takes, or all of them are codes with a scale per output.
 
-    A row is bitwise independent of the others, of their number, and of how many of them share
-    its expert on CPU, unless the backend is the reference.
+    On CPU a row is bitwise independent of the other rows, of their number and of how many share its
+    expert, unless the backend is the reference.
     """
     for weight in weights:
         is_panels, is_codes = (isinstance(weight, kind) for kind in (PanelMatrix, ChannelStack))
@@ -80,7 +80,7 @@ def grouped_matmul(
     with jax.named_scope("grouped_matmul"):
         if not stacks:
             return _IMPLEMENTATIONS[backend](x, weights, group_sizes)
-        # The C++ kernels read no codes; XLA makes floats of those of experts that have rows.
+        # The C++ kernels read no codes; XLA converts the codes of experts that have rows.
         multiply = _IMPLEMENTATIONS[Backend.CPU if backend is Backend.NATIVE else backend]
         ys = multiply(x, [stack.codes for stack in stacks], group_sizes)
         expert = _row_experts(group_sizes, x.shape[0])
@@ -88,6 +88,6 @@ def grouped_matmul(
 
 
 def _row_experts(group_sizes: jax.Array, rows: int) -> jax.Array:
-    """The last one for rows that are of none."""
+    """Expert of each row; rows of no expert get the last one."""
     row, ends = jnp.arange(rows, dtype=jnp.int32), jnp.cumsum(group_sizes)
     return jnp.sum(ends[None, :-1] <= row[:, None], axis=1, dtype=jnp.int32)

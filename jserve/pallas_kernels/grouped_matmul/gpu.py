@@ -1,8 +1,8 @@
-"""Grouped products on Hopper GPUs: only experts that have rows are read.
+"""Grouped matmuls on Hopper GPUs: only experts that have rows are read.
 
-XLA computes the ragged product there as a dense one over masked copies of the rows, for all
-experts. Here it first lists items: up to so many rows, all of one expert. One launch then has a
-thread block for each item and 128 outputs; `gpu_tile` draws what overlaps what inside. A block
+XLA computes the ragged dot there as a dense one over masked copies of the rows, for all experts.
+Here XLA only lists items, each of some rows of one expert. One launch then has a thread block for
+each item and 128 outputs; `gpu_tile` draws what overlaps what inside. A block
 finds its expert in the list, and the expert is a coordinate of the copies of its weights:
 
     item 0 (expert 3)   │ outputs 0… │ 128… │ … of all stacks of weights │
@@ -12,16 +12,16 @@ finds its expert in the list, and the expert is a coordinate of the copies of it
 
 An item starts anywhere among the rows, but a copy into the tiles that wgmma reads must start at a
 multiple of 8 rows. So a tile of rows is 8 longer than an item. It holds some of the neighbours'
-rows, too, which are computed and not written:
+rows, which are computed and not written:
 
     row         0               8               16              24
     expert      a a a b b b b b b c c d d d d d d d d d …
     tile of b  [                               ]
     written           b b b b b b
 
-Products go to shared memory, and from there row by row, in pieces of powers of two. An output is
-one product over all inputs in order, whatever the item: a row's bits depend on nothing but the
-row and its expert.
+Sums go to shared memory, and from there to the outputs in copies of power-of-two numbers of rows.
+An output is summed over all inputs in order, whatever the item: a row's bits depend on nothing but
+the row and its expert.
 """
 
 import functools
@@ -51,12 +51,12 @@ from jserve.pallas_kernels.gpu_tile import (
     tile_memory,
 )
 
-_OUTPUTS = 128  # of a thread block, and that a weight has a multiple of
-_INPUTS = 128  # likewise, and of a stage of few rows
-_MIN_ROWS, _MAX_ROWS = 8, 128  # of an item; shared memory has no room for many more
-_GROUP = 8  # rows that a tile starts at a multiple of
-_SHARED_BYTES = 216 * 1024  # for stages and sums
-_EXPERT, _START, _COUNT = range(3)  # of an item
+_OUTPUTS = 128  # outputs of a thread block; outputs of a weight are a multiple
+_INPUTS = 128  # inputs of a stage of few rows; inputs of a weight are a multiple
+_MIN_ROWS, _MAX_ROWS = 8, 128  # rows of an item; shared memory has no room for many more
+_GROUP = 8  # tiles start at multiples of this row
+_SHARED_BYTES = 216 * 1024  # shared memory for stages and sums
+_EXPERT, _START, _COUNT = range(3)  # fields of an item
 
 
 def fits(out_dim: int, in_dim: int, dtype: jnp.dtype) -> bool:
@@ -67,24 +67,24 @@ def fits(out_dim: int, in_dim: int, dtype: jnp.dtype) -> bool:
 def grouped_matmul(
     x: jax.Array, weights: Sequence[jax.Array], group_sizes: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """See `dispatch`; of weights that fit."""
+    """Implements `dispatch.grouped_matmul` for weights that fit."""
     rows, experts = x.shape[0], group_sizes.shape[0]
     width = item_rows(rows, experts)
-    whole = max(-(-rows // _GROUP) * _GROUP, width + _GROUP)  # a tile at least
+    whole = max(-(-rows // _GROUP) * _GROUP, width + _GROUP)  # at least a tile
     padded = jnp.pad(x, ((0, whole - rows), (0, 0)))
     return tuple(_launch(list_items(group_sizes, rows, width), padded, weights, rows, width))
 
 
 def item_rows(rows: int, experts: int) -> int:
-    """Rows of an item: a power of two, about as many as an expert has if all are liked alike."""
+    """Rows of an item: a power of two, about the share of an expert if all get the same."""
     share = max(rows // experts, 1)
     return min(max(1 << (share - 1).bit_length(), _MIN_ROWS), _MAX_ROWS)
 
 
 def list_items(group_sizes: jax.Array, rows: int, width: int) -> jax.Array:
-    """Expert, first row and number of rows of each item: int32 [items, 3].
+    """Lists expert, first row and number of rows of each item: int32 [items, 3].
 
-    As many as there can be; those beyond the last one have no rows.
+    The list has room for the most items there can be; unused items have no rows.
     """
     experts = group_sizes.shape[0]
     num_items = rows // width + min(experts, rows)
@@ -126,15 +126,15 @@ def _launch(
 
 
 def _body(memory: Memory, *, width: int) -> None:
-    """One thread block: finds its item, then its outputs."""
+    """Finds the item of this thread block, then its outputs, and multiplies."""
     items, x, sums_here = memory.items, memory.x, memory.sums
     role = lax.axis_index("role")
     tiles = [weight.shape[1] // _OUTPUTS for weight in memory.weights]
     item = lax.div(lax.axis_index("block"), jnp.int32(sum(tiles)))
     tile = lax.rem(lax.axis_index("block"), jnp.int32(sum(tiles)))
     expert, start, count = (items[item, field] for field in (_EXPERT, _START, _COUNT))
-    # The last rows are read from a tile that ends with them. TMA takes rows as groups of 8 here:
-    # had a tile another start, it would fill in zeros for what is past a group, and say nothing.
+    # The last tile is shifted back to end with the rows. TMA reads groups of 8 rows here: from any
+    # other start it would silently fill in zeros past a group.
     height = width + _GROUP
     from_row = jnp.minimum(start - lax.rem(start, jnp.int32(_GROUP)), x.shape[0] - height)
     from_row = pl.multiple_of(from_row, _GROUP)
@@ -177,7 +177,7 @@ def _store_rows(
 
         @pl.when(count & size > 0)
         def _(size: int = size) -> None:
-            done = count & -(2 * size)  # by larger copies
+            done = count & -(2 * size)  # rows that larger copies have done
             plgpu.copy_smem_to_gmem(
                 source.at[pl.ds(source_row + done, size)], target.at[pl.ds(target_row + done, size)]
             )

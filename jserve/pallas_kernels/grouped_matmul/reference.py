@@ -1,4 +1,4 @@
-"""What the grouped product means, in plain jnp: every expert for every row, then the row's own."""
+"""The definition of a grouped matmul, in plain jnp: all rows by all experts, then a choice."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from jserve.pallas_kernels.matmul.reference import dot
 def grouped_matmul(
     x: jax.Array, weights: Sequence[jax.Array], group_sizes: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """See `dispatch`. Rows after the last group are zero."""
+    """Implements `dispatch.grouped_matmul`; rows after the last group are zero."""
     ends = jnp.cumsum(group_sizes)
     row = jnp.arange(x.shape[0])[None, :]
     belongs = (row >= (ends - group_sizes)[:, None]) & (row < ends[:, None])  # [experts, rows]

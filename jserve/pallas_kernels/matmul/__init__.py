@@ -1,1 +1,1 @@
-"""Products of activations with weights stored [out, in]."""
+"""Matmuls of activations with weights stored [out, in]."""

@@ -1,9 +1,9 @@
-"""Matrix products by XLA's CPU kernels, used so that a row's bits depend on nothing but the row.
+"""Matmuls by XLA's CPU kernels, used so that a row's bits depend on nothing but the row.
 
-Every matrix kernel sums one output in the order of the contracted axis. A single row would take
-a matrix-vector kernel with another order, so it is computed as two. Long sums are made of shorter
-ones, because in order their error grows with the length: beside an attention sink it would exceed
-that of the usual libraries several times. The slices are copies, which takes a third of a step.
+XLA's matrix kernels sum each output in the order of the contracted axis. A single row would take a
+matrix-vector kernel with another order, so it is computed as two rows. Long sums are cut into runs,
+because the error of a sum in order grows with its length: beside an attention sink it would exceed
+the error of the usual libraries several times. The slices are copies, a third of a step's time.
 
 On CPU every operand is float32. XLA gives dots of bfloat16 to libraries that run them on AMX where
 the processor has it, in tiles that let a row's bits depend on the other rows; AMX has no float32.
@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_LONG = 512  # elements of a sum that is still made in one run
-_RUN = 256  # elements of a run otherwise
+_LONG = 512  # longest sum that is made in one run
+_RUN = 256  # elements of a run of longer sums
 
 
 def matmul(
     x: jax.Array, weights: Sequence[jax.Array], num_rows: jax.Array | None = None
 ) -> tuple[jax.Array, ...]:
-    """See `dispatch`. Weights may be codes that `x.dtype` holds exactly."""
+    """Implements `dispatch.matmul`; weights may also be codes that `x.dtype` holds exactly."""
     rows = x.shape[0]
     if rows == 1:
         x = jnp.concatenate((x, jnp.zeros_like(x)))
@@ -30,7 +30,7 @@ def matmul(
 
 
 def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`jnp.einsum` summed in float32, of operands in float32 on CPU and in `dtype` elsewhere."""
+    """Sums in float32; operands are cast to float32 on CPU and to `dtype` elsewhere."""
 
     def wide(a: jax.Array, b: jax.Array) -> jax.Array:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
@@ -48,11 +48,11 @@ def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array
 
 
 def _in_turn(x: jax.Array, weight: jax.Array, num_rows: jax.Array | None) -> jax.Array:
-    """The product; a weight is widened when its turn comes and no sooner.
+    """Multiplies x with a weight that is widened when its turn comes and no sooner.
 
     XLA's scheduler would widen the weights of all layers at once, and ahead of a loop that uses
-    them: three times the memory. It moves nothing out of a branch, and this one is always taken
-    by batches that have tokens.
+    them, at three times the memory. It moves nothing out of a branch, and every batch that has
+    tokens takes this branch.
     """
     if weight.dtype == jnp.float32 or num_rows is None:
         return _dot_in_runs(x, weight)

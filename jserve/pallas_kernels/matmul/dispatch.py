@@ -1,4 +1,4 @@
-"""The one entry to matrix products: contract, validation, choice of backend."""
+"""The one entry to matmuls: contract, validation, choice of backend."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ _IMPLEMENTATIONS = implementations(reference.matmul, cpu=cpu.matmul, native=call
 
 
 def wants_panels(backend: Backend) -> bool:
-    """Whether the weights given to `matmul` are to be `PanelMatrix`, not arrays [out, in]."""
+    """Whether `matmul` takes weights as `PanelMatrix` rather than arrays [out, in]."""
     return backend is Backend.NATIVE
 
 
@@ -25,13 +25,12 @@ def matmul(
     num_rows: Int[jax.Array, ""] | None = None,
     backend: Backend,
 ) -> tuple[Float32[jax.Array, "rows _"], ...]:
-    """X · weightᵀ for each weight [out, in], accumulated and returned in float32.
+    """Returns x · weightᵀ for each weight [out, in], accumulated and returned in float32.
 
-    Weights are laid out as `wants_panels` says of the backend.
-
-    With `num_rows` only the first so many rows of the results mean something; a backend may skip
-    the others, whose results can then be anything, NaN included. A row is bitwise independent of
-    the number of rows and of the others on CPU, unless the backend is the reference.
+    Weights are panels or arrays, as `wants_panels` says for the backend. With `num_rows` only the
+    first `num_rows` rows of the results mean something; a backend may skip the others and leave
+    anything there, NaN included. On CPU a row is bitwise independent of the other rows and of their
+    number, unless the backend is the reference.
     """
     for weight in weights:
         if isinstance(weight, PanelMatrix) != wants_panels(backend):

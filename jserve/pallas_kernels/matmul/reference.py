@@ -1,4 +1,4 @@
-"""What the product means, in plain jnp."""
+"""The definition of a matmul, in plain jnp."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from jax import lax
 
 
 def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """X · weightᵀ in float32."""
+    """Returns x · weightᵀ in float32."""
     return lax.dot_general(
         x,
         weight,
@@ -22,6 +22,5 @@ def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
 def matmul(
     x: jax.Array, weights: Sequence[jax.Array], num_rows: jax.Array | None = None
 ) -> tuple[jax.Array, ...]:
-    """See `dispatch`."""
     del num_rows
     return tuple(dot(x, weight) for weight in weights)

@@ -2,7 +2,7 @@
 //
 // One routine serves decode rows and prompt chunks: a work item is a tile of a row's queries and
 // one KV head, walked over blocks of kBlock KV tokens at fixed absolute positions with a running
-// softmax. Every (query, key) product and every sum is made in one order whatever the tile is, so
+// softmax. Every score and every sum is computed in one order whatever the tile is, so
 // a token's output does not depend on its neighbours, its row or how its prompt was cut.
 #include <algorithm>
 #include <cmath>
@@ -87,7 +87,7 @@ inline void ForRuns(const Problem<T>& p, int64_t row, int64_t begin, int64_t end
   }
 }
 
-// What an item's queries see: positions [first, last).
+// Positions [first, last) that an item's queries see.
 struct Span {
   int64_t position;  // of the first query
   int64_t first, last;
@@ -101,7 +101,7 @@ struct Span {
   int64_t FirstBlock() const { return first / kBlock * kBlock; }
 };
 
-// The block that is computed after the one at hand, whose token t stands for t + shift there.
+// Prefetches the next block, in which token t of this block stands for token t + shift.
 //
 // Pages lie anywhere, so the processor cannot guess what comes next; asked for a page at a time
 // while one is computed with, memory keeps up.
@@ -119,8 +119,8 @@ struct Coming {
   }
 };
 
-// The products of a query with as many keys as there are lanes: summed lane by lane, then all their
-// lanes at once, in one order for every key.
+// Dots of a query with as many keys as there are lanes: summed lane by lane, then across all lanes
+// at once, in one order for every key.
 inline Vec ScoreKeys(const float* query, const float* keys, int64_t head_dim) {
   Vec sums[kLanes];
 #pragma GCC unroll 16
@@ -133,7 +133,7 @@ inline Vec ScoreKeys(const float* query, const float* keys, int64_t head_dim) {
   return LaneSums(sums);
 }
 
-// The same for `count` keys, and for heads that no vector divides.
+// Dots of a query with `count` keys, also for heads that no vector divides.
 inline Vec ScoreSomeKeys(const float* query, const float* keys, int64_t count, int64_t head_dim) {
   const int64_t whole = head_dim / kLanes * kLanes;
   Vec sums[kLanes] = {};
@@ -193,7 +193,7 @@ inline void AddStrip(const float* weights, const T* values, int64_t count, int64
   }
 }
 
-// The same for what is left of a head that no vector divides.
+// Does the same for the rest of a head that no vector divides.
 template <int R, class T>
 void AddTail(const float* weights, const T* values, int64_t count, int64_t head_dim, int64_t width,
              float* out) {
@@ -220,7 +220,7 @@ inline void AddValues(const float* weights, const T* values, int64_t count, int6
   if (d < head_dim) AddTail<R>(weights, values + d, count, head_dim, head_dim - d, out + d);
 }
 
-// As many rows as there are, up to R.
+// Calls the routine for the actual number of rows, up to R.
 template <int R, class T>
 inline void AddSomeValues(int64_t rows, const float* weights, const T* values, int64_t count,
                           int64_t head_dim, float* out) {
@@ -241,7 +241,7 @@ inline void AddAllValues(const float* weights, int64_t rows, const T* values, in
   }
 }
 
-// One tile's running softmax; its memory is kept by the thread from item to item.
+// One tile's running softmax; the thread keeps its memory from item to item.
 struct Softmax {
   std::vector<float> queries, scores, out;  // [rows, head_dim], [rows, kBlock], [rows, head_dim]
   std::vector<float> floats;                // keys or values of a few tokens
@@ -255,8 +255,8 @@ struct Softmax {
     total.assign(rows, 0.0f);
   }
 
-  // Turns scores of positions [low, high) of a block into weights; the others before `end` weigh
-  // nothing, and those after it are not looked at.
+  // Replaces scores of positions [low, high) of a block by weights; the others before `end` weigh
+  // nothing, and positions after it are not read.
   void Update(int64_t row, int64_t low, int64_t high, int64_t end, int64_t head_dim) {
     float* s = scores.data() + row * kBlock;
     end = (end + kLanes - 1) / kLanes * kLanes;
@@ -302,7 +302,7 @@ void AttendHead(const Problem<T>& p, const Item& item, int64_t head, const Item&
                             next_span.last};
     }
     const int64_t begin = std::max(block, span.first), end = std::min(block + kBlock, span.last);
-    // Whole vectors of keys where pages are made of them: scores of what is not seen are replaced.
+    // Scores whole vectors of keys where pages consist of them; scores of unseen keys are replaced.
     const int64_t unit = p.page_size % kLanes ? 1 : kLanes;
     const int64_t from = begin / unit * unit, to = (end + unit - 1) / unit * unit;
     ForRuns(p, item.row, from, to, [&](int64_t t, int32_t page, int64_t at, int64_t count) {

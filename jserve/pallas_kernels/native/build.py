@@ -21,19 +21,19 @@ import jax
 
 FOLDER = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
-# Vectors wider than the registers are split by the compiler, which would warn of it.
+# The compiler splits vectors wider than the registers, and would warn of it.
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi"),
-    *("-ffp-contract=fast", "-fwrapv"),  # bits of floats are computed with as integers
+    *("-ffp-contract=fast", "-fwrapv"),  # the code computes with the bits of floats as integers
 )
 
 
 class BuildError(Exception):
-    """The library cannot be built here; the message says what to do."""
+    """Raised if the library cannot be built here; the message says what to do."""
 
 
 def library_path() -> Path:
-    """Where the library of these sources for this processor is, or would be."""
+    """Path of the library of these sources for this processor, built or not."""
     digest = hashlib.sha256(
         repr((FLAGS, _tuning(), importlib.metadata.version("jaxlib"), _processor())).encode()
     )
@@ -59,7 +59,7 @@ def build() -> Path:
                 objects = list(pool.map(functools.partial(_compile, compiler, folder), sources))
             built = Path(folder) / target.name
             _run(compiler, "-shared", "-o", str(built), *objects)
-            ctypes.CDLL(str(built))  # whoever finds it may count on it
+            ctypes.CDLL(str(built))  # a library that is found can be loaded
             built.rename(target)
     except OSError as error:
         raise BuildError(f"{target.parent}: {error}") from error
@@ -88,7 +88,7 @@ def _tuning() -> tuple[str, ...]:
 
 @functools.cache
 def _processor() -> str:
-    """What the compiler sees when it builds for the processor at hand."""
+    """Identity of this processor, as far as code built for it depends on it."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
     features = [line for line in lines if line.startswith(("flags", "Features"))][:1]
@@ -96,7 +96,7 @@ def _processor() -> str:
 
 
 def main() -> int:
-    """Builds and prints the library's path; 1 if that failed, and XLA's code will serve."""
+    """Builds the library and prints its path; returns 1 if that fails and XLA's code serves."""
     try:
         print(build())
     except BuildError as error:

@@ -1,7 +1,7 @@
-"""Calls of the C++ kernels of this folder; their ops' `dispatch` says what each one means.
+"""Calls of the C++ kernels of this folder; the ops' dispatch has their contracts.
 
-All matmuls of a call are made in one, so that threads meet once. Activations go in, and results
-come out, in float32.
+The matmuls of several weights are one call, so that threads meet once. Activations go in, and
+results come out, in float32.
 """
 
 from collections.abc import Sequence
@@ -113,5 +113,5 @@ def _rows(x: jax.Array, out_dim: int) -> jax.ShapeDtypeStruct:
 
 
 def _count(x: jax.Array, live: jax.Array | None) -> jax.Array:
-    """Rows of `x` that mean something: all of them unless `live` says less."""
+    """Number of rows of `x` that mean something: all rows unless `live` is given."""
     return jnp.int32(x.shape[0]) if live is None else live

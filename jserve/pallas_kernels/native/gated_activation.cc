@@ -18,7 +18,7 @@ inline Vec Sigmoid(Vec x, Vec y) { return y < Splat(-87.0f) ? Vec{} : x / (1.0f 
 
 inline Vec Silu(Vec x) { return Sigmoid(x, x); }
 
-// The approximation by tanh: x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), where
+// GELU's approximation by tanh: x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), where
 // (1 + tanh u) / 2 = 1 / (1 + e^-2u).
 inline Vec Gelu(Vec x) { return Sigmoid(x, 1.5957691216f * (x + 0.044715f * x * x * x)); }
 
@@ -36,7 +36,7 @@ using Floats = ffi::Buffer<ffi::F32>;
 ffi::Error GatedActivation(ffi::ThreadPool pool, Floats gate, Floats up,
                            ffi::Buffer<ffi::S32> num_tokens, bool is_silu,
                            ffi::Result<Floats> out) {
-  // The tokens after the first `num_tokens` are left as they are: nobody reads them.
+  // The tokens after the first `num_tokens` stay as they are: nobody reads them.
   const int64_t tokens = std::clamp<int64_t>(*num_tokens.typed_data(), 0, gate.dimensions()[0]);
   if (up.element_count() != gate.element_count()) {
     return ffi::Error::InvalidArgument("gate and up have different sizes");

@@ -19,14 +19,14 @@ struct Group {
   int64_t expert, begin, rows;
 };
 
-// Some panels of one expert's weight, and the rows they are for.
+// Some panels of one expert's weight, and the rows to multiply with them.
 struct Piece {
   const float* x;  // [rows, in_dim]
   int64_t rows;
   Block block;
 };
 
-// The experts that have rows. The rows after the last group are left as they are: nobody reads them.
+// The experts that have rows. The rows after the last group stay as they are: nobody reads them.
 std::vector<Group> Groups(ffi::Buffer<ffi::S32> sizes, int64_t num_rows) {
   std::vector<Group> groups;
   int64_t begin = 0;

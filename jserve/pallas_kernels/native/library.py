@@ -32,7 +32,7 @@ def is_loaded() -> bool:
         return False
     try:
         library = ctypes.CDLL(str(path))
-    except OSError as error:  # built on another system: another C library, a damaged file
+    except OSError as error:  # it was built on another system, or is damaged
         _log.warning(
             "the native CPU kernels cannot be loaded, XLA's own code runs: %s. Delete %s and run "
             "python -m jserve.pallas_kernels.native.build",

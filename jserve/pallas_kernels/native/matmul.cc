@@ -15,7 +15,7 @@ namespace ffi = xla::ffi;
 
 ffi::Error MatMul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> num_rows,
                   ffi::RemainingArgs weights, ffi::RemainingRets results) {
-  // The rows after the first `num_rows` are left as they are: nobody reads them.
+  // The rows after the first `num_rows` stay as they are: nobody reads them.
   const int64_t rows = std::clamp<int64_t>(*num_rows.typed_data(), 0, x.dimensions()[0]);
   const int64_t in_dim = x.dimensions()[1];
   if (rows == 0) return ffi::Error::Success();

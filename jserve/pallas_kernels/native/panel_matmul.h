@@ -1,6 +1,6 @@
-// Products of rows with weights in panels of 32 outputs: what one thread does of a product.
+// Matmuls of rows with weights in panels of 32 outputs: the part of one thread.
 //
-// A panel holds 32 outputs side by side for each input, so that a product adds up no lanes: an
+// A panel holds 32 outputs side by side for each input, so that a matmul adds up no lanes: an
 // activation is broadcast, and a tile of rows and outputs stays in registers for a run of inputs.
 //
 //   for each panel (a thread takes some)
@@ -8,7 +8,7 @@
 //       for each tile of 12 rows          sums in registers; the next run comes into the second cache
 //         for each input of the run       2 vectors of weights, 12 broadcasts, 24 multiply-adds
 //
-// Runs are added up in order, so long sums err less, and every output is made in one order whatever
+// Runs are added up in order, so long sums err less, and every output is summed in one order whatever
 // the number of rows: results do not depend on what else is in a batch.
 #ifndef JSERVE_NATIVE_PANEL_MATMUL_H_
 #define JSERVE_NATIVE_PANEL_MATMUL_H_
@@ -31,7 +31,7 @@ constexpr int kTileRows = 6;
 #endif
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-// What a tile asks for while it computes: `kLines` cache lines for each input of its run.
+// Prefetches of a tile while it computes: `kLines` cache lines for each input of its run.
 template <int kLines>
 inline void Ahead(const char* next, int64_t k) {
   for (int i = 0; i < kLines; ++i) {
@@ -63,7 +63,7 @@ void Tile(const float* x, int64_t in_dim, const W* w, int64_t count, float* y, i
   }
 }
 
-// As many rows as there are, up to kTileRows.
+// Calls the routine for the actual number of rows, up to kTileRows.
 template <int kLines, class W, int kRows = kTileRows>
 void SomeRows(int64_t rows, const float* x, int64_t in_dim, const W* w, int64_t count, float* y,
               int64_t y_stride, bool first, const char* next) {
@@ -75,8 +75,8 @@ void SomeRows(int64_t rows, const float* x, int64_t in_dim, const W* w, int64_t 
 }
 
 // One run of inputs for all rows. `next` follows the run in memory: one or two lines an input,
-// which the first tiles ask for, no faster than memory delivers, or the processor would wait; null
-// where another strip of the panel has asked for it.
+// which the first tiles prefetch, no faster than memory delivers, or the processor would wait; null
+// if another strip of the panel has prefetched it.
 template <class W>
 void AllRows(const float* x, int64_t rows, int64_t in_dim, const W* w, int64_t count, float* y,
              int64_t y_stride, bool first, const char* next) {
@@ -111,7 +111,7 @@ void WholePanel(const float* x, int64_t rows, int64_t in_dim, const W* panel, fl
   }
 }
 
-// Some panels of one product: what one thread takes at a time.
+// Some panels of one matmul, which one thread takes at a time.
 struct Block {
   const void* weight;  // [panels, in_dim, 32]
   bool is_float32;
@@ -138,7 +138,7 @@ void Multiply(const float* x, int64_t rows, int64_t in_dim, const Block& b) {
   }
 }
 
-// The same for either type of weight.
+// Multiplies by weights of either type.
 inline void Multiply(const float* x, int64_t rows, int64_t in_dim, const Block& b) {
   if (b.is_float32) {
     Multiply<float>(x, rows, in_dim, b);

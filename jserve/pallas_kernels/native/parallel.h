@@ -21,7 +21,7 @@ inline void Pause() {
 
 // Calls body(i) once for every i in [0, num_items), in any order, and returns when all are done.
 //
-// The caller takes items, too, so a pool whose threads are all busy, or asleep, only costs time.
+// The caller takes items as well, so a pool whose threads are all busy, or asleep, only costs time.
 template <class Body>
 void ParallelFor(xla::ffi::ThreadPool pool, int64_t num_items, const Body& body) {
   const int64_t helpers = std::min<int64_t>(pool.num_threads(), num_items) - 1;

@@ -1,8 +1,8 @@
 // y = x . weight^T for one or several weights of 4 or 8 bits in groups of 32 inputs.
 //
-// A weight is code * scale + offset, one scale and one offset per output and group. The float32
-// activations are rounded to 8 bits per row and group on the way in, so that products of a group
-// are exact integers; groups are added in float32, in order. Weights are stored as the inner loop
+// A weight is code * scale + offset, one scale and one offset per output and group. Activations of
+// float32 are rounded to 8 bits per row and group first, so that the sum of a group is an exact
+// integer; groups are added in float32, in order. Weights are stored as the inner loop
 // reads them: panels of 16 outputs, and in each group four inputs of an output side by side.
 #include <algorithm>
 #include <cmath>
@@ -27,7 +27,7 @@ typedef float Floats __attribute__((vector_size(kPanel * 4)));
 typedef int32_t Ints __attribute__((vector_size(kPanel * 4)));
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
-// Eight outputs; codes below 16, so that sums of two products fit 16 bits.
+// Adds for eight outputs; codes are below 16, so that the sum of two terms fits 16 bits.
 inline __m256i AddSmallQuads(__m256i sums, __m256i codes, __m256i x) {
   return _mm256_add_epi32(
       sums, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), _mm256_set1_epi16(1)));
@@ -62,7 +62,7 @@ inline void AddQuad(Ints& sums, const Ints& codes, int32_t x) {
 
 inline void LoadHalves(const uint16_t* from, Floats& to) {
 #if defined(__AVX512F__)
-  // Not _mm512_cvtph_ps, whose undefined source operand GCC 12 warns of.
+  // This is not _mm512_cvtph_ps, because GCC 12 warns of that one's undefined source operand.
   to = (Floats)_mm512_maskz_cvtph_ps(
       0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__F16C__)
@@ -108,7 +108,7 @@ struct Rounded {
     for (int v = 0; v < kVecs; ++v) {
       values[v] = Load(x + v * kLanes);
       tops = Max(tops, Abs(values[v]));
-      poisons += values[v] * 0.0f;  // NaN if any is NaN or infinite: it must show in the products
+      poisons += values[v] * 0.0f;  // NaN if any is NaN or infinite: it must show in the results
     }
     const float top = Largest(tops);
     const Vec inverse = Splat(top > kSmallest ? 127.0f / top : 0.0f);
@@ -125,7 +125,7 @@ struct Rounded {
   }
 };
 
-// Some outputs of one product: what one thread takes at a time.
+// Some outputs of one matmul, which one thread takes at a time.
 struct Block {
   const uint8_t* codes;    // [panels, groups, bytes of a group]
   const uint16_t* scales;  // [panels, groups, scale|offset, 16] float16
@@ -142,7 +142,7 @@ inline void Tile(const Rounded& x, const Block& w, int64_t row, int64_t panel) {
   const int64_t groups = w.groups, in_dim = groups * kGroup;
   Floats sums[M][N] = {};
   for (int64_t g = 0; g < groups; ++g) {
-    Ints products[M][N] = {};
+    Ints dots[M][N] = {};
     const int8_t* xs = x.codes.data() + row * in_dim + g * kGroup;
     for (int64_t j = 0; j < kQuads; ++j) {
       Ints codes[N];
@@ -159,7 +159,7 @@ inline void Tile(const Rounded& x, const Block& w, int64_t row, int64_t panel) {
       for (int m = 0; m < M; ++m) {
         int32_t quad;
         std::memcpy(&quad, xs + m * in_dim + j * 4, sizeof quad);
-        for (int n = 0; n < N; ++n) AddQuad<kBits>(products[m][n], codes[n], quad);
+        for (int n = 0; n < N; ++n) AddQuad<kBits>(dots[m][n], codes[n], quad);
       }
     }
     for (int n = 0; n < N; ++n) {
@@ -170,7 +170,7 @@ inline void Tile(const Rounded& x, const Block& w, int64_t row, int64_t panel) {
       for (int m = 0; m < M; ++m) {
         const float xscale = x.scales[(row + m) * groups + g];
         const float total = x.totals[(row + m) * groups + g];
-        sums[m][n] += __builtin_convertvector(products[m][n], Floats) * (scale * xscale);
+        sums[m][n] += __builtin_convertvector(dots[m][n], Floats) * (scale * xscale);
         sums[m][n] += offset * total;
       }
     }
@@ -222,7 +222,7 @@ void RoundAll(ffi::ThreadPool pool, const float* x, int64_t rows, int64_t in_dim
 ffi::Error QuantizedMatMul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x,
                            ffi::Buffer<ffi::S32> num_rows, ffi::RemainingArgs weights,
                            ffi::RemainingRets results) {
-  // The rows after the first `num_rows` are left as they are: nobody reads them.
+  // The rows after the first `num_rows` stay as they are: nobody reads them.
   const int64_t rows = std::clamp<int64_t>(*num_rows.typed_data(), 0, x.dimensions()[0]);
   const int64_t in_dim = x.dimensions()[1];
   if (rows == 0) return ffi::Error::Success();

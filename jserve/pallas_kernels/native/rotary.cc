@@ -1,4 +1,4 @@
-// Rotary embedding of queries and keys: dimension i of a head turns with i + half its size.
+// Rotary embedding of queries and keys: dimension i of a head rotates with i + half its size.
 #include <algorithm>
 #include <cstdint>
 
@@ -13,7 +13,7 @@ namespace ffi = xla::ffi;
 
 constexpr int64_t kShare = 1 << 14;  // floats that one thread turns at a time
 
-// out = scale * x, each of `heads` turned by one token's angles.
+// out = scale * x, each of `heads` rotated by one token's angles.
 inline void Turn(const float* x, int64_t heads, int64_t half, const float* cos, const float* sin,
                  float scale, float* out) {
   for (int64_t h = 0; h < heads; ++h, x += 2 * half, out += 2 * half) {
@@ -36,7 +36,7 @@ using Floats = ffi::Buffer<ffi::F32>;
 ffi::Error Rotary(ffi::ThreadPool pool, Floats q, Floats k, Floats cos, Floats sin,
                   ffi::Buffer<ffi::S32> num_tokens, float q_scale, ffi::Result<Floats> q_out,
                   ffi::Result<Floats> k_out) {
-  // The tokens after the first `num_tokens` are left as they are: nobody reads them.
+  // The tokens after the first `num_tokens` stay as they are: nobody reads them.
   const int64_t tokens = std::clamp<int64_t>(*num_tokens.typed_data(), 0, q.dimensions()[0]);
   const int64_t q_heads = q.dimensions()[1], kv_heads = k.dimensions()[1];
   const int64_t dim = q.dimensions()[2], half = dim / 2;

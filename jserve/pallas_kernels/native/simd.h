@@ -50,7 +50,7 @@ inline void Put(float x, BFloat16* to) {  // to the nearest, ties to even
 
 inline Vec Splat(float x) { return Vec{} + x; }
 
-// A float from memory in all lanes: by the load itself, where Splat takes a shuffle more.
+// A float from memory in all lanes, by the load itself; Splat takes one more shuffle.
 inline Vec Broadcast(const float* from) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_set1_ps(*from);
@@ -97,7 +97,7 @@ inline Vec LoadSome(const T* from, int64_t count) {
 
 inline void StoreSome(Vec v, float* to, int64_t count) { std::memcpy(to, &v, count * sizeof(float)); }
 
-// Asks for `count` elements that will be read soon.
+// Prefetches `count` elements that will be read soon.
 template <class T>
 inline void Prefetch(const T* from, int64_t count) {
   const char* bytes = reinterpret_cast<const char*>(from);
@@ -127,7 +127,7 @@ template <class Op>
 inline float Fold(Vec v, const Op& op) {
 #if defined(__AVX__)
 #if defined(__AVX512F__)
-  // Masked forms, because GCC 12 warns of the undefined operand of the others.
+  // These are masked forms, because GCC 12 warns of the undefined operand of the others.
   const __m512d wide = _mm512_castps_pd((__m512)v);
   const __m256d low = _mm512_maskz_extractf64x4_pd(0xff, wide, 0);
   const __m256d high = _mm512_maskz_extractf64x4_pd(0xff, wide, 1);
@@ -150,7 +150,7 @@ inline float Sum(Vec v) {
 // Lane i of the result is the sum of all lanes of sums[i], in one order for every i.
 inline Vec LaneSums(const Vec (&sums)[kLanes]) {
 #if defined(__AVX512F__)
-  // Masked forms for GCC 12, as in Fold.
+  // These are masked forms for GCC 12, as in Fold.
   constexpr __mmask16 kAll = 0xffff;
   __m512 quads[4];
 #pragma GCC unroll 4

@@ -1,1 +1,1 @@
-"""Products of activations with weights of 4 or 8 bits."""
+"""Matmuls of activations with weights of 4 or 8 bits."""

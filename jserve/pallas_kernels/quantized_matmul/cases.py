@@ -1,11 +1,11 @@
-"""The shapes that matter, named once: for tests, benchmarks, tuning and compilation."""
+"""Shapes of quantized matmuls that tests, benchmarks and compilation checks share."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Weights with a scale per output that meet the same rows."""
+    """Weights with a scale per output, multiplied with the same rows."""
 
     name: str
     rows: int
@@ -13,7 +13,7 @@ class Case:
     out_dims: tuple[int, ...]
 
 
-# Small: what interpreters can run.
+# Small shapes, which interpreters can run.
 CASES = (
     Case("one_row", 1, 128, (256,)),
     Case("three_weights", 5, 256, (256, 128, 128)),
@@ -23,7 +23,7 @@ CASES = (
     Case("odd_outputs", 3, 128, (672,)),
 )
 
-# Those of models, on one device.
+# Shapes of models on one device.
 MODEL_CASES = tuple(
     Case(f"{name}, {rows} rows", rows, in_dim, out_dims)
     for name, in_dim, out_dims in (

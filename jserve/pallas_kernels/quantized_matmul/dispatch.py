@@ -1,4 +1,4 @@
-"""The one entry to products with quantized weights: contract, validation, choice of backend."""
+"""The one entry to quantized matmuls: contract, validation, choice of backend."""
 
 from collections.abc import Sequence
 
@@ -22,14 +22,14 @@ def quantized_matmul(
     num_rows: Int[jax.Array, ""] | None = None,
     backend: Backend,
 ) -> tuple[Float32[jax.Array, "rows _"], ...]:
-    """X · weightᵀ for each weight, accumulated and returned in float32.
+    """Returns x · weightᵀ for each weight, accumulated and returned in float32.
 
-    With weights in groups, which are for CPUs, activations are rounded to 8 bits per row and
-    group. With one scale per output, activations are not rounded: codes are exact in bfloat16.
+    Weights in groups are for CPUs: they round activations to 8 bits per row and group. Weights with
+    one scale per output leave activations as they are, because codes are exact in bfloat16.
 
-    `num_rows` is as in `matmul`. A row is bitwise independent of the number of rows and of the
-    others, unless the backend is the reference, or one of an accelerator that has no kernel
-    (see `has_kernel`).
+    `num_rows` is as in `matmul`. A row is bitwise independent of the other rows and of their
+    number, unless the backend is the reference, or an accelerator without a kernel (see
+    `has_kernel`).
     """
     for weight in weights:
         if weight.shape[1] != x.shape[1]:
@@ -45,9 +45,9 @@ def quantized_matmul(
 
 
 def has_kernel(backend: Backend, out_dim: int, in_dim: int, dtype: jnp.dtype) -> bool:
-    """Whether a weight with a scale per output has a kernel; else XLA makes it floats first.
+    """Whether there is a kernel for a weight with a scale per output and activations of `dtype`.
 
-    `dtype` is that of the activations.
+    Without one, XLA converts the weight to floats before it multiplies.
     """
     fits = {Backend.TPU: tpu.fits, Backend.GPU: gpu.fits}.get(backend)
     return fits is not None and fits(out_dim, in_dim, dtype)
@@ -68,7 +68,7 @@ def _channel_matmul(
 def _group_matmul_on_cpu(
     x: jax.Array, weights: Sequence[QuantizedMatrix], num_rows: jax.Array | None
 ) -> tuple[jax.Array, ...]:
-    """XLA makes floats of the weights first, which takes long."""
+    """Multiplies by XLA, which converts the weights to floats first and takes long."""
     return cpu.matmul(rounded(x), [dequantize(weight) for weight in weights], num_rows)
 
 
@@ -85,7 +85,7 @@ _GROUPS = {
     Backend.CPU: _group_matmul_on_cpu,
     Backend.NATIVE: calls.quantized_matmul,
 }
-# The accelerators' own are of weights that have a kernel.
+# Weights that have a kernel never come here.
 _CHANNELS = implementations(
     reference.channel_matmul, cpu=_channel_matmul_on_cpu, native=_channel_matmul_on_cpu
 )

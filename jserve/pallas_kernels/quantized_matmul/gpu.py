@@ -1,6 +1,6 @@
-"""Products with weights of 8 bits on Hopper GPUs: codes cross the memory, floats only registers.
+"""Matmuls with weights of 8 bits on Hopper GPUs: codes cross the memory, floats only registers.
 
-One launch for all weights of a call. A thread block has 256 outputs of a weight, a share of its
+One launch serves all weights of a call. A thread block has 256 outputs of a weight, a share of its
 inputs and up to 128 rows. `gpu_tile` draws what overlaps what inside; blocks side by side:
 
     weight 0   │ split 0: outputs 0… │ 256… │ … │ split 1: outputs 0… │ 256… │ …
@@ -34,10 +34,10 @@ from jserve.pallas_kernels.gpu_tile import (
 )
 from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
 
-_OUTPUTS = 128  # that a weight has at least
-_LINE = 8  # floats: outputs come in so many
-_INPUTS = 128  # that a weight has a multiple of, and of a stage of few rows
-_SHARED_BYTES = 200 * 1024  # for the stages
+_OUTPUTS = 128  # fewest outputs of a weight
+_LINE = 8  # outputs of a weight are a multiple of this
+_INPUTS = 128  # inputs of a weight are a multiple of this; inputs of a stage of few rows
+_SHARED_BYTES = 200 * 1024  # shared memory for stages
 # Thread blocks that keep the memory busy: Hopper has 132 multiprocessors, an H100 PCIe has 114.
 _BUSY = 96
 _MIN_SHARE = 512  # inputs of a split
@@ -45,32 +45,32 @@ _MIN_SHARE = 512  # inputs of a split
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a launch is cut into thread blocks."""
+    """The cut of a launch into thread blocks."""
 
-    rows: int  # of a tile: what wgmma takes, a multiple of 8 up to 256
+    rows: int  # rows of a tile: a multiple of 8 up to 256, as wgmma takes them
     row_tiles: int
-    outputs: int  # of a tile: 64 or 128 for each compute warpgroup
-    inputs: int  # of a stage
+    outputs: int  # outputs of a tile: 64 or 128 for each compute warpgroup
+    inputs: int  # inputs of a stage
     stages: int
-    splits: int  # of the inputs
+    splits: int  # shares of the inputs
     in_registers: bool  # splits are added up by one thread block
 
     @property
     def parts(self) -> int:
-        """Sums that are written for an output."""
+        """Number of sums that are written for an output."""
         return 1 if self.in_registers else self.splits
 
     def blocks(self, out_dim: int) -> int:
-        """Thread blocks of a weight."""
+        """Number of thread blocks of a weight."""
         return self.tiles(out_dim) * self.parts * self.row_tiles
 
     def tiles(self, out_dim: int) -> int:
-        """Of outputs; the last one ends with them, so it has some of the one before again."""
+        """Number of output tiles; the last one ends at `out_dim` and overlaps its neighbour."""
         return -(-out_dim // self.outputs)
 
 
 def make_tiling(rows: int, in_dim: int, out_dims: Sequence[int]) -> Tiling:
-    """How products of so many rows with weights that fit are cut."""
+    """Cuts the matmuls of `rows` rows with weights that fit."""
     splits = num_splits(in_dim, out_dims)
     in_registers = splits > 1 and rows > 256
     # Accumulators take 128 registers of a thread at most; two sets of them where splits add up.
@@ -90,7 +90,7 @@ def make_tiling(rows: int, in_dim: int, out_dims: Sequence[int]) -> Tiling:
 
 
 def num_splits(in_dim: int, out_dims: Sequence[int]) -> int:
-    """Shares of the inputs: as few as keep the memory busy with tall tiles, none too short."""
+    """Number of shares of the inputs: the fewest that keep the memory busy, none too short."""
     splits, tiles = 1, sum(out_dims) // (2 * _OUTPUTS)
     while tiles * splits < _BUSY:
         share = in_dim // (2 * splits)
@@ -109,7 +109,7 @@ def fits(out_dim: int, in_dim: int, dtype: jnp.dtype) -> bool:
 def channel_matmul(
     x: jax.Array, weights: Sequence[ChannelMatrix], num_rows: jax.Array | None
 ) -> tuple[jax.Array, ...]:
-    """See `dispatch`; of weights that fit, with codes of one type."""
+    """Implements `dispatch.quantized_matmul` for weights that fit and have codes of one type."""
     rows, in_dim = x.shape
     tiling = make_tiling(rows, in_dim, [weight.shape[0] for weight in weights])
     padded = jnp.pad(x, ((0, tiling.rows * tiling.row_tiles - rows), (0, 0)))
@@ -117,9 +117,9 @@ def channel_matmul(
     sums = _launch(live, padded, [weight.codes for weight in weights], tiling)
     ys: list[jax.Array] = []
     for weight, parts in zip(weights, sums, strict=True):
-        # One after the other: a reduction could take another order for another number of rows.
+        # Added one after the other: a reduction might choose its order by the number of rows.
         total = functools.reduce(jnp.add, [parts[i] for i in range(tiling.parts)])
-        remainder = weight.shape[0] % tiling.outputs  # of the last tile's, where they do not divide
+        remainder = weight.shape[0] % tiling.outputs  # new outputs of the last tile, if it overlaps
         if remainder:
             first, last = jnp.split(total, [total.shape[1] - tiling.outputs], axis=1)
             total = jnp.concatenate((first, last[:, -remainder:]), axis=1)
@@ -130,7 +130,7 @@ def channel_matmul(
 def _launch(
     live: jax.Array, x: jax.Array, codes: Sequence[jax.Array], tiling: Tiling
 ) -> Sequence[jax.Array]:
-    """The sums of splits: [parts, rows, all tiles of outputs] for each weight."""
+    """Sums of splits: [parts, rows, outputs of all tiles] for each weight."""
     dtype = codes[0].dtype
     assert all(weight.dtype == dtype for weight in codes)
     rows, in_dim = x.shape
@@ -155,7 +155,7 @@ def _launch(
 
 
 def _body(memory: Memory, *, tiling: Tiling) -> None:
-    """One thread block: finds its weight, then its place in it."""
+    """Finds the weight of this thread block, then its tile, and multiplies."""
     block, role, first = lax.axis_index("block"), lax.axis_index("role"), 0
     # Neighbours share a tile of the weight, so it comes from memory once for all rows.
     row = lax.rem(block, jnp.int32(tiling.row_tiles)) * tiling.rows

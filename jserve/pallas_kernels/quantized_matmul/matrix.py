@@ -1,10 +1,11 @@
-"""Weights of 4 or 8 bits: their layout, and how floats become them and are got back.
+"""Weights of 4 or 8 bits in groups: layout, quantization and dequantization.
 
 A weight [out, in] is code · scale + offset, with one scale and one offset per output and group of
 32 inputs, as in GGUF's Q4_1. A Q4_1 tensor that was dequantized is quantized again without loss
 where every group uses the first and the last code, as llama.cpp's plain quantization makes it.
-Codes lie as the inner loop of a product reads them: in panels of 16 outputs, and in each group
-four inputs of an output side by side. Of 4 bits, the low ones hold the first half of a group.
+Codes lie as the inner loop of a matmul reads them: in panels of 16 outputs, and in each group
+four inputs of an output side by side. A byte of two codes has one of the group's first half in its
+low bits.
 """
 
 from typing import NamedTuple
@@ -20,24 +21,27 @@ _QUAD = 4  # inputs of an output side by side
 
 
 class QuantizedMatrix(NamedTuple):
-    """A weight in codes. 8 bits have 8 quads a group, 4 bits have 4 of two codes a byte."""
+    """A weight in codes: 8 quads a group for 8 bits; for 4 bits 4 quads with two codes a byte."""
 
     codes: UInt8[jax.Array, "panels groups quads 16 4"]
     scales: Float[jax.Array, "panels groups 2 16"]  # float16: scale, offset
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight: [out, in]."""
+        """Shape of the weight: [out, in]."""
         return self.codes.shape[0] * PANEL, self.codes.shape[1] * GROUP
 
     @property
     def bits(self) -> int:
-        """Of a code."""
+        """Bits of a code."""
         return 8 if self.codes.shape[2] == GROUP // _QUAD else 4
 
 
 def quantized_shapes(shape: tuple[int, int], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of codes and scales of a weight [out, in]. Raises ValueError if it does not divide."""
+    """Shapes of codes and scales of a weight [out, in].
+
+    Raises ValueError if panels and groups do not divide it.
+    """
     out_dim, in_dim = shape
     if out_dim % PANEL or in_dim % GROUP:
         raise ValueError(f"a weight {shape} has no whole panels of {PANEL} and groups of {GROUP}")
@@ -46,7 +50,7 @@ def quantized_shapes(shape: tuple[int, int], bits: int) -> tuple[tuple[int, ...]
 
 
 def quantize(rows: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and scales of a float32 weight [out, in], on the host.
+    """Quantizes a float32 weight [out, in] to codes and scales, on the host.
 
     The smallest weight of a group is code 0, the largest the last one, both within float16.
     """
@@ -68,7 +72,7 @@ def quantize(rows: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def dequantize(matrix: QuantizedMatrix) -> Float[jax.Array, "out_dim in_dim"]:
-    """The weight in float32."""
+    """Returns the weight in float32."""
     values = _values(_unpacked(matrix.codes, axis=2), matrix.scales[:, :, :, :, None])
     # [panels, groups, quads, 16, 4] → [panels, 16, groups, quads, 4]
     return values.transpose(0, 3, 1, 2, 4).reshape(matrix.shape)
@@ -77,7 +81,7 @@ def dequantize(matrix: QuantizedMatrix) -> Float[jax.Array, "out_dim in_dim"]:
 def take_rows(
     matrix: QuantizedMatrix, rows: Int[jax.Array, " rows"]
 ) -> Float[jax.Array, "rows in_dim"]:
-    """Some rows of the weight in float32: an embedding's lookup."""
+    """Looks up rows of the weight in float32, as an embedding does."""
     panel, lane = rows // PANEL, rows % PANEL
     codes = _unpacked(matrix.codes[panel, :, :, lane], axis=2)  # [rows, groups, quads, 4]
     scales = matrix.scales[panel, :, :, lane]  # [rows, groups, 2]
@@ -85,7 +89,7 @@ def take_rows(
 
 
 def _unpacked(codes: jax.Array, axis: int) -> jax.Array:
-    """Codes one a byte."""
+    """Unpacks codes of 4 bits to one a byte; codes of 8 bits stay as they are."""
     if codes.shape[axis] == GROUP // _QUAD:
         return codes
     return jnp.concatenate((codes & 15, codes >> 4), axis=axis)

@@ -1,4 +1,4 @@
-"""What a product with quantized weights means, in plain jnp."""
+"""The definition of quantized matmuls, in plain jnp."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ _SMALLEST = 1e-30  # a group whose largest activation is no larger counts as zer
 
 
 def rounded(x: jax.Array) -> jax.Array:
-    """Activations as 8-bit codes times a scale per row and group: float32 [rows, in_dim]."""
+    """Rounds activations to 8-bit codes times a scale per row and group: float32 [rows, in_dim]."""
     groups = x.astype(jnp.float32).reshape(x.shape[0], -1, GROUP)
     top = jnp.max(jnp.abs(groups), axis=-1, keepdims=True)
     top = jnp.where(top > _SMALLEST, top, 0.0) + 0.0 * jnp.sum(groups, axis=-1, keepdims=True)
@@ -24,7 +24,6 @@ def rounded(x: jax.Array) -> jax.Array:
 def quantized_matmul(
     x: jax.Array, weights: Sequence[QuantizedMatrix], num_rows: jax.Array | None
 ) -> tuple[jax.Array, ...]:
-    """See `dispatch`."""
     del num_rows
     return tuple(dot(rounded(x), dequantize(weight)) for weight in weights)
 
@@ -32,7 +31,6 @@ def quantized_matmul(
 def channel_matmul(
     x: jax.Array, weights: Sequence[ChannelMatrix], num_rows: jax.Array | None
 ) -> tuple[jax.Array, ...]:
-    """See `dispatch`."""
     del num_rows
     return tuple(
         dot(x, weight.codes.astype(x.dtype)) * weight.scales[None, :] for weight in weights

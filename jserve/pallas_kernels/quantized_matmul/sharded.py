@@ -1,4 +1,4 @@
-"""Products with quantized weights over devices: every one multiplies with its part of a weight."""
+"""Quantized matmuls over devices: each device multiplies with its shard of a weight."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,13 @@ from jserve.pallas_kernels.backend import Backend
 from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
 from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
 
-SPLIT_BY_XLA = (Backend.REFERENCE, Backend.CPU, Backend.NATIVE)  # by the weights' shardings alone
-Axes = str | tuple[str, ...] | None  # of a mesh
-Split = tuple[Axes, Axes]  # what outputs and inputs are split over
+SPLIT_BY_XLA = (
+    Backend.REFERENCE,
+    Backend.CPU,
+    Backend.NATIVE,
+)  # the compiler splits by the weights' shardings
+Axes = str | tuple[str, ...] | None  # axes of a mesh
+Split = tuple[Axes, Axes]  # mesh axes of outputs and of inputs
 
 
 def sharded_matmul(
@@ -25,12 +29,14 @@ def sharded_matmul(
     backend: Backend,
     mesh: Mesh | AbstractMesh,
 ) -> tuple[Float32[jax.Array, "rows _"], ...]:
-    """`quantized_matmul` of weights whose outputs, or inputs, are split over axes of `mesh`.
+    """Runs `quantized_matmul` on weights whose outputs or inputs are split over axes of `mesh`.
 
-    Products of split outputs stay split. Those of split inputs are summed over the axes, in the
+    Results of split outputs stay split. Results of split inputs are summed over the axes, in the
     order of the compiler's all-reduce.
     """
-    (in_axes,) = {in_axes for _, in_axes in splits}  # one x, so split one way
+    (in_axes,) = {
+        in_axes for _, in_axes in splits
+    }  # there is one x, so inputs are split in one way
 
     def multiply(
         x: jax.Array,

@@ -1,18 +1,18 @@
-"""Products with weights of 8 bits on TPU: codes cross the memory, floats only the matrix unit.
+"""Matmuls with weights of 8 bits on TPU: codes cross the memory, floats only the matrix unit.
 
-One launch a weight. Rows stay in VMEM while blocks of codes, 128 outputs or a few times as many
-with all their inputs, stream by in two buffers; a block is made floats 128 outputs at a time:
+Each weight is one launch. Rows stay in VMEM while blocks of codes, 128 outputs or a few times as
+many with all their inputs, stream by in two buffers; a block is converted 128 outputs at a time:
 
     codes from HBM     │ load 0 │ load 1 │ load 2 │ load 3
     codes → bfloat16            │ 0a  0b │ 1a  1b │ 2a  2b     vector unit
     rows · codesᵀ               │   0a  0b   1a  1b   2a  2b   matrix unit, sums in float32
     sums · scales               │    0a  0b   1a  1b   2a  2b  vector unit
-    products to HBM                      │ store 0│ store 1
+    results to HBM                       │ store 0│ store 1
 
-Up to 256 or 512 rows (by generation) the codes are read once, and reading them is what takes the
-time; more rows take further rounds over the weight, each of which computes longer than it loads.
-An output is one product over all inputs, whatever the number of rows: a row's bits depend on
-nothing but the row.
+Up to 256 or 512 rows (by generation) the codes are read once, and reading them bounds the time;
+more rows take further rounds over the weight, each of which computes longer than it loads. An
+output is one dot over all inputs, whatever the number of rows: a row's bits depend on nothing but
+the row.
 """
 
 import functools
@@ -29,7 +29,7 @@ from jserve.pallas_kernels.quantized_matmul.tpu_blocks import LANES, blocks_for
 from jserve.pallas_kernels.tpu_generation import generation_in_use
 
 _SUBLANES = 16  # rows of a tile of bfloat16
-_SUBLANES_8 = 32  # of a tile of 8 bits
+_SUBLANES_8 = 32  # rows of a tile of 8 bits
 
 
 def fits(out_dim: int, in_dim: int, dtype: jnp.dtype) -> bool:
@@ -41,7 +41,7 @@ def fits(out_dim: int, in_dim: int, dtype: jnp.dtype) -> bool:
 def channel_matmul(
     x: jax.Array, weights: Sequence[ChannelMatrix], num_rows: jax.Array | None
 ) -> tuple[jax.Array, ...]:
-    """See `dispatch`; of weights that fit."""
+    """Implements `dispatch.quantized_matmul` for weights that fit."""
     return tuple(_matmul(x, weight, num_rows) for weight in weights)
 
 
@@ -53,7 +53,7 @@ def _matmul(x: jax.Array, weight: ChannelMatrix, num_rows: jax.Array | None) -> 
     num_blocks, num_tiles = -(-out_dim // outputs), -(-rows // tile)
 
     def block(at: jax.Array, i: jax.Array, live: jax.Array) -> jax.Array:
-        """Of the weight: a round that computes nothing keeps what the one before it has loaded."""
+        """Index of the weight's block: idle rounds repeat the last one, so nothing is fetched."""
         return jnp.where(at * tile < live[0], i, num_blocks - 1)
 
     call = pl.pallas_call(

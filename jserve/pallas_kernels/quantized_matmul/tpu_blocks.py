@@ -1,8 +1,7 @@
 """Block sizes of the TPU kernel, by generation; `tpu_blocks.json` holds the table.
 
-They are chosen from bandwidths, memory sizes and matrix units, not measured yet: a block takes
-one to two microseconds to load, and so many rows make a product that takes longer than loading
-its weights.
+Sizes are chosen from bandwidths, memory sizes and matrix units, not measured yet: a block takes one
+to two microseconds to load, and `rows` rows take longer to multiply than their weights to load.
 """
 
 from dataclasses import dataclass
@@ -17,16 +16,16 @@ _TABLE = Path(__file__).with_suffix(".json")
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Sizes in KiB, rows and MiB; there are two buffers of everything that is streamed."""
+    """Sizes in KiB, rows and MiB; everything that is streamed has two buffers."""
 
-    weight_block_kib: int  # of codes that one round computes with, if 128 outputs are not more
-    rows: int  # of activations that meet the weights at a time
+    weight_block_kib: int  # codes of one round, unless 128 outputs take more
+    rows: int  # rows of activations of one round
     vmem_limit_mib: int
 
     def outputs(self, out_dim: int, in_dim: int) -> int:
-        """Outputs of a block: the largest multiple of 128 that fits, if it may be one that divides.
+        """Outputs of a block: the largest multiple of 128 that fits and divides `out_dim`.
 
-        Of outputs that 128 does not divide the last block has fewer.
+        If 128 does not divide `out_dim`, the block is as large as fits and the last one has fewer.
         """
         tiles = -(-out_dim // LANES)
         fitting = min(max(self.weight_block_kib * 1024 // (LANES * in_dim), 1), tiles)
@@ -36,5 +35,5 @@ class Blocks:
 
 
 def blocks_for(generation: str) -> Blocks:
-    """The sizes of a generation. Raises ValueError where the table has none."""
+    """Block sizes of a generation. Raises ValueError if the table has none."""
     return read_row(_TABLE, generation, Blocks, "TPU generation")

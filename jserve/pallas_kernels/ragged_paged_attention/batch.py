@@ -1,4 +1,4 @@
-"""The ragged batch that attention runs over, and where its K and V go."""
+"""The ragged batch that attention runs over, with the addresses of its K and V."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class RaggedBatch(NamedTuple):
     num_decode: Int[jax.Array, ""]
     num_rows: Int[jax.Array, ""]
     write_pages: Int[jax.Array, " tokens"]  # page that takes the token's K and V
-    write_offsets: Int[jax.Array, " tokens"]  # and its place there
+    write_offsets: Int[jax.Array, " tokens"]  # place of the token in that page
 
 
 def make_ragged_batch(
@@ -40,7 +40,7 @@ def make_ragged_batch(
     *,
     page_size: int,
 ) -> RaggedBatch:
-    """Adds the write addresses of every token; a token that is not live goes to the null page."""
+    """Adds the write addresses of every token; tokens that are not live go to the null page."""
     page_index = jnp.where(live, positions // page_size, 0)
     pages = page_table[token_rows, page_index]
     return RaggedBatch(

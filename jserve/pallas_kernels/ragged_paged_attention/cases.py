@@ -1,4 +1,4 @@
-"""The shapes that matter, named once: for tests, benchmarks and tuning."""
+"""Ragged batches that tests, benchmarks and compilation checks share."""
 
 from dataclasses import dataclass
 
@@ -12,8 +12,8 @@ class Case:
     kv_heads: int
     head_dim: int
     page_size: int
-    decode: tuple[int, ...]  # context before the one new token
-    prompts: tuple[tuple[int, int], ...] = ()  # (computed before, chunk)
+    decode: tuple[int, ...]  # tokens before the one new token of each row
+    prompts: tuple[tuple[int, int], ...] = ()  # (tokens computed before, tokens of the chunk)
     window: int = 0
     idle_rows: int = 0
     padding: int = 0  # tokens after the last row

@@ -1,6 +1,6 @@
 """Ragged paged attention on CPU: XLA loops whose trip counts follow the real context lengths.
 
-Every row is walked alone, over KV blocks at fixed absolute positions, with a running softmax:
+Each row is walked alone, over KV blocks at fixed absolute positions, with a running softmax:
 
     row r:   block 0 ── block 1 ── … ── block of the row's last token
              gather pages → q·k → rescale → p·v
@@ -35,12 +35,12 @@ class _Softmax(NamedTuple):
 
 
 def _load_block(pages: jax.Array, table: jax.Array, block: jax.Array, kv_len: jax.Array):
-    """K and V of one block, [kv_heads, block, head_dim] each; V past the end is zero."""
+    """Loads K and V of one block, [kv_heads, block, head_dim] each; V past the end is zero."""
     _, _, kv_heads, page_size, head_dim = pages.shape
     num_pages = max(_BLOCK // page_size, 1)
     ids = lax.dynamic_slice(table, (block * num_pages,), (num_pages,))
 
-    def load(part: int) -> jax.Array:  # one gather, and the transposition fused with it
+    def load(part: int) -> jax.Array:  # one gather, fused with the transposition
         found = pages.at[ids, part].get(mode="promise_in_bounds")
         return found.swapaxes(0, 1).reshape(kv_heads, num_pages * page_size, head_dim)
 
@@ -58,7 +58,7 @@ def _attend_tile(
     pages: jax.Array,
     window: int,
 ) -> jax.Array:
-    """Attention of one tile over its row's pages, [kv_heads, queries, head_dim] float32."""
+    """Attends with one tile over its row's pages: [kv_heads, queries, head_dim] float32."""
     kv_heads, queries, head_dim = q.shape
     block_size = max(_BLOCK // pages.shape[3], 1) * pages.shape[3]
 
@@ -80,7 +80,7 @@ def _attend_tile(
             carry.out * fade[:, :, None] + added,
         )
 
-    # Of a tile that hangs over its row's end, the queries past the end see what the last one sees.
+    # Queries past the end of the row see what the row's last query sees.
     first_seen = jnp.maximum(q_positions[0] - window + 1, 0) if window else jnp.int32(0)
     num_blocks = (kv_len + block_size - 1) // block_size
     last_block = jnp.minimum(num_blocks, q_positions[-1] // block_size + 1)
@@ -116,7 +116,7 @@ def _prompt_tiles(q: jax.Array, out: jax.Array, pages: jax.Array, batch: RaggedB
     tokens, q_heads, head_dim = q.shape
     kv_heads = pages.shape[2]
     group = q_heads // kv_heads
-    # A tile may hang over the end of the ragged batch; what it writes there is cut off.
+    # A tile may hang over the end of the ragged batch; its outputs there are cut off.
     q = jnp.pad(q, ((0, _TILE), (0, 0), (0, 0)))
     out = jnp.pad(out, ((0, _TILE), (0, 0), (0, 0)))
     lane = jnp.arange(_TILE)
@@ -160,7 +160,6 @@ def ragged_paged_attention(
     window: int,
     prompts: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `dispatch`."""
     pages = write_kv(pages, k, v, batch)
     out = _decode_rows(q, jnp.zeros_like(q), pages, batch, window)
     if prompts:

@@ -23,7 +23,7 @@ _IMPLEMENTATIONS = implementations(
 def kv_pages_shape(
     num_pages: int, page_size: int, kv_heads: int, head_dim: int
 ) -> tuple[int, int, int, int, int]:
-    """Shape of one layer's pages, the null page included: [pages, K|V, kv_heads, page, dim]."""
+    """Shape of one layer's pages with the null page: [pages, K|V, kv_heads, page_size, dim]."""
     return num_pages + 1, 2, kv_heads, page_size, head_dim
 
 
@@ -45,12 +45,11 @@ def ragged_paged_attention(
     """Writes K and V of every token into its page, then attends causally within each row.
 
     `q` is scaled already. A token at position p sees positions ≤ p of its own row, and with
-    `window` > 0 only those > p - window. Outputs of tokens that belong to no row mean nothing
-    but are finite. `prompts=False` promises that every row is a decode row. `pages` is updated
-    in place when its buffer is donated; its dtype may be narrower than that of K and V, down to
-    float8_e4m3fn, whose range (±448) larger values are cut to. `kv_scales`, for such pages: they
-    hold K and V of a head divided by its two. Queries and outputs take them, so that powers of two
-    lose nothing.
+    `window` > 0 only positions > p - window. Outputs of tokens that belong to no row mean nothing
+    but are finite. `prompts=False` promises that every row is a decode row. `pages` is updated in
+    place when its buffer is donated. Pages may be narrower than K and V, down to float8_e4m3fn,
+    which clips values to ±448. 8-bit pages store K/k_scale and V/v_scale: the k scale is folded
+    into q and the v scale into the output, and power-of-two scales make both exact.
     """
     q_heads, kv_heads = q.shape[1], k.shape[1]
     if q_heads % kv_heads:
@@ -77,17 +76,17 @@ def ragged_paged_attention(
 def _scaled(
     x: jax.Array, change: Callable[[jax.Array, jax.Array], jax.Array], scales: jax.Array
 ) -> jax.Array:
-    """Each head by its scale."""
+    """Multiplies or divides each head by its scale."""
     return change(x.astype(jnp.float32), scales[None, :, None]).astype(x.dtype)
 
 
 def backend_for_pages(backend: Backend, dtype: jnp.dtype) -> Backend:
-    """What attends over pages of this dtype: C++ does not know 8-bit floats, XLA's loops do."""
+    """The backend that attends over pages of this dtype: C++ cannot read 8-bit floats, XLA can."""
     narrow = jnp.dtype(dtype).itemsize == 1
     return Backend.CPU if backend is Backend.NATIVE and narrow else backend
 
 
 def saturated(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`x` with what an 8-bit float cannot hold set to its largest value, not to NaN."""
+    """Clips `x` to the range of an 8-bit float; a conversion would make larger values NaN."""
     limit = float(jnp.finfo(dtype).max)
     return jnp.clip(x, -limit, limit)

@@ -9,9 +9,9 @@ list of items; a stage of shared memory holds one block of K and one of V:
     writer      │ new K, V → pages │ new K, V → pages │ …               never read in this launch
 
 Prompts: an item is two tiles of queries, one for each compute warpgroup, which share K and V.
-What came before the chunk is read from pages, its own K and V from the arrays, so that no thread
-block waits for the pages that another writes; the block in which the chunk starts is put
-together in shared memory. Decode rows: an item is two splits of the contexts (of one row or of
+K and V before the chunk are read from pages, those of the chunk from the arrays, so that no thread
+block waits for pages that another one writes; the block in which the chunk starts is put together
+in shared memory. Decode rows: an item is two splits of the contexts (of one row or of
 two), one for each warpgroup; the blocks of the two alternate in the stages, and the new token is
 put into the last block. Where there are thread blocks enough, an item is one split. Rows of more
 than one split are combined by a second, small launch.
@@ -23,11 +23,11 @@ multiple of 8 rows.
 A warpgroup's tile has 64 rows: the query heads of a KV head for as many tokens as fit. Decode
 rows leave most of them unused: the memory, not the tensor cores, sets their pace.
 
-Pages in float8_e4m3fn are widened to float16 in shared memory, exactly, by each compute warpgroup
-for itself; queries and weights are float16 then, too.
+Each compute warpgroup widens pages of float8_e4m3fn to float16 in shared memory, exactly; queries
+and weights are float16 as well then.
 
-Blocks and splits lie at fixed positions of a row and what a query does not see changes no bit,
-so a row's result depends neither on its neighbours nor on how its prompt was cut.
+Blocks and splits lie at fixed positions of a row, and positions that a query does not see change no
+bit, so a row's result depends neither on its neighbours nor on how its prompt was cut.
 """
 
 import functools
@@ -85,7 +85,7 @@ def _kernel(memory: Memory, *, shape: Shape, prompts: bool) -> None:
 def _operands(
     q: jax.Array, k: jax.Array, v: jax.Array, work: Work, shape: Shape
 ) -> dict[str, jax.Array]:
-    """Queries, K and V, with tiles where copies may begin: each one gather of whole heads."""
+    """Gathers queries, K and V so that tiles begin where copies may begin."""
     # Row `token · group + g` of a KV head is query head `head · group + g` of the token.
     token, head = work.queries // shape.group, work.queries % shape.group
     first = shape.group * jnp.arange(shape.kv_heads, dtype=jnp.int32)
@@ -121,7 +121,7 @@ def ragged_paged_attention(
     prompts: bool,
     kind: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `dispatch`. `kind` names a row of `gpu_blocks.json`; by default the one in use.
+    """Implements `dispatch.ragged_paged_attention`; `kind` names another row of `gpu_blocks.json`.
 
     Queries are bfloat16, pages bfloat16 or float8_e4m3fn, of 64 or 128 tokens; head_dim is 64,
     128 or 256. Padding is not written at all.

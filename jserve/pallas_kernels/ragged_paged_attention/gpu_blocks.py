@@ -1,6 +1,6 @@
 """Block sizes of the GPU kernel, by kind of GPU; `gpu_blocks.json` holds the table.
 
-They are chosen from the sizes of shared memory and register files, not measured yet.
+Sizes are chosen from the sizes of shared memory and register files, not measured yet.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jserve.pallas_kernels.backend import hopper_multiprocessors
 from jserve.pallas_kernels.block_tables import read_row
 
 HOPPER = "hopper"
-OTHER = "other"  # the interpreter runs it: few thread blocks, short splits
+OTHER = "other"  # for the interpreter: few thread blocks, short splits
 
 _TABLE = Path(__file__).with_suffix(".json")
 
@@ -24,8 +24,8 @@ class Sizes:
 
     block: int  # tokens of K and V in one stage
     stages: int
-    columns: int  # of an output that are written at a time
-    wide_columns: int  # of a part of an output, in float32
+    columns: int  # columns of an output that are written at a time
+    wide_columns: int  # columns of a float32 partial output that are written at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +33,23 @@ class Blocks:
     """One row of the table."""
 
     thread_blocks: int  # one for each multiprocessor
-    split: int  # tokens of a decode row that one warpgroup walks over, at least
-    max_splits: int  # of a decode row; above it splits grow
-    write_kib: int  # of shared memory, for K and V on their way to their pages
+    split: int  # fewest tokens of a decode row that one warpgroup walks over
+    max_splits: int  # most splits of a decode row; longer rows have longer splits
+    write_kib: int  # shared memory for K and V on their way to pages
     head_dims: dict[str, dict[str, int]]
 
     def sizes(self, head_dim: int) -> Sizes:
-        """The sizes for a head_dim of 64, 128 or 256."""
+        """Sizes for a head_dim of 64, 128 or 256."""
         return Sizes(**self.head_dims[str(head_dim)])
 
 
 def blocks_for(kind: str) -> Blocks:
-    """The sizes of a kind. Raises ValueError where the table has none."""
+    """Block sizes of a kind. Raises ValueError if the table has none."""
     return read_row(_TABLE, kind, Blocks, "GPU kind")
 
 
 def blocks_in_use() -> Blocks:
-    """The sizes for the current mesh, or else for what JAX runs on; see `blocks_on`.
+    """Block sizes for the current mesh, or else for the devices JAX runs on (see `blocks_on`).
 
     A mesh counts first: a program may be compiled for a GPU where there is none.
     """
@@ -61,10 +61,10 @@ def blocks_in_use() -> Blocks:
 
 
 def blocks_on(platform: str, device_kind: str, multiprocessors: int | None = None) -> Blocks:
-    """The sizes for a device, with a thread block for each multiprocessor.
+    """Block sizes for a device, with a thread block for each multiprocessor.
 
-    Where their number is None, it is that of its kind. Raises ValueError for a GPU that is no
-    Hopper; on anything else the interpreter runs the kernel.
+    `multiprocessors` is by default the number of the device's kind. Raises ValueError for a GPU
+    that is no Hopper; on other devices the interpreter runs the kernel.
     """
     known = hopper_multiprocessors(device_kind)
     if known is not None:

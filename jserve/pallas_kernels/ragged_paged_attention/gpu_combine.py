@@ -66,7 +66,7 @@ def _kernel(memory: Memory, *, heads: int, blocks: int) -> None:
 
                 @pl.when(i + _AHEAD < number)
                 def _() -> None:
-                    plgpu.commit_smem()  # all warps have read what one thread now overwrites
+                    plgpu.commit_smem()  # all warps have read the stage
                     fetch(i + _AHEAD)
 
                 new_peak = jnp.maximum(peak, weight)
@@ -101,13 +101,13 @@ def _swizzled(columns: int) -> tuple[Any, ...]:
 
 def combine(
     out: jax.Array,  # [tokens, q_heads, head_dim] bfloat16, updated in place
-    part_out: jax.Array,  # [parts, part_heads, head_dim] float32; q_heads, and spare ones up to 8n
+    part_out: jax.Array,  # [parts, part_heads, head_dim] float32; part_heads: q_heads up to 8n
     part_weight: jax.Array,  # [parts, part_heads, 8] float32: log2 of the sum of weights, 8 times
     row_splits: jax.Array,  # [rows, 4] int32: first part, number of parts, token, 0
     *,
     blocks: int,
 ) -> jax.Array:
-    """Outputs with the tokens of rows of several parts filled in."""
+    """Fills in the outputs of the tokens of rows that have several parts."""
     head_dim, part_heads = out.shape[2], part_out.shape[1]
     heads = max(size for size in range(8, _ROWS + 1, 8) if part_heads % size == 0)
     items = row_splits.shape[0] * (part_heads // heads) * (head_dim // _COLUMNS)

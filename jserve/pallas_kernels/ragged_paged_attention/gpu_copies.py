@@ -74,7 +74,7 @@ def _load_new(memory: Memory, shape: Shape, tile: Tile, block: jax.Array, used: 
 
 
 def load_items(memory: Memory, shape: Shape, prompts: bool) -> None:
-    """The loader: fills stages in the order in which the compute warpgroups empty them."""
+    """Fills stages in the order in which the compute warpgroups release them."""
 
     def prompt(item: jax.Array, used: jax.Array) -> jax.Array:
         tile = prompt_item(memory, shape, item)
@@ -125,7 +125,7 @@ def write_new(memory: Memory, shape: Shape) -> None:
     plgpu.commit_smem()
     here, stride = lax.axis_index("block"), shape.blocks
     tokens = lax.div(jnp.int32(shape.tokens) - here + stride - 1, jnp.int32(stride))
-    jobs = 2 * tokens  # K of a token, then its V
+    jobs = 2 * tokens  # K of a token, then V of it
 
     def address(job: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         job_in = jnp.minimum(job, jnp.maximum(jobs - 1, 0))

@@ -27,7 +27,7 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_softmax import (
 
 
 def _skip(memory: Memory, shape: Shape, used: jax.Array) -> None:
-    """Lets go of a stage that the other warpgroup uses."""
+    """Releases a stage that the other warpgroup uses."""
     stage = lax.rem(used, jnp.int32(shape.stages))
     plgpu.barrier_wait(memory.keys_loaded.at[stage])
     plgpu.barrier_arrive(memory.keys_released.at[stage])
@@ -36,10 +36,10 @@ def _skip(memory: Memory, shape: Shape, used: jax.Array) -> None:
 
 
 class _Last(NamedTuple):
-    """Of a block that may be the row's last one."""
+    """Place of the row's new token, if this is its last block."""
 
-    here: jax.Array  # it is
-    place: jax.Array  # of the new token in it
+    here: jax.Array  # whether this is the row's last block
+    place: jax.Array  # place of the new token in the block
 
 
 def _with_token(
@@ -66,7 +66,7 @@ def _decode_block(
     seen: jax.Array | None,
     last: _Last | None,
 ) -> Block:
-    """A block where it was loaded."""
+    """Makes a block ready where it was loaded."""
     plgpu.barrier_wait(memory.keys_loaded.at[stage])
 
     def patch(place: jax.Array) -> None:
@@ -106,7 +106,7 @@ def _widened_decode_block(
     seen: jax.Array | None,
     last: _Last | None,
 ) -> Block:
-    """A block that is widened, and the new token put into it on the way."""
+    """Makes a block ready by widening it, and puts the new token into it."""
 
     def widen(half: int, part: Ref, here: Ref, done: Ref) -> None:
         put = functools.partial(put_widened, memory, shape, group, part, stage)
@@ -136,7 +136,7 @@ def _store_split(
     index: jax.Array,
     sums: Sums,
 ) -> None:
-    """A row of one split is done; the others are combined later."""
+    """Stores a split: as the output if the row has one split, else for `gpu_combine`."""
     out, peak, total = sums
     out = out / broadcast_rows(total, shape.head_dim)
 
@@ -166,7 +166,7 @@ def _store_split(
 
 
 def _decode_queries(memory: Memory, shape: Shape, group: jax.Array, tile: Tile) -> None:
-    """Queries of one token, and its K and V."""
+    """Loads the queries of one token and its K and V."""
     plgpu.copy_gmem_to_smem(
         memory.q.at[tile.head, pl.ds(pl.multiple_of(tile.queries, TILE), shape.query_rows)],
         memory.queries.at[group, pl.ds(0, shape.query_rows)],
@@ -185,7 +185,7 @@ def _decode_queries(memory: Memory, shape: Shape, group: jax.Array, tile: Tile) 
 def compute_decode(
     memory: Memory, shape: Shape, group: jax.Array, item: jax.Array, used: jax.Array
 ) -> jax.Array:
-    """This warpgroup's split; releases the other one's stages in their turn."""
+    """Attends over this warpgroup's split; releases the other one's stages in their turn."""
     tile, index = split_item(memory, shape, item, group)
     other = split_item(memory, shape, item, 1 - group)[0]
     size = jnp.int32(shape.block)

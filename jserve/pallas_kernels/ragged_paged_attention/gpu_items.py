@@ -1,4 +1,4 @@
-"""What the GPU kernel walks over: its sizes, and lists of work made by a few XLA operations.
+"""Sizes of the GPU kernel, and its lists of items, made by a few XLA operations.
 
 The lists depend on the batch alone, so that XLA computes them once for all layers.
 """
@@ -12,18 +12,18 @@ from jaxtyping import Int
 
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
 
-TILE = 8  # rows of tiled shared memory that one copy moves together; it begins at a multiple
-ROWS = 64  # queries · grouped heads in one product of a warpgroup: what wgmma takes
-BLANK = 32  # columns of zeros for the outputs of tokens that belong to no row
+TILE = 8  # rows of tiled shared memory that a copy moves together, from a multiple of it on
+ROWS = 64  # queries · grouped heads of a warpgroup's wgmma
+BLANK = 32  # columns of zeros, for outputs of tokens that belong to no row
 
-# Fields of an item.
+# Columns of the table of items.
 ROW, TOKEN, COUNT, POSITION, START, KV_LEN, FIRST, END, QUERIES, NEW = range(10)
 FIELDS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the kernel is specialized to."""
+    """Static sizes of a kernel."""
 
     tokens: int
     kv_heads: int
@@ -36,25 +36,25 @@ class Shape:
     block: int  # tokens of K and V in one stage
     stages: int
     split: int  # tokens of a decode row that one warpgroup walks over
-    columns: int  # of an output that are written at a time
-    wide_columns: int  # of a part of an output, in float32
-    writes: int  # rows of K or V that are on their way to their pages together
+    columns: int  # columns of an output that are written at a time
+    wide_columns: int  # columns of a float32 partial output that are written at a time
+    writes: int  # tokens whose K or V is copied to pages at once
     blocks: int  # thread blocks of the launch
     kv_dtype: jnp.dtype
 
     @property
     def widens(self) -> bool:
-        """Whether K and V are made wider before the tensor cores take them."""
+        """Whether K and V are widened for the tensor cores."""
         return self.kv_dtype.itemsize == 1
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What the tensor cores take: every float8_e4m3fn is a float16, and cheap to make one."""
+        """Operand type of the tensor cores; float16 holds every float8_e4m3fn exactly."""
         return jnp.dtype(jnp.float16 if self.widens else jnp.bfloat16)
 
     @property
     def lines(self) -> int:
-        """Columns of K and V that stand together in shared memory: 128 bytes, if there are."""
+        """Columns of K and V that stand together in shared memory: 128 bytes, or all of them."""
         return min(128 // self.kv_dtype.itemsize, self.head_dim)
 
     @property
@@ -64,7 +64,7 @@ class Shape:
 
     @property
     def tile_rows(self) -> int:
-        """Rows from one tile of queries of a row to its next."""
+        """Rows from one tile of a row's queries to the next."""
         return up_to(self.tile * self.group, TILE)
 
     @property
@@ -74,7 +74,7 @@ class Shape:
 
     @property
     def max_splits(self) -> int:
-        """Of a decode row."""
+        """Most splits of a decode row."""
         return -(-self.pages_per_row * self.page_size // self.split)
 
     @property
@@ -84,19 +84,21 @@ class Shape:
 
 
 def up_to(size: Any, multiple: int) -> Any:
-    """The next multiple, of a number or of an array of them."""
+    """Rounds a number, or an array of numbers, up to a multiple."""
     return (size + multiple - 1) // multiple * multiple
 
 
 class Work(NamedTuple):
-    """Lists of items; an item of a list stands for all KV heads, one after another."""
+    """Lists of items; each listed item is one item for every KV head."""
 
     prompts: Int[jax.Array, "prompt_items fields"]
     splits: Int[jax.Array, "split_items fields"]  # COUNT is the number of the row's splits
-    counts: Int[jax.Array, "4"]  # of items over all heads: prompts, splits; visits, those of two
+    counts: Int[
+        jax.Array, "4"
+    ]  # [prompt items, split items, visits, visits that take two splits], over all KV heads
     row_splits: Int[jax.Array, "rows 4"]  # first item, number, token, 0
-    queries: Int[jax.Array, " query_rows"]  # token · group + head in the group, of every row
-    new: Int[jax.Array, " new_rows"] | None  # token whose K and V stand in a row, for prompts
+    queries: Int[jax.Array, " query_rows"]  # token · group + head in its group, for every row
+    new: Int[jax.Array, " new_rows"] | None  # for prompts: token whose K and V stand in a row
 
 
 def _spread(counts: jax.Array, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -147,7 +149,7 @@ def make_work(batch: RaggedBatch, shape: Shape, *, prompts: bool) -> Work:
 
 
 def count_visits(prompts: jax.Array, splits: jax.Array, blocks: int) -> jax.Array:
-    """As `Work` has them. A visit takes two splits, or one where there are thread blocks enough."""
+    """Counts for `Work`. A visit takes two splits, or one if there are enough thread blocks."""
     visits = jnp.minimum(splits, jnp.maximum((splits + 1) // 2, blocks - prompts))
     return jnp.stack([prompts, splits, visits, splits - visits]).astype(jnp.int32)
 
@@ -155,10 +157,10 @@ def count_visits(prompts: jax.Array, splits: jax.Array, blocks: int) -> jax.Arra
 def _query_rows(
     batch: RaggedBatch, shape: Shape, live: jax.Array, *, prompts: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Where the queries of each row begin, and what stands in each place.
+    """First place of each row's queries, and the query in each place.
 
-    Every row and every tile of it begin at a multiple of `TILE`. What stands between them and
-    after them is read with them, and its results are not stored.
+    Rows and their tiles begin at multiples of `TILE`. Places between and after them are read with
+    them, and their results are not stored.
     """
     rows, tokens = shape.rows, shape.tokens
     whole, rest = batch.q_lens // shape.tile, batch.q_lens % shape.tile
@@ -176,15 +178,15 @@ def _query_rows(
 
 
 def _octet(place: jax.Array) -> jax.Array:
-    """[n] as [n, 8]: the rows of each."""
+    """Expands [n] tiles of 8 rows to the rows of each: [n, 8]."""
     return TILE * place[:, None] + jnp.arange(TILE, dtype=jnp.int32)[None, :]
 
 
 def _new_rows(batch: RaggedBatch, shape: Shape, prompt: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where position 0 of a prompt row would be among new K and V, and the token in each place.
+    """Place of each prompt row's position 0 among new K and V, and the token in each place.
 
-    Positions of a row stand at their own remainder by `TILE`, so that its blocks begin at
-    multiples of it. A block before and after, for what is read beyond the row's chunk.
+    Position p of a row stands at a place equal to p modulo `TILE`, so that blocks begin at
+    multiples of it. One block before and one after cover reads beyond a row's chunk.
     """
     start = batch.kv_lens - batch.q_lens
     before = start % TILE
@@ -204,7 +206,7 @@ def _tiles(
     query_base: jax.Array,
     new_base: jax.Array,
 ) -> tuple[dict[int, jax.Array], jax.Array]:
-    """Pairs of tiles of prompt rows, one for each compute warpgroup."""
+    """Lists pairs of tiles of prompt rows, a tile for each compute warpgroup."""
     size = 2 * shape.tile
     number = jnp.where(prompt, (batch.q_lens + size - 1) // size, 0).astype(jnp.int32)
     row, place, _ = _spread(number, shape.tokens // size + shape.rows)

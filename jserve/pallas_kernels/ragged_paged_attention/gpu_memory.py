@@ -43,7 +43,7 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_items import (
 )
 
 COMPUTE = 2  # compute warpgroups
-_SHARED_BYTES = 227 * 1024 - 3 * 1024  # of a Hopper multiprocessor, but for barriers and alignment
+_SHARED_BYTES = 227 * 1024 - 3 * 1024  # a Hopper multiprocessor's, less room for barriers
 _COPY_BYTES = 128
 KEYS, VALUES = 0, 1
 
@@ -51,7 +51,7 @@ KEYS, VALUES = 0, 1
 def make_shape(
     q: jax.Array, pages: jax.Array, batch: RaggedBatch, window: int, blocks: Blocks
 ) -> Shape:
-    """Sizes for these arguments. Raises ValueError for what the kernel cannot hold."""
+    """Chooses sizes for these arguments. Raises ValueError for arguments the kernel cannot take."""
     tokens, q_heads, head_dim = q.shape
     _, _, kv_heads, page_size, _ = pages.shape
     rows, pages_per_row = batch.page_table.shape
@@ -189,7 +189,7 @@ def on_chip(shape: Shape) -> dict[str, Buffer]:
 
 
 class Tile(NamedTuple):
-    """An item for all roles: scalars."""
+    """An item, as scalars, for all roles."""
 
     row: jax.Array
     head: jax.Array
@@ -200,12 +200,12 @@ class Tile(NamedTuple):
     kv_len: jax.Array
     first: jax.Array
     end: jax.Array
-    queries: jax.Array  # row where the first tile's begin
-    new: jax.Array  # row where position 0 would be among new K and V
+    queries: jax.Array  # row where the queries of the first tile begin
+    new: jax.Array  # place of position 0 among new K and V
 
     @property
     def blocks(self) -> jax.Array:
-        """Their number."""
+        """Number of KV blocks of this item."""
         return self.end - self.first
 
     def patch_block(self, shape: Shape) -> jax.Array:
@@ -213,7 +213,7 @@ class Tile(NamedTuple):
         return lax.div(self.start, jnp.int32(shape.block))
 
     def straddles(self, shape: Shape) -> jax.Array:
-        """Whether one block of this item has both."""
+        """Whether one block of this item has both pages and the chunk's own K and V."""
         block = self.patch_block(shape)
         inside = (block >= self.first) & (lax.rem(self.start, jnp.int32(shape.block)) > 0)
         return inside.astype(jnp.int32)
@@ -226,7 +226,7 @@ def _read(items: Ref, index: jax.Array, head: jax.Array) -> Tile:
 
 
 def prompt_item(memory: Memory, shape: Shape, item: jax.Array) -> Tile:
-    """Two tiles of queries of a KV head."""
+    """Reads a prompt item: two tiles of queries of a KV head."""
     heads = jnp.int32(shape.kv_heads)
     return _read(memory.prompts, lax.div(item, heads), lax.rem(item, heads))
 
@@ -234,7 +234,7 @@ def prompt_item(memory: Memory, shape: Shape, item: jax.Array) -> Tile:
 def split_item(
     memory: Memory, shape: Shape, visit: jax.Array, group: jax.Array | int
 ) -> tuple[Tile, jax.Array]:
-    """A warpgroup's split of a visit and its place in the list; maybe one without blocks."""
+    """Reads a warpgroup's split of a visit, which may have no blocks, and its index in the list."""
     heads, twos = jnp.int32(shape.kv_heads), memory.counts[3]
     live = (group == 0) | (visit < twos)
     item = visit + jnp.minimum(visit, twos) + jnp.where(live, group, 0)
@@ -249,13 +249,15 @@ def each_item(
     prompt: Callable[[jax.Array, jax.Array], jax.Array] | None,
     decode: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """Walks this thread block's items, long ones first; carries the number of stages used."""
+    """Walks this thread block's items, long ones first; returns the number of stages used."""
     num_prompts = memory.counts[0] if prompt is not None else jnp.int32(0)
     total = num_prompts + memory.counts[2]
     here, blocks = lax.axis_index("block"), jnp.int32(shape.blocks)
     rounds = lax.div(total, blocks)
 
-    def place(turn: jax.Array) -> jax.Array:  # forth and back, so that each gets long and short
+    def place(
+        turn: jax.Array,
+    ) -> jax.Array:  # there and back, so that each thread block gets long and short items
         there = jnp.where(lax.rem(turn, jnp.int32(2)) == 0, here, blocks - 1 - here)
         return turn * blocks + there
 

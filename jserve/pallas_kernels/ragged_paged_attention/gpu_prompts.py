@@ -29,7 +29,7 @@ from jserve.pallas_kernels.ragged_paged_attention.gpu_softmax import (
 def _patch_prompt(
     memory: Memory, shape: Shape, tile: Tile, block: jax.Array, stages: tuple[jax.Array, jax.Array]
 ) -> None:
-    """Puts a block together: pages, then the chunk's own K and V, then zeros in V."""
+    """Puts a block together from pages and the chunk's own K and V, with zeros in V after them."""
     stage, new_stage = stages
     own = tile.start - block * shape.block
     filled = tile.kv_len - block * shape.block
@@ -57,17 +57,17 @@ def _patch_prompt(
 
 
 class _PromptBlock(NamedTuple):
-    """Where a block is, and where the chunk's own part of it, should it have two."""
+    """The stages of a block: one, or two if it has both pages and the chunk's own K and V."""
 
     tile: Tile
     block: jax.Array
-    merges: jax.Array  # it has two
+    merges: jax.Array  # whether it has two stages
     stage: jax.Array
     new_stage: jax.Array
 
 
 def _release(memory: Memory, item: _PromptBlock, done: Ref) -> None:
-    """K or V of the stages of a block."""
+    """Releases K or V of the stages of a block."""
     plgpu.barrier_arrive(done.at[item.stage])
     pl.when(item.merges)(lambda: plgpu.barrier_arrive(done.at[item.new_stage]))
 
@@ -80,7 +80,7 @@ def _await(memory: Memory, item: _PromptBlock, here: Ref) -> None:
 def _prompt_block(
     memory: Memory, shape: Shape, group: jax.Array, item: _PromptBlock, seen: jax.Array | None
 ) -> Block:
-    """A block where it was loaded; the first warpgroup puts it together for both."""
+    """Makes a block ready where it was loaded; the first warpgroup puts it together for both."""
     tile, stage = item.tile, item.stage
     patches = item.merges
     if seen is not None:
@@ -91,7 +91,7 @@ def _prompt_block(
     def _() -> None:
         _await(memory, item, memory.values_loaded)
 
-        # It is ahead of the second one, and never waits for it here.
+        # The first warpgroup is ahead of the second one and never waits for it here.
         @pl.when(group == 0)
         def _() -> None:
             _patch_prompt(memory, shape, tile, item.block, (stage, item.new_stage))
@@ -124,7 +124,7 @@ def _prompt_block(
 def _widened_prompt_block(
     memory: Memory, shape: Shape, group: jax.Array, item: _PromptBlock, seen: jax.Array | None
 ) -> Block:
-    """A block that each warpgroup widens for itself, and puts together on the way."""
+    """Makes a block ready: each warpgroup widens it for itself and puts it together on the way."""
     place = item.block * shape.block
     own, filled = item.tile.start - place, item.tile.kv_len - place
 
@@ -167,7 +167,7 @@ def _prompt_queries(memory: Memory, shape: Shape, group: jax.Array, tile: Tile) 
 def compute_prompt(
     memory: Memory, shape: Shape, group: jax.Array, item: jax.Array, used: jax.Array
 ) -> jax.Array:
-    """Both warpgroups see all blocks of the item; returns the number of stages used so far."""
+    """Attends with a tile over all blocks of its item; returns the number of stages used."""
     tile = prompt_item(memory, shape, item)
     _prompt_queries(memory, shape, group, tile)
     edge, straddles = tile.patch_block(shape), tile.straddles(shape)

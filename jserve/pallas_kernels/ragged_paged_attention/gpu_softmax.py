@@ -1,4 +1,4 @@
-"""A tile of queries of the GPU kernel: running softmax over blocks, outputs; widening."""
+"""Running softmax, outputs and widened blocks of a tile of queries in the GPU kernel."""
 
 import math
 from collections.abc import Callable
@@ -21,17 +21,17 @@ Sums = tuple[jax.Array, jax.Array, jax.Array]  # out [64, head_dim], peak [64], 
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
-    """Indices along an axis, as products lay them out."""
+    """Indices along an axis, in the layout of wgmma's results."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
 
 def broadcast_rows(values: jax.Array, columns: int) -> jax.Array:
-    """[64] as [64, columns]."""
+    """Broadcasts [64] to [64, columns]."""
     return lax.broadcast_in_dim(values, (ROWS, columns), [0])
 
 
 def empty(shape: Shape) -> Sums:
-    """Sums over nothing."""
+    """Sums over no blocks."""
     layout = plgpu.Layout.WGMMA
     return (
         plgpu.layout_cast(jnp.zeros((ROWS, shape.head_dim), jnp.float32), layout),
@@ -41,18 +41,18 @@ def empty(shape: Shape) -> Sums:
 
 
 def take_turn(memory: Memory) -> None:
-    """Waits until the other compute warpgroup is here, too."""
+    """Waits until the other compute warpgroup arrives here as well."""
     plgpu.barrier_arrive(memory.turn)
     plgpu.barrier_wait(memory.turn)
 
 
 class Block(NamedTuple):
-    """One block for a compute warpgroup."""
+    """A block of K and V, ready for a compute warpgroup."""
 
-    seen: jax.Array | None  # [64, block], where None all
+    seen: jax.Array | None  # [64, block]; None if all are seen
     keys: Ref  # [block, head_dim] in shared memory
     values: Ref
-    keys_used: Callable[[], None]  # is called when `keys` has been read
+    keys_used: Callable[[], None]  # called when `keys` has been read
     values_ready: Callable[[], None]  # returns when `values` can be read
     values_used: Callable[[], None]
 
@@ -132,7 +132,7 @@ def store_outputs(
 
 
 def wide(part: Ref, stage: jax.Array, columns: tuple[Any, ...]) -> jax.Array:
-    """Some columns of K or V of a stage in float16, which holds every float8_e4m3fn."""
+    """Widens some columns of K or V of a stage to float16, which holds every float8_e4m3fn."""
     narrow = plgpu.layout_cast(part[stage, *columns], plgpu.Layout.WGMMA_UPCAST_2X)
     return plgpu.layout_cast(narrow.astype(jnp.float16), plgpu.Layout.WGMMA)
 
@@ -145,7 +145,7 @@ def put_widened(
     stage: jax.Array,
     change: Callable[[jax.Array, tuple[Any, ...]], jax.Array],
 ) -> None:
-    """Widens a stage, changes it, and leaves it where this warpgroup's products read it."""
+    """Widens a stage, applies `change`, and stores it where this warpgroup's wgmma reads it."""
     for column in range(0, shape.head_dim, shape.lines):
         columns = (slice(None), pl.ds(column, shape.lines))
         memory.widened[group, *columns] = change(wide(part, stage, columns), columns)

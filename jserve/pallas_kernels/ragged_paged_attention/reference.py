@@ -1,4 +1,4 @@
-"""What ragged paged attention means, in plain jnp. Reads the whole page table of each row."""
+"""The definition of ragged paged attention, in plain jnp; reads each row's whole page table."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ def ragged_paged_attention(
     window: int,
     prompts: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `dispatch`."""
     del prompts  # one routine for all rows
     pages = write_kv(pages, k, v, batch)
     tokens, q_heads, head_dim = q.shape
@@ -43,7 +42,7 @@ def ragged_paged_attention(
     seen = (age >= 0) & owned.any(axis=0)[:, None]  # [tokens, context]
     if window:
         seen &= age < window
-    # Memory that no token may see can hold anything, NaN included.
+    # Memory that no token sees may hold anything, NaN included.
     written = (place < batch.kv_lens[:, None])[None, :, :, None, None]
     keys, values = jnp.where(written, kv, 0).astype(jnp.float32)[:, row]
 

@@ -1,4 +1,4 @@
-"""Ragged paged attention over devices: every one attends with its own heads."""
+"""Ragged paged attention over devices: each device attends with its own heads."""
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,10 @@ def sharded_attention(
     Float[jax.Array, "tokens q_heads head_dim"],
     Float[jax.Array, "pages 2 stored_kv_heads page_size head_dim"],
 ]:
-    """`ragged_paged_attention` with heads split over the devices of `mesh`.
+    """Runs `ragged_paged_attention` with heads split over the devices of `mesh`.
 
-    Where the model has fewer KV heads than there are devices, the pages hold one for each
-    device: neighbours that share a head have copies of it.
+    If the model has fewer KV heads than there are devices, the pages hold one for each device:
+    neighbours that share a head have copies of it.
     """
 
     def attend(

@@ -18,8 +18,8 @@ Items run on across tiles and rows, so the memory never waits for a row to end. 
 3. Prompt rows, attention: tiles of queries at places that the tiled layout allows. A tile may
    hold tokens of a neighbour row: these are kept as they are.
 
-Blocks lie at fixed positions of a row and what a query does not see changes no bit, so a row's
-result depends neither on its neighbours nor on how its prompt was cut.
+Blocks lie at fixed positions of a row, and positions that a query does not see change no bit, so a
+row's result depends neither on its neighbours nor on how its prompt was cut.
 """
 
 import functools
@@ -81,7 +81,7 @@ def _each_page(
     buffer: jax.Array,
     act: Callable[[Any], None],
 ) -> None:
-    """Acts on the copy of each page of an item's block that the tile sees."""
+    """Calls `act` with the copy of each page of an item's block that the tile sees."""
     per_block = shape.block // shape.page_size
     start = item.block * per_block
 
@@ -119,7 +119,7 @@ def _attend(
     item: Item,
     buffer: jax.Array,
     q_buffer: jax.Array,
-    position: jax.Array,  # [queries, block] of each query; below zero: sees nothing
+    position: jax.Array,  # [queries, block]: each query's position; below zero it sees nothing
 ) -> None:
     """Adds one block to the running softmax of a tile (Milakov and Gimelshein, 2018)."""
     queries = part.sums.shape[1]
@@ -168,13 +168,15 @@ def _reset(part: _Part) -> None:
 
 
 class _Routine(NamedTuple):
-    """What differs between decode and prompt rows in the walk over items."""
+    """The steps of the walk over items that differ between decode and prompt rows."""
 
     part: _Part
     decode: bool
-    fetch: Callable[[Item, jax.Array, Callable[[Any], None]], None]  # the copies into q_buffer
+    fetch: Callable[
+        [Item, jax.Array, Callable[[Any], None]], None
+    ]  # acts on the copies into q_buffer
     attend: Callable[[Item, jax.Array, jax.Array], None]
-    store: Callable[[Item, jax.Array], None]  # a tile's outputs, into the buffer q_buffer
+    store: Callable[[Item, jax.Array], None]  # puts a tile's outputs into q_buffer
     out_copy: Callable[[Item, jax.Array], Any]
 
 
@@ -186,7 +188,7 @@ def _walk(
     begin: jax.Array,
     end: jax.Array,
 ) -> None:
-    """Rows [begin, end), item after item, the next one's memory on its way."""
+    """Walks the items of rows [begin, end) while the memory of the next item is on its way."""
     decode = routine.decode
     zero = jnp.int32(0)
     opening = first_item(rows, shape, next_live(rows, begin, end), zero, decode=decode)
@@ -234,7 +236,7 @@ def _walk(
 
 
 def _column(row: jax.Array) -> jax.Array:
-    """[1, dim] as [dim, 1], exactly."""
+    """Transposes [1, dim] to [dim, 1], exactly."""
     square = (row.shape[1], row.shape[1])
     diagonal = lax.broadcasted_iota(jnp.int32, square, 0) == lax.broadcasted_iota(
         jnp.int32, square, 1
@@ -245,7 +247,7 @@ def _column(row: jax.Array) -> jax.Array:
 def _decode_routine(
     memory: Memory, rows: Rows, shape: Shape, part: _Part, new: Ref, new_buffers: Ref
 ) -> _Routine:
-    """Rows of one token: q and out are [tokens, kv_heads, group, head_dim]."""
+    """Steps for rows of one token: q and out are [tokens, kv_heads, group, head_dim]."""
 
     def fetch(item: Item, buffer: jax.Array, act: Callable[[Any], None]) -> None:
         ready = memory.q_ready.at[buffer]
@@ -311,7 +313,7 @@ def _decode_routine(
 def _prompt_routine(
     memory: Memory, shape: Shape, part: _Part, kept: Ref, kept_ready: Ref
 ) -> _Routine:
-    """Chunks of prompts: q and out are [kv_heads, group, tokens, head_dim]."""
+    """Steps for chunks of prompts: q and out are [kv_heads, group, tokens, head_dim]."""
 
     def tokens(item: Item, size: int) -> Any:
         return pl.ds(pl.multiple_of(item.token, shape.query_strip), size)
@@ -368,7 +370,7 @@ def _prompt_routine(
 
 
 def _kernel(*refs: Ref, shape: Shape, prompts: bool) -> None:
-    """Operands as `ragged_paged_attention` lists them."""
+    """Fills pages, then walks decode rows and prompt rows; operands as the launch lists them."""
     rows = Rows(*refs[:5])
     rest = iter(refs[5:])
     kinds = 2 if prompts else 1
@@ -396,7 +398,7 @@ def _kernel(*refs: Ref, shape: Shape, prompts: bool) -> None:
 def _scratch(
     shape: Shape, q_dtype: jnp.dtype, tile: tuple[int, ...], new: tuple[int, ...]
 ) -> list[Any]:
-    """Buffers of one kind of row: q, out, the running softmax, new K and V."""
+    """Scratch of one kind of row: q, out, the running softmax, new K and V."""
     queries = 1
     for size in tile[:-1]:
         queries *= size
@@ -414,7 +416,7 @@ def _scratch(
 def _decode_operands(
     q: jax.Array, k: jax.Array, v: jax.Array, shape: Shape
 ) -> tuple[jax.Array, jax.Array]:
-    """Queries [tokens, kv_heads, group, head_dim] and K, V [tokens, K|V · kv_heads, head_dim].
+    """Lays out q [tokens, kv_heads, group, head_dim], K and V [tokens, K|V · kv_heads, head_dim].
 
     Decode rows come first and have one token at most, so their tokens are among the first.
     """
@@ -429,7 +431,7 @@ def _decode_operands(
 def _prompt_operands(
     q: jax.Array, k: jax.Array, v: jax.Array, shape: Shape
 ) -> tuple[jax.Array, jax.Array]:
-    """Queries [kv_heads, group, tokens, head_dim]; K and V [K|V, kv_heads, tokens, head_dim].
+    """Lays out q [kv_heads, group, tokens, head_dim], K and V [K|V, kv_heads, tokens, head_dim].
 
     Both have room for a tile or a page that begins before or ends behind the tokens. A head of
     several columns of lanes counts as several heads of K and V: only rows of one column can be
@@ -446,7 +448,7 @@ def _prompt_operands(
 
 
 def _gathered(outs: list[jax.Array], batch: RaggedBatch, q: jax.Array, shape: Shape) -> jax.Array:
-    """Outputs in the order of the tokens; zero where no row has one."""
+    """Gathers outputs in the order of the tokens, with zeros for tokens of no row."""
     tokens = q.shape[0]
     decoded = outs[0][:, :, : shape.group].reshape(-1, *q.shape[1:])
     decoded = jnp.pad(decoded, ((0, tokens - decoded.shape[0]), (0, 0), (0, 0)))
@@ -474,7 +476,7 @@ def ragged_paged_attention(
     prompts: bool,
     generation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `dispatch`. `generation` names a row of `tpu_blocks.json`; by default the one in use.
+    """Implements `dispatch.ragged_paged_attention`; `generation` names a row of `tpu_blocks.json`.
 
     Addresses of K and V come from the page table; padding is not written at all.
     """

@@ -1,6 +1,6 @@
 """Block sizes of the TPU kernel, by generation; `tpu_blocks.json` holds the table.
 
-They are chosen from the sizes of memories and matrix units, not measured yet.
+Sizes are chosen from the sizes of memories and matrix units, not measured yet.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ _TABLE = Path(__file__).with_suffix(".json")
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Sizes in tokens, rows and MiB; the two buffers of K and V together stay below theirs."""
+    """Sizes in tokens, rows and MiB."""
 
-    kv_block: int  # tokens of K and V that one round computes with
-    kv_buffers_mib: int
-    query_rows: int  # queries times grouped heads in one product of a prompt
+    kv_block: int  # tokens of K and V of one round
+    kv_buffers_mib: int  # most that the two buffers of K and V together may take
+    query_rows: int  # queries times grouped heads of one matmul of a prompt
     vmem_limit_mib: int
 
     def kv_tokens(self, page_size: int, kv_heads: int, head_dim: int, itemsize: int) -> int:
@@ -38,5 +38,5 @@ class Blocks:
 
 
 def blocks_for(generation: str) -> Blocks:
-    """The sizes of a generation. Raises ValueError where the table has none."""
+    """Block sizes of a generation. Raises ValueError if the table has none."""
     return read_row(_TABLE, generation, Blocks, "TPU generation")

@@ -1,4 +1,4 @@
-"""The TPU kernel's memory, and how K and V of prompts get into their pages."""
+"""The TPU kernel's memory, and its copies of K and V of prompts into their pages."""
 
 import itertools
 from collections.abc import Callable
@@ -28,14 +28,14 @@ class Memory(NamedTuple):
 def page_copy(
     memory: Memory, shape: Shape, page: jax.Array, buffer: jax.Array, place: jax.Array
 ) -> Any:
-    """The copy of a whole page into one of the buffers, as its page number `place`."""
+    """Copy of a whole page into one of the buffers, as the buffer's page number `place`."""
     start = pl.multiple_of(place * shape.page_size, shape.page_size)
     into = memory.kv.at[buffer, :, :, *shape.span(start, shape.page_size)]
     return pltpu.make_async_copy(memory.pages.at[page], into, memory.kv_ready.at[buffer])
 
 
 def settle(memory: Memory, buffer: jax.Array, copy: Any) -> None:
-    """Waits for the last copy out of a buffer, if there was one; `copy` has its size."""
+    """Waits for the last copy out of a buffer, if there was one; `copy` is of the same size."""
 
     @pl.when(memory.pending[buffer] == 1)
     def _() -> None:
@@ -44,7 +44,7 @@ def settle(memory: Memory, buffer: jax.Array, copy: Any) -> None:
 
 
 def each_head(heads: int, act: Callable[[jax.Array], None], at_once: int = 8) -> None:
-    """Acts on every head, up to `at_once` side by side so that the units overlap."""
+    """Calls `act` for every head, up to `at_once` side by side so that the units overlap."""
     unrolled = max(n for n in range(1, at_once + 1) if heads % n == 0)
     if unrolled == heads:
         for head in range(heads):
@@ -59,14 +59,14 @@ def each_head(heads: int, act: Callable[[jax.Array], None], at_once: int = 8) ->
 
 
 class _Fill(NamedTuple):
-    """One page that takes new K and V of a prompt row: scalars."""
+    """A page that takes new K and V of a prompt row, as scalars."""
 
     row: jax.Array
-    page: jax.Array  # of the row
+    page: jax.Array  # index of the page in the row
     end_page: jax.Array
     start: jax.Array  # position of the row's first new token
     end: jax.Array
-    source: jax.Array  # index of the token at position 0, were it new, among the new K and V
+    source: jax.Array  # place of position 0 among the new K and V
 
 
 def fill_pages(

@@ -1,4 +1,4 @@
-"""What the TPU kernel walks over: its sizes, its scalars, and the order of its items."""
+"""Sizes and scalars of the TPU kernel, and the order of its items."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
 from jserve.pallas_kernels.ragged_paged_attention.tpu_blocks import Blocks
 
 LANES = 128
-SUBLANES = 8  # of a 32-bit tile; narrower types have more
+SUBLANES = 8  # rows of a 32-bit tile; narrower types have more
 _SMEM_INTS = 192 * 1024  # three quarters of the 1 MiB of every generation
 
 Ref = Any  # a Pallas reference
@@ -20,7 +20,7 @@ Ref = Any  # a Pallas reference
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the kernel is specialized to."""
+    """Static sizes of a kernel."""
 
     rows: int
     pages_per_row: int
@@ -39,15 +39,15 @@ class Shape:
 
     @property
     def token_axis(self) -> int:
-        """Of a plane."""
+        """Axis of a plane that holds tokens."""
         return 1 if self.transposed else 0
 
     def plane(self, tokens: int) -> tuple[int, int]:
-        """Shape of K or V of one head."""
+        """Shape of K or V of one head in a page or block."""
         return (self.head_dim, tokens) if self.transposed else (tokens, self.head_dim)
 
     def span(self, start: jax.Array | int, tokens: int) -> tuple[Any, Any]:
-        """Index of some tokens of a plane."""
+        """Index of `size` tokens of a plane."""
         here = pl.ds(start, tokens)
         return (slice(None), here) if self.transposed else (here, slice(None))
 
@@ -58,7 +58,7 @@ class Shape:
 
     @property
     def lanes(self) -> int:
-        """Of the `head_dim` lanes of a head, those that stand in one tile."""
+        """Lanes of a head that stand in one tile."""
         return min(LANES, self.head_dim)
 
     @property
@@ -80,7 +80,7 @@ def _sublanes(dtype: jnp.dtype) -> int:
 def make_shape(
     q: jax.Array, pages: jax.Array, batch: RaggedBatch, window: int, blocks: Blocks
 ) -> Shape:
-    """Sizes for these arguments. Raises ValueError for what the kernel cannot hold."""
+    """Chooses sizes for these arguments. Raises ValueError for arguments the kernel cannot take."""
     tokens, q_heads, head_dim = q.shape
     _, _, kv_heads, page_size, _ = pages.shape
     rows, pages_per_row = batch.page_table.shape
@@ -95,7 +95,7 @@ def make_shape(
         raise ValueError(f"head_dim {head_dim} is above {LANES} and no multiple of it")
     group = q_heads // kv_heads
     query_strip = _sublanes(q.dtype)
-    # XLA keeps such pages with tokens along the lanes, which wastes none: the kernel does, too.
+    # XLA keeps such pages with tokens along the lanes, which wastes none; so does the kernel.
     transposed = head_dim < LANES and page_size % LANES == 0
     tile = blocks.query_tokens(group, query_strip)
     while tile // 2 >= max(query_strip, tokens):
@@ -129,16 +129,16 @@ class Rows(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One block of KV for one tile of queries: scalars."""
+    """A block of KV for a tile of queries, as scalars."""
 
     row: jax.Array
-    tile: jax.Array  # of the row
+    tile: jax.Array  # index of the tile in the row
     tiles: jax.Array
     token: jax.Array  # ragged index of the tile's first token
-    origin: jax.Array  # position of that token, were it of this row
-    first: jax.Array  # tokens [first, end) of the tile are the row's
+    origin: jax.Array  # position of that token if it were of this row
+    first: jax.Array  # tokens [first, end) of the tile belong to the row
     end: jax.Array
-    page: jax.Array  # pages [page, end_page) are what the tile sees
+    page: jax.Array  # the tile sees pages [page, end_page)
     end_page: jax.Array
     block: jax.Array
     first_block: jax.Array
@@ -151,14 +151,14 @@ class Item(NamedTuple):
 
 
 def next_live(rows: Rows, row: jax.Array, end: jax.Array) -> jax.Array:
-    """The first row from `row` on that has tokens, or `end`."""
+    """Finds the first row from `row` on that has tokens, or `end`."""
     return lax.while_loop(
         lambda r: (r < end) & (rows.q_lens[jnp.minimum(r, end - 1)] == 0), lambda r: r + 1, row
     )
 
 
 def first_item(rows: Rows, shape: Shape, row: jax.Array, tile: jax.Array, *, decode: bool) -> Item:
-    """The first item of a tile; of a row past the end, one that must not be used."""
+    """Makes the first item of a tile; the item of a row past the end must not be used."""
     row_in = jnp.minimum(row, shape.rows - 1)
     q_start, q_len, kv_len = rows.q_starts[row_in], rows.q_lens[row_in], rows.kv_lens[row_in]
     if decode:
@@ -190,7 +190,7 @@ def first_item(rows: Rows, shape: Shape, row: jax.Array, tile: jax.Array, *, dec
 
 
 def advance(rows: Rows, shape: Shape, item: Item, end: jax.Array, *, decode: bool) -> Item:
-    """The item after this one; its row is `end` when there is none."""
+    """Makes the item after this one; its row is `end` if there is none."""
 
     def next_tile() -> Item:
         ends = item.tile + 1 == item.tiles
