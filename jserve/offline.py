@@ -26,8 +26,13 @@ from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
 from jserve.engine.loop import EngineLoop
 from jserve.engine.step_log import StepLog, open_step_log
 from jserve.gateway.engine_client import UpdateStream
-from jserve.gateway.generation import Generation, GenerationOptions, Generator, Piece
-from jserve.gateway.pieces import join
+from jserve.gateway.output import join
+from jserve.gateway.request_plane import (
+    GenerationRequest,
+    OutputDelta,
+    RequestOptions,
+    RequestPlane,
+)
 from jserve.gateway.text_model import TextModel
 from jserve.gateway.validation import SamplingFields
 
@@ -179,7 +184,7 @@ class LLM:
         self.text = TextModel.of(text_assets_from_config(config.model, on_files), config.gateway)
         self.info = engine.info
         self._engine = InProcessEngine(engine, open_step_log(config.engine))
-        self._plane = Generator(
+        self._plane = RequestPlane(
             tokenizer=self.text.tokenizer,
             chat_template=self.text.chat_template,
             defaults=self.text.defaults,
@@ -197,7 +202,7 @@ class LLM:
         sampling: SamplingFields | Sequence[SamplingFields] | None = None,
         *,
         use_tqdm: bool = True,
-        **options: Unpack[GenerationOptions],
+        **options: Unpack[RequestOptions],
     ) -> list[Completion]:
         """Completes every prompt, `n` times each, in the order of the prompts.
 
@@ -211,43 +216,43 @@ class LLM:
         if len(sampling) != len(wanted):
             raise RequestError(f"sampling has {len(sampling)} entries for {len(wanted)} prompts")
         generations = self._loop.call(self._prepare(wanted, sampling, options))
-        answers: list[list[list[Piece]]] = [[[] for _ in range(it.n)] for it in generations]
+        answers: list[list[list[OutputDelta]]] = [[[] for _ in range(it.n)] for it in generations]
         tokens = 0
         total = sum(it.n for it in generations)
         with tqdm(total=total, disable=not use_tqdm, unit="seq") as bar:
 
-            def on_piece(index: int, piece: Piece) -> None:
+            def on_delta(index: int, delta: OutputDelta) -> None:
                 nonlocal tokens
-                answers[index][piece.index].append(piece)
-                tokens += len(piece.token_ids)
-                if piece.finish is not None:
+                answers[index][delta.index].append(delta)
+                tokens += len(delta.token_ids)
+                if delta.finish is not None:
                     bar.update()
                     rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
                     bar.set_postfix_str(f"{rate:.1f} tokens/s")
 
-            self._loop.call(self._engine.drive(self._run(generations, on_piece)))
+            self._loop.call(self._engine.drive(self._run(generations, on_delta)))
         return [
-            _completion(prompt, pieces)
+            _completion(prompt, deltas)
             for prompt, choices in zip(wanted, answers, strict=True)
-            for pieces in choices
+            for deltas in choices
         ]
 
     def stream(
         self,
         prompt: PromptLike,
         sampling: SamplingFields | None = None,
-        **options: Unpack[GenerationOptions],
+        **options: Unpack[RequestOptions],
     ) -> Iterator[str]:
         """Yields the text of one completion as it grows. Options are those of `generate`."""
         fields = [sampling or SamplingFields()]
         (generation,) = self._loop.call(self._prepare([prompt], fields, options))
-        pieces = self._plane.run(generation)
+        deltas = self._plane.run(generation)
         try:
-            while (piece := self._loop.call(self._engine.drive(_next(pieces)))) is not None:
-                if piece.text:
-                    yield piece.text
+            while (delta := self._loop.call(self._engine.drive(_next(deltas)))) is not None:
+                if delta.text:
+                    yield delta.text
         finally:
-            self._loop.call_soon(pieces.close)
+            self._loop.call_soon(deltas.close)
 
     @property
     def stats(self) -> EngineStats:
@@ -262,9 +267,9 @@ class LLM:
         self,
         prompts: Sequence[PromptLike],
         sampling: Sequence[SamplingFields],
-        options: GenerationOptions,
-    ) -> list[Generation]:
-        generations: list[Generation] = []
+        options: RequestOptions,
+    ) -> list[GenerationRequest]:
+        generations: list[GenerationRequest] = []
         for prompt, fields in zip(prompts, sampling, strict=True):
             if isinstance(prompt, str):
                 ids = await self._plane.text_prompt(prompt)
@@ -275,16 +280,16 @@ class LLM:
         return generations
 
     async def _run(
-        self, generations: Sequence[Generation], on_piece: Callable[[int, Piece], None]
+        self, generations: Sequence[GenerationRequest], on_delta: Callable[[int, OutputDelta], None]
     ) -> None:
         """Runs all of them, in order, as many at a time as the engine's slots and queue hold."""
         queue = enumerate(generations)
 
         async def work() -> None:
             for index, generation in queue:
-                async with aclosing(self._plane.run(generation)) as pieces:
-                    async for piece in pieces:
-                        on_piece(index, piece)
+                async with aclosing(self._plane.run(generation)) as deltas:
+                    async for delta in deltas:
+                        on_delta(index, delta)
 
         most = self.info.num_slots + self.info.max_queue
         try:
@@ -295,8 +300,8 @@ class LLM:
             raise errors.exceptions[0] from None
 
 
-async def _next(pieces: AsyncIterator[Piece]) -> Piece | None:
-    return await anext(pieces, None)
+async def _next(deltas: AsyncIterator[OutputDelta]) -> OutputDelta | None:
+    return await anext(deltas, None)
 
 
 def _pin(config: PlatformConfig) -> None:
@@ -316,8 +321,8 @@ def _prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
     return [ids] if ids else [item for item in prompts if not isinstance(item, int)]
 
 
-def _completion(prompt: PromptLike, pieces: Sequence[Piece]) -> Completion:
-    whole = join(pieces)
+def _completion(prompt: PromptLike, deltas: Sequence[OutputDelta]) -> Completion:
+    whole = join(deltas)
     assert whole.finish is not None
     return Completion(
         prompt=prompt,

@@ -11,10 +11,10 @@ from grpc_reflection.v1alpha import reflection
 from jserve.core.errors import ConfigError, Unauthenticated
 from jserve.gateway.api_keys import ApiKeyCheck
 from jserve.gateway.config import GatewayConfig
-from jserve.gateway.generation import Generator
 from jserve.gateway.grpc_errors import abort
 from jserve.gateway.grpc_service import InferenceService
 from jserve.gateway.metrics import GatewayMetrics
+from jserve.gateway.request_plane import RequestPlane
 from jserve.proto import inference_pb2, inference_pb2_grpc
 
 _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -26,8 +26,8 @@ _MAX_METADATA_BYTES = 16 << 10
 class HealthService(health_pb2_grpc.HealthServicer):
     """grpc.health.v1: SERVING exactly while a request would be answered."""
 
-    def __init__(self, generator: Generator) -> None:
-        self._generator = generator
+    def __init__(self, plane: RequestPlane) -> None:
+        self._plane = plane
 
     async def Check(  # noqa: N802  the names in the .proto, here and below
         self, request: health_pb2.HealthCheckRequest, context: Any
@@ -61,7 +61,7 @@ class HealthService(health_pb2_grpc.HealthServicer):
     def _status(self, service: str) -> health_pb2.HealthCheckResponse.ServingStatus:
         if service not in ("", _SERVICE):
             return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        if self._generator.ready:
+        if self._plane.ready:
             return health_pb2.HealthCheckResponse.SERVING
         return health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -109,14 +109,14 @@ def _refusal(handler: Any) -> Any:
 class GrpcServer:
     """The public gRPC endpoint. Owned by the event loop it is started on."""
 
-    def __init__(self, generator: Generator, metrics: GatewayMetrics) -> None:
-        config = generator.config
+    def __init__(self, plane: RequestPlane, metrics: GatewayMetrics) -> None:
+        config = plane.config
         interceptors = [ApiKeyInterceptor(config.api_keys)] if config.api_keys else []
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(config))
         inference_pb2_grpc.add_InferenceServicer_to_server(
-            InferenceService(generator, metrics), self._server
+            InferenceService(plane, metrics), self._server
         )
-        health_pb2_grpc.add_HealthServicer_to_server(HealthService(generator), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(HealthService(plane), self._server)
         reflection.enable_server_reflection(
             (_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME), self._server
         )

@@ -1,4 +1,4 @@
-"""`jserve.v1.Inference`: the public gRPC API over a generator."""
+"""`jserve.v1.Inference`: the public gRPC API over a request plane."""
 
 import uuid
 from collections.abc import AsyncIterator
@@ -6,33 +6,33 @@ from contextlib import aclosing
 from typing import Any
 
 from jserve.core.errors import JserveError
-from jserve.gateway.generation import Generator
 from jserve.gateway.grpc_errors import abort
 from jserve.gateway.grpc_messages import generation_of, prompt_of, responses
 from jserve.gateway.grpc_stream import GenerateStream
 from jserve.gateway.metrics import GatewayMetrics
+from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.validation import token_ids
 from jserve.proto import inference_pb2, inference_pb2_grpc
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """Stateless but for generator and metrics; inference.proto has the contract of each call."""
+    """Stateless but for request plane and metrics; inference.proto has the contract of each call."""
 
-    def __init__(self, generator: Generator, metrics: GatewayMetrics) -> None:
-        self._generator = generator
+    def __init__(self, plane: RequestPlane, metrics: GatewayMetrics) -> None:
+        self._plane = plane
         self._metrics = metrics
 
     async def Generate(  # noqa: N802  the names in the .proto, here and below
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> None:
         """One prompt. A deadline, a cancelled call or a lost client aborts the generation."""
-        started_s = self._generator.clock.now_s()
+        started_s = self._plane.clock.now_s()
         try:
             request_id = request.request_id or new_request_id()
-            generation = await generation_of(self._generator, request, request_id)
-            running = self._generator.run(generation, self._metrics)
-            async with aclosing(running) as pieces:
-                async for response in responses(self._generator, generation, pieces, started_s):
+            generation = await generation_of(self._plane, request, request_id)
+            running = self._plane.run(generation, self._metrics)
+            async with aclosing(running) as deltas:
+                async for response in responses(self._plane, generation, deltas, started_s):
                     await context.write(response)  # waits while the client's window is full
         except JserveError as error:
             await abort(context, error)
@@ -43,7 +43,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         context: Any,
     ) -> None:
         """Many generations; ends when the client has closed its half and all have ended."""
-        stream = GenerateStream(self._generator, self._metrics, context.write)
+        stream = GenerateStream(self._plane, self._metrics, context.write)
         try:
             await stream.serve(request_iterator)
         except JserveError as error:
@@ -54,10 +54,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.TokenizeResponse:
         """Text or a chat to token ids."""
         try:
-            self._generator.check_model(request.model)
-            prompt = await prompt_of(self._generator, request)
+            self._plane.check_model(request.model)
+            prompt = await prompt_of(self._plane, request)
             return inference_pb2.TokenizeResponse(
-                token_ids=prompt.ids, max_model_len=self._generator.info.max_model_len
+                token_ids=prompt.ids, max_model_len=self._plane.info.max_model_len
             )
         except JserveError as error:
             await abort(context, error)
@@ -67,9 +67,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.DetokenizeResponse:
         """Token ids to text, special tokens included."""
         try:
-            self._generator.check_model(request.model)
-            ids = token_ids("token_ids", list(request.token_ids), self._generator.info.vocab)
-            text = self._generator.tokenizer.decode(ids, skip_special_tokens=False)
+            self._plane.check_model(request.model)
+            ids = token_ids("token_ids", list(request.token_ids), self._plane.info.vocab)
+            text = self._plane.tokenizer.decode(ids, skip_special_tokens=False)
             return inference_pb2.DetokenizeResponse(text=text)
         except JserveError as error:
             await abort(context, error)
@@ -80,7 +80,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """The one model that is served."""
         try:
             model = inference_pb2.Model(
-                id=self._generator.model_name, max_model_len=self._generator.info.max_model_len
+                id=self._plane.model_name, max_model_len=self._plane.info.max_model_len
             )
             return inference_pb2.ListModelsResponse(models=[model])
         except JserveError as error:

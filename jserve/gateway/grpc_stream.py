@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import grpc
 
 from jserve.core.errors import JserveError, Overloaded, RequestError
-from jserve.gateway.generation import Generator, Pieces
 from jserve.gateway.grpc_errors import failure_of
 from jserve.gateway.grpc_messages import generation_of, responses
 from jserve.gateway.metrics import GatewayMetrics
+from jserve.gateway.request_plane import OutputStream, RequestPlane
 from jserve.proto import inference_pb2
 
 Write = Callable[[inference_pb2.GenerateResponse], Awaitable[None]]
@@ -19,17 +19,17 @@ Write = Callable[[inference_pb2.GenerateResponse], Awaitable[None]]
 
 @dataclass(slots=True)
 class _Live:
-    """A generation of the call; its pieces once they flow."""
+    """A generation of the call; its deltas once they flow."""
 
-    pieces: Pieces | None = None
+    deltas: OutputStream | None = None
     cancelled: bool = False
 
 
 class GenerateStream:
     """One call. Every generation has its own task; they take turns writing."""
 
-    def __init__(self, generator: Generator, metrics: GatewayMetrics, write: Write) -> None:
-        self._generator = generator
+    def __init__(self, plane: RequestPlane, metrics: GatewayMetrics, write: Write) -> None:
+        self._plane = plane
         self._metrics = metrics
         self._unlocked_write = write
         self._write_lock = asyncio.Lock()
@@ -62,7 +62,7 @@ class GenerateStream:
             failure = failure_of(RequestError(f"request_id {request_id!r} is in use on this call"))
             failure.code = grpc.StatusCode.ALREADY_EXISTS.value[0]  # pyright: ignore
             return failure
-        limit = self._generator.config.max_streams_per_call
+        limit = self._plane.config.max_streams_per_call
         if len(self._live) >= limit:
             return failure_of(
                 Overloaded(f"{limit} requests are in flight on this call", retry_after_s=1.0)
@@ -75,20 +75,20 @@ class GenerateStream:
         if live is None:
             return  # it has ended; the client's news crossed ours
         live.cancelled = True
-        if live.pieces is not None:
-            live.pieces.close()
+        if live.deltas is not None:
+            live.deltas.close()
 
     async def _generate(self, message: inference_pb2.GenerateRequest) -> None:
-        started_s = self._generator.clock.now_s()
+        started_s = self._plane.clock.now_s()
         live = self._live[message.request_id]
         try:
-            generation = await generation_of(self._generator, message, message.request_id)
-            running = self._generator.run(generation, self._metrics)
-            async with aclosing(running) as pieces:
-                live.pieces = pieces
+            generation = await generation_of(self._plane, message, message.request_id)
+            running = self._plane.run(generation, self._metrics)
+            async with aclosing(running) as deltas:
+                live.deltas = deltas
                 if live.cancelled:
-                    pieces.close()
-                async for response in responses(self._generator, generation, pieces, started_s):
+                    deltas.close()
+                async for response in responses(self._plane, generation, deltas, started_s):
                     await self._write(response)
         except JserveError as error:
             await self._fail(message.request_id, failure_of(error))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from jserve.core.clock import Clock
 from jserve.core.request import FinishReason
-from jserve.gateway.pieces import Generation, Piece
+from jserve.gateway.output import GenerationRequest, OutputDelta
 
 _LATENCY_S = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
@@ -67,7 +67,7 @@ class GatewayMetrics:
     request_prompt_tokens: Histogram = field(default_factory=_tokens)
     request_generation_tokens: Histogram = field(default_factory=_tokens)
 
-    def start(self, generation: Generation) -> "RequestMetrics":
+    def start(self, generation: GenerationRequest) -> "RequestMetrics":
         """Counts a request that starts now; its output is for the caller to report."""
         return RequestMetrics(self, generation)
 
@@ -90,7 +90,7 @@ class _ChoiceTimes:
 class RequestMetrics:
     """Counts the output of one request. Owned by the stream that the output passes through."""
 
-    def __init__(self, metrics: GatewayMetrics, generation: Generation) -> None:
+    def __init__(self, metrics: GatewayMetrics, generation: GenerationRequest) -> None:
         self._metrics = metrics
         self._num_prompt_tokens = len(generation.prompt.ids)
         self._start_s = metrics.clock.now_s()
@@ -99,25 +99,25 @@ class RequestMetrics:
         self._open = True
         metrics.in_flight += 1
 
-    def count(self, piece: Piece) -> None:
-        metrics, now_s, num = self._metrics, self._metrics.clock.now_s(), len(piece.token_ids)
-        choice = self._live.get(piece.index)
+    def count(self, delta: OutputDelta) -> None:
+        metrics, now_s, num = self._metrics, self._metrics.clock.now_s(), len(delta.token_ids)
+        choice = self._live.get(delta.index)
         if choice is None:
-            choice = self._live[piece.index] = _ChoiceTimes(now_s, now_s)
-            self._count_first(piece, now_s)
+            choice = self._live[delta.index] = _ChoiceTimes(now_s, now_s)
+            self._count_first(delta, now_s)
         elif num:
             metrics.inter_token_latency_seconds.add((now_s - choice.last_s) / num, num)
             choice.last_s = now_s
         choice.tokens += num
         metrics.generation_tokens += num
-        if piece.finish is not None:
-            self._count_last(piece.finish, choice, now_s)
+        if delta.finish is not None:
+            self._count_last(delta.finish, choice, now_s)
 
-    def _count_first(self, piece: Piece, now_s: float) -> None:
+    def _count_first(self, delta: OutputDelta, now_s: float) -> None:
         metrics = self._metrics
         metrics.time_to_first_token_seconds.add(now_s - self._start_s)
-        if piece.queue_s is not None:
-            metrics.request_queue_time_seconds.add(piece.queue_s)
+        if delta.queue_s is not None:
+            metrics.request_queue_time_seconds.add(delta.queue_s)
         if len(self._live) == 1:  # the prompt counts once
             metrics.prompt_tokens += self._num_prompt_tokens
             metrics.request_prompt_tokens.add(self._num_prompt_tokens)

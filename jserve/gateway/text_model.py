@@ -11,7 +11,7 @@ from jserve.gateway.tokenizer import TextTokenizer
 
 @dataclass(frozen=True, slots=True)
 class TextModel:
-    """What a `Generator` needs of a model's files."""
+    """What a `RequestPlane` needs of a model's files."""
 
     tokenizer: TextTokenizer
     chat_template: ChatTemplate | None  # None: the model has none

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 from jserve.proto.engine_status import Ready
 
 if TYPE_CHECKING:  # the launcher starts the engine before it spends time on this import
-    from jserve.gateway.generation import Generator
+    from jserve.gateway.request_plane import RequestPlane
 
 
 class Console:
@@ -36,9 +36,9 @@ class Console:
         print(text, file=self._stream, flush=True)
 
 
-def show_summary(console: Console, generator: "Generator", ready: Ready) -> None:
+def show_summary(console: Console, plane: "RequestPlane", ready: Ready) -> None:
     """Shows the running configuration, the addresses, and a command that works."""
-    config, defaults = generator.config, generator.defaults
+    config, defaults = plane.config, plane.defaults
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in ready.phases.items())
     sampling = ", ".join(f"{name} {value}" for name, value in asdict(defaults).items() if value)
     # An address that means "every interface" is no address to send to.
@@ -46,7 +46,7 @@ def show_summary(console: Console, generator: "Generator", ready: Ready) -> None
     host = f"[{host}]" if ":" in host else host
     url = f"http://{host}:{config.http_port}"
     rows = {
-        "model": generator.model_name,
+        "model": plane.model_name,
         **ready.summary,
         "defaults": sampling,
         "start": phases,
@@ -55,12 +55,12 @@ def show_summary(console: Console, generator: "Generator", ready: Ready) -> None
     }
     console.table("jserve is ready", {name: value for name, value in rows.items() if value})
     question = "What is the capital of France?"
-    if generator.chat_template is not None:
+    if plane.chat_template is not None:
         path, body = "chat/completions", {"messages": [{"role": "user", "content": question}]}
     else:
         path, body = "completions", {"prompt": "The capital of France is"}
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys else ""
-    data = json.dumps({"model": generator.model_name, **body, "max_tokens": 32})
+    data = json.dumps({"model": plane.model_name, **body, "max_tokens": 32})
     console.text(
         f"\nTry:\n  curl {url}/v1/{path}{key} \\\n"
         f"    -H 'Content-Type: application/json' \\\n    -d '{data}'\n"

@@ -1,4 +1,4 @@
-"""The gateway, put together: one generator over one engine, behind HTTP and gRPC."""
+"""The gateway, put together: one request plane over one engine, behind HTTP and gRPC."""
 
 import asyncio
 import importlib.metadata
@@ -10,12 +10,12 @@ from jserve.checkpoints.progress import FileProgress
 from jserve.config import ServeConfig
 from jserve.core.clock import WallClock
 from jserve.gateway.config import GatewayConfig
-from jserve.gateway.generation import Generator
 from jserve.gateway.grpc_engine_client import GrpcEngineClient
 from jserve.gateway.grpc_server import GrpcServer
 from jserve.gateway.http.app import make_app
 from jserve.gateway.http.server import HttpServer
 from jserve.gateway.metrics import GatewayMetrics
+from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.text_model import TextModel
 from jserve.launch.console import Console
 
@@ -37,7 +37,7 @@ class Gateway:
         clock = WallClock()
         self._config = config
         self._engine = GrpcEngineClient(None, reconnect_s=config.reconnect_s)
-        self.generator = Generator(
+        self.plane = RequestPlane(
             tokenizer=text.tokenizer,
             chat_template=text.chat_template,
             defaults=text.defaults,
@@ -47,9 +47,9 @@ class Gateway:
         )
         metrics = GatewayMetrics(clock=clock)
         version = importlib.metadata.version("jserve")
-        app = make_app(self.generator, metrics, version=version)
+        app = make_app(self.plane, metrics, version=version)
         self._http = HttpServer(app, host=config.host, port=config.http_port, drain_s=_STOP_GRACE_S)
-        self._grpc = GrpcServer(self.generator, metrics)
+        self._grpc = GrpcServer(self.plane, metrics)
 
     async def __aenter__(self) -> Self:
         """Listens on both ports; not ready before the engine is."""
@@ -68,7 +68,7 @@ class Gateway:
 
     async def drain(self) -> None:
         """Refuses new requests (503, UNAVAILABLE) and waits, bounded, for those that run."""
-        if not await self.generator.drain(self._config.drain_s):
+        if not await self.plane.drain(self._config.drain_s):
             _log.warning("requests were cut off after %.0f s", self._config.drain_s)
 
     async def __aexit__(self, *error: object) -> None:

@@ -146,7 +146,7 @@ async def _serve_all(config: ServeConfig, leader_address: str | None, drain: asy
                 ready = await _first(start_up.ready, supervision, drain)
                 if ready is not None:
                     await gateway.until_ready()
-                    show_summary(console, gateway.generator, ready)
+                    show_summary(console, gateway.plane, ready)
                     await _first(asyncio.get_running_loop().create_future(), supervision, drain)
                     console.say("draining: nothing new is accepted; Ctrl-C again stops at once")
                     await gateway.drain()
@@ -171,7 +171,7 @@ async def _serve_gateway(config: ServeConfig, engine_address: str, drain: asynci
         stop = asyncio.create_task(drain.wait())
         await asyncio.wait({waiting, stop}, return_when=asyncio.FIRST_COMPLETED)
         if waiting.done():
-            show_summary(console, gateway.generator, Ready(engine_address))
+            show_summary(console, gateway.plane, Ready(engine_address))
         await stop
         waiting.cancel()
         console.say("draining: nothing new is accepted; Ctrl-C again stops at once")

@@ -1,4 +1,4 @@
-"""A generator over a fake engine, and real sockets around both."""
+"""A request plane over a fake engine, and real sockets around both."""
 
 import asyncio
 import threading
@@ -15,7 +15,7 @@ from jserve.gateway.config import GatewayConfig
 from jserve.gateway.defaults import SamplingDefaults
 from jserve.gateway.engine_client import EngineClient
 from jserve.gateway.fake_engine import Reply, ScriptedSequences, echo
-from jserve.gateway.generation import Generator
+from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.tokenizer import TextTokenizer
 from tests.gateway.tiny_tokenizers import byte_level_json
 
@@ -33,9 +33,9 @@ CONFIG = GatewayConfig(http_port=0, grpc_port=0)
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
 
 
-def make_generator(engine: EngineClient, **config: object) -> Generator:
+def make_plane(engine: EngineClient, **config: object) -> RequestPlane:
     """The tiny byte-level tokenizer, a chat template, neutral defaults."""
-    return Generator(
+    return RequestPlane(
         tokenizer=TextTokenizer(byte_level_json(), bos_token_id=0),
         chat_template=ChatTemplate(CHAT, special_tokens={"bos_token": "<s>"}),
         defaults=SamplingDefaults(),

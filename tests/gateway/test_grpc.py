@@ -15,23 +15,23 @@ from jserve.gateway.fake_engine import FakeEngine, echo
 from jserve.gateway.grpc_server import GrpcServer
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.proto import inference_pb2, inference_pb2_grpc, types_pb2
-from tests.gateway.fixtures import INFO, closing, eventually, make_generator
+from tests.gateway.fixtures import INFO, closing, eventually, make_plane
 
 PROMPT = "Hello, 你好 👍! "
 
 
 @asynccontextmanager
 async def serving(*, step_s=0.0, reply=echo, channel_options=(), **config):
-    """A running server: yields (stub, engine, generator, channel)."""
+    """A running server: yields (stub, engine, plane, channel)."""
     engine = FakeEngine(INFO, step_s=step_s, reply=reply)
-    generator = make_generator(engine, **config)
-    server = GrpcServer(generator, GatewayMetrics(clock=generator.clock))
+    plane = make_plane(engine, **config)
+    server = GrpcServer(plane, GatewayMetrics(clock=plane.clock))
     await server.start()
     async with (
         closing(engine),
         grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", channel_options) as channel,
     ):
-        yield inference_pb2_grpc.InferenceStub(channel), engine, generator, channel
+        yield inference_pb2_grpc.InferenceStub(channel), engine, plane, channel
     await server.stop(0)
 
 
@@ -54,8 +54,8 @@ async def all_of(call):
 
 def test_generate_streams_text_that_joins_to_the_answer():
     async def main():
-        async with serving() as (stub, engine, generator, _):
-            num_prompt = len(generator.tokenizer.encode(PROMPT))
+        async with serving() as (stub, engine, plane, _):
+            num_prompt = len(plane.tokenizer.encode(PROMPT))
             request = generate(max_tokens=num_prompt + 2, request_id="mine", echo=True)
             messages = await all_of(stub.Generate(request))
             assert {m.request_id for m in messages} == {"mine"}
@@ -137,7 +137,7 @@ def test_unset_fields_take_defaults_and_unseeded_requests_differ():
 
 def test_stop_string_across_tokens_cuts_text_and_usage_and_aborts():
     async def main():
-        async with serving(step_s=0.001) as (stub, engine, generator, _):
+        async with serving(step_s=0.001) as (stub, engine, plane, _):
             messages = await all_of(stub.Generate(generate(stop=["nope", "好 👍"], n=2)))
             for index in (0, 1):
                 mine = [m for m in messages if m.index == index]
@@ -145,10 +145,10 @@ def test_stop_string_across_tokens_cuts_text_and_usage_and_aborts():
                 assert mine[-1].finish_reason == types_pb2.FINISH_REASON_STOP
                 assert mine[-1].stop_reason == "好 👍"
                 ids = [i for m in mine for i in m.token_ids]
-                assert generator.tokenizer.decode(ids) == "Hello, 你好 👍"
+                assert plane.tokenizer.decode(ids) == "Hello, 你好 👍"
             assert messages[-1].usage.completion_tokens == 2 * len(ids)
             assert len(engine.aborted) == 2
-            assert generator.num_live == 0
+            assert plane.num_live == 0
 
     asyncio.run(main())
 
@@ -169,7 +169,7 @@ def test_stop_string_stays_in_the_text_where_asked(include):
 
 def test_chat_tokenize_detokenize_and_models():
     async def main():
-        async with serving(served_model_name="public") as (stub, engine, generator, _):
+        async with serving(served_model_name="public") as (stub, engine, plane, _):
             chat = inference_pb2.Chat(
                 messages=[inference_pb2.ChatMessage(role="user", content="Hi")]
             )
@@ -192,7 +192,7 @@ def test_chat_tokenize_detokenize_and_models():
             assert engine.submitted[1].prompt == (5, 6)
             models = await stub.ListModels(inference_pb2.ListModelsRequest())
             assert [(m.id, m.max_model_len) for m in models.models] == [("public", 512)]
-            generator.chat_template = None
+            plane.chat_template = None
             error = await failure(stub.Tokenize(inference_pb2.TokenizeRequest(chat=chat)))
             assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert "no chat template" in error.details()
@@ -236,13 +236,13 @@ def test_bad_request_gets_a_typed_error_and_the_next_one_an_answer(case):
     request, code, message = BAD[case]
 
     async def main():
-        async with serving() as (stub, engine, generator, _):
+        async with serving() as (stub, engine, plane, _):
             error = await failure(all_of(stub.Generate(request)))
             assert error.code() is grpc.StatusCode[code]
             assert message in error.details()
             assert engine.submitted == []
             assert await all_of(stub.Generate(generate(max_tokens=2)))
-            assert generator.num_live == 0
+            assert plane.num_live == 0
 
     asyncio.run(main())
 
@@ -270,7 +270,7 @@ def test_overload_and_absence_say_when_to_retry():
 @pytest.mark.parametrize("how", ["cancel", "deadline", "disconnect"])
 def test_client_that_goes_away_aborts_every_choice(how):
     async def main():
-        async with serving(step_s=0.005) as (stub, engine, generator, channel):
+        async with serving(step_s=0.005) as (stub, engine, plane, channel):
             request = generate(n=3)
             call = stub.Generate(request, timeout=0.1 if how == "deadline" else None)
             await anext(aiter(call))
@@ -284,7 +284,7 @@ def test_client_that_goes_away_aborts_every_choice(how):
                 assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             await eventually(lambda: len(engine.aborted) == 3)
             assert engine.stats.num_running == 0
-            assert generator.num_live == 0
+            assert plane.num_live == 0
 
     asyncio.run(main())
 
@@ -343,7 +343,7 @@ def test_one_stream_carries_many_generations():
 
 def test_cancel_on_a_stream_ends_one_generation_only():
     async def main():
-        async with serving(step_s=0.002, max_streams_per_call=3) as (stub, engine, generator, _):
+        async with serving(step_s=0.002, max_streams_per_call=3) as (stub, engine, plane, _):
             call = stub.GenerateStream()
             await call.write(start("kept", max_tokens=60))
             await call.write(start("cancelled"))
@@ -362,7 +362,7 @@ def test_cancel_on_a_stream_ends_one_generation_only():
             clash = [m for m in messages if m.error.code]
             assert [(m.request_id, m.error.code) for m in clash] == [("kept", 6)]
             assert len(engine.aborted) == 1
-            assert generator.num_live == 0
+            assert plane.num_live == 0
 
     asyncio.run(main())
 
@@ -413,7 +413,7 @@ def test_stream_bounds_its_generations_and_dies_with_its_client():
 
 def test_health_follows_the_engine():
     async def main():
-        async with serving() as (_, engine, generator, channel):
+        async with serving() as (_, engine, plane, channel):
             health = health_pb2_grpc.HealthStub(channel)
             serving_, not_serving = 1, 2
             check = health_pb2.HealthCheckRequest
@@ -426,7 +426,7 @@ def test_health_follows_the_engine():
             assert (await asyncio.wait_for(watch.read(), 5)).status == not_serving
             engine.restart()
             assert (await asyncio.wait_for(watch.read(), 5)).status == serving_
-            await generator.drain(0)
+            await plane.drain(0)
             assert (await health.Check(check())).status == not_serving
             listed = await health.List(health_pb2.HealthListRequest())
             assert listed.statuses["jserve.v1.Inference"].status == not_serving
@@ -488,10 +488,10 @@ def test_message_over_the_limit_is_refused():
 
 def test_drain_finishes_what_runs_and_refuses_the_rest():
     async def main():
-        async with serving(step_s=0.005) as (stub, _, generator, _):
+        async with serving(step_s=0.005) as (stub, _, plane, _):
             running = stub.Generate(generate(max_tokens=20))
             await anext(aiter(running))
-            draining = asyncio.create_task(generator.drain(5))
+            draining = asyncio.create_task(plane.drain(5))
             await asyncio.sleep(0)
             error = await failure(all_of(stub.Generate(generate())))
             assert error.code() is grpc.StatusCode.UNAVAILABLE
@@ -499,10 +499,10 @@ def test_drain_finishes_what_runs_and_refuses_the_rest():
             assert (await all_of(running))[-1].usage.completion_tokens == 20
             assert await draining
 
-            generator.draining = False
+            plane.draining = False
             endless = stub.Generate(generate())
             await anext(aiter(endless))
-            assert not await generator.drain(0.02)
+            assert not await plane.drain(0.02)
             error = await failure(all_of(endless))
             assert error.code() is grpc.StatusCode.UNAVAILABLE
 
@@ -511,12 +511,12 @@ def test_drain_finishes_what_runs_and_refuses_the_rest():
 
 def test_taken_port_is_a_config_error():
     async def main():
-        generator = make_generator(FakeEngine(INFO))
-        first = GrpcServer(generator, GatewayMetrics(clock=generator.clock))
+        plane = make_plane(FakeEngine(INFO))
+        first = GrpcServer(plane, GatewayMetrics(clock=plane.clock))
         await first.start()
-        generator = make_generator(FakeEngine(INFO), grpc_port=first.port)
+        plane = make_plane(FakeEngine(INFO), grpc_port=first.port)
         with pytest.raises(ConfigError, match="--grpc_port"):
-            await GrpcServer(generator, GatewayMetrics(clock=generator.clock)).start()
+            await GrpcServer(plane, GatewayMetrics(clock=plane.clock)).start()
         await first.stop(0)
 
     asyncio.run(main())

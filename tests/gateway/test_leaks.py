@@ -9,43 +9,43 @@ from dataclasses import replace
 from jserve.core.errors import EngineError, Overloaded, Unavailable
 from jserve.engine.worker.session import serve_sessions
 from jserve.gateway.engine_client import UpdateStream
-from jserve.gateway.generation import Generator, Prompt
 from jserve.gateway.grpc_engine_client import GrpcEngineClient
+from jserve.gateway.request_plane import Prompt, RequestPlane
 from jserve.gateway.validation import SamplingFields
-from tests.gateway.fixtures import INFO, LoopThread, closing, eventually, make_generator
+from tests.gateway.fixtures import INFO, LoopThread, closing, eventually, make_plane
 
 ROOMY = replace(INFO, num_slots=16, max_queue=256)
 
 
-async def one(generator: Generator, rng: random.Random, outcomes: Counter[str]) -> None:
+async def one(plane: RequestPlane, rng: random.Random, outcomes: Counter[str]) -> None:
     """A generation that ends by itself, by a stop string, by a cancel, or by the engine."""
     text = rng.choice(["Hello, world! ", "你好 👍 ", "x" * 40])
-    generation = generator.prepare(
+    generation = plane.prepare(
         id="g",
-        prompt=Prompt(tuple(generator.tokenizer.encode(text)), text),
+        prompt=Prompt(tuple(plane.tokenizer.encode(text)), text),
         sampling=SamplingFields(max_tokens=rng.randint(1, 200)),
         stop=rng.choice([None, "wor", "👍"]),
         n=rng.choice([1, 1, 3]),
     )
     patience = rng.choice([None, 0, 1, 5])
     try:
-        pieces = generator.run(generation)
+        deltas = plane.run(generation)
         try:
             answers = Counter[int]()
-            async for piece in pieces:
-                answers[piece.index] += len(piece.token_ids)
-                assert answers[piece.index] <= generation.sampling.max_tokens
+            async for delta in deltas:
+                answers[delta.index] += len(delta.token_ids)
+                assert answers[delta.index] <= generation.sampling.max_tokens
                 if patience is not None and sum(answers.values()) > patience:
                     outcomes["cancelled"] += 1
                     return
             outcomes["finished"] += 1
         finally:
-            pieces.close()
+            deltas.close()
     except (EngineError, Overloaded) as error:
         outcomes[type(error).__name__] += 1
     except Unavailable:  # asks again
         await asyncio.sleep(0.01)
-        await one(generator, rng, outcomes)
+        await one(plane, rng, outcomes)
 
 
 def test_nothing_is_left_behind():
@@ -59,11 +59,11 @@ def test_nothing_is_left_behind():
             client.start()
             await client.wait_ready()
             async with closing(client):
-                generator = make_generator(client)
+                plane = make_plane(client)
 
                 async def worker():
                     for _ in range(8):
-                        await one(generator, rng, outcomes)
+                        await one(plane, rng, outcomes)
 
                 workers = [asyncio.create_task(worker()) for _ in range(40)]
                 await eventually(lambda: sum(outcomes.values()) > 50, 30)
@@ -73,8 +73,8 @@ def test_nothing_is_left_behind():
                 await asyncio.gather(*workers)
                 await eventually(lambda: loop.num_live == 0)
                 await eventually(lambda: not client._streams)
-                assert generator.num_live == 0
-                await generator.drain(1)
+                assert plane.num_live == 0
+                await plane.drain(1)
             await server.stop()
 
     asyncio.run(main())

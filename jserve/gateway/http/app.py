@@ -10,7 +10,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from jserve.core.errors import EngineError, JserveError
-from jserve.gateway.generation import Generator
 from jserve.gateway.http.edge import ApiKeys, Edge
 from jserve.gateway.http.errors import error_response, unrouted
 from jserve.gateway.http.event_stream import ClientGone
@@ -19,22 +18,23 @@ from jserve.gateway.http.probes import ProbeRoutes
 from jserve.gateway.http.token_routes import TokenRoutes
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.prometheus import make_registry
+from jserve.gateway.request_plane import RequestPlane
 
 _log = logging.getLogger(__name__)
 
 
-def make_app(generator: Generator, metrics: GatewayMetrics, *, version: str) -> ASGIApp:
-    """The ASGI application over `generator`; `metrics` is shared with the other front ends.
+def make_app(plane: RequestPlane, metrics: GatewayMetrics, *, version: str) -> ASGIApp:
+    """The ASGI application over `plane`; `metrics` is shared with the other front ends.
 
     From outside in: request ids and counts, CORS, API keys, routes.
     """
-    config = generator.config
-    registry = make_registry(metrics, generator.engine, lambda: generator.model_name)
+    config = plane.config
+    registry = make_registry(metrics, plane.engine, lambda: plane.model_name)
     app: ASGIApp = Starlette(
         routes=[
-            *OpenAIRoutes(generator, metrics).routes(),
-            *TokenRoutes(generator).routes(),
-            *ProbeRoutes(generator, registry, version).routes(),
+            *OpenAIRoutes(plane, metrics).routes(),
+            *TokenRoutes(plane).routes(),
+            *ProbeRoutes(plane, registry, version).routes(),
         ],
         exception_handlers={
             JserveError: _on_error,

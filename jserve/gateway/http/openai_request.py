@@ -1,4 +1,4 @@
-"""OpenAI request bodies → frozen requests: types are checked here, values by the generator.
+"""OpenAI request bodies → frozen requests: types are checked here, values by the request plane.
 
 What is honoured, accepted without effect or refused is listed in `openai_fields`.
 """

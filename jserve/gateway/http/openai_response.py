@@ -1,4 +1,4 @@
-"""Pieces of text → the JSON of OpenAI's completion and chat completion objects.
+"""Deltas of text → the JSON of OpenAI's completion and chat completion objects.
 
 Shapes are OpenAI's, with vLLM's `stop_reason` and `prompt_logprobs`. Numbers and texts only: the
 caller serializes.
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jserve.core.request import TokenLogprobs
-from jserve.gateway.generation import Piece
+from jserve.gateway.request_plane import OutputDelta
 
 Json = dict[str, Any]
 
@@ -56,10 +56,10 @@ def usage_json(prompt_tokens: int, completion_tokens: int) -> Json:
     }
 
 
-def finish_json(piece: Piece) -> Json:
-    """`finish_reason` and vLLM's `stop_reason` of a piece; null while its choice goes on."""
-    finish = None if piece.finish is None else piece.finish.value
-    return {"finish_reason": finish, "stop_reason": piece.stop_reason}
+def finish_json(delta: OutputDelta) -> Json:
+    """`finish_reason` and vLLM's `stop_reason` of a delta; null while its choice goes on."""
+    finish = None if delta.finish is None else delta.finish.value
+    return {"finish_reason": finish, "stop_reason": delta.stop_reason}
 
 
 def chat_logprobs(entries: Iterable[TokenLogprobs], tokens: TokenText) -> Json:

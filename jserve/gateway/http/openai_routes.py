@@ -12,7 +12,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from jserve.core.errors import RequestError
-from jserve.gateway.generation import Generation, Generator, Prompt
 from jserve.gateway.http.body import read_json
 from jserve.gateway.http.event_stream import EventStream, unless_disconnected
 from jserve.gateway.http.openai_answer import Answer
@@ -25,6 +24,7 @@ from jserve.gateway.http.openai_request import (
 from jserve.gateway.http.openai_response import Head
 from jserve.gateway.http.openai_shape import ChatShape, CompletionShape, Shape
 from jserve.gateway.metrics import GatewayMetrics
+from jserve.gateway.request_plane import GenerationRequest, Prompt, RequestPlane
 
 
 def json_response(value: Mapping[str, Any]) -> Response:
@@ -37,12 +37,12 @@ class OpenAIRoutes:
 
     def __init__(
         self,
-        generator: Generator,
+        plane: RequestPlane,
         metrics: GatewayMetrics,
         *,
         unix_s: Callable[[], float] = time.time,
     ) -> None:
-        self._generator = generator
+        self._plane = plane
         self._metrics = metrics
         self._unix_s = unix_s
         self._start_s = int(unix_s())
@@ -62,14 +62,14 @@ class OpenAIRoutes:
 
     async def model(self, request: Request) -> Response:
         """The same, by its id."""
-        self._generator.check_model(request.path_params["id"])
+        self._plane.check_model(request.path_params["id"])
         return json_response(self._model())
 
     async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`."""
-        config = self._generator.config
+        config = self._plane.config
         asked = parse_completion(await read_json(request, config))
-        self._generator.check_model(asked.model)
+        self._plane.check_model(asked.model)
         if len(asked.prompts) > config.max_prompts:
             message = f"prompt: at most {config.max_prompts} prompts, not {len(asked.prompts)}"
             raise RequestError(message, param="prompt")
@@ -77,27 +77,27 @@ class OpenAIRoutes:
         generations = self._prepare("cmpl", _with_echo(asked), prompts, echo=asked.echo)
         shape = CompletionShape(
             generations,
-            self._generator.tokenizer,
+            self._plane.tokenizer,
             prompt_logprobs=asked.sampling.prompt_logprobs is not None,
         )
         return await self._respond(request, asked, generations, shape)
 
     async def chat_completions(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
-        asked = parse_chat(await read_json(request, self._generator.config))
-        self._generator.check_model(asked.model)
-        prompt = await self._generator.chat_prompt(
+        asked = parse_chat(await read_json(request, self._plane.config))
+        self._plane.check_model(asked.model)
+        prompt = await self._plane.chat_prompt(
             asked.messages,
             add_generation_prompt=asked.add_generation_prompt,
         )
         generations = self._prepare("chatcmpl", asked, [prompt], echo=False)
-        shape = ChatShape(self._generator.tokenizer)
+        shape = ChatShape(self._plane.tokenizer)
         return await self._respond(request, asked, generations, shape)
 
     def _model(self) -> dict[str, Any]:
-        info = self._generator.info
+        info = self._plane.info
         return {
-            "id": self._generator.model_name,
+            "id": self._plane.model_name,
             "object": "model",
             "created": self._start_s,
             "owned_by": "jserve",
@@ -108,8 +108,8 @@ class OpenAIRoutes:
 
     async def _prompt(self, given: str | tuple[int, ...], special: bool | None) -> Prompt:
         if isinstance(given, str):
-            return await self._generator.text_prompt(given, add_special_tokens=special)
-        return self._generator.token_prompt(given)
+            return await self._plane.text_prompt(given, add_special_tokens=special)
+        return self._plane.token_prompt(given)
 
     def _prepare(
         self,
@@ -118,11 +118,11 @@ class OpenAIRoutes:
         prompts: Sequence[Prompt],
         *,
         echo: bool,
-    ) -> tuple[Generation, ...]:
+    ) -> tuple[GenerationRequest, ...]:
         # The first generation's id is that of the answer.
         answer_id = f"{prefix}-{uuid.uuid4().hex}"
         return tuple(
-            self._generator.prepare(
+            self._plane.prepare(
                 id=f"{answer_id}-{i}" if i else answer_id,
                 prompt=prompt,
                 sampling=asked.sampling,
@@ -140,19 +140,19 @@ class OpenAIRoutes:
         self,
         request: Request,
         asked: CompletionRequest | ChatRequest,
-        generations: tuple[Generation, ...],
+        generations: tuple[GenerationRequest, ...],
         shape: Shape,
     ) -> Response:
         answer = Answer(
-            head=Head(generations[0].id, int(self._unix_s()), self._generator.model_name),
+            head=Head(generations[0].id, int(self._unix_s()), self._plane.model_name),
             generations=generations,
             shape=shape,
-            generator=self._generator,
+            plane=self._plane,
             metrics=self._metrics,
             include_usage=asked.include_usage,
         )
         if asked.stream:
-            keep_alive_s = self._generator.config.sse_keep_alive_s
+            keep_alive_s = self._plane.config.sse_keep_alive_s
             return EventStream(answer.events(), keep_alive_s=keep_alive_s)
         body = await unless_disconnected(request.receive, answer.whole())
         return Response(body, media_type="application/json")

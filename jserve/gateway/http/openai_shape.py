@@ -1,10 +1,9 @@
-"""How the pieces of completions and of chats look in JSON, whole and streamed."""
+"""How the deltas of completions and of chats look in JSON, whole and streamed."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
 from jserve.core.request import TokenLogprobs
-from jserve.gateway.generation import Generation, Piece
 from jserve.gateway.http.openai_response import (
     CompletionLogprobs,
     Json,
@@ -13,20 +12,21 @@ from jserve.gateway.http.openai_response import (
     finish_json,
     prompt_logprobs_json,
 )
+from jserve.gateway.request_plane import GenerationRequest, OutputDelta
 
 
 class Shape(Protocol):
-    """How the pieces of one route's answers look in JSON."""
+    """How the deltas of one route's answers look in JSON."""
 
     kind: str
     chunk_kind: str
 
-    def choice(self, index: int, prompt: int, piece: Piece) -> Json:
-        """A whole choice, from one piece that has all of it."""
+    def choice(self, index: int, prompt: int, delta: OutputDelta) -> Json:
+        """A whole choice, from one delta that has all of it."""
         ...
 
-    def chunk(self, index: int, prompt: int, piece: Piece) -> Json | None:
-        """The choice of a chunk; None when the piece has no news for the client."""
+    def chunk(self, index: int, prompt: int, delta: OutputDelta) -> Json | None:
+        """The choice of a chunk; None when the delta has no news for the client."""
         ...
 
     def beside(self, prompt_logprobs: Sequence[TokenLogprobs | None] | None) -> Json:
@@ -41,43 +41,43 @@ class CompletionShape:
     chunk_kind = "text_completion"
 
     def __init__(
-        self, generations: Sequence[Generation], tokens: TokenText, *, prompt_logprobs: bool
+        self, generations: Sequence[GenerationRequest], tokens: TokenText, *, prompt_logprobs: bool
     ) -> None:
         self._generations = generations
         self._tokens = tokens
         self._prompt_logprobs = prompt_logprobs  # asked for by name, not only by echo
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by choice
 
-    def choice(self, index: int, prompt: int, piece: Piece) -> Json:
+    def choice(self, index: int, prompt: int, delta: OutputDelta) -> Json:
         """See `Shape`."""
         choice = {
             "index": index,
-            "text": piece.text,
-            "logprobs": self._logprobs_of(index, prompt, piece),
-            **finish_json(piece),
+            "text": delta.text,
+            "logprobs": self._logprobs_of(index, prompt, delta),
+            **finish_json(delta),
         }
-        if self._prompt_logprobs and piece.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs_json(piece.prompt_logprobs, self._tokens)
+        if self._prompt_logprobs and delta.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs_json(delta.prompt_logprobs, self._tokens)
         return choice
 
-    def chunk(self, index: int, prompt: int, piece: Piece) -> Json | None:
+    def chunk(self, index: int, prompt: int, delta: OutputDelta) -> Json | None:
         """See `Shape`."""
-        return self.choice(index, prompt, piece) if _has_news(piece) else None
+        return self.choice(index, prompt, delta) if _has_news(delta) else None
 
     def beside(self, prompt_logprobs: Sequence[TokenLogprobs | None] | None) -> Json:
         """See `Shape`."""
         return {"system_fingerprint": None}
 
-    def _logprobs_of(self, index: int, prompt: int, piece: Piece) -> Json | None:
+    def _logprobs_of(self, index: int, prompt: int, delta: OutputDelta) -> Json | None:
         generation = self._generations[prompt]
         top = generation.sampling.logprobs
         if top is None:
             return None
-        ids = piece.token_ids
-        entries: tuple[TokenLogprobs | None, ...] = piece.logprobs or ()
-        if generation.echo and piece.prompt_logprobs is not None:
+        ids = delta.token_ids
+        entries: tuple[TokenLogprobs | None, ...] = delta.logprobs or ()
+        if generation.echo and delta.prompt_logprobs is not None:
             ids = generation.prompt.ids + ids
-            entries = tuple(piece.prompt_logprobs) + entries
+            entries = tuple(delta.prompt_logprobs) + entries
         builder = self._logprobs.get(index)
         if builder is None:
             builder = self._logprobs[index] = CompletionLogprobs(self._tokens, top)
@@ -94,21 +94,21 @@ class ChatShape:
         self._tokens = tokens
         self._opened: set[int] = set()  # choices whose role was sent
 
-    def choice(self, index: int, prompt: int, piece: Piece) -> Json:
+    def choice(self, index: int, prompt: int, delta: OutputDelta) -> Json:
         """See `Shape`."""
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
-        return self._choice(index, piece, "message", message)
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        return self._choice(index, delta, "message", message)
 
-    def chunk(self, index: int, prompt: int, piece: Piece) -> Json | None:
+    def chunk(self, index: int, prompt: int, delta: OutputDelta) -> Json | None:
         """See `Shape`."""
         if index not in self._opened:
             self._opened.add(index)
-            delta = {"role": "assistant", "content": piece.text}
-        elif not _has_news(piece):
+            content = {"role": "assistant", "content": delta.text}
+        elif not _has_news(delta):
             return None
         else:
-            delta = {"content": piece.text} if piece.text else {}
-        return self._choice(index, piece, "delta", delta)
+            content = {"content": delta.text} if delta.text else {}
+        return self._choice(index, delta, "delta", content)
 
     def beside(self, prompt_logprobs: Sequence[TokenLogprobs | None] | None) -> Json:
         """See `Shape`."""
@@ -117,11 +117,11 @@ class ChatShape:
             fields["prompt_logprobs"] = prompt_logprobs_json(prompt_logprobs, self._tokens)
         return fields
 
-    def _choice(self, index: int, piece: Piece, key: str, content: Json) -> Json:
-        logprobs = None if piece.logprobs is None else chat_logprobs(piece.logprobs, self._tokens)
-        return {"index": index, key: content, "logprobs": logprobs, **finish_json(piece)}
+    def _choice(self, index: int, delta: OutputDelta, key: str, content: Json) -> Json:
+        logprobs = None if delta.logprobs is None else chat_logprobs(delta.logprobs, self._tokens)
+        return {"index": index, key: content, "logprobs": logprobs, **finish_json(delta)}
 
 
-def _has_news(piece: Piece) -> bool:
+def _has_news(delta: OutputDelta) -> bool:
     # Text held back (half a character, half a stop string) is not news; logprobs are.
-    return bool(piece.text or piece.logprobs or piece.prompt_logprobs) or piece.finish is not None
+    return bool(delta.text or delta.logprobs or delta.prompt_logprobs) or delta.finish is not None

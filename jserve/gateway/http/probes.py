@@ -7,14 +7,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from jserve.core.errors import Unavailable
-from jserve.gateway.generation import Generator
+from jserve.gateway.request_plane import RequestPlane
 
 
 class ProbeRoutes:
     """Answers probes and scrapes; never waits for the engine."""
 
-    def __init__(self, generator: Generator, registry: CollectorRegistry, version: str) -> None:
-        self._generator = generator
+    def __init__(self, plane: RequestPlane, registry: CollectorRegistry, version: str) -> None:
+        self._plane = plane
         self._registry = registry
         self._version = orjson.dumps({"version": version})
 
@@ -33,7 +33,7 @@ class ProbeRoutes:
 
     async def ready(self, request: Request) -> Response:
         """200 only when a request can be answered now; for a readiness probe."""
-        if not self._generator.ready:
+        if not self._plane.ready:
             message = "not ready: the engine is starting, restarting or draining"
             raise Unavailable(message, retry_after_s=1.0)
         return Response(b'{"status":"ready"}', media_type="application/json")

@@ -9,10 +9,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from jserve.core.errors import RequestError
-from jserve.gateway.generation import Generator, Prompt
 from jserve.gateway.http.body import read_json
 from jserve.gateway.http.fields import Fields
 from jserve.gateway.http.openai_routes import json_response
+from jserve.gateway.request_plane import Prompt, RequestPlane
 from jserve.gateway.validation import token_ids
 
 _FIELDS = ("model", "prompt", "messages", "add_special_tokens", "add_generation_prompt")
@@ -21,8 +21,8 @@ _FIELDS = ("model", "prompt", "messages", "add_special_tokens", "add_generation_
 class TokenRoutes:
     """Text to token ids and back, without generating."""
 
-    def __init__(self, generator: Generator) -> None:
-        self._generator = generator
+    def __init__(self, plane: RequestPlane) -> None:
+        self._plane = plane
 
     def routes(self) -> list[Route]:
         """The routes."""
@@ -33,8 +33,8 @@ class TokenRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """The ids of `prompt`, or of `messages` rendered by the chat template."""
-        fields = Fields(await read_json(request, self._generator.config))
-        self._generator.check_model(fields.string("model"))
+        fields = Fields(await read_json(request, self._plane.config))
+        self._plane.check_model(fields.string("model"))
         prompt = await self._prompt(fields)
         texts: list[str] | None = None
         if fields.boolean("return_token_strs"):
@@ -43,7 +43,7 @@ class TokenRoutes:
         return json_response(
             {
                 "count": len(prompt.ids),
-                "max_model_len": self._generator.info.max_model_len,
+                "max_model_len": self._plane.info.max_model_len,
                 "tokens": prompt.ids,
                 "token_strs": texts,
             }
@@ -51,17 +51,17 @@ class TokenRoutes:
 
     async def detokenize(self, request: Request) -> Response:
         """The text of `tokens`, special tokens included."""
-        fields = Fields(await read_json(request, self._generator.config))
-        self._generator.check_model(fields.string("model"))
+        fields = Fields(await read_json(request, self._plane.config))
+        self._plane.check_model(fields.string("model"))
         given: Any = fields.raw("tokens")
         fields.finish({}, ("model", "tokens"))
-        ids = token_ids("tokens", given, self._generator.info.vocab)
-        decode = self._generator.tokenizer.decode
+        ids = token_ids("tokens", given, self._plane.info.vocab)
+        decode = self._plane.tokenizer.decode
         text = await asyncio.to_thread(decode, ids, skip_special_tokens=False)
         return json_response({"prompt": text})
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
-        return [self._generator.tokenizer.token_text(token_id) for token_id in ids]
+        return [self._plane.tokenizer.token_text(token_id) for token_id in ids]
 
     async def _prompt(self, fields: Fields) -> Prompt:
         text, messages = fields.string("prompt"), fields.raw("messages")
@@ -70,8 +70,8 @@ class TokenRoutes:
         if (text is None) is (messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
         if text is not None:
-            return await self._generator.text_prompt(text, add_special_tokens=special)
-        return await self._generator.chat_prompt(
+            return await self._plane.text_prompt(text, add_special_tokens=special)
+        return await self._plane.chat_prompt(
             messages,
             add_generation_prompt=generation is not False,
         )

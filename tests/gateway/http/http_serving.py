@@ -14,10 +14,10 @@ from jserve.gateway.chat import ChatTemplate
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.defaults import SamplingDefaults
 from jserve.gateway.fake_engine import FakeEngine, Reply, echo
-from jserve.gateway.generation import Generator
 from jserve.gateway.http.app import make_app
 from jserve.gateway.http.server import HttpServer
 from jserve.gateway.metrics import GatewayMetrics
+from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.tokenizer import TextTokenizer
 
 T = TypeVar("T")
@@ -87,10 +87,10 @@ class Served:
         self.call(self._start)
 
     async def _start(self) -> None:
-        self.generator = Generator(
+        self.plane = RequestPlane(
             defaults=SamplingDefaults(), engine=self.engine, clock=self.clock, **self._parts
         )
-        app = make_app(self.generator, self.metrics, version="1.2.3")
+        app = make_app(self.plane, self.metrics, version="1.2.3")
         self.server = HttpServer(app, host="127.0.0.1", port=0, drain_s=1.0)
         await self.server.start()
         self.port = self.server.port
@@ -126,13 +126,13 @@ class Served:
         async def idle() -> bool:
             for _ in range(int(timeout_s / 0.01)):
                 stats = self.engine.stats
-                busy = stats.num_running + stats.num_waiting + self.generator.num_live
+                busy = stats.num_running + stats.num_waiting + self.plane.num_live
                 if not busy and not self.metrics.in_flight:
                     return True
                 await asyncio.sleep(0.01)
             return False
 
-        assert self.call(idle), f"{self.engine.stats}, {self.generator.num_live} generations live"
+        assert self.call(idle), f"{self.engine.stats}, {self.plane.num_live} generations live"
 
 
 @contextmanager

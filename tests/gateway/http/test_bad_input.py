@@ -360,7 +360,7 @@ def test_an_engine_that_was_never_reached_is_503() -> None:
 
 def test_a_draining_server_is_not_ready() -> None:
     with serving() as served, httpx.Client(base_url=served.url) as http:
-        assert served.call(lambda: served.generator.drain(1.0))
+        assert served.call(lambda: served.plane.drain(1.0))
         error_of(http.get("/ready"), 503)
         error_of(http.post(COMPLETIONS, json={"prompt": "a"}), 503)
 
@@ -412,7 +412,7 @@ def test_a_drain_out_of_time_ends_streams_with_an_error() -> None:
             for line in response.iter_lines():
                 lines.append(line)
                 if len(lines) == 2:
-                    assert not served.call(lambda: served.generator.drain(0.05))
+                    assert not served.call(lambda: served.plane.drain(0.05))
         error = json.loads(lines[-4].removeprefix("data: "))["error"]
         assert error["type"] == "service_unavailable_error"
         assert lines[-2] == "data: [DONE]"

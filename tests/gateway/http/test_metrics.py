@@ -17,10 +17,10 @@ from jserve.core.errors import EngineError
 from jserve.core.request import EngineInfo, FinishReason, Request, SamplingParams, SequenceUpdate
 from jserve.core.stats import EngineStats
 from jserve.gateway.engine_client import UpdateStream
-from jserve.gateway.generation import Generation, Piece, Prompt
 from jserve.gateway.metrics import GatewayMetrics, Histogram
 from jserve.gateway.prometheus import make_registry
-from tests.gateway.fixtures import make_generator
+from jserve.gateway.request_plane import GenerationRequest, OutputDelta, Prompt
+from tests.gateway.fixtures import make_plane
 
 INFO = EngineInfo(
     model="m",
@@ -40,8 +40,8 @@ class Engine:
     stats = EngineStats(num_waiting=3, num_running=2, free_slots=2, free_pages=4, num_preemptions=7)
 
 
-def generation(n: int = 1) -> Generation:
-    return Generation(id="g", prompt=Prompt((1, 2, 3)), sampling=SamplingParams(), n=n)
+def generation(n: int = 1) -> GenerationRequest:
+    return GenerationRequest(id="g", prompt=Prompt((1, 2, 3)), sampling=SamplingParams(), n=n)
 
 
 def samples(metrics: GatewayMetrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -77,14 +77,14 @@ def test_a_request_is_timed() -> None:
     clock = ManualClock()
     metrics = GatewayMetrics(clock=clock)
     request = metrics.start(generation())
-    for wait_s, piece in (
-        (2.0, Piece(0, "a", (1,), queue_s=0.5)),
-        (0.3, Piece(0, "bcd", (1, 2, 3))),
-        (0.2, Piece(0, "e", (1, 2), finish=FinishReason.LENGTH)),
+    for wait_s, delta in (
+        (2.0, OutputDelta(0, "a", (1,), queue_s=0.5)),
+        (0.3, OutputDelta(0, "bcd", (1, 2, 3))),
+        (0.2, OutputDelta(0, "e", (1, 2), finish=FinishReason.LENGTH)),
     ):
         assert metrics.in_flight == 1
         clock.advance(wait_s)
-        request.count(piece)
+        request.count(delta)
     request.end("abort")  # nothing is left to be aborted
     assert metrics.in_flight == 0
     found = samples(metrics)
@@ -136,7 +136,7 @@ def test_choices_of_a_prompt_count_it_once() -> None:
     request = metrics.start(generation(n=2))
     for index in range(2):
         clock.advance(1.0)
-        request.count(Piece(index, "a", (1,), finish=FinishReason.STOP))
+        request.count(OutputDelta(index, "a", (1,), finish=FinishReason.STOP))
     assert (metrics.prompt_tokens, metrics.generation_tokens) == (3, 2)
     assert metrics.finished == {"stop": 2}
 
@@ -167,14 +167,14 @@ def test_unfinished_choices_count_once(error: EngineError | None, reason: str) -
     metrics = GatewayMetrics(clock=ManualClock())
 
     async def main() -> None:
-        pieces = make_generator(OneOfThree(error)).run(generation(n=3), metrics)
-        await pieces.__anext__()
+        deltas = make_plane(OneOfThree(error)).run(generation(n=3), metrics)
+        await deltas.__anext__()
         assert metrics.in_flight == 1
         if error is not None:
             with pytest.raises(EngineError):
-                await pieces.__anext__()
-        await pieces.aclose()
-        pieces.close()
+                await deltas.__anext__()
+        await deltas.aclose()
+        deltas.close()
 
     asyncio.run(main())
     assert metrics.in_flight == 0

@@ -1,7 +1,7 @@
-"""The request plane without a wire: prompts in, validated generations, pieces of text out.
+"""The request plane without a wire: prompts in, validated generations, deltas of text out.
 
 Every front end (HTTP, gRPC) parses into `Prompt` and `SamplingFields`, calls `prepare`, iterates
-`run`, and writes the pieces in its own format.
+`run`, and writes the deltas in its own format.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from jserve.gateway.config import GatewayConfig
 from jserve.gateway.defaults import SamplingDefaults
 from jserve.gateway.engine_client import EngineClient, UpdateStream
 from jserve.gateway.metrics import GatewayMetrics, RequestMetrics
-from jserve.gateway.pieces import Choice, Generation, Piece, Prompt
+from jserve.gateway.output import GenerationRequest, OutputDelta, OutputProcessor, Prompt
 from jserve.gateway.tokenizer import TextTokenizer
 from jserve.gateway.validation import (
     SamplingFields,
@@ -32,13 +32,13 @@ from jserve.gateway.validation import (
     resolve_sampling,
 )
 
-__all__ = ["Generation", "Generator", "Piece", "Pieces", "Prompt"]
+__all__ = ["GenerationRequest", "OutputDelta", "OutputStream", "Prompt", "RequestPlane"]
 
 _LONG_TEXT_CHARS = 64 << 10  # from here on it is worth a look whether a text can fit at all
 _PRIORITY_LIMIT = 2**31 - 1
 
 
-class GenerationOptions(TypedDict, total=False):
+class RequestOptions(TypedDict, total=False):
     """What a request may ask for beside its sampling; None is the same as not given."""
 
     stop: str | Sequence[str] | None
@@ -49,8 +49,8 @@ class GenerationOptions(TypedDict, total=False):
     include_stop_str_in_output: bool | None
 
 
-class Pieces:
-    """An asynchronous iterator of `Piece`; choices interleave.
+class OutputStream:
+    """An asynchronous iterator of `OutputDelta`; choices interleave.
 
     `__anext__` may be cancelled (a timeout for keep-alive frames) and called again without loss.
     Errors of the engine (Overloaded, Unavailable, EngineError, RequestError) are raised by it, the
@@ -59,8 +59,8 @@ class Pieces:
 
     def __init__(
         self,
-        owner: "Generator",
-        generation: Generation,
+        owner: "RequestPlane",
+        generation: GenerationRequest,
         stream: UpdateStream,
         ids: Sequence[str],
         metrics: RequestMetrics | None,
@@ -70,10 +70,10 @@ class Pieces:
         self._metrics = metrics
         self._started_s = owner.clock.now_s()
         self._choices = {
-            request_id: Choice(generation, index, owner.tokenizer)
+            request_id: OutputProcessor(generation, index, owner.tokenizer)
             for index, request_id in enumerate(ids)
         }
-        self._unseen = set(ids)  # no piece yet
+        self._unseen = set(ids)  # no delta yet
         self._unfinished = generation.n
 
     @property
@@ -81,10 +81,10 @@ class Pieces:
         """Whether every choice came to its end; False for one that was cut off."""
         return self._unfinished == 0
 
-    def __aiter__(self) -> "Pieces":
+    def __aiter__(self) -> "OutputStream":
         return self
 
-    async def __anext__(self) -> Piece:
+    async def __anext__(self) -> OutputDelta:
         try:
             while True:
                 update = await self._stream.__anext__()
@@ -99,20 +99,20 @@ class Pieces:
         except BaseException:
             self.close()
             raise
-        piece = choice.feed(update)
+        delta = choice.feed(update)
         if update.request_id in self._unseen:
             self._unseen.discard(update.request_id)
-            piece = replace(piece, ttft_s=self._owner.clock.now_s() - self._started_s)
+            delta = replace(delta, ttft_s=self._owner.clock.now_s() - self._started_s)
         if self._metrics is not None:
-            self._metrics.count(piece)
-        if piece.finish is not None:
-            self._unfinished -= piece.finish is not FinishReason.ABORT
+            self._metrics.count(delta)
+        if delta.finish is not None:
+            self._unfinished -= delta.finish is not FinishReason.ABORT
             del self._choices[update.request_id]
             if update.finish is None:
                 self._stream.drop(update.request_id)
             if not self._choices:
                 self.close()
-        return piece
+        return delta
 
     def close(self) -> None:
         """Aborts what still runs; a pending `__anext__` ends."""
@@ -134,7 +134,7 @@ class Pieces:
         self._stream.fail(error)
 
 
-class Generator:
+class RequestPlane:
     """Owns the tokenizer, the defaults and the connection to the engine; on one event loop."""
 
     def __init__(
@@ -154,7 +154,7 @@ class Generator:
         self.config = config
         self.clock = clock
         self.draining = False
-        self._live: set[Pieces] = set()
+        self._live: set[OutputStream] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         # Engine-wide unique ids, whatever ids the clients of several gateways choose.
@@ -244,8 +244,8 @@ class Generator:
         id: str,  # noqa: A002
         prompt: Prompt,
         sampling: SamplingFields,
-        **options: Unpack[GenerationOptions],
-    ) -> Generation:
+        **options: Unpack[RequestOptions],
+    ) -> GenerationRequest:
         """Checks every field and resolves the defaults; None means not given.
 
         max_tokens 0 is allowed with `echo` or prompt_logprobs: only the prompt is looked at.
@@ -262,7 +262,7 @@ class Generator:
         )
         if prompt_only:
             sampling = replace(sampling, max_tokens=1)
-        return Generation(
+        return GenerationRequest(
             id=check_request_id(id, config.max_request_id_chars),
             prompt=Prompt(ids, prompt.text),
             sampling=resolve_sampling(
@@ -295,7 +295,9 @@ class Generator:
             prompt_only=prompt_only,
         )
 
-    def run(self, generation: Generation, metrics: GatewayMetrics | None = None) -> Pieces:
+    def run(
+        self, generation: GenerationRequest, metrics: GatewayMetrics | None = None
+    ) -> OutputStream:
         """Starts every choice. Raises Unavailable at once when no engine is there.
 
         `metrics` count the output that is read.
@@ -314,20 +316,20 @@ class Generator:
             for choice in range(generation.n)
         ]
         stream = self.engine.submit(requests)
-        pieces = Pieces(
+        deltas = OutputStream(
             self,
             generation,
             stream,
             [request.id for request in requests],
             None if metrics is None else metrics.start(generation),
         )
-        self._live.add(pieces)
+        self._live.add(deltas)
         self._idle.clear()
-        return pieces
+        return deltas
 
-    def forget(self, pieces: Pieces) -> None:
+    def forget(self, deltas: OutputStream) -> None:
         """A generation has ended; called by it."""
-        self._live.discard(pieces)
+        self._live.discard(deltas)
         if not self._live:
             self._idle.set()
 
@@ -337,8 +339,8 @@ class Generator:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         cut_off = tuple(self._live)
-        for pieces in cut_off:
-            pieces.fail(_shutting_down())
+        for deltas in cut_off:
+            deltas.fail(_shutting_down())
         return not cut_off
 
 

@@ -1,4 +1,4 @@
-"""One choice of a generation: updates of token ids in, pieces of text out. Pure."""
+"""One choice of a generation: updates of token ids in, deltas of text out. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
+class GenerationRequest:
     """What a front end asks for, validated, every field resolved."""
 
     id: str
@@ -34,7 +34,7 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class OutputDelta:
     """News of one choice.
 
     `text` may lag behind `token_ids` while half a character or half a stop string is held back;
@@ -46,35 +46,35 @@ class Piece:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] | None = None  # when requested
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # on the first piece
-    finish: FinishReason | None = None  # on the last piece of the choice
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # on the first delta
+    finish: FinishReason | None = None  # on the last delta of the choice
     stop_reason: str | int | None = None  # stop string or stop_token_id; None for end of sequence
-    queue_s: float | None = None  # on the first piece
-    ttft_s: float | None = None  # on the first piece: from `run` to the first token
+    queue_s: float | None = None  # on the first delta
+    ttft_s: float | None = None  # on the first delta: from `run` to the first token
 
 
-def join(pieces: Sequence[Piece]) -> Piece:
-    """All pieces of one choice, in order, as one piece."""
-    first, last = pieces[0], pieces[-1]
-    scored = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+def join(deltas: Sequence[OutputDelta]) -> OutputDelta:
+    """All deltas of one choice, in order, as one delta."""
+    first, last = deltas[0], deltas[-1]
+    scored = [delta.logprobs for delta in deltas if delta.logprobs is not None]
     return replace(
         first,
-        text="".join(piece.text for piece in pieces),
-        token_ids=tuple(chain.from_iterable(piece.token_ids for piece in pieces)),
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
         logprobs=tuple(chain.from_iterable(scored)) if scored else None,
         finish=last.finish,
         stop_reason=last.stop_reason,
     )
 
 
-class Choice:
-    """Turns the updates of one sequence into pieces; owned by whoever reads the updates.
+class OutputProcessor:
+    """Turns the updates of one sequence into deltas; owned by whoever reads the updates.
 
     The text of a stop token is left out, as is a stop string and all that follows it, unless
     `include_stop_str_in_output`. Stop strings are looked for after `min_tokens` tokens.
     """
 
-    def __init__(self, generation: Generation, index: int, tokenizer: TextTokenizer) -> None:
+    def __init__(self, generation: GenerationRequest, index: int, tokenizer: TextTokenizer) -> None:
         self._generation = generation
         self._index = index
         self._matcher = StopMatcher(generation.stop) if generation.stop else None
@@ -92,10 +92,10 @@ class Choice:
         if generation.echo:
             self._head = self._detokenizer.push(prompt.ids) if decoded else prompt.text or ""
 
-    def feed(self, update: SequenceUpdate) -> Piece:
-        """The piece for an update. `Piece.finish` may be set though `update.finish` is not."""
+    def feed(self, update: SequenceUpdate) -> OutputDelta:
+        """The delta for an update; its `finish` may be set though `update.finish` is not."""
         if self._generation.prompt_only:
-            return self._prompt_piece(update)
+            return self._prompt_delta(update)
         head, self._head = self._head, ""
         if self._matcher is None:
             shown = update.tokens
@@ -111,7 +111,7 @@ class Choice:
             match = self._matcher.match
         if match is not None and self._generation.include_stop_str_in_output:
             text += match.stop
-        return Piece(
+        return OutputDelta(
             index=self._index,
             text=head + text,
             token_ids=tokens,
@@ -173,9 +173,9 @@ class Choice:
         last = update.tokens[-1]
         return last if last in self._generation.sampling.stop_token_ids else None
 
-    def _prompt_piece(self, update: SequenceUpdate) -> Piece:
+    def _prompt_delta(self, update: SequenceUpdate) -> OutputDelta:
         """No output: the prompt's text and log-probabilities alone."""
-        return Piece(
+        return OutputDelta(
             index=self._index,
             text=self._head + (self._detokenizer.flush() if self._generation.echo else ""),
             token_ids=(),

@@ -1,4 +1,4 @@
-"""The generator over a scripted engine: choices, merging, ends of every kind."""
+"""The request plane over a scripted engine: choices, merging, ends of every kind."""
 
 import asyncio
 
@@ -14,71 +14,71 @@ from jserve.core.errors import (
 )
 from jserve.core.request import FinishReason
 from jserve.gateway.fake_engine import FakeEngine
-from jserve.gateway.generation import Prompt
+from jserve.gateway.request_plane import Prompt
 from jserve.gateway.validation import SamplingFields
-from tests.gateway.fixtures import INFO, closing, eventually, make_generator
+from tests.gateway.fixtures import INFO, closing, eventually, make_plane
 
 
 def run(scenario, **engine_options):
-    """Runs `scenario(generator, engine)` in a loop of its own."""
+    """Runs `scenario(plane, engine)` in a loop of its own."""
 
     async def main():
         async with closing(FakeEngine(INFO, **engine_options)) as engine:
-            await scenario(make_generator(engine), engine)
+            await scenario(make_plane(engine), engine)
 
     asyncio.run(main())
 
 
-def prepare(generator, *, text="Hello ", max_tokens=5, **fields):
+def prepare(plane, *, text="Hello ", max_tokens=5, **fields):
     sampling = fields.pop("sampling", {})
-    return generator.prepare(
+    return plane.prepare(
         id="g",
-        prompt=Prompt(tuple(generator.tokenizer.encode(text)), text),
+        prompt=Prompt(tuple(plane.tokenizer.encode(text)), text),
         sampling=SamplingFields(max_tokens=max_tokens, **sampling),
         **fields,
     )
 
 
 def test_choices_interleave_and_all_end():
-    async def scenario(generator, engine):
-        pieces = [p async for p in generator.run(prepare(generator, n=3))]
+    async def scenario(plane, engine):
+        deltas = [p async for p in plane.run(prepare(plane, n=3))]
         for index in range(3):
-            mine = [p for p in pieces if p.index == index]
+            mine = [p for p in deltas if p.index == index]
             assert [p.finish for p in mine][-1] is FinishReason.LENGTH
             assert sum(len(p.token_ids) for p in mine) == 5
             assert mine[0].ttft_s is not None
             assert mine[0].queue_s == 0.0
             assert all(p.ttft_s is None for p in mine[1:])
-        assert {p.index for p in pieces[:3]} == {0, 1, 2}
+        assert {p.index for p in deltas[:3]} == {0, 1, 2}
         assert len({r.id for r in engine.submitted}) == 3
         assert len({r.sampling.seed for r in engine.submitted}) == 1
-        assert (generator.num_live, engine.aborted) == (0, [])
+        assert (plane.num_live, engine.aborted) == (0, [])
 
     run(scenario)
 
 
 def test_reader_that_pauses_gets_one_merged_piece():
-    async def scenario(generator, engine):
-        pieces = generator.run(prepare(generator, max_tokens=400, sampling={"logprobs": 0}))
-        first = await anext(pieces)
+    async def scenario(plane, engine):
+        deltas = plane.run(prepare(plane, max_tokens=400, sampling={"logprobs": 0}))
+        first = await anext(deltas)
         await eventually(lambda: engine.stats.num_running == 0)
-        second = await anext(pieces)
+        second = await anext(deltas)
         assert len(first.token_ids) + len(second.token_ids) == 400
         assert len(second.logprobs) == len(second.token_ids)
         assert second.finish is FinishReason.LENGTH
         with pytest.raises(StopAsyncIteration):
-            await anext(pieces)
+            await anext(deltas)
 
     run(scenario)
 
 
 def test_a_timeout_while_waiting_loses_nothing():
-    async def scenario(generator, engine):
-        pieces = generator.run(prepare(generator, text="abc", max_tokens=3))
+    async def scenario(plane, engine):
+        deltas = plane.run(prepare(plane, text="abc", max_tokens=3))
         text, timeouts = "", 0
         while True:
             try:
-                text += (await asyncio.wait_for(anext(pieces), 0.005)).text
+                text += (await asyncio.wait_for(anext(deltas), 0.005)).text
             except TimeoutError:
                 timeouts += 1
             except StopAsyncIteration:
@@ -90,16 +90,16 @@ def test_a_timeout_while_waiting_loses_nothing():
 
 
 def test_closing_aborts_and_ends_a_pending_read():
-    async def scenario(generator, engine):
-        pieces = generator.run(prepare(generator, n=2))
-        reading = asyncio.create_task(anext(pieces, None))
+    async def scenario(plane, engine):
+        deltas = plane.run(prepare(plane, n=2))
+        reading = asyncio.create_task(anext(deltas, None))
         await asyncio.sleep(0)
-        pieces.close()
-        pieces.close()
+        deltas.close()
+        deltas.close()
         assert await reading is None
         assert len(engine.aborted) == 2
-        assert generator.num_live == 0
-        assert await generator.drain(0)
+        assert plane.num_live == 0
+        assert await plane.drain(0)
 
     run(scenario, step_s=60)
 
@@ -108,10 +108,10 @@ def test_stopped_choice_is_aborted_alone():
     def reply(request):
         return [5 + request.choice] * 50
 
-    async def scenario(generator, engine):
-        asked = prepare(generator, n=2, max_tokens=50, stop=generator.tokenizer.token_text(6) * 2)
-        pieces = [p async for p in generator.run(asked)]
-        counts = [sum(len(p.token_ids) for p in pieces if p.index == i) for i in (0, 1)]
+    async def scenario(plane, engine):
+        asked = prepare(plane, n=2, max_tokens=50, stop=plane.tokenizer.token_text(6) * 2)
+        deltas = [p async for p in plane.run(asked)]
+        counts = [sum(len(p.token_ids) for p in deltas if p.index == i) for i in (0, 1)]
         assert counts == [50, 2]
         assert len(engine.aborted) == 1
 
@@ -119,62 +119,62 @@ def test_stopped_choice_is_aborted_alone():
 
 
 def test_prompt_only_and_echo():
-    async def scenario(generator, engine):
-        asked = prepare(generator, text="Hello", max_tokens=0, echo=True)
-        (piece,) = [p async for p in generator.run(asked)]
-        assert (piece.text, piece.token_ids) == ("Hello", ())
-        assert piece.finish is FinishReason.LENGTH
+    async def scenario(plane, engine):
+        asked = prepare(plane, text="Hello", max_tokens=0, echo=True)
+        (delta,) = [p async for p in plane.run(asked)]
+        assert (delta.text, delta.token_ids) == ("Hello", ())
+        assert delta.finish is FinishReason.LENGTH
         with pytest.raises(RequestError, match="max_tokens"):
-            prepare(generator, max_tokens=0)
+            prepare(plane, max_tokens=0)
 
     run(scenario)
 
 
 def test_errors_of_the_engine_reach_the_reader():
-    async def scenario(generator, engine):
-        held = generator.run(prepare(generator, n=12))
+    async def scenario(plane, engine):
+        held = plane.run(prepare(plane, n=12))
         with pytest.raises(Overloaded):
-            await anext(generator.run(prepare(generator)))
+            await anext(plane.run(prepare(plane)))
         engine.crash()
         with pytest.raises(EngineError):
             await anext(held)
         with pytest.raises(Unavailable):
-            generator.run(prepare(generator))
-        assert not generator.ready
-        assert generator.num_live == 0
+            plane.run(prepare(plane))
+        assert not plane.ready
+        assert plane.num_live == 0
         engine.restart()
-        assert generator.ready
+        assert plane.ready
 
     run(scenario, step_s=60)
 
 
 def test_before_the_engine_was_seen_nothing_is_accepted():
-    async def scenario(generator, engine):
+    async def scenario(plane, engine):
         engine.info = None
         with pytest.raises(Unavailable, match="loading"):
-            prepare(generator)
-        assert generator.model_name == ""
+            prepare(plane)
+        assert plane.model_name == ""
 
     run(scenario)
 
 
 def test_names_prompts_and_ids_are_checked():
-    async def scenario(generator, engine):
-        generator.check_model("tiny")
-        generator.check_model("")
-        generator.check_model(None)
+    async def scenario(plane, engine):
+        plane.check_model("tiny")
+        plane.check_model("")
+        plane.check_model(None)
         with pytest.raises(UnknownModel, match="'x' is not served here; 'tiny' is"):
-            generator.check_model("x")
+            plane.check_model("x")
         with pytest.raises(RequestError, match="lone surrogate at character 1"):
-            await generator.text_prompt("a\ud800")
+            await plane.text_prompt("a\ud800")
         for bad in ("", "a" * 129, "é", "a\n"):
             with pytest.raises(RequestError, match="request id"):
-                generator.prepare(id=bad, prompt=Prompt((5,)), sampling=SamplingFields())
+                plane.prepare(id=bad, prompt=Prompt((5,)), sampling=SamplingFields())
         with pytest.raises(RequestError, match="n must be from 1 to 12"):
-            prepare(generator, n=13)
+            prepare(plane, n=13)
         with pytest.raises(PromptTooLong, match="at least"):
-            await generator.text_prompt("x" * 10**6)
-        chat = await generator.chat_prompt([{"role": "user", "content": "<s>x"}])
+            await plane.text_prompt("x" * 10**6)
+        chat = await plane.chat_prompt([{"role": "user", "content": "<s>x"}])
         assert chat.text == "[user] <s>x\n[assistant] "
         assert chat.ids.count(0) == 1
 

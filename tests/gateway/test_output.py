@@ -1,10 +1,10 @@
-"""From updates to pieces: text, stop strings, usage, log-probabilities, however they are cut."""
+"""From updates to deltas: text, stop strings, usage, log-probabilities, however they are cut."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jserve.core.request import FinishReason, SamplingParams, SequenceUpdate, TokenLogprobs
-from jserve.gateway.pieces import Choice, Generation, Piece, Prompt
+from jserve.gateway.output import GenerationRequest, OutputDelta, OutputProcessor, Prompt
 from jserve.gateway.tokenizer import TextTokenizer
 from tests.gateway.tiny_tokenizers import END_OF_TURN, byte_level_json
 
@@ -12,10 +12,10 @@ TOKENIZER = TextTokenizer(byte_level_json())
 END = TOKENIZER.token_id(END_OF_TURN)
 
 
-def generation(**fields) -> Generation:
+def generation(**fields) -> GenerationRequest:
     sampling = fields.pop("sampling", {})
     prompt = fields.pop("prompt", Prompt((5, 6), "%&"))
-    return Generation(
+    return GenerationRequest(
         id="g", prompt=prompt, sampling=SamplingParams(max_tokens=1000, **sampling), **fields
     )
 
@@ -34,23 +34,23 @@ def updates(ids, sizes, finish=FinishReason.LENGTH, logprobs=False) -> list[Sequ
     return news
 
 
-def feed(asked: Generation, news: list[SequenceUpdate]) -> list[Piece]:
-    """As `Pieces` does: up to the piece that finishes."""
-    choice = Choice(asked, 0, TOKENIZER)
-    pieces = []
+def feed(asked: GenerationRequest, news: list[SequenceUpdate]) -> list[OutputDelta]:
+    """As `OutputStream` does: up to the delta that finishes."""
+    choice = OutputProcessor(asked, 0, TOKENIZER)
+    deltas = []
     for update in news:
-        pieces.append(choice.feed(update))
-        if pieces[-1].finish is not None:
+        deltas.append(choice.feed(update))
+        if deltas[-1].finish is not None:
             break
-    return pieces
+    return deltas
 
 
-def text_of(pieces: list[Piece]) -> str:
-    return "".join(piece.text for piece in pieces)
+def text_of(deltas: list[OutputDelta]) -> str:
+    return "".join(delta.text for delta in deltas)
 
 
-def ids_of(pieces: list[Piece]) -> list[int]:
-    return [token for piece in pieces for token in piece.token_ids]
+def ids_of(deltas: list[OutputDelta]) -> list[int]:
+    return [token for delta in deltas for token in delta.token_ids]
 
 
 IDS = st.lists(st.integers(3, 400), min_size=1, max_size=40)
@@ -70,7 +70,7 @@ def test_stop_strings_cut_text_tokens_and_logprobs_wherever_updates_are_cut(
     asked = generation(
         stop=tuple(stops), sampling={"logprobs": 0, "min_tokens": min(min_tokens, len(ids))}
     )
-    pieces = feed(asked, updates(ids, cuts, logprobs=True))
+    deltas = feed(asked, updates(ids, cuts, logprobs=True))
     # Reference: whole decodes and str.find, in text that comes after the first min_tokens tokens.
     skipped = len(TOKENIZER.decode(ids[: asked.sampling.min_tokens]).rstrip("\ufffd"))
     hits = [(text.find(s, skipped), len(s), s) for s in stops if text.find(s, skipped) >= 0]
@@ -78,40 +78,40 @@ def test_stop_strings_cut_text_tokens_and_logprobs_wherever_updates_are_cut(
         start, size, stop = min(hits)
         lengths = [len(TOKENIZER.decode(ids[: i + 1]).rstrip("\ufffd")) for i in range(len(ids))]
         num = next(i for i, length in enumerate(lengths) if length >= start + size) + 1
-        assert text_of(pieces) == text[:start]
-        assert (pieces[-1].finish, pieces[-1].stop_reason) == (FinishReason.STOP, stop)
-        assert ids_of(pieces) == ids[:num]
+        assert text_of(deltas) == text[:start]
+        assert (deltas[-1].finish, deltas[-1].stop_reason) == (FinishReason.STOP, stop)
+        assert ids_of(deltas) == ids[:num]
     else:
-        assert text_of(pieces) == text
-        assert (pieces[-1].finish, pieces[-1].stop_reason) == (FinishReason.LENGTH, None)
-        assert ids_of(pieces) == ids
-    for piece in pieces:
-        assert [lp.token_id for lp in piece.logprobs] == list(piece.token_ids)
+        assert text_of(deltas) == text
+        assert (deltas[-1].finish, deltas[-1].stop_reason) == (FinishReason.LENGTH, None)
+        assert ids_of(deltas) == ids
+    for delta in deltas:
+        assert [lp.token_id for lp in delta.logprobs] == list(delta.token_ids)
 
 
 @given(ids=IDS, cuts=CUTS, skip=st.booleans())
 def test_without_stop_strings_the_text_is_the_whole_decode(ids, cuts, skip):
-    pieces = feed(generation(skip_special_tokens=skip), updates(ids, cuts))
-    assert text_of(pieces) == TOKENIZER.decode(ids, skip_special_tokens=skip)
-    assert ids_of(pieces) == ids
+    deltas = feed(generation(skip_special_tokens=skip), updates(ids, cuts))
+    assert text_of(deltas) == TOKENIZER.decode(ids, skip_special_tokens=skip)
+    assert ids_of(deltas) == ids
 
 
 def test_stop_token_is_counted_but_not_shown():
     ids = [*TOKENIZER.encode("Hello"), END]
     for stop in ((), ("zzz",)):
         asked = generation(skip_special_tokens=False, stop=stop)
-        pieces = feed(asked, updates(ids, [1], FinishReason.STOP))
-        assert text_of(pieces) == "Hello"
-        assert ids_of(pieces) == ids
-        assert pieces[-1].stop_reason is None
+        deltas = feed(asked, updates(ids, [1], FinishReason.STOP))
+        assert text_of(deltas) == "Hello"
+        assert ids_of(deltas) == ids
+        assert deltas[-1].stop_reason is None
     asked = generation(
         skip_special_tokens=False,
         include_stop_str_in_output=True,
         sampling={"stop_token_ids": (END,)},
     )
-    pieces = feed(asked, updates(ids, [1], FinishReason.STOP))
-    assert text_of(pieces) == f"Hello{END_OF_TURN}"
-    assert pieces[-1].stop_reason == END
+    deltas = feed(asked, updates(ids, [1], FinishReason.STOP))
+    assert text_of(deltas) == f"Hello{END_OF_TURN}"
+    assert deltas[-1].stop_reason == END
 
 
 def test_stop_string_can_be_included():
@@ -133,6 +133,6 @@ def test_prompt_only_shows_no_output():
     asked = generation(echo=True, prompt_only=True, sampling={"logprobs": 1})
     scores = (None, TokenLogprobs(6, -1.0, 1, ()))
     update = SequenceUpdate("r", (9,), FinishReason.STOP, (scores[1],), scores)
-    (piece,) = feed(asked, [update])
-    assert (piece.text, piece.token_ids, piece.logprobs) == ("%&", (), ())
-    assert (piece.finish, piece.prompt_logprobs) == (FinishReason.LENGTH, scores)
+    (delta,) = feed(asked, [update])
+    assert (delta.text, delta.token_ids, delta.logprobs) == ("%&", (), ())
+    assert (delta.finish, delta.prompt_logprobs) == (FinishReason.LENGTH, scores)
