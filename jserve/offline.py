@@ -181,7 +181,8 @@ class LLM:
         engine = start_engine(
             config.model, config.engine, config.scheduler, on_files=on_files, on_phase=on_phase
         )
-        self.text = TextModel.of(text_assets_from_config(config.model, on_files), config.gateway)
+        assets = text_assets_from_config(config.model, on_files)
+        self.text = TextModel.from_assets(assets, config.gateway)
         self.info = engine.info
         self._engine = InProcessEngine(engine, open_step_log(config.engine))
         self._plane = RequestPlane(

@@ -89,6 +89,6 @@ STATUS: dict[type[JserveError], Status] = {
 }
 
 
-def status_of(error: JserveError) -> Status:
+def wire_status(error: JserveError) -> Status:
     """The wire status of the nearest listed ancestor of `error`."""
     return next(STATUS[cls] for cls in type(error).__mro__ if cls in STATUS)

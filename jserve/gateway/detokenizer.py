@@ -50,7 +50,7 @@ class DecoderSpec:
     strip_start: str = ""  # leaves the start of the whole text, as far as it is there
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "DecoderSpec":
+    def from_tokenizer(cls, tokenizer: Tokenizer) -> "DecoderSpec":
         """Reads the decoder; one it does not know is a ConfigError."""
         # The pickled state is the decoder's JSON; that of the whole tokenizer takes a second.
         state: bytes = b'{"type": "none"}'

@@ -14,11 +14,11 @@ from jserve.core.stats import EngineStats
 from jserve.gateway.engine_client import UpdateStream
 from jserve.proto import engine_pb2, engine_pb2_grpc
 from jserve.proto.convert import (
-    error_of_rejection,
-    info_of_proto,
+    error_from_rejection,
+    info_from_proto,
     request_to_proto,
-    stats_of_proto,
-    update_of_proto,
+    stats_from_proto,
+    update_from_proto,
 )
 from jserve.proto.limits import MAX_SESSION_MESSAGE_BYTES
 
@@ -133,8 +133,8 @@ class GrpcEngineClient:
                 hello = await anext(messages, None)
             if hello is None:
                 return
-            self.info = info_of_proto(hello.hello)
-            self.stats = stats_of_proto(hello.stats)
+            self.info = info_from_proto(hello.hello)
+            self.stats = stats_from_proto(hello.stats)
             self._outgoing = asyncio.Queue()
             self._connected.set()
             logger.info("connected to the engine at %s: %s", self._address, self.info)
@@ -147,19 +147,19 @@ class GrpcEngineClient:
             call.cancel()
 
     def _dispatch(self, message: engine_pb2.SessionResponse) -> None:
-        self.stats = stats_of_proto(message.stats)
+        self.stats = stats_from_proto(message.stats)
         for news in message.updates:
             stream = self._streams.get(news.request_id)
             if stream is None:
                 continue  # aborted meanwhile
-            update = update_of_proto(news)
+            update = update_from_proto(news)
             if update.finish is not None:
                 del self._streams[update.request_id]
             stream.post(update)
         for rejection in message.rejections:
             stream = self._streams.pop(rejection.request_id, None)
             if stream is not None:
-                stream.fail(error_of_rejection(rejection))
+                stream.fail(error_from_rejection(rejection))
 
     def _disconnect(self) -> None:
         """Tells everybody who waits, at once; there is nothing to wait for."""

@@ -4,13 +4,13 @@ from typing import Any, NoReturn
 
 import grpc
 
-from jserve.core.errors import JserveError, Overloaded, Unavailable, status_of
+from jserve.core.errors import JserveError, Overloaded, Unavailable, wire_status
 from jserve.proto import inference_pb2
 
 
 def code_of(error: JserveError) -> grpc.StatusCode:
     """The status code, by the one table of core."""
-    return grpc.StatusCode[status_of(error).grpc]
+    return grpc.StatusCode[wire_status(error).grpc]
 
 
 async def abort(context: Any, error: JserveError) -> NoReturn:
@@ -25,7 +25,7 @@ async def abort(context: Any, error: JserveError) -> NoReturn:
     raise AssertionError("abort raises")
 
 
-def failure_of(error: JserveError) -> inference_pb2.Failure:
+def make_failure(error: JserveError) -> inference_pb2.Failure:
     """The error of one request of a stream."""
     retry_after_s = error.retry_after_s if isinstance(error, Overloaded | Unavailable) else 0.0
     number: int = code_of(error).value[0]

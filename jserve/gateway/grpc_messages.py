@@ -25,7 +25,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, MutableSequence) else value
 
 
-async def prompt_of(
+async def parse_prompt(
     plane: RequestPlane,
     message: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest,
 ) -> Prompt:
@@ -45,14 +45,14 @@ async def prompt_of(
             raise RequestError("no input; set text, token_ids or chat", param="input")
 
 
-async def generation_of(
+async def parse_generation(
     plane: RequestPlane, message: inference_pb2.GenerateRequest, request_id: str
 ) -> GenerationRequest:
     """Parses and validates; see `RequestPlane.prepare` for the errors."""
     plane.check_model(message.model)
     return plane.prepare(
         id=request_id,
-        prompt=await prompt_of(plane, message),
+        prompt=await parse_prompt(plane, message),
         sampling=sampling_fields(message.sampling),
         stop=list(message.stop),
         n=message.n or None,
@@ -67,7 +67,7 @@ async def generation_of(
     )
 
 
-def response_of(
+def make_response(
     delta: OutputDelta, request_id: str, tokenizer: TextTokenizer
 ) -> inference_pb2.GenerateResponse:
     """The message for one delta; usage and timings are for the caller to add to the last one."""
@@ -125,8 +125,8 @@ async def responses(
             ttft_s = plane.clock.now_s() - started_s
         num_output += len(delta.token_ids)
         queue_s = max(queue_s, delta.queue_s or 0.0)
-        message = response_of(delta, generation.id, plane.tokenizer)
+        message = make_response(delta, generation.id, plane.tokenizer)
         yield message if delta.finish is None else complete(message)
     for index in sorted(unfinished):
         aborted = OutputDelta(index, "", (), finish=FinishReason.ABORT)
-        yield complete(response_of(aborted, generation.id, plane.tokenizer))
+        yield complete(make_response(aborted, generation.id, plane.tokenizer))

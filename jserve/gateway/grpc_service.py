@@ -7,7 +7,7 @@ from typing import Any
 
 from jserve.core.errors import JserveError
 from jserve.gateway.grpc_errors import abort
-from jserve.gateway.grpc_messages import generation_of, prompt_of, responses
+from jserve.gateway.grpc_messages import parse_generation, parse_prompt, responses
 from jserve.gateway.grpc_stream import GenerateStream
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import RequestPlane
@@ -16,7 +16,7 @@ from jserve.proto import inference_pb2, inference_pb2_grpc
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """Stateless but for request plane and metrics; inference.proto has the contract of each call."""
+    """Stateless but for plane and metrics; inference.proto has the contract of each call."""
 
     def __init__(self, plane: RequestPlane, metrics: GatewayMetrics) -> None:
         self._plane = plane
@@ -29,7 +29,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         started_s = self._plane.clock.now_s()
         try:
             request_id = request.request_id or new_request_id()
-            generation = await generation_of(self._plane, request, request_id)
+            generation = await parse_generation(self._plane, request, request_id)
             running = self._plane.run(generation, self._metrics)
             async with aclosing(running) as deltas:
                 async for response in responses(self._plane, generation, deltas, started_s):
@@ -55,7 +55,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Text or a chat to token ids."""
         try:
             self._plane.check_model(request.model)
-            prompt = await prompt_of(self._plane, request)
+            prompt = await parse_prompt(self._plane, request)
             return inference_pb2.TokenizeResponse(
                 token_ids=prompt.ids, max_model_len=self._plane.info.max_model_len
             )

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import grpc
 
 from jserve.core.errors import JserveError, Overloaded, RequestError
-from jserve.gateway.grpc_errors import failure_of
-from jserve.gateway.grpc_messages import generation_of, responses
+from jserve.gateway.grpc_errors import make_failure
+from jserve.gateway.grpc_messages import parse_generation, responses
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import OutputStream, RequestPlane
 from jserve.proto import inference_pb2
@@ -51,20 +51,22 @@ class GenerateStream:
                     case _:
                         # Not raised: that would end the call's other generations too.
                         error = RequestError("neither start nor cancel is set", param="kind")
-                        await self._fail("", failure_of(error))
+                        await self._fail("", make_failure(error))
 
     def _admit(self, request_id: str) -> inference_pb2.Failure | None:
         """Registers a request, or says why not."""
         if not request_id:
-            return failure_of(RequestError("request_id is empty; it names the answers"))
+            return make_failure(RequestError("request_id is empty; it names the answers"))
         if request_id in self._live:
             # Not a failure of the generation that has the id: hence a code of its own.
-            failure = failure_of(RequestError(f"request_id {request_id!r} is in use on this call"))
+            failure = make_failure(
+                RequestError(f"request_id {request_id!r} is in use on this call")
+            )
             failure.code = grpc.StatusCode.ALREADY_EXISTS.value[0]  # pyright: ignore
             return failure
         limit = self._plane.config.max_streams_per_call
         if len(self._live) >= limit:
-            return failure_of(
+            return make_failure(
                 Overloaded(f"{limit} requests are in flight on this call", retry_after_s=1.0)
             )
         self._live[request_id] = _Live()
@@ -82,7 +84,7 @@ class GenerateStream:
         started_s = self._plane.clock.now_s()
         live = self._live[message.request_id]
         try:
-            generation = await generation_of(self._plane, message, message.request_id)
+            generation = await parse_generation(self._plane, message, message.request_id)
             running = self._plane.run(generation, self._metrics)
             async with aclosing(running) as deltas:
                 live.deltas = deltas
@@ -91,7 +93,7 @@ class GenerateStream:
                 async for response in responses(self._plane, generation, deltas, started_s):
                     await self._write(response)
         except JserveError as error:
-            await self._fail(message.request_id, failure_of(error))
+            await self._fail(message.request_id, make_failure(error))
         finally:
             del self._live[message.request_id]
 

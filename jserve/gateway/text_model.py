@@ -18,7 +18,7 @@ class TextModel:
     defaults: SamplingDefaults
 
     @classmethod
-    def of(cls, assets: TextAssets, config: GatewayConfig) -> "TextModel":
+    def from_assets(cls, assets: TextAssets, config: GatewayConfig) -> "TextModel":
         """From a model's files; the config's defaults come before the model's own.
 
         Raises ConfigError if tokenizer, template or generation config is wrong.

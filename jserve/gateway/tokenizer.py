@@ -51,7 +51,7 @@ class TextTokenizer:
         self._add_bos = self._processor_adds_bos if add_bos is None else add_bos
         self._fragments = Fragments(
             self._tokenizer,
-            DecoderSpec.of(self._tokenizer),
+            DecoderSpec.from_tokenizer(self._tokenizer),
             frozenset(token_id for token_id, token in added.items() if token.special),
         )
 

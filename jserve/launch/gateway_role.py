@@ -26,7 +26,7 @@ _STOP_GRACE_S = 1.0  # after a drain nothing runs; this is for answers still bei
 def load_text(config: ServeConfig, console: Console) -> TextModel:
     """Reads the text side of the configured model, fetched first if it is not there."""
     progress = FileProgress("fetching", console.say)
-    return TextModel.of(text_assets_from_config(config.model, progress), config.gateway)
+    return TextModel.from_assets(text_assets_from_config(config.model, progress), config.gateway)
 
 
 class Gateway:

@@ -36,7 +36,7 @@ FINISH_TO_PROTO = {
     FinishReason.ABORT: types_pb2.FINISH_REASON_ABORT,
     FinishReason.ERROR: types_pb2.FINISH_REASON_ERROR,
 }
-_FINISH_OF_PROTO = {number: reason for reason, number in FINISH_TO_PROTO.items()}
+_FINISH_FROM_PROTO = {number: reason for reason, number in FINISH_TO_PROTO.items()}
 
 
 _SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
@@ -53,7 +53,7 @@ def sampling_to_proto(sampling: SamplingParams) -> types_pb2.SamplingParams:
     return types_pb2.SamplingParams(**values)
 
 
-def sampling_of_proto(message: types_pb2.SamplingParams) -> SamplingParams:
+def sampling_from_proto(message: types_pb2.SamplingParams) -> SamplingParams:
     """The inverse of `sampling_to_proto`; every field that may not be None must be set."""
     values = _from_fields(message, _SAMPLING_FIELDS)
     values |= {name: None for name in _OPTIONAL_FIELDS if not message.HasField(name)}
@@ -66,9 +66,9 @@ def request_to_proto(request: Request) -> engine_pb2.EngineRequest:
     )
 
 
-def request_of_proto(message: engine_pb2.EngineRequest) -> Request:
+def request_from_proto(message: engine_pb2.EngineRequest) -> Request:
     return Request(
-        **_from_fields(message, _REQUEST_FIELDS), sampling=sampling_of_proto(message.sampling)
+        **_from_fields(message, _REQUEST_FIELDS), sampling=sampling_from_proto(message.sampling)
     )
 
 
@@ -109,7 +109,7 @@ def logprobs_to_proto(
             describe(top, top.token_id)
 
 
-def logprobs_of_proto(message: types_pb2.TokenLogprobs) -> TokenLogprobs | None:
+def logprobs_from_proto(message: types_pb2.TokenLogprobs) -> TokenLogprobs | None:
     """None for a position without a chosen token."""
     if not message.HasField("chosen"):
         return None
@@ -142,14 +142,14 @@ def updates_to_proto(
                 logprobs_to_proto(logprobs, news.prompt_logprobs.positions.add())
 
 
-def update_of_proto(news: engine_pb2.SequenceNews) -> SequenceUpdate:
+def update_from_proto(news: engine_pb2.SequenceNews) -> SequenceUpdate:
     """The news of one sequence."""
     return SequenceUpdate(
         request_id=news.request_id,
         tokens=tuple(news.tokens),
-        finish=_FINISH_OF_PROTO[news.finish] if news.finish else None,
-        logprobs=_present(map(logprobs_of_proto, news.logprobs)) if news.logprobs else None,
-        prompt_logprobs=tuple(map(logprobs_of_proto, news.prompt_logprobs.positions))
+        finish=_FINISH_FROM_PROTO[news.finish] if news.finish else None,
+        logprobs=_present(map(logprobs_from_proto, news.logprobs)) if news.logprobs else None,
+        prompt_logprobs=tuple(map(logprobs_from_proto, news.prompt_logprobs.positions))
         if news.HasField("prompt_logprobs")
         else None,
         queue_s=news.queue_s if news.HasField("queue_s") else None,
@@ -165,7 +165,7 @@ def info_to_proto(info: EngineInfo) -> engine_pb2.EngineHello:
     return engine_pb2.EngineHello(**_to_fields(info, _INFO_FIELDS))
 
 
-def info_of_proto(message: engine_pb2.EngineHello) -> EngineInfo:
+def info_from_proto(message: engine_pb2.EngineHello) -> EngineInfo:
     return EngineInfo(**_from_fields(message, _INFO_FIELDS))
 
 
@@ -173,7 +173,7 @@ def stats_to_proto(stats: EngineStats) -> engine_pb2.EngineStats:
     return engine_pb2.EngineStats(**_to_fields(stats, _STATS_FIELDS))
 
 
-def stats_of_proto(message: engine_pb2.EngineStats) -> EngineStats:
+def stats_from_proto(message: engine_pb2.EngineStats) -> EngineStats:
     return EngineStats(**_from_fields(message, _STATS_FIELDS))
 
 
@@ -194,7 +194,7 @@ def rejection_to_proto(request_id: str, error: JserveError) -> engine_pb2.Reject
     )
 
 
-def error_of_rejection(message: engine_pb2.Rejection) -> JserveError:
+def error_from_rejection(message: engine_pb2.Rejection) -> JserveError:
     """The typed error that the client of the request gets."""
     match message.kind:
         case engine_pb2.Rejection.KIND_TOO_LONG:

@@ -20,7 +20,7 @@ from jserve.core.step import (
     StepPlan,
 )
 from jserve.proto import group_pb2
-from jserve.proto.convert import request_of_proto, request_to_proto
+from jserve.proto.convert import request_from_proto, request_to_proto
 
 
 class StepWriter:
@@ -207,7 +207,7 @@ def _write_admission(admission: Admission) -> group_pb2.StepAdmission:
 def _read_admission(message: group_pb2.StepAdmission) -> Admission:
     return Admission(
         message.slot,
-        request_of_proto(message.request),
+        request_from_proto(message.request),
         tuple(message.output),
         message.num_computed,
         message.last_token if message.HasField("last_token") else None,

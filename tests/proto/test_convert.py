@@ -25,17 +25,17 @@ from jserve.core.request import (
 from jserve.core.stats import EngineStats
 from jserve.proto import engine_pb2, types_pb2
 from jserve.proto.convert import (
-    error_of_rejection,
-    info_of_proto,
+    error_from_rejection,
+    info_from_proto,
     info_to_proto,
     rejection_to_proto,
-    request_of_proto,
+    request_from_proto,
     request_to_proto,
-    sampling_of_proto,
+    sampling_from_proto,
     sampling_to_proto,
-    stats_of_proto,
+    stats_from_proto,
     stats_to_proto,
-    update_of_proto,
+    update_from_proto,
     updates_to_proto,
 )
 from tests.sampling_values import unusual_sampling
@@ -94,7 +94,7 @@ UPDATES = st.builds(
 @given(request=REQUESTS)
 def test_request_survives(request):
     wire = request_to_proto(request).SerializeToString()
-    assert request_of_proto(engine_pb2.EngineRequest.FromString(wire)) == request
+    assert request_from_proto(engine_pb2.EngineRequest.FromString(wire)) == request
 
 
 def test_every_sampling_field_has_a_place_on_the_wire():
@@ -105,7 +105,7 @@ def test_every_sampling_field_has_a_place_on_the_wire():
 def test_every_sampling_field_survives_with_a_value_of_its_own():
     sampling = unusual_sampling()
     wire = sampling_to_proto(sampling).SerializeToString()
-    assert sampling_of_proto(types_pb2.SamplingParams.FromString(wire)) == sampling
+    assert sampling_from_proto(types_pb2.SamplingParams.FromString(wire)) == sampling
 
 
 def test_every_statistic_has_a_place_on_the_wire():
@@ -115,7 +115,7 @@ def test_every_statistic_has_a_place_on_the_wire():
 
 def test_floats_become_what_the_device_sees():
     request = Request(id="a", prompt=(1,), sampling=SamplingParams(temperature=0.7))
-    got = request_of_proto(request_to_proto(request)).sampling.temperature
+    got = request_from_proto(request_to_proto(request)).sampling.temperature
     assert got == struct.unpack("f", struct.pack("f", 0.7))[0] != 0.7
 
 
@@ -124,7 +124,7 @@ def test_updates_survive(updates):
     response = engine_pb2.SessionResponse()
     updates_to_proto(updates, response)
     received = engine_pb2.SessionResponse.FromString(response.SerializeToString())
-    assert [update_of_proto(news) for news in received.updates] == updates
+    assert [update_from_proto(news) for news in received.updates] == updates
 
 
 @given(first=UPDATES, second=UPDATES)
@@ -138,9 +138,9 @@ def test_merged_updates_say_what_both_said(first, second):
 
 def test_info_and_stats_survive():
     info = EngineInfo("m", 10, 20, 3, 4, 16, 7, (1, 2))
-    assert info_of_proto(info_to_proto(info)) == info
+    assert info_from_proto(info_to_proto(info)) == info
     stats = EngineStats(**{field.name: i for i, field in enumerate(fields(EngineStats), 1)})
-    assert stats_of_proto(stats_to_proto(stats)) == stats
+    assert stats_from_proto(stats_to_proto(stats)) == stats
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_info_and_stats_survive():
 )
 def test_refusals_keep_type_message_and_delay(error):
     message = rejection_to_proto("id", error)
-    again = error_of_rejection(engine_pb2.Rejection.FromString(message.SerializeToString()))
+    again = error_from_rejection(engine_pb2.Rejection.FromString(message.SerializeToString()))
     assert message.request_id == "id"
     assert type(again) is type(error)
     assert str(again) == str(error)

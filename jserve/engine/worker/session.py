@@ -22,7 +22,7 @@ from jserve.proto import engine_pb2, engine_pb2_grpc
 from jserve.proto.convert import (
     info_to_proto,
     rejection_to_proto,
-    request_of_proto,
+    request_from_proto,
     stats_to_proto,
     updates_to_proto,
 )
@@ -118,7 +118,7 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
                 return None  # finished meanwhile, or another gateway's
             self._forget(message.abort, session)
             return Abort(message.abort)
-        request = request_of_proto(message.submit)
+        request = request_from_proto(message.submit)
         if request.id in self._owners:
             error = RequestError(f"request id {request.id!r} is in use", param="request_id")
             session.rejections.append((request.id, error))

@@ -6,7 +6,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jserve.core.errors import JserveError, RequestError, status_of
+from jserve.core.errors import JserveError, RequestError, wire_status
 
 _REASONS = {
     404: ("unknown_url", "no such URL: {method} {path}; see /v1/models for a first one"),
@@ -27,7 +27,7 @@ def error_json(error: JserveError) -> dict[str, object]:
     """The `{"error": {…}}` object of `error`, for a body or an event of a stream."""
     fields = {
         "message": str(error),
-        "type": status_of(error).openai_type,
+        "type": wire_status(error).openai_type,
         "param": error.param if isinstance(error, RequestError) else None,
         "code": error.code if isinstance(error, RequestError) else None,
     }
@@ -36,7 +36,7 @@ def error_json(error: JserveError) -> dict[str, object]:
 
 def error_response(error: JserveError) -> Response:
     """The whole HTTP response to `error`, with Retry-After or WWW-Authenticate where due."""
-    status = error.status if isinstance(error, HttpError) else status_of(error).http
+    status = error.status if isinstance(error, HttpError) else wire_status(error).http
     headers: dict[str, str] = {}
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
