@@ -115,16 +115,16 @@ class InProcessEngine:
             for request_id in list(itertools.islice(self._backlog, max(room, 0))):
                 self._inbox.put(Submit(self._backlog.pop(request_id)))
         self._loop.run_once()
-        news = self._outbox.take()
-        self.stats = news.stats
-        for update in news.updates:
+        events = self._outbox.take()
+        self.stats = events.stats
+        for update in events.updates:
             stream = self._streams.get(update.request_id)
             if stream is None:
                 continue  # aborted meanwhile
             if update.finish is not None:
                 del self._streams[update.request_id]
             stream.post(update)
-        for request_id, error in news.rejections:
+        for request_id, error in events.rejections:
             stream = self._streams.pop(request_id, None)
             if stream is not None:
                 stream.fail(error)

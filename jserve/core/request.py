@@ -100,7 +100,7 @@ class TokenLogprobs:
 
 
 class SequenceUpdate(NamedTuple):
-    """News of one sequence after one step. `finish` is set on its last update.
+    """New tokens of one sequence after one step. `finish` is set on its last update.
 
     A tuple: each step makes one per sequence.
 

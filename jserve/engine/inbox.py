@@ -1,4 +1,4 @@
-"""What passes between the engine's loop thread and the world: commands in, news out.
+"""What passes between the engine's loop thread and the world: commands in, events out.
 
 The loop knows nothing of wires; whoever carries the messages attaches to these two.
 """
@@ -62,7 +62,7 @@ class Inbox:
 
 
 @dataclass(slots=True)
-class News:
+class Events:
     """What the loop has told since the last delivery."""
 
     updates: list[SequenceUpdate] = field(default_factory=list[SequenceUpdate])
@@ -71,27 +71,27 @@ class News:
 
 
 class Outbox:
-    """News from the loop thread to one carrier; what it has not taken yet is kept together.
+    """Events from the loop thread to one carrier; what it has not taken yet is kept together.
 
     `post` and `reject` never block. Without a carrier only the stats are kept.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._news = News()
+        self._events = Events()
         self._wake: Callable[[], None] | None = None
 
     def post(self, updates: Sequence[SequenceUpdate], stats: EngineStats) -> None:
         """The outcome of one step; once per step, all sequences together."""
         with self._lock:
-            self._news.updates.extend(updates)
-            self._news.stats = stats
+            self._events.updates.extend(updates)
+            self._events.stats = stats
             self._notify()
 
     def reject(self, request_id: str, error: JserveError) -> None:
         """The request will not run. RequestError, Overloaded and Unavailable keep their type."""
         with self._lock:
-            self._news.rejections.append((request_id, error))
+            self._events.rejections.append((request_id, error))
             self._notify()
 
     def attach(self, wake: Callable[[], None]) -> None:
@@ -103,16 +103,16 @@ class Outbox:
         """No carrier any more; `wake` is not called again once this returns."""
         with self._lock:
             self._wake = None
-            self._news = News(stats=self._news.stats)
+            self._events = Events(stats=self._events.stats)
 
-    def take(self) -> News:
+    def take(self) -> Events:
         """Everything since the last call, in order."""
         with self._lock:
-            news, self._news = self._news, News(stats=self._news.stats)
-        return news
+            events, self._events = self._events, Events(stats=self._events.stats)
+        return events
 
     def _notify(self) -> None:
         if self._wake is None:
-            self._news = News(stats=self._news.stats)
+            self._events = Events(stats=self._events.stats)
         else:
             self._wake()

@@ -1,4 +1,4 @@
-"""What the gateway needs of an engine: submit, abort, and merged news of what was submitted."""
+"""What the gateway needs of an engine: submit, abort, and merged updates of each sequence."""
 
 import asyncio
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class EngineClient(Protocol):
         ...
 
     def submit(self, requests: Sequence[Request]) -> "UpdateStream":
-        """Starts sequences that share one stream of news, usually the choices of one prompt.
+        """Starts sequences that share one stream of updates, usually the choices of one prompt.
 
         Raises Unavailable at once when no engine is there. A refusal by the engine (Overloaded,
         RequestError) or its death (EngineError) is raised by the stream.
@@ -41,7 +41,7 @@ class EngineClient(Protocol):
 
 
 class UpdateStream:
-    """News of a group of sequences, merged until read: memory is bounded by their tokens.
+    """Updates of a group of sequences, merged until read: memory is bounded by their tokens.
 
     Written by the engine client, read by one consumer, all on one event loop. `__anext__` may be
     cancelled (a timeout) and called again without losing anything. Ends after the last finish.
@@ -50,22 +50,22 @@ class UpdateStream:
     def __init__(self, client: EngineClient, request_ids: Sequence[str]) -> None:
         self._client = client
         self._live = set(request_ids)  # not finished as far as the engine has told
-        self._news: dict[str, SequenceUpdate] = {}  # in order of the first unread update
+        self._unread: dict[str, SequenceUpdate] = {}  # in order of the first unread update
         self._error: JserveError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def post(self, update: SequenceUpdate) -> None:
-        """Adds news; what was not read yet of the same sequence is merged with it."""
+        """Adds an update; unread ones of the same sequence are merged with it."""
         if update.request_id not in self._live:
             return
         if update.finish is not None:
             self._live.discard(update.request_id)
-        unread = self._news.get(update.request_id)
-        self._news[update.request_id] = update if unread is None else unread.then(update)
+        unread = self._unread.get(update.request_id)
+        self._unread[update.request_id] = update if unread is None else unread.then(update)
         self._wake()
 
     def fail(self, error: JserveError) -> None:
-        """Ends the stream with `error`, after the news already there; the rest is aborted."""
+        """Ends the stream with `error`, after the updates already there; the rest is aborted."""
         if self._error is None and self._live:
             self._error = error
             self.close()
@@ -78,8 +78,8 @@ class UpdateStream:
         self._wake()
 
     def drop(self, request_id: str) -> None:
-        """Aborts one sequence and forgets its unread news."""
-        self._news.pop(request_id, None)
+        """Aborts one sequence and forgets its unread updates."""
+        self._unread.pop(request_id, None)
         if request_id in self._live:
             self._live.discard(request_id)
             self._client.abort(request_id)
@@ -88,7 +88,7 @@ class UpdateStream:
         return self
 
     async def __anext__(self) -> SequenceUpdate:
-        while not self._news:
+        while not self._unread:
             if self._error is not None:
                 raise self._error
             if not self._live:
@@ -98,7 +98,7 @@ class UpdateStream:
                 await self._waiter
             finally:
                 self._waiter = None
-        update = self._news.pop(next(iter(self._news)))
+        update = self._unread.pop(next(iter(self._unread)))
         if update.finish is FinishReason.ERROR:
             self.close()
             raise EngineError(update.error or "the engine failed on this request")

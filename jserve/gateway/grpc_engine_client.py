@@ -148,11 +148,11 @@ class GrpcEngineClient:
 
     def _dispatch(self, message: engine_pb2.SessionResponse) -> None:
         self.stats = stats_from_proto(message.stats)
-        for news in message.updates:
-            stream = self._streams.get(news.request_id)
+        for sent in message.updates:
+            stream = self._streams.get(sent.request_id)
             if stream is None:
                 continue  # aborted meanwhile
-            update = update_from_proto(news)
+            update = update_from_proto(sent)
             if update.finish is not None:
                 del self._streams[update.request_id]
             stream.post(update)

@@ -102,7 +102,7 @@ async def responses(
     """The messages of a generation; the last one carries usage and timings.
 
     If `deltas` ends before its end, the choices that still ran finish with ABORT. While
-    nobody asks for the next message the engine's news are merged, so a reader that is slow gets
+    nobody asks for the next message the engine's updates are merged, so a reader that is slow gets
     fewer, larger ones.
     """
     unfinished = set(range(generation.n))

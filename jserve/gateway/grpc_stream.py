@@ -75,7 +75,7 @@ class GenerateStream:
     def _cancel(self, request_id: str) -> None:
         live = self._live.get(request_id)
         if live is None:
-            return  # it has ended; the client's news crossed ours
+            return  # it has ended; the client did not know yet
         live.cancelled = True
         if live.deltas is not None:
             live.deltas.close()

@@ -35,7 +35,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class OutputDelta:
-    """News of one choice.
+    """New output of one choice.
 
     `text` may lag behind `token_ids` while half a character or half a stop string is held back;
     the concatenation of all texts is the answer. `token_ids`, and `logprobs` parallel to it, run

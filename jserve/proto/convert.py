@@ -124,36 +124,35 @@ def logprobs_from_proto(message: types_pb2.TokenLogprobs) -> TokenLogprobs | Non
 def updates_to_proto(
     updates: Iterable[SequenceUpdate], response: engine_pb2.SessionResponse
 ) -> None:
-    """Appends the news of a step to a message."""
+    """Appends the updates of a step to a message."""
     for update in updates:
-        news = response.updates.add(request_id=update.request_id, tokens=update.tokens)
+        message = response.updates.add(request_id=update.request_id, tokens=update.tokens)
         if update.finish is not None:
-            news.finish = FINISH_TO_PROTO[update.finish]
+            message.finish = FINISH_TO_PROTO[update.finish]
         if update.queue_s is not None:
-            news.queue_s = update.queue_s
+            message.queue_s = update.queue_s
         if update.error is not None:
-            news.error = update.error
+            message.error = update.error
         if update.logprobs is not None:
             for logprobs in update.logprobs:
-                logprobs_to_proto(logprobs, news.logprobs.add())
+                logprobs_to_proto(logprobs, message.logprobs.add())
         if update.prompt_logprobs is not None:
-            news.prompt_logprobs.SetInParent()
+            message.prompt_logprobs.SetInParent()
             for logprobs in update.prompt_logprobs:
-                logprobs_to_proto(logprobs, news.prompt_logprobs.positions.add())
+                logprobs_to_proto(logprobs, message.prompt_logprobs.positions.add())
 
 
-def update_from_proto(news: engine_pb2.SequenceNews) -> SequenceUpdate:
-    """The news of one sequence."""
+def update_from_proto(message: engine_pb2.SequenceUpdate) -> SequenceUpdate:
     return SequenceUpdate(
-        request_id=news.request_id,
-        tokens=tuple(news.tokens),
-        finish=_FINISH_FROM_PROTO[news.finish] if news.finish else None,
-        logprobs=_present(map(logprobs_from_proto, news.logprobs)) if news.logprobs else None,
-        prompt_logprobs=tuple(map(logprobs_from_proto, news.prompt_logprobs.positions))
-        if news.HasField("prompt_logprobs")
+        request_id=message.request_id,
+        tokens=tuple(message.tokens),
+        finish=_FINISH_FROM_PROTO[message.finish] if message.finish else None,
+        logprobs=_present(map(logprobs_from_proto, message.logprobs)) if message.logprobs else None,
+        prompt_logprobs=tuple(map(logprobs_from_proto, message.prompt_logprobs.positions))
+        if message.HasField("prompt_logprobs")
         else None,
-        queue_s=news.queue_s if news.HasField("queue_s") else None,
-        error=news.error or None,
+        queue_s=message.queue_s if message.HasField("queue_s") else None,
+        error=message.error or None,
     )
 
 

@@ -37,10 +37,10 @@ class SessionResponse(_message.Message):
     STATS_FIELD_NUMBER: _ClassVar[int]
     REJECTIONS_FIELD_NUMBER: _ClassVar[int]
     hello: EngineHello
-    updates: _containers.RepeatedCompositeFieldContainer[SequenceNews]
+    updates: _containers.RepeatedCompositeFieldContainer[SequenceUpdate]
     stats: EngineStats
     rejections: _containers.RepeatedCompositeFieldContainer[Rejection]
-    def __init__(self, hello: _Optional[_Union[EngineHello, _Mapping]] = ..., updates: _Optional[_Iterable[_Union[SequenceNews, _Mapping]]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[EngineHello, _Mapping]] = ..., updates: _Optional[_Iterable[_Union[SequenceUpdate, _Mapping]]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ...) -> None: ...
 
 class EngineHello(_message.Message):
     __slots__ = ("model", "vocab", "max_model_len", "num_slots", "num_pages", "page_size", "max_queue", "eos_token_ids")
@@ -62,7 +62,7 @@ class EngineHello(_message.Message):
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, model: _Optional[str] = ..., vocab: _Optional[int] = ..., max_model_len: _Optional[int] = ..., num_slots: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_queue: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
-class SequenceNews(_message.Message):
+class SequenceUpdate(_message.Message):
     __slots__ = ("request_id", "tokens", "finish", "logprobs", "prompt_logprobs", "queue_s", "error")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]

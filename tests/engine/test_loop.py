@@ -53,7 +53,7 @@ class Rig:
             self.scheduler, self.executor, self.inbox, self.outbox, ManualClock(), lambda: 0
         )
 
-    def news(self) -> tuple[dict[str, SequenceUpdate], dict[str, Exception]]:
+    def taken(self) -> tuple[dict[str, SequenceUpdate], dict[str, Exception]]:
         """Everything told so far, merged by sequence."""
         taken = self.outbox.take()
         merged: dict[str, SequenceUpdate] = {}
@@ -74,7 +74,7 @@ def test_a_drain_finishes_what_came_before_it_and_refuses_the_rest() -> None:
     rig.inbox.put(*map(Submit, requests))
     rig.loop.drain()
     rig.loop.run()  # returns by itself
-    updates, rejections = rig.news()
+    updates, rejections = rig.taken()
     assert not rejections
     for request in requests:
         tokens, finish = MODEL.generate(request, 128)
@@ -82,7 +82,7 @@ def test_a_drain_finishes_what_came_before_it_and_refuses_the_rest() -> None:
         assert updates[request.id].finish is finish
     rig.inbox.put(Submit(_request("late")))
     rig.loop.run()
-    assert isinstance(rig.news()[1]["late"], Unavailable)
+    assert isinstance(rig.taken()[1]["late"], Unavailable)
 
 
 def test_a_stop_tells_what_it_cuts_off() -> None:
@@ -92,7 +92,7 @@ def test_a_stop_tells_what_it_cuts_off() -> None:
         rig.loop.run_once()
     rig.loop.stop()
     rig.loop.run()
-    updates, _ = rig.news()
+    updates, _ = rig.taken()
     assert {update.finish for update in updates.values()} == {FinishReason.ERROR}
     assert all("stopped before" in (update.error or "") for update in updates.values())
     assert rig.scheduler.stats().free_pages == 64
@@ -104,7 +104,7 @@ def test_a_failure_reaches_every_sequence_and_is_raised() -> None:
     rig.inbox.put(*(Submit(_request(f"r{i}", 50)) for i in range(6)))
     with pytest.raises(RuntimeError, match="on fire"):
         rig.loop.run()
-    updates, _ = rig.news()
+    updates, _ = rig.taken()
     assert sorted(updates) == [f"r{i}" for i in range(6)]
     assert all("on fire" in (update.error or "") for update in updates.values())
 
@@ -113,7 +113,7 @@ def test_a_full_queue_rejects_with_its_type() -> None:
     rig = Rig(max_queue=2)
     rig.inbox.put(*(Submit(_request(f"r{i}")) for i in range(4)))
     rig.loop.run_once()
-    _, rejections = rig.news()
+    _, rejections = rig.taken()
     assert sorted(rejections) == ["r2", "r3"]
     assert all(isinstance(error, Overloaded) for error in rejections.values())
 
@@ -122,11 +122,11 @@ def test_an_abort_is_silent_and_frees_everything() -> None:
     rig = Rig()
     rig.inbox.put(Submit(_request("gone", 100)), Submit(_request("stays")))
     rig.loop.run_once()
-    rig.news()
+    rig.taken()
     rig.inbox.put(Abort("gone"), Abort("never was"))
     rig.loop.drain()
     rig.loop.run()
-    updates, _ = rig.news()
+    updates, _ = rig.taken()
     assert list(updates) == ["stays"]
     assert rig.scheduler.stats().free_slots == 4
     assert rig.scheduler.stats().free_pages == 64

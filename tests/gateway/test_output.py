@@ -22,23 +22,23 @@ def generation(**fields) -> GenerationRequest:
 
 def updates(ids, sizes, finish=FinishReason.LENGTH, logprobs=False) -> list[SequenceUpdate]:
     """`ids` in updates of the given sizes; the last one finishes."""
-    news, start = [], 0
+    cut, start = [], 0
     for size in (*sizes, len(ids)):
         tokens = tuple(ids[start : start + size])
         start += size
         last = start >= len(ids)
         made = tuple(TokenLogprobs(t, -1.0 * t, 1, ()) for t in tokens) if logprobs else None
-        news.append(SequenceUpdate("r", tokens, finish if last else None, made))
+        cut.append(SequenceUpdate("r", tokens, finish if last else None, made))
         if last:
             break
-    return news
+    return cut
 
 
-def feed(asked: GenerationRequest, news: list[SequenceUpdate]) -> list[OutputDelta]:
+def feed(asked: GenerationRequest, updates: list[SequenceUpdate]) -> list[OutputDelta]:
     """As `OutputStream` does: up to the delta that finishes."""
     choice = OutputProcessor(asked, 0, TOKENIZER)
     deltas = []
-    for update in news:
+    for update in updates:
         deltas.append(choice.feed(update))
         if deltas[-1].finish is not None:
             break

@@ -124,7 +124,7 @@ def test_updates_survive(updates):
     response = engine_pb2.SessionResponse()
     updates_to_proto(updates, response)
     received = engine_pb2.SessionResponse.FromString(response.SerializeToString())
-    assert [update_from_proto(news) for news in received.updates] == updates
+    assert [update_from_proto(message) for message in received.updates] == updates
 
 
 @given(first=UPDATES, second=UPDATES)

@@ -1,4 +1,4 @@
-"""The engine's side of `Engine/Session`: commands into an Inbox, news of an Outbox to gateways.
+"""The engine's side of `Engine/Session`: commands into an Inbox, events of an Outbox to gateways.
 
 Part of the worker process: the only modules of the engine that know gRPC are this one and the
 worker's.
@@ -44,7 +44,7 @@ class _Session:
     live: set[str] = field(default_factory=set[str])
     updates: dict[str, SequenceUpdate] = field(default_factory=dict[str, SequenceUpdate])
     rejections: list[tuple[str, JserveError]] = field(default_factory=list[tuple[str, JserveError]])
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+    unsent: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False  # the gateway has ended its half of the stream
 
     def post(self, update: SequenceUpdate) -> None:
@@ -54,7 +54,7 @@ class _Session:
 
     def take(self, stats: EngineStats) -> engine_pb2.SessionResponse:
         """One message with everything unsent."""
-        self.news.clear()
+        self.unsent.clear()
         response = engine_pb2.SessionResponse(
             stats=stats_to_proto(stats),
             rejections=[rejection_to_proto(*rejection) for rejection in self.rejections],
@@ -66,7 +66,7 @@ class _Session:
 
 
 class EngineSessions(engine_pb2_grpc.EngineServicer):
-    """Routes commands and news between any number of gateways and one engine loop."""
+    """Routes commands and events between any number of gateways and one engine loop."""
 
     def __init__(self, info: EngineInfo, inbox: Inbox, outbox: Outbox) -> None:
         self._info = info
@@ -91,7 +91,7 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
                     hello=info_to_proto(self._info), stats=stats_to_proto(self._stats)
                 )
             )
-            while await session.news.wait() and not session.closed:
+            while await session.unsent.wait() and not session.closed:
                 await context.write(session.take(self._stats))
         finally:
             reading.cancel()
@@ -110,7 +110,7 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
                     self._inbox.put(command)
         finally:
             session.closed = True
-            session.news.set()
+            session.unsent.set()
 
     def _command(self, message: engine_pb2.SessionRequest, session: _Session) -> Command | None:
         if message.WhichOneof("kind") == "abort":
@@ -122,29 +122,29 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         if request.id in self._owners:
             error = RequestError(f"request id {request.id!r} is in use", param="request_id")
             session.rejections.append((request.id, error))
-            session.news.set()
+            session.unsent.set()
             return None
         session.live.add(request.id)
         self._owners[request.id] = session
         return Submit(request)
 
     def deliver(self) -> None:
-        """Sorts the news of the outbox by gateway; on the event loop."""
-        news = self._outbox.take()
-        self._stats = news.stats
-        for update in news.updates:
+        """Sorts the events of the outbox by gateway; on the event loop."""
+        events = self._outbox.take()
+        self._stats = events.stats
+        for update in events.updates:
             session = self._owners.get(update.request_id)
             if session is not None:
                 session.post(update)
                 if update.finish is not None:
                     self._forget(update.request_id, session)
-        for request_id, error in news.rejections:
+        for request_id, error in events.rejections:
             session = self._owners.get(request_id)
             if session is not None:
                 session.rejections.append((request_id, error))
                 self._forget(request_id, session)
         for session in self._sessions:  # sessions without an update get the stats
-            session.news.set()
+            session.unsent.set()
 
     def _forget(self, request_id: str, session: _Session) -> None:
         session.live.discard(request_id)
@@ -203,5 +203,5 @@ class _Coalescer:
             self._loop.call_soon_threadsafe(self._run)
 
     def _run(self) -> None:
-        self._scheduled = False  # before taking, so that later news schedule another call
+        self._scheduled = False  # before taking, so that later events schedule another call
         self._callback()

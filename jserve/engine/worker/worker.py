@@ -64,7 +64,7 @@ async def _serve(
         await ended
     finally:
         stopped.cancel()
-        # One more round, so that the last news, errors among them, reach the gateways.
+        # One more round, so that the last events, errors among them, reach the gateways.
         await asyncio.sleep(0.1)
         await server.stop()
 

@@ -26,7 +26,7 @@ class Shape(Protocol):
         ...
 
     def chunk(self, index: int, prompt: int, delta: OutputDelta) -> Json | None:
-        """The choice of a chunk; None when the delta has no news for the client."""
+        """The choice of a chunk; None when the delta shows a client nothing new."""
         ...
 
     def beside(self, prompt_logprobs: Sequence[TokenLogprobs | None] | None) -> Json:
@@ -62,7 +62,7 @@ class CompletionShape:
 
     def chunk(self, index: int, prompt: int, delta: OutputDelta) -> Json | None:
         """See `Shape`."""
-        return self.choice(index, prompt, delta) if _has_news(delta) else None
+        return self.choice(index, prompt, delta) if _is_visible(delta) else None
 
     def beside(self, prompt_logprobs: Sequence[TokenLogprobs | None] | None) -> Json:
         """See `Shape`."""
@@ -104,7 +104,7 @@ class ChatShape:
         if index not in self._opened:
             self._opened.add(index)
             content = {"role": "assistant", "content": delta.text}
-        elif not _has_news(delta):
+        elif not _is_visible(delta):
             return None
         else:
             content = {"content": delta.text} if delta.text else {}
@@ -122,6 +122,6 @@ class ChatShape:
         return {"index": index, key: content, "logprobs": logprobs, **finish_json(delta)}
 
 
-def _has_news(delta: OutputDelta) -> bool:
-    # Text held back (half a character, half a stop string) is not news; logprobs are.
+def _is_visible(delta: OutputDelta) -> bool:
+    # A delta is empty while half a character or half a stop string is held back.
     return bool(delta.text or delta.logprobs or delta.prompt_logprobs) or delta.finish is not None

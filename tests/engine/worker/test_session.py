@@ -46,7 +46,7 @@ def merged(updates: list[SequenceUpdate]) -> SequenceUpdate:
     return whole
 
 
-def test_request_goes_in_and_news_come_out():
+def test_request_goes_in_and_updates_come_out():
     async def main():
         with LoopThread().running() as loop:
             server = await serve_sessions("127.0.0.1:0", INFO, loop.inbox, loop.outbox)
@@ -194,7 +194,7 @@ def test_stalled_engine_cannot_fill_the_gateways_memory():
     asyncio.run(main())
 
 
-def test_gateway_that_reads_slowly_gets_merged_news_and_slows_nobody():
+def test_gateway_that_reads_slowly_gets_merged_updates_and_slows_nobody():
     async def main():
         inbox, outbox = Inbox(), Outbox()
         server = await serve_sessions("127.0.0.1:0", INFO, inbox, outbox)
@@ -211,10 +211,10 @@ def test_gateway_that_reads_slowly_gets_merged_news_and_slows_nobody():
                 await eventually(lambda: len(inbox._commands) == 2)
                 num_steps = 3000
                 for step in range(num_steps):
-                    news = [SequenceUpdate("slow", tuple(range(400)))]
+                    updates = [SequenceUpdate("slow", tuple(range(400)))]
                     if step == num_steps - 1:
-                        news.append(SequenceUpdate("quick", (1,), FinishReason.STOP))
-                    outbox.post(news, EngineStats(num_steps=step + 1))
+                        updates.append(SequenceUpdate("quick", (1,), FinishReason.STOP))
+                    outbox.post(updates, EngineStats(num_steps=step + 1))
                     if step % 100 == 0:
                         await asyncio.sleep(0.005)
                 # The other gateway is answered although the slow one has read nothing.
@@ -223,7 +223,7 @@ def test_gateway_that_reads_slowly_gets_merged_news_and_slows_nobody():
             while num_tokens < num_steps * 400:
                 message = await asyncio.wait_for(call.read(), 5)
                 num_messages += 1
-                num_tokens += sum(len(news.tokens) for news in message.updates)
+                num_tokens += sum(len(update.tokens) for update in message.updates)
             assert num_tokens == num_steps * 400
             assert num_messages < num_steps / 2
             call.cancel()
@@ -263,6 +263,6 @@ def test_outbox_without_a_carrier_keeps_only_the_stats():
     outbox = Outbox()
     outbox.post([SequenceUpdate("a", (1,))], EngineStats(num_steps=4))
     outbox.reject("a", RequestError("x"))
-    news = outbox.take()
-    assert (news.updates, news.rejections) == ([], [])
-    assert news.stats == EngineStats(num_steps=4)
+    events = outbox.take()
+    assert (events.updates, events.rejections) == ([], [])
+    assert events.stats == EngineStats(num_steps=4)
