@@ -1,4 +1,4 @@
-"""Counts of tokens that no chunk brings: a sequence may start with pages computed before."""
+"""History of a sequence that starts with computed pages: counts of tokens that no chunk brings."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def history_row_dtype(vocab: int) -> np.dtype:
 
 
 def history_rows(prompt: Sequence[int], output: Sequence[int], vocab: int) -> np.ndarray:
-    """Records [rows] of what the computed tokens of a prompt and of its output add to counts."""
+    """Records [rows] with the ids of a prompt's computed tokens and the counts of its output's."""
     counts = Counter(output)
     rows = np.zeros(max(1, -(-len(counts) // HISTORY_PAIRS)), history_row_dtype(vocab))
     seen = np.zeros(-(-vocab // 32) * 32, bool)

@@ -83,7 +83,9 @@ class ShardedSampler:
         takes = (specs, _WHOLE, _WHOLE, _WHOLE, _WHOLE)
         return self._split(note, takes, specs)(state, token_slots, tokens, is_prompt, live)
 
-    def restore(self, state: SamplerState, slots: jax.Array, words: jax.Array) -> SamplerState:
+    def restore(
+        self, state: SamplerState, slots: Int32[Array, " rows"], words: Int32[Array, "rows words"]
+    ) -> SamplerState:
         """`history.restore` on each device's share of the counts."""
         specs = self.state_specs(state)
         add = partial(restore, axes=self.axes)
