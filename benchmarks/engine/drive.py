@@ -68,7 +68,7 @@ class _TimedExecutor:
         return _Submitted(plan, handle, at_s, plan_s, submit_s)
 
     def collect(self, handle: _Submitted) -> StepResult:
-        jax.block_until_ready(handle.handle.result.packed)
+        jax.block_until_ready(handle.handle.step.result.packed)
         started_s = max(self._ended_s, handle.at_s)
         self._ended_s = time.perf_counter()
         result, collect_s = _timed(lambda: self._executor.collect(handle.handle))
