@@ -20,17 +20,17 @@ class Weights:
 
     layers_bytes: int  # read by every step
     head_bytes: int  # read by a step that samples; tied: the embedding
-    embedding_bytes: int  # of which a step reads single rows; tied: 0, it is in the head
+    embedding_bytes: int  # a step reads single rows of it; tied: 0, it is in the head
 
     @property
     def total_bytes(self) -> int:
-        """Of all parameters."""
+        """Bytes of all parameters."""
         return self.layers_bytes + self.head_bytes + self.embedding_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one or more steps have to do."""
+    """Bytes and operations that one or more steps need."""
 
     bytes: int = 0
     operations: int = 0
@@ -45,7 +45,7 @@ class Counter:
 
     spec: ModelSpec
     weights: Weights
-    kv_bytes: float  # of one token in one layer, K and V
+    kv_bytes: float  # K and V of one token in one layer
 
     def step(self, spans: list[tuple[int, int]], num_sampled: int) -> Work:
         """One step over tokens [start, end) of each row; `num_sampled` rows go through the head."""
@@ -92,7 +92,7 @@ def head_parameters(spec: ModelSpec) -> int:
 
 
 def attention_operations(spec: ModelSpec, start: int, end: int) -> int:
-    """Of q·k and the weighted sum of v, for tokens [start, end) of a row in all layers."""
+    """Operations of q·k and of the sum of v, for tokens [start, end) of a row, in all layers."""
     seen = sum(_seen(spec.window_of(layer), start, end) for layer in range(spec.layers))
     return 4 * spec.q_heads * spec.head_dim * seen
 

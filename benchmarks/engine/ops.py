@@ -1,4 +1,4 @@
-"""Where a step's time goes: the layers without attention, attention, and the head, each by itself.
+"""Times the parts of a step: the layers without attention, attention, and the head.
 
     python -m benchmarks.engine.ops
     python -m benchmarks.engine.ops --set model.quantization=int4 --set engine.kv_dtype=bfloat16
