@@ -26,7 +26,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @needs_compiler
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 processors")
-@pytest.mark.parametrize("processor", ["x86-64", "sandybridge", "haswell", "skylake-avx512"])
+@pytest.mark.parametrize(
+    "processor",
+    [  # the narrowest and the widest vectors, beside those of this machine, which is built for
+        "x86-64",
+        pytest.param("sandybridge", marks=pytest.mark.sweep),
+        pytest.param("haswell", marks=pytest.mark.sweep),
+        "skylake-avx512",
+    ],
+)
 @pytest.mark.parametrize("source", sorted(_SOURCES.glob("*.cc")), ids=lambda path: path.stem)
 def test_compiles_for_any_processor(source: Path, processor: str, tmp_path: Path) -> None:
     assert _CXX is not None
@@ -47,6 +55,9 @@ def test_no_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_compiler
 def test_the_words_of_the_compiler(folder: Path) -> None:
+    for source in folder.glob("*.cc"):
+        if source.name != "rms_norm.cc":  # one that compiles is enough
+            source.unlink()
     (folder / "broken.cc").write_text("this is no C++")
     with pytest.raises(build.BuildError, match=r"broken\.cc"):
         build.build()
