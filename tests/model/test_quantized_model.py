@@ -71,8 +71,14 @@ def logits(model: Model, params: dict[str, jax.Array], tokens: np.ndarray) -> np
     return np.asarray(dense_logits(model)(params, jnp.asarray(tokens)))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "tied"),
+    [
+        *((backend, True) for backend in BACKENDS),
+        (Backend.CPU, False),
+        *(pytest.param(b, False, marks=pytest.mark.sweep) for b in BACKENDS if b != Backend.CPU),
+    ],
+)
 @pytest.mark.parametrize("quantization", BITS)
 def test_only_activations_are_rounded(
     quantization: Quantization, backend: Backend, tied: bool
