@@ -1,10 +1,12 @@
 """Settings that every test shares: JAX on the CPU, strict about dtypes and ranks."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from jaxtyping import config
 
 # Set before anything imports JAX, and not through jax.config: unit tests never import it.
 # Eight devices serve the sharding tests; arrays still land on the first one by default.
@@ -39,3 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next(found, len(_FIRST))
 
     items.sort(key=place)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Leaves annotations unchecked, as users have it, to see what the code itself refuses."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

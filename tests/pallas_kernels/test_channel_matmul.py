@@ -180,7 +180,7 @@ def test_the_nearest_codes(codes: jnp.dtype) -> None:
     step = scale if codes == jnp.int8 else np.maximum(np.abs(weight) * 2**-3, scale * 2**-9)
     assert (np.abs(found - weight) <= 0.5001 * step).all()
     assert np.abs(np.asarray(matrix.codes, np.float32)).max() in (127, 448)
-    rows = np.array([39, 0, 3], np.int32)
+    rows = jnp.array([39, 0, 3], jnp.int32)
     np.testing.assert_array_equal(take_rows(matrix, rows), found[rows])
 
 
@@ -213,6 +213,7 @@ def test_blocks_divide_and_fit() -> None:
         blocks_for("v99")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_misfits_are_refused() -> None:
     x, weights = _problem(Case("", 2, 128, (128,)), CODES[0], jnp.dtype(jnp.float32))
     with pytest.raises(ValueError, match="does not fit rows of 64"):

@@ -58,6 +58,7 @@ def test_tokens_past_the_count_change_nothing(activation: Activation, backend: B
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("unchecked")
 def test_misfits_are_refused(backend: Backend) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         _run(backend, Activation.SILU)(jnp.zeros((4, 8)), jnp.zeros((4, 1)))

@@ -163,8 +163,9 @@ def test_an_expert_is_a_plain_matmul_bitwise(backend: Backend) -> None:
     x, (weight,), group_sizes = _problem(Case("", 96, (64,), sizes), jnp.dtype(jnp.float32))
     (y,) = _run(backend, [weight])(x, group_sizes)
     for expert, first in ((1, 0), (3, 40)):
-        own = np.asarray(weight[expert])
-        plain = PanelMatrix(jnp.asarray(to_panels(own)), 64) if wants_panels(backend) else own
+        plain = own = weight[expert]
+        if wants_panels(backend):
+            plain = PanelMatrix(jnp.asarray(to_panels(np.asarray(own))), 64)
         rows = slice(first, first + sizes[expert])
         (expected,) = matmul(x[rows], [plain], backend=backend)
         np.testing.assert_array_equal(y[rows], expected)
@@ -194,6 +195,7 @@ def test_codes_with_a_scale_per_output(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("unchecked")
 def test_misfits_are_refused(backend: Backend) -> None:
     sizes = jnp.zeros(3, jnp.int32)
     with pytest.raises(ValueError, match="do not fit rows of 3"):
@@ -202,6 +204,7 @@ def test_misfits_are_refused(backend: Backend) -> None:
         _run(backend, [jnp.zeros((2, 4, 3))])(jnp.zeros((2, 3)), sizes)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_other_layout_is_refused() -> None:
     x, weight, sizes = jnp.zeros((2, 3)), jnp.zeros((1, 4, 3)), jnp.zeros(1, jnp.int32)
     with pytest.raises(TypeError, match="takes panels: True"):

@@ -64,11 +64,13 @@ def test_a_row_does_not_depend_on_the_others(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("unchecked")
 def test_misfits_are_refused(backend: Backend) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         _run(backend, [jnp.zeros((4, 5))])(jnp.zeros((2, 3)))
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_other_layout_is_refused() -> None:
     x, weight = jnp.zeros((2, 3)), jnp.zeros((4, 3))
     with pytest.raises(TypeError, match="takes panels: True"):

@@ -97,7 +97,7 @@ def test_the_layout(bits: int) -> None:
     matrix = _matrix(weight, bits)
     decoded = _decoded(matrix)
     np.testing.assert_allclose(dequantize(matrix), decoded, rtol=1e-6, atol=1e-6)
-    ids = np.array([0, 17, 47, 16, 3], np.int32)
+    ids = jnp.array([0, 17, 47, 16, 3], jnp.int32)
     np.testing.assert_array_equal(take_rows(matrix, ids), dequantize(matrix)[ids])
     # No weight is off by more than half a step, and what float16 rounds of scale and offset.
     groups = weight.reshape(48, 3, GROUP)
@@ -116,6 +116,7 @@ def test_q4_1_survives() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("unchecked")
 def test_misfits_are_refused(backend: Backend) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         quantized_matmul(jnp.zeros((2, 64)), [_matrix(np.eye(32), 8)], backend=backend)

@@ -119,6 +119,7 @@ def test_decode_rows_do_not_depend_on_the_batch(backend: Backend) -> None:
     np.testing.assert_array_equal(first[1], second[1])
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_misfits_are_refused() -> None:
     q, k, v, pages, batch = Problem(CASES[0]).arrays()
     with pytest.raises(ValueError, match="no multiple"):

@@ -7,6 +7,7 @@ NumPy multiplies for the tensor cores here; only their operands are rounded.
 
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,10 +70,8 @@ def _compiled(window: int, prompts: bool):
     )
 
 
-def _problem(
-    case: Case, seed: int, kv_dtype: jnp.dtype = jnp.bfloat16, spare_pages: int = 5
-) -> Problem:
-    problem = Problem(case, seed=seed, kv_dtype=kv_dtype, spare_pages=spare_pages)
+def _problem(case: Case, seed: int, kv_dtype: jnp.dtype = jnp.bfloat16, **others: Any) -> Problem:
+    problem = Problem(case, seed=seed, kv_dtype=kv_dtype, **others)
     problem.q = [q.astype(jnp.bfloat16).astype(np.float32) for q in problem.q]
     return problem
 
@@ -141,36 +140,30 @@ _ROWS, _TOKENS, _PAGES = 5, 60, 30
 
 
 @st.composite
-def _problems(draw: st.DrawFn) -> Problem:
+def _batches(draw: st.DrawFn) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
     """Rows that start and end anywhere, idle ones among them, always in arrays of one size."""
     decode = draw(st.lists(st.integers(0, 200), max_size=2))
     chunk = st.tuples(st.integers(0, 130), st.one_of(st.integers(1, 20), st.just(16)))
     prompts = draw(st.lists(chunk, min_size=1, max_size=2))
     num_rows = len(decode) + len(prompts)
-    case = Case(
-        "random",
-        4,
-        2,
-        64,
-        64,
-        tuple(decode),
-        tuple(prompts),
-        idle_rows=_ROWS - num_rows,
-        padding=_TOKENS - len(decode) - sum(new for _, new in prompts),
-    )
+    rows = ("random", 4, 2, 64, 64, tuple(decode), tuple(prompts))
+    sizes = {
+        "idle_rows": _ROWS - num_rows,
+        "padding": _TOKENS - len(decode) - sum(new for _, new in prompts),
+    }
     pages = sum(-(-(done + 1) // 64) for done in decode)
     pages += sum(-(-(done + new) // 64) for done, new in prompts)
     idle = frozenset(draw(st.sets(st.integers(0, num_rows - 1), max_size=2)))
     seed = draw(st.integers(0, 99))
-    problem = Problem(case, seed=seed, kv_dtype=jnp.bfloat16, idle=idle, spare_pages=_PAGES - pages)
-    problem.q = [q.astype(jnp.bfloat16).astype(np.float32) for q in problem.q]
-    return problem
+    return rows, sizes, {"seed": seed, "idle": idle, "spare_pages": _PAGES - pages}
 
 
 @needs_gpu_interpreter
 @settings(max_examples=3)
-@given(_problems())
-def test_random_batches(problem: Problem) -> None:
+@given(_batches())
+def test_random_batches(batch: tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]) -> None:
+    rows, sizes, memory = batch  # a `Case` is made here, for types are checked by random samples
+    problem = _problem(Case(*rows, **sizes), **memory)
     _check(problem, *_run(problem))
 
 
@@ -246,6 +239,7 @@ def test_each_split_is_visited_once_and_no_thread_block_idles_for_want_of_one() 
     assert count_visits(jnp.int32(128), jnp.int32(5), 132).tolist() == [128, 5, 4, 1]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit_is_refused() -> None:
     q, k, v, pages, batch = Problem(_CASES[0]).arrays()
     attend = functools.partial(gpu.ragged_paged_attention, window=0, prompts=False)

@@ -6,6 +6,7 @@ accepted for the real chips.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,33 +93,37 @@ _ROWS, _TOKENS, _PAGES = 6, 160, 160
 
 
 @st.composite
-def _problems(draw: st.DrawFn) -> Problem:
+def _batches(draw: st.DrawFn) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
     """Rows that start and end anywhere, idle ones among them, always in arrays of one size."""
     decode = draw(st.lists(st.integers(0, 300), max_size=3))
     chunk = st.tuples(st.integers(0, 270), st.one_of(st.integers(1, 50), st.just(16)))
     prompts = draw(st.lists(chunk, min_size=1, max_size=3))
     num_rows = len(decode) + len(prompts)
-    case = Case(
-        "random",
-        4,
-        2,
-        32,
-        16,
-        tuple(decode),
-        tuple(prompts),
-        window=draw(st.sampled_from((0, 40))),
-        idle_rows=_ROWS - num_rows,
-        padding=_TOKENS - len(decode) - sum(new for _, new in prompts),
-    )
+    rows = ("random", 4, 2, 32, 16, tuple(decode), tuple(prompts))
+    sizes = {
+        "window": draw(st.sampled_from((0, 40))),
+        "idle_rows": _ROWS - num_rows,
+        "padding": _TOKENS - len(decode) - sum(new for _, new in prompts),
+    }
     pages = sum(-(-(done + 1) // 16) for done in decode)
     pages += sum(-(-(done + new) // 16) for done, new in prompts)
     idle = frozenset(draw(st.sets(st.integers(0, num_rows - 1), max_size=2)))
-    return Problem(case, seed=draw(st.integers(0, 99)), idle=idle, spare_pages=_PAGES - pages)
+    return (
+        rows,
+        sizes,
+        {
+            "seed": draw(st.integers(0, 99)),
+            "idle": idle,
+            "spare_pages": _PAGES - pages,
+        },
+    )
 
 
 @settings(max_examples=12)
-@given(_problems())
-def test_random_batches(problem: Problem) -> None:
+@given(_batches())
+def test_random_batches(batch: tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]) -> None:
+    rows, sizes, memory = batch  # a `Case` is made here, for types are checked by random samples
+    problem = Problem(Case(*rows, **sizes), **memory)
     _check(problem, *_run(problem, jnp.float32, jnp.float32), atol=2e-6)
 
 
@@ -155,6 +160,7 @@ def test_blocks_are_whole_pages_and_fit() -> None:
         blocks_for("v99")
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit_is_refused() -> None:
     q, k, v, pages, batch = Problem(CASES[0]).arrays()
     attend = functools.partial(tpu.ragged_paged_attention, window=0, prompts=True)

@@ -68,6 +68,7 @@ def test_tokens_past_the_count_change_nothing(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("unchecked")
 def test_misfits_are_refused(backend: Backend) -> None:
     q, k, cos, sin = _problem(4, 2, 32)
     for wrong in ((q, k[:5], cos, sin), (q, k, cos[:1], sin[:1]), (q[..., :31], k, cos, sin)):

@@ -17,6 +17,7 @@ the row.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ from jserve.pallas_kernels.matmul.reference import dot
 from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
 from jserve.pallas_kernels.quantized_matmul.tpu_blocks import LANES, blocks_for
 from jserve.pallas_kernels.tpu_generation import generation_in_use
+
+Ref = Any  # a Pallas reference
 
 _SUBLANES = 16  # rows of a tile of bfloat16
 _SUBLANES_8 = 32  # rows of a tile of 8 bits
@@ -52,7 +55,7 @@ def _matmul(x: jax.Array, weight: ChannelMatrix, num_rows: jax.Array | None) -> 
     tile = min(blocks.rows, -(-rows // _SUBLANES) * _SUBLANES)
     num_blocks, num_tiles = -(-out_dim // outputs), -(-rows // tile)
 
-    def block(at: jax.Array, i: jax.Array, live: jax.Array) -> jax.Array:
+    def block(at: jax.Array, i: jax.Array, live: Ref) -> jax.Array:
         """Index of the weight's block: idle rounds repeat the last one, so nothing is fetched."""
         return jnp.where(at * tile < live[0], i, num_blocks - 1)
 
@@ -85,11 +88,11 @@ def _matmul(x: jax.Array, weight: ChannelMatrix, num_rows: jax.Array | None) -> 
 
 
 def _kernel(
-    live: jax.Array,  # [1] in SMEM: rows that mean something
-    x: jax.Array,  # [tile, in_dim]
-    codes: jax.Array,  # [outputs, in_dim]
-    scales: jax.Array,  # [1, outputs]
-    out: jax.Array,  # [tile, outputs]
+    live: Ref,  # [1] in SMEM: rows that mean something
+    x: Ref,  # [tile, in_dim]
+    codes: Ref,  # [outputs, in_dim]
+    scales: Ref,  # [1, outputs]
+    out: Ref,  # [tile, outputs]
     *,
     tile: int,
 ) -> None:

@@ -49,7 +49,11 @@ KEYS, VALUES = 0, 1
 
 
 def make_shape(
-    q: jax.Array, pages: jax.Array, batch: RaggedBatch, window: int, blocks: Blocks
+    q: jax.Array | jax.ShapeDtypeStruct,
+    pages: jax.Array | jax.ShapeDtypeStruct,
+    batch: RaggedBatch,
+    window: int,
+    blocks: Blocks,
 ) -> Shape:
     """Chooses sizes for these arguments. Raises ValueError for arguments the kernel cannot take."""
     tokens, q_heads, head_dim = q.shape
