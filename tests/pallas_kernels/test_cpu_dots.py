@@ -81,14 +81,13 @@ def test_grouped_matmul_of_codes(codes: jnp.dtype, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "pages"),
+    ("backend", "pages", "window"),
     [
-        (Backend.CPU, jnp.bfloat16),
-        (Backend.CPU, jnp.float8_e4m3fn),
-        (Backend.NATIVE, jnp.float8_e4m3fn),
+        (Backend.CPU, jnp.bfloat16, 40),
+        (Backend.CPU, jnp.float8_e4m3fn, 0),
+        (Backend.NATIVE, jnp.float8_e4m3fn, 40),
     ],
 )
-@pytest.mark.parametrize("window", [0, 40])
 def test_attention(backend: Backend, pages: jnp.dtype, window: int) -> None:
     rows, tokens = array((3,), jnp.int32), array((40,), jnp.int32)
     table, count = array((3, 20), jnp.int32), array((), jnp.int32)

@@ -51,9 +51,14 @@ def _problem(case: Case, dtype: jnp.dtype) -> tuple[jax.Array, list[jax.Array], 
     return jnp.asarray(x, dtype), [jnp.asarray(w, dtype) for w in weights], jnp.asarray(sizes)
 
 
+_TYPED = [  # dtypes and shapes do not meet in any code: bfloat16 in three of the shapes
+    *((case, jnp.float32) for case in CASES),
+    *((case, jnp.bfloat16) for case in CASES if case.name in ("decode", "odd", "long")),
+]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "dtype"), _TYPED)
 def test_agrees_with_float64(case: Case, dtype: jnp.dtype, backend: Backend) -> None:
     _check(case, dtype, backend)
 
@@ -130,8 +135,9 @@ def test_tpu_means_what_the_reference_does(case: Case) -> None:
 
 
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("in_dim", [90, 576, 1536])
+@pytest.mark.parametrize(
+    ("in_dim", "dtype"), [(90, jnp.float32), (576, jnp.bfloat16), (1536, jnp.float32)]
+)
 def test_a_row_does_not_depend_on_the_others(
     in_dim: int, dtype: jnp.dtype, backend: Backend
 ) -> None:
@@ -145,7 +151,7 @@ def test_a_row_does_not_depend_on_the_others(
         np.stack([np.asarray(run(x, np.eye(experts, dtype=np.int32)[e] * rows)[i]) for e in (0, 2)])
         for i in range(2)
     ]
-    for count in (1, 2, 3, 5, 16, 67, 150):
+    for count in (1, 3, 16, 150):
         sizes = rng.multinomial(count, [0.5, 0.1, 0.4, 0.0]).astype(np.int32)
         which = rng.choice(rows, count, replace=False)
         made = run(x[which], sizes)

@@ -49,9 +49,12 @@ def test_agrees_with_float64(
         assert (np.abs(np.asarray(y, np.float64) - a @ b.T) <= bound).all()
 
 
+# On CPU bfloat16 is widened and multiplied as float32 (`test_cpu_dots`), so one shape shows it.
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize(("in_dim", "out_dims"), SHAPES)
+@pytest.mark.parametrize(
+    ("in_dim", "out_dims", "dtype"),
+    [*((*shape, jnp.float32) for shape in SHAPES), (*SHAPES[1], jnp.bfloat16)],
+)
 def test_a_row_does_not_depend_on_the_others(
     in_dim: int, out_dims: tuple[int, ...], dtype: jnp.dtype, backend: Backend
 ) -> None:
@@ -97,7 +100,8 @@ def test_rows_past_the_count_change_nothing(backend: Backend) -> None:
     run = _run(backend, weights)
     whole = run(x)
     for rows in (*range(26), 67):  # every height of a tile, alone and after others
-        junk = x.at[rows:].set(jnp.nan)
-        some = run(junk, num_rows=jnp.int32(rows))
+        junk = np.array(x)
+        junk[rows:] = np.nan
+        some = run(jnp.asarray(junk), num_rows=jnp.int32(rows))
         for part, all_rows in zip(some, whole, strict=True):
             np.testing.assert_array_equal(part[:rows], all_rows[:rows])

@@ -100,8 +100,18 @@ def _check(problem: Problem, out: np.ndarray, pages: np.ndarray) -> None:
     problem.check_pages(pages)
 
 
+# Chunks that start inside of blocks are in the random batches and among the chunks below.
+_SHOWN = ("decode", "window", "narrow_256")
+
+
 @needs_gpu_interpreter
-@pytest.mark.parametrize("case", _CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case.name in _SHOWN else pytest.mark.sweep, id=case.name)
+        for case in _CASES
+    ],
+)
 def test_agrees_with_float64(case: Case) -> None:
     problem = _problem(case, seed=1)
     _check(problem, *_run(problem))
