@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One choice for one prompt."""
+    """One completed choice of one prompt."""
 
     prompt: PromptLike
     text: str
@@ -78,7 +78,9 @@ class InProcessEngine:
             step_log,
         )
         self._streams: dict[str, UpdateStream] = {}  # by live request id
-        self._backlog: dict[str, Request] = {}  # not yet in the engine, in order
+        self._backlog: dict[
+            str, Request
+        ] = {}  # requests that wait for room in the engine, in order
 
     def submit(self, requests: Sequence[Request]) -> UpdateStream:
         stream = UpdateStream(self, [request.id for request in requests])
@@ -120,7 +122,7 @@ class InProcessEngine:
         for update in events.updates:
             stream = self._streams.get(update.request_id)
             if stream is None:
-                continue  # aborted meanwhile
+                continue  # the sequence was aborted meanwhile
             if update.finish is not None:
                 del self._streams[update.request_id]
             stream.post(update)
@@ -283,7 +285,7 @@ class LLM:
     async def _run(
         self, generations: Sequence[GenerationRequest], on_delta: Callable[[int, OutputDelta], None]
     ) -> None:
-        """Runs all of them, in order, as many at a time as the engine's slots and queue hold."""
+        """Runs the requests in order, as many at a time as the engine's slots and queue hold."""
         queue = enumerate(generations)
 
         async def work() -> None:
@@ -315,7 +317,7 @@ def _pin(config: PlatformConfig) -> None:
 
 
 def _prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
-    """One prompt or several, as several."""
+    """Returns one prompt or several as a list."""
     if isinstance(prompts, str):
         return [prompts]
     ids = [item for item in prompts if isinstance(item, int)]

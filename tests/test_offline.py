@@ -20,7 +20,7 @@ GREEDY = SamplingFields(temperature=0, max_tokens=12)
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    """With one program of each kind: how many there are is not what these tests look at."""
+    """An engine with one program of each kind; these tests do not depend on their number."""
     sizes = ("mixed_tokens=64", "decode_rows=8")
     changes = ["scheduler.max_queue=4", *(f"engine.{size}" for size in sizes)]
     return LLM(load("configs/tiny_random.py", changes))

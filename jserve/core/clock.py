@@ -1,4 +1,4 @@
-"""Time as an argument: the wall clock for serving, a manual one for tests and simulation."""
+"""Clocks, passed as arguments: the wall clock for serving, a manual one for tests."""
 
 import time
 from typing import Protocol
@@ -16,7 +16,6 @@ class WallClock:
     """The monotonic clock of the machine, shared by all processes of one host."""
 
     def now_s(self) -> float:
-        """See `Clock`."""
         return time.monotonic()
 
 
@@ -27,11 +26,9 @@ class ManualClock:
         self._now_s = now_s
 
     def now_s(self) -> float:
-        """See `Clock`."""
         return self._now_s
 
     def advance(self, seconds: float) -> None:
-        """Moves time forward by `seconds`."""
         if seconds < 0:
             raise ValueError(f"advance: time cannot go back by {-seconds} s")
         self._now_s += seconds

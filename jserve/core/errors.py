@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 
 class JserveError(Exception):
-    """Root of the tree."""
+    """An error that a user of jserve can see."""
 
 
 class RequestError(JserveError):
@@ -72,7 +72,7 @@ class ConfigError(JserveError):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How an error looks on the wire: HTTP status, gRPC status name, OpenAI error type."""
+    """Wire form of an error: HTTP status, gRPC status name, OpenAI error type."""
 
     http: int
     grpc: str

@@ -14,7 +14,7 @@ _QUIET = ("absl", "jax", "orbax", "grpc", "asyncio", "httpx", "uvicorn")
 
 
 class LogFormat(enum.Enum):
-    """How a log line looks: `key=value` pairs for people, JSON for machines."""
+    """Format of a log line: `key=value` pairs for people, JSON for machines."""
 
     TEXT = "text"
     JSON = "json"
@@ -39,7 +39,6 @@ class StructuredFormatter(logging.Formatter):
         self._kind = kind
 
     def format(self, record: logging.LogRecord) -> str:
-        """See `logging.Formatter`."""
         moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         time = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
         message = record.getMessage()

@@ -1,4 +1,4 @@
-"""What a client asked for, and what it gets back, as plain frozen data."""
+"""Requests of clients and the updates they get back, as plain frozen data."""
 
 import enum
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ def _bounded(default: float | None, low: float, high: float, *, above_low: bool 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the next token is chosen. Defaults are neutral: plain sampling at temperature 1.
+    """Rules for choosing the next token. Defaults are neutral: plain sampling at temperature 1.
 
     This is the one declaration of sampling fields: the wire, the gateway's checks and the records
     of the device derive from it. Fields without `Bounds` have rules of their own in the gateway.
@@ -56,10 +56,10 @@ class SamplingParams:
     bad_token_ids: tuple[int, ...] = ()
     seed: int = _bounded(0, -(2**63), 2**63 - 1)
     max_tokens: int = 16  # output tokens, at least 1
-    min_tokens: int = 0  # stop ids are masked before
+    min_tokens: int = 0  # stop ids are masked until then
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-    # Top alternatives per output token, from raw (unprocessed) log-probabilities; None: none asked.
+    # Top alternatives per output token, by raw (unprocessed) log-probability; None for no output.
     logprobs: int | None = _bounded(None, 0, MAX_LOGPROBS)
     prompt_logprobs: int | None = _bounded(None, 0, MAX_LOGPROBS)  # the same for prompt tokens
 
@@ -76,7 +76,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One sequence to generate, as the engine sees it; `n` choices are `n` requests.
+    """One sequence to generate in the engine; `n` choices are `n` requests.
 
     `choice` is folded into the sampling key, so the choices of one seed differ. Smaller
     `priority` is served first; among equals the earlier arrival is.
@@ -113,11 +113,13 @@ class SequenceUpdate(NamedTuple):
     finish: FinishReason | None = None
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-    queue_s: float | None = None  # from arrival to first scheduling; set on the first update
+    queue_s: float | None = (
+        None  # seconds from arrival to first scheduling; set on the first update
+    )
     error: str | None = None  # set when finish is ERROR
 
     def then(self, later: "SequenceUpdate") -> "SequenceUpdate":
-        """This update and the next one of the same sequence as one."""
+        """Merges this update with the next one of the same sequence."""
         if self.logprobs is None or later.logprobs is None:
             logprobs = later.logprobs if self.logprobs is None else self.logprobs
         else:
@@ -133,13 +135,13 @@ class SequenceUpdate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What a gateway must know of the engine it talks to."""
+    """Description that an engine gives to a gateway when they connect."""
 
     model: str
     vocab: int
     max_model_len: int  # prompt and output tokens of one sequence
     num_slots: int
-    num_pages: int  # the null page not counted
+    num_pages: int  # without the null page
     page_size: int
     max_queue: int
     eos_token_ids: tuple[int, ...]

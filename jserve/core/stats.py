@@ -36,7 +36,7 @@ class EngineStats:
     """
 
     num_waiting: int = _gauge("num_requests_waiting", "Sequences that wait for a slot.", vllm=True)
-    # In a slot, or with the last tokens in flight.
+    # Counts those with a slot and those whose last tokens are in flight.
     num_running: int = _gauge("num_requests_running", "Sequences that hold a slot.", vllm=True)
     free_slots: int = _gauge("free_slots", "Slots without a sequence.")
     free_pages: int = _gauge("free_pages", "KV pages without a sequence.")

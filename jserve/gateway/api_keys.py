@@ -1,4 +1,4 @@
-"""The check of a caller's API key, the same for HTTP and gRPC."""
+"""Checks a caller's API key, for HTTP and gRPC."""
 
 import hashlib
 import hmac
@@ -15,7 +15,7 @@ class ApiKeyCheck:
         """Whether the header's value is `Bearer <key>` with a known key."""
         scheme, _, key = authorization.partition(b" ")
         digest = _digest(key.strip())
-        # Every key is compared, in constant time, so that time tells nothing.
+        # Comparing every key in constant time leaks nothing by timing.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return scheme.lower() == b"bearer" and any(matches)
 

@@ -1,4 +1,4 @@
-"""Chat messages to one prompt text, by the model's own Jinja template.
+"""Renders chat messages to one prompt text by the model's own Jinja template.
 
 The environment is Hugging Face's (transformers.utils.chat_template_utils), so that a template
 renders the same here; the sandbox keeps a template from reaching Python and from growing without
@@ -38,7 +38,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Refuses operators that make large values out of small ones."""
+    """Jinja's sandbox, which also refuses operators that make large values out of small ones."""
 
     intercepted_binops = frozenset({"*", "**"})
 
@@ -80,7 +80,7 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
     ) -> str:
-        """The prompt text. Whatever goes wrong in the template is a RequestError."""
+        """Returns the prompt text. Any failure of the template is a RequestError."""
         pieces: list[str] = []
         size = 0
         try:
@@ -95,7 +95,7 @@ class ChatTemplate:
                 size += len(piece)
                 if size > MAX_RENDERED_CHARS:
                     raise _TemplateError(f"it renders to over {MAX_RENDERED_CHARS} characters")
-        # A template may fail in any way that Python code can, on messages it was not made for.
+        # On unexpected messages a template may raise any exception.
         except (
             jinja2.TemplateError,
             _TemplateError,
@@ -113,7 +113,7 @@ class ChatTemplate:
 
 
 def check_messages(value: Any, *, max_messages: int) -> list[dict[str, str]]:
-    """Messages with a role and text; a list of text parts is joined by line ends, as in vLLM.
+    """Returns messages of role and text; text parts are joined by line ends, as in vLLM.
 
     Raises RequestError naming the message and the field.
     """

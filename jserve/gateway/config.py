@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig:
-    """Where the gateway listens, whom it lets in, and the bounds it keeps.
+    """Addresses, API keys, limits and default sampling of a gateway.
 
     `default_*` override the model's own generation config; None leaves it alone.
     """
@@ -18,7 +18,7 @@ class GatewayConfig:
     cors_origins: tuple[str, ...] = ()  # empty: no CORS headers
 
     # Bounds of one request. The engine has its own bounds of context and queue.
-    max_body_bytes: int = 8 << 20  # of an HTTP body or a gRPC message
+    max_body_bytes: int = 8 << 20  # size of an HTTP body or a gRPC message
     max_json_depth: int = 32
     max_choices: int = 128  # `n`
     max_stop_strings: int = 16
@@ -34,9 +34,9 @@ class GatewayConfig:
     default_top_p: float | None = None
     default_min_p: float | None = None
     default_repetition_penalty: float | None = None
-    default_max_tokens: int | None = None  # None: the generation config's, else what fits
+    default_max_tokens: int | None = None  # None: as in the generation config
 
     sse_keep_alive_s: float = 15.0  # comment frames while nothing else is sent
     grpc_keepalive_s: float = 60.0  # pings to idle clients
-    reconnect_s: float = 0.25  # between attempts to reach the engine
-    drain_s: float = 30.0  # how long requests may finish after SIGTERM
+    reconnect_s: float = 0.25  # pause between attempts to reach the engine
+    drain_s: float = 30.0  # time for requests to finish after SIGTERM

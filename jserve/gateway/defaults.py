@@ -1,4 +1,4 @@
-"""What a request gets when it leaves a sampling field out: the model's generation config."""
+"""Defaults for sampling fields that a request leaves out: the model's generation config."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -17,7 +17,7 @@ class SamplingDefaults:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    max_tokens: int | None = None  # None: what fits in the context
+    max_tokens: int | None = None  # None: the rest of the context
 
 
 def sampling_defaults(

@@ -1,4 +1,4 @@
-"""Token ids to text, incrementally: never half a character, and always what a whole decode gives.
+"""Detokenizes incrementally: never half a character, and in sum what a whole decode gives.
 
 Two kinds of tokenizer exist in practice. Byte-level BPE maps every token to bytes; the bytes of
 all tokens together are UTF-8. SentencePiece maps tokens to text and falls back to byte tokens
@@ -24,7 +24,7 @@ Fragment = bytes | str | int
 _SUPPORTED = re.compile(r"ByteLevel( Fuse)?|(Replace ?)*(ByteFallback ?)?(Fuse( Strip)?)?")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-_TAIL_TOKENS = 16  # of a prompt, looked at for an unfinished character; 3 bytes are enough
+_TAIL_TOKENS = 16  # end of a prompt searched for an unfinished character; 3 bytes are enough
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
@@ -32,27 +32,27 @@ class Detokenizer(Protocol):
     """The text of one sequence. `push` any number of tokens, `flush` once at the end."""
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that these tokens settle."""
+        """Returns the text that these tokens complete."""
         ...
 
     def flush(self) -> str:
-        """What was held back, incomplete characters replaced."""
+        """Returns the withheld text, incomplete characters replaced."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """What the `decoder` of a tokenizer.json does, in so far as it is supported."""
+    """Rules of the `decoder` in a tokenizer.json, as far as they are supported."""
 
     byte_level: bool = False
-    replaces: tuple[tuple[str, str], ...] = ()  # per token, in order
+    replaces: tuple[tuple[str, str], ...] = ()  # (from, to) applied to each token in order
     byte_fallback: bool = False
-    strip_start: str = ""  # leaves the start of the whole text, as far as it is there
+    strip_start: str = ""  # stripped from the start of the whole text
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer) -> "DecoderSpec":
         """Reads the decoder; one it does not know is a ConfigError."""
-        # The pickled state is the decoder's JSON; that of the whole tokenizer takes a second.
+        # The pickled state is the decoder's JSON; the JSON of the whole tokenizer takes a second.
         state: bytes = b'{"type": "none"}'
         if tokenizer.decoder is not None:
             state = tokenizer.decoder.__getstate__()
@@ -84,7 +84,7 @@ def _byte_of_char() -> dict[str, int]:
 
 @dataclass(slots=True)
 class Fragments:
-    """What each token id adds to the text, computed when first seen. Shared by all sequences."""
+    """Text that each token id adds, computed when first seen. Shared by all sequences."""
 
     tokenizer: Tokenizer
     spec: DecoderSpec
@@ -93,7 +93,6 @@ class Fragments:
     _bytes: dict[str, int] = field(default_factory=_byte_of_char)
 
     def of(self, token_id: int) -> Fragment:
-        """The fragment of a token."""
         fragment = self._known.get(token_id)
         if fragment is None:
             fragment = self._known[token_id] = self._compute(token_id)
@@ -123,7 +122,7 @@ class Fragments:
 
 
 class ByteLevelDetokenizer:
-    """See `Detokenizer`. `prompt` may end within a character, which the output then completes."""
+    """A `Detokenizer` for byte-level BPE; the output completes a character that `prompt` began."""
 
     def __init__(
         self, fragments: Fragments, *, skip_special_tokens: bool, prompt: tuple[int, ...] = ()
@@ -134,17 +133,15 @@ class ByteLevelDetokenizer:
         self.push(prompt[-_TAIL_TOKENS:])
 
     def push(self, ids: Iterable[int]) -> str:
-        """See `Detokenizer`."""
         of, skipped = self._fragments.of, self._skipped
         return self._decoder.decode(b"".join([of(i) for i in ids if i not in skipped]))  # pyright: ignore
 
     def flush(self) -> str:
-        """See `Detokenizer`."""
         return self._decoder.decode(b"", final=True)
 
 
 class ByteFallbackDetokenizer:
-    """See `Detokenizer`. Without a prompt the text is a whole one, its leading space stripped."""
+    """A `Detokenizer` for SentencePiece; without a prompt the leading space is stripped."""
 
     def __init__(
         self, fragments: Fragments, *, skip_special_tokens: bool, prompt: tuple[int, ...] = ()
@@ -156,7 +153,6 @@ class ByteFallbackDetokenizer:
         self._prime(prompt[-_TAIL_TOKENS:])
 
     def push(self, ids: Iterable[int]) -> str:
-        """See `Detokenizer`."""
         of, skipped, run = self._fragments.of, self._skipped, self._run
         parts: list[str] = []
         for token_id in ids:
@@ -174,7 +170,6 @@ class ByteFallbackDetokenizer:
         return self._stripped("".join(parts))
 
     def flush(self) -> str:
-        """See `Detokenizer`."""
         return self._stripped(self._close_run())
 
     def _close_run(self) -> str:

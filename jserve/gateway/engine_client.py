@@ -1,4 +1,4 @@
-"""What the gateway needs of an engine: submit, abort, and merged updates of each sequence."""
+"""Interface between gateway and engine: submit, abort, and merged updates of each sequence."""
 
 import asyncio
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ class EngineClient(Protocol):
 
     @property
     def info(self) -> EngineInfo | None:
-        """What the engine said of itself; kept over a reconnect, None before the first one."""
+        """The engine's description; kept over a reconnect, None before the first connection."""
         ...
 
     @property
@@ -24,7 +24,7 @@ class EngineClient(Protocol):
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's latest word on its load."""
+        """The engine's load as of its latest message."""
         ...
 
     def submit(self, requests: Sequence[Request]) -> "UpdateStream":
@@ -49,7 +49,7 @@ class UpdateStream:
 
     def __init__(self, client: EngineClient, request_ids: Sequence[str]) -> None:
         self._client = client
-        self._live = set(request_ids)  # not finished as far as the engine has told
+        self._live = set(request_ids)  # sequences whose finish the engine has not reported
         self._unread: dict[str, SequenceUpdate] = {}  # in order of the first unread update
         self._error: JserveError | None = None
         self._waiter: asyncio.Future[None] | None = None

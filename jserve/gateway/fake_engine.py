@@ -70,7 +70,6 @@ class ScriptedSequences:
         return updates
 
     def stats(self) -> EngineStats:
-        """The load right now."""
         return EngineStats(
             num_waiting=len(self.waiting),
             num_running=len(self.running),
@@ -144,11 +143,9 @@ class FakeEngine:
 
     @property
     def stats(self) -> EngineStats:
-        """See `EngineClient`."""
         return self._sequences.stats()
 
     def submit(self, requests: Sequence[Request]) -> UpdateStream:
-        """See `EngineClient`."""
         if not self.ready:
             raise Unavailable("the engine is not running; try again", retry_after_s=1.0)
         stream = UpdateStream(self, [request.id for request in requests])
@@ -164,7 +161,6 @@ class FakeEngine:
         return stream
 
     def abort(self, request_id: str) -> None:
-        """See `EngineClient`."""
         if self._streams.pop(request_id, None) is not None:
             self.aborted.append(request_id)
             self._sequences.abort(request_id)
@@ -180,7 +176,6 @@ class FakeEngine:
             stream.fail(EngineError("the engine stopped while it worked on the request"))
 
     def restart(self) -> None:
-        """Answers again."""
         self.ready = True
 
     async def close(self) -> None:

@@ -32,11 +32,11 @@ _OPTIONS = (
 )
 _RETRY_AFTER_S = 2.0  # an engine that restarts from a warm cache takes a few seconds
 _HELLO_TIMEOUT_S = 5.0
-_SLACK = 64  # aborts that the engine has not seen yet
+_SLACK = 64  # room for aborts that the engine has not seen yet
 
 
 class GrpcEngineClient:
-    """See `EngineClient`. Owned by one event loop; `start` connects, and keeps connecting.
+    """An `EngineClient` over gRPC, owned by one event loop; `start` connects and reconnects.
 
     The address may be told later, and again after each restart of the engine: `connect_to`.
     """
@@ -56,7 +56,6 @@ class GrpcEngineClient:
 
     @property
     def ready(self) -> bool:
-        """See `EngineClient`."""
         return self._outgoing is not None
 
     def start(self) -> None:
@@ -79,7 +78,6 @@ class GrpcEngineClient:
             await asyncio.wait([self._task])
 
     def submit(self, requests: Sequence[Request]) -> UpdateStream:
-        """See `EngineClient`."""
         if self._outgoing is None or self.info is None:
             raise Unavailable(
                 "the engine is starting or restarting; try again", retry_after_s=_RETRY_AFTER_S
@@ -98,7 +96,6 @@ class GrpcEngineClient:
         return stream
 
     def abort(self, request_id: str) -> None:
-        """See `EngineClient`."""
         if self._streams.pop(request_id, None) is not None and self._outgoing is not None:
             self._outgoing.put_nowait(engine_pb2.SessionRequest(abort=request_id))
 
@@ -106,13 +103,13 @@ class GrpcEngineClient:
         try:
             while True:
                 await self._located.wait()
-                # A fresh channel each time: no back-off of the library's, no stale socket.
+                # A fresh channel has no back-off of gRPC's and no stale socket.
                 async with grpc.aio.insecure_channel(self._address, _OPTIONS) as channel:
                     try:
                         await self._session(engine_pb2_grpc.EngineStub(channel))
                         reason = "the engine closed the session"
                     except TimeoutError:
-                        reason = "whoever listens there does not answer"
+                        reason = "the process that listens there does not answer"
                     except grpc.aio.AioRpcError as error:
                         reason = f"{error.code().name}: {error.details()}"
                 if self._outgoing is not None:
@@ -128,7 +125,7 @@ class GrpcEngineClient:
         writing = None
         try:
             messages = aiter(call)
-            # Bounded: after a crash a stranger may hold the port until the new one is known.
+            # After a crash another process may hold the port until the new one is known.
             async with asyncio.timeout(_HELLO_TIMEOUT_S):
                 hello = await anext(messages, None)
             if hello is None:
@@ -151,7 +148,7 @@ class GrpcEngineClient:
         for sent in message.updates:
             stream = self._streams.get(sent.request_id)
             if stream is None:
-                continue  # aborted meanwhile
+                continue  # the sequence was aborted meanwhile
             update = update_from_proto(sent)
             if update.finish is not None:
                 del self._streams[update.request_id]

@@ -9,7 +9,7 @@ from jserve.proto import inference_pb2
 
 
 def code_of(error: JserveError) -> grpc.StatusCode:
-    """The status code, by the one table of core."""
+    """Status code of an error, from the one table of core."""
     return grpc.StatusCode[wire_status(error).grpc]
 
 
@@ -26,7 +26,7 @@ async def abort(context: Any, error: JserveError) -> NoReturn:
 
 
 def make_failure(error: JserveError) -> inference_pb2.Failure:
-    """The error of one request of a stream."""
+    """Converts the error of one request of a stream."""
     retry_after_s = error.retry_after_s if isinstance(error, Overloaded | Unavailable) else 0.0
     number: int = code_of(error).value[0]
     return inference_pb2.Failure(code=number, message=str(error), retry_after_s=retry_after_s)

@@ -1,4 +1,4 @@
-"""The messages of `jserve.v1.Inference`, to and from what the request plane takes and gives."""
+"""Converts messages of `jserve.v1.Inference` to requests and deltas to messages."""
 
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, MutableSequence, Sequence
 from typing import Any
@@ -13,10 +13,8 @@ from jserve.proto.convert import FINISH_TO_PROTO, logprobs_to_proto
 
 
 def sampling_fields(message: types_pb2.SamplingParams) -> SamplingFields:
-    """Fields that are not set stay None; an empty list counts as not set."""
-    return SamplingFields(
-        **{field.name: _plain(value) for field, value in message.ListFields()}  # the set ones
-    )
+    """Reads sampling fields; those not set stay None, an empty list counts as not set."""
+    return SamplingFields(**{field.name: _plain(value) for field, value in message.ListFields()})
 
 
 def _plain(value: Any) -> Any:
@@ -70,7 +68,7 @@ async def parse_generation(
 def make_response(
     delta: OutputDelta, request_id: str, tokenizer: TextTokenizer
 ) -> inference_pb2.GenerateResponse:
-    """The message for one delta; usage and timings are for the caller to add to the last one."""
+    """Makes the message for one delta; the caller adds usage and timings to the last one."""
 
     def describe(message: types_pb2.TokenLogprob, token_id: int) -> None:
         message.token = tokenizer.token_text(token_id)
@@ -99,7 +97,7 @@ async def responses(
     deltas: AsyncIterable[OutputDelta],
     started_s: float,
 ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-    """The messages of a generation; the last one carries usage and timings.
+    """Yields the messages of a generation; the last one carries usage and timings.
 
     If `deltas` ends before its end, the choices that still ran finish with ABORT. While
     nobody asks for the next message the engine's updates are merged, so a reader that is slow gets

@@ -38,7 +38,6 @@ class HealthService(health_pb2_grpc.HealthServicer):
         return health_pb2.HealthCheckResponse(status=self._status(request.service))
 
     async def List(self, request: Any, context: Any) -> Any:  # noqa: N802
-        """The status of every service."""
         return health_pb2.HealthListResponse(  # pyright: ignore  newer than its stub
             statuses={
                 name: health_pb2.HealthCheckResponse(status=self._status(name))
@@ -49,7 +48,6 @@ class HealthService(health_pb2_grpc.HealthServicer):
     async def Watch(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: Any
     ) -> None:
-        """The status now and whenever it changes."""
         told = None
         while True:
             status = self._status(request.service)

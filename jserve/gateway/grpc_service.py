@@ -16,7 +16,7 @@ from jserve.proto import inference_pb2, inference_pb2_grpc
 
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
-    """Stateless but for plane and metrics; inference.proto has the contract of each call."""
+    """Handlers of the public API; inference.proto has the contract of each call."""
 
     def __init__(self, plane: RequestPlane, metrics: GatewayMetrics) -> None:
         self._plane = plane
@@ -25,7 +25,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(  # noqa: N802  the names in the .proto, here and below
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> None:
-        """One prompt. A deadline, a cancelled call or a lost client aborts the generation."""
+        """Completes one prompt. A deadline, a cancelled call or a lost client aborts it."""
         started_s = self._plane.clock.now_s()
         try:
             request_id = request.request_id or new_request_id()
@@ -42,7 +42,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         request_iterator: AsyncIterator[inference_pb2.GenerateStreamRequest],
         context: Any,
     ) -> None:
-        """Many generations; ends when the client has closed its half and all have ended."""
+        """Runs many generations; ends when the client has closed its half and all have ended."""
         stream = GenerateStream(self._plane, self._metrics, context.write)
         try:
             await stream.serve(request_iterator)
@@ -52,7 +52,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(  # noqa: N802
         self, request: inference_pb2.TokenizeRequest, context: Any
     ) -> inference_pb2.TokenizeResponse:
-        """Text or a chat to token ids."""
         try:
             self._plane.check_model(request.model)
             prompt = await parse_prompt(self._plane, request)
@@ -65,7 +64,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Detokenize(  # noqa: N802
         self, request: inference_pb2.DetokenizeRequest, context: Any
     ) -> inference_pb2.DetokenizeResponse:
-        """Token ids to text, special tokens included."""
+        """Detokenizes, special tokens included."""
         try:
             self._plane.check_model(request.model)
             ids = token_ids("token_ids", list(request.token_ids), self._plane.info.vocab)
@@ -77,7 +76,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def ListModels(  # noqa: N802
         self, request: inference_pb2.ListModelsRequest, context: Any
     ) -> inference_pb2.ListModelsResponse:
-        """The one model that is served."""
         try:
             model = inference_pb2.Model(
                 id=self._plane.model_name, max_model_len=self._plane.info.max_model_len
@@ -88,5 +86,4 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
 
 def new_request_id() -> str:
-    """An id for a request that brought none."""
     return f"gen-{uuid.uuid4().hex}"

@@ -19,14 +19,14 @@ Write = Callable[[inference_pb2.GenerateResponse], Awaitable[None]]
 
 @dataclass(slots=True)
 class _Live:
-    """A generation of the call; its deltas once they flow."""
+    """A generation of the call, with its output stream once it runs."""
 
     deltas: OutputStream | None = None
     cancelled: bool = False
 
 
 class GenerateStream:
-    """One call. Every generation has its own task; they take turns writing."""
+    """State of one call. Every generation has its own task; they take turns writing."""
 
     def __init__(self, plane: RequestPlane, metrics: GatewayMetrics, write: Write) -> None:
         self._plane = plane
@@ -36,7 +36,7 @@ class GenerateStream:
         self._live: dict[str, _Live] = {}
 
     async def serve(self, requests: AsyncIterator[inference_pb2.GenerateStreamRequest]) -> None:
-        """Until the client has closed its half and every generation has ended."""
+        """Returns when the client has closed its half and every generation has ended."""
         async with asyncio.TaskGroup() as tasks:
             async for message in requests:
                 match message.WhichOneof("kind"):
@@ -49,16 +49,16 @@ class GenerateStream:
                     case "cancel":
                         self._cancel(message.cancel)
                     case _:
-                        # Not raised: that would end the call's other generations too.
+                        # Raising would end the call's other generations as well.
                         error = RequestError("neither start nor cancel is set", param="kind")
                         await self._fail("", make_failure(error))
 
     def _admit(self, request_id: str) -> inference_pb2.Failure | None:
-        """Registers a request, or says why not."""
+        """Registers a request, or returns why it is refused."""
         if not request_id:
             return make_failure(RequestError("request_id is empty; it names the answers"))
         if request_id in self._live:
-            # Not a failure of the generation that has the id: hence a code of its own.
+            # A code of its own, since the generation that has the id has not failed.
             failure = make_failure(
                 RequestError(f"request_id {request_id!r} is in use on this call")
             )

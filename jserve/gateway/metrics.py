@@ -1,4 +1,4 @@
-"""What the gateway counts, for all front ends: requests, tokens, latencies, HTTP exchanges."""
+"""Counters of the gateway, for all front ends: requests, tokens, latencies, HTTP exchanges."""
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
@@ -25,12 +25,11 @@ class Histogram:
         self.sum = 0.0
 
     def add(self, value: float, weight: int = 1) -> None:
-        """Counts `value`, `weight` times."""
         self._counts[bisect_left(self._bounds, value)] += weight
         self.sum += value * weight
 
     def buckets(self) -> list[tuple[str, float]]:
-        """(upper bound, values up to it), as Prometheus has them."""
+        """Pairs of (upper bound, count of values up to it), as Prometheus has them."""
         total = 0
         buckets: list[tuple[str, float]] = []
         for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
@@ -54,11 +53,11 @@ class GatewayMetrics:
     clock: Clock
     prompt_tokens: int = 0
     generation_tokens: int = 0
-    in_flight: int = 0  # generations that run now
+    in_flight: int = 0  # generations that run
     finished: dict[str, int] = field(default_factory=dict[str, int])  # by reason
     http_requests: dict[Labels, int] = field(default_factory=dict[Labels, int])
     http_duration_s: dict[Labels, Histogram] = field(default_factory=dict[Labels, Histogram])
-    # From `run` on, and per choice where a request has several.
+    # Times start at `run`; each choice of a request counts.
     time_to_first_token_seconds: Histogram = field(default_factory=_latency)
     inter_token_latency_seconds: Histogram = field(default_factory=_latency)
     request_time_per_output_token_seconds: Histogram = field(default_factory=_latency)

@@ -19,7 +19,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """What a front end asks for, validated, every field resolved."""
+    """A front end's request, validated, every field resolved."""
 
     id: str
     prompt: Prompt
@@ -30,7 +30,7 @@ class GenerationRequest:
     echo: bool = False  # the text of each choice starts with the prompt's text
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    prompt_only: bool = False  # max_tokens was 0: the one token that is generated is not shown
+    prompt_only: bool = False  # max_tokens was 0: the one generated token is not shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class OutputDelta:
 
 
 def join(deltas: Sequence[OutputDelta]) -> OutputDelta:
-    """All deltas of one choice, in order, as one delta."""
+    """Joins all deltas of one choice, in order, to one delta."""
     first, last = deltas[0], deltas[-1]
     scored = [delta.logprobs for delta in deltas if delta.logprobs is not None]
     return replace(
@@ -80,9 +80,9 @@ class OutputProcessor:
         self._matcher = StopMatcher(generation.stop) if generation.stop else None
         self._num_tokens = 0
         self._unsettled: list[tuple[int, TokenLogprobs | None]] = []
-        self._ends: list[int] = []  # characters fed to the matcher when each of those was
+        self._ends: list[int] = []  # for each, the characters fed to the matcher so far
         self._fed_chars = 0
-        self._head = ""  # text that goes before the output
+        self._head = ""  # text before the output
         prompt = generation.prompt
         decoded = generation.echo and prompt.text is None
         self._detokenizer = tokenizer.detokenizer(
@@ -93,7 +93,7 @@ class OutputProcessor:
             self._head = self._detokenizer.push(prompt.ids) if decoded else prompt.text or ""
 
     def feed(self, update: SequenceUpdate) -> OutputDelta:
-        """The delta for an update; its `finish` may be set though `update.finish` is not."""
+        """Returns the delta for an update; it may finish though the update does not."""
         if self._generation.prompt_only:
             return self._prompt_delta(update)
         head, self._head = self._head, ""
@@ -146,10 +146,10 @@ class OutputProcessor:
     def _take_settled(
         self, matcher: StopMatcher, update: SequenceUpdate
     ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
-        """The tokens that belong to the answer for certain; the rest waits."""
+        """Takes the tokens that belong to the answer for certain; the rest waits."""
         count = len(self._unsettled) if matcher.settled or update.finish is not None else 0
         if (match := matcher.match) is not None:
-            # The token with which the stop string was complete is the last one.
+            # The last token is the one that completed the stop string.
             until = next((i for i, end in enumerate(self._ends) if end >= match.end), count - 1)
             count = until + 1
         taken = list(islice(self._unsettled, count))
@@ -174,7 +174,7 @@ class OutputProcessor:
         return last if last in self._generation.sampling.stop_token_ids else None
 
     def _prompt_delta(self, update: SequenceUpdate) -> OutputDelta:
-        """No output: the prompt's text and log-probabilities alone."""
+        """Returns the prompt's text and log-probabilities, without output."""
         return OutputDelta(
             index=self._index,
             text=self._head + (self._detokenizer.flush() if self._generation.echo else ""),

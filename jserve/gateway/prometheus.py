@@ -47,7 +47,6 @@ class MetricsCollector(Collector):
         self._model = model
 
     def collect(self) -> Iterable[Metric]:
-        """All families."""
         yield from self._engine_stats()
         yield from self._gauges()
         yield from self._counters()

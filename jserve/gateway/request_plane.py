@@ -34,12 +34,12 @@ from jserve.gateway.validation import (
 
 __all__ = ["GenerationRequest", "OutputDelta", "OutputStream", "Prompt", "RequestPlane"]
 
-_LONG_TEXT_CHARS = 64 << 10  # from here on it is worth a look whether a text can fit at all
+_LONG_TEXT_CHARS = 64 << 10  # longer texts are first checked by a lower bound of their tokens
 _PRIORITY_LIMIT = 2**31 - 1
 
 
 class RequestOptions(TypedDict, total=False):
-    """What a request may ask for beside its sampling; None is the same as not given."""
+    """Options of a request beside its sampling; None is the same as not given."""
 
     stop: str | Sequence[str] | None
     n: int | None
@@ -73,7 +73,7 @@ class OutputStream:
             request_id: OutputProcessor(generation, index, owner.tokenizer)
             for index, request_id in enumerate(ids)
         }
-        self._unseen = set(ids)  # no delta yet
+        self._unseen = set(ids)  # choices without a delta yet
         self._unfinished = generation.n
 
     @property
@@ -115,11 +115,11 @@ class OutputStream:
         return delta
 
     def close(self) -> None:
-        """Aborts what still runs; a pending `__anext__` ends."""
+        """Aborts the choices that still run; a pending `__anext__` ends."""
         self._close("abort")
 
     async def aclose(self) -> None:
-        """`close`, for contextlib.aclosing."""
+        """Calls `close`; for contextlib.aclosing."""
         self.close()
 
     def _close(self, reason: str) -> None:
@@ -130,7 +130,7 @@ class OutputStream:
         self._owner.forget(self)
 
     def fail(self, error: JserveError) -> None:
-        """Aborts what still runs and lets the reader know why."""
+        """Aborts the choices that still run; the reader gets `error`."""
         self._stream.fail(error)
 
 
@@ -157,13 +157,12 @@ class RequestPlane:
         self._live: set[OutputStream] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        # Engine-wide unique ids, whatever ids the clients of several gateways choose.
+        # Ids are unique in the engine, whatever ids the clients of several gateways choose.
         self._id_prefix = secrets.token_hex(6)
         self._serial = itertools.count()
 
     @property
     def model_name(self) -> str:
-        """The served name."""
         if self.config.served_model_name:
             return self.config.served_model_name
         return self.engine.info.model if self.engine.info is not None else ""
@@ -175,7 +174,7 @@ class RequestPlane:
 
     @property
     def num_live(self) -> int:
-        """Generations that run."""
+        """Number of generations that run."""
         return len(self._live)
 
     @property
@@ -217,7 +216,7 @@ class RequestPlane:
         return Prompt(tuple(ids), text)
 
     def token_prompt(self, ids: Sequence[int]) -> Prompt:
-        """A prompt that is token ids already; `prepare` checks them."""
+        """Makes a prompt of token ids, which are checked."""
         return Prompt(check_prompt(ids, self.info))
 
     async def chat_prompt(self, messages: Any, *, add_generation_prompt: bool = True) -> Prompt:
@@ -328,7 +327,7 @@ class RequestPlane:
         return deltas
 
     def forget(self, deltas: OutputStream) -> None:
-        """A generation has ended; called by it."""
+        """Removes a stream that has ended; called by it."""
         self._live.discard(deltas)
         if not self._live:
             self._idle.set()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class StopMatch:
-    """Where a stop string lies: characters [start, end) of everything fed so far."""
+    """A found stop string at characters [start, end) of everything fed so far."""
 
     stop: str
     start: int
@@ -26,11 +26,11 @@ class StopMatcher:
         self._stops = sorted(set(stops), key=len)
         self._first_chars = frozenset(stop[0] for stop in stops)
         self._longest = max(map(len, self._stops), default=0)
-        self._held = ""  # a suffix of the text
-        self._released = 0  # characters before it
+        self._held = ""  # suffix of the text that is withheld
+        self._released = 0  # number of characters before it
         self.match: StopMatch | None = None
-        # False while a stop string is complete but one that began earlier may still become so:
-        # until then it is not known whether the text goes on after it.
+        # False while a stop string is complete but an earlier one may still become complete: until
+        # then it is open whether the text goes on.
         self.settled = True
 
     def feed(self, text: str) -> str:
@@ -46,7 +46,7 @@ class StopMatcher:
         return self._release(candidate)
 
     def flush(self) -> str:
-        """The text has ended: settles what was held back."""
+        """Ends the text and returns what was withheld."""
         if self.match is not None:
             return ""
         found = self._find(self._held)
@@ -58,7 +58,7 @@ class StopMatcher:
         return min(hits, key=lambda hit: hit[0]) if hits else None
 
     def _open_candidate(self, before: int) -> int:
-        """Where in `held[:before]` the rest may still grow into a stop string, else `before`."""
+        """First index before `before` from which a stop string may still grow, else `before`."""
         held = self._held
         for start in range(max(0, len(held) - self._longest + 1), before):
             if held[start] in self._first_chars:

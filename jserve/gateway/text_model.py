@@ -11,7 +11,7 @@ from jserve.gateway.tokenizer import TextTokenizer
 
 @dataclass(frozen=True, slots=True)
 class TextModel:
-    """What a `RequestPlane` needs of a model's files."""
+    """Parts of a model's files that a `RequestPlane` needs."""
 
     tokenizer: TextTokenizer
     chat_template: ChatTemplate | None  # None: the model has none
@@ -19,7 +19,7 @@ class TextModel:
 
     @classmethod
     def from_assets(cls, assets: TextAssets, config: GatewayConfig) -> "TextModel":
-        """From a model's files; the config's defaults come before the model's own.
+        """Reads a model's files; the config's defaults come before the model's own.
 
         Raises ConfigError if tokenizer, template or generation config is wrong.
         """

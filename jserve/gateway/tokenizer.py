@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the model's own tokenizer."""
+"""Converts text to token ids and back by the model's own tokenizer."""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from jserve.gateway.detokenizer import (
 )
 
 _LONG_TEXT_CHARS = 4096  # about a millisecond of encoding; longer texts go to a thread
-_MAX_LONG_TEXTS = 2  # encoded at a time
+_MAX_LONG_TEXTS = 2  # texts encoded at a time
 
 
 class TextTokenizer:
@@ -36,12 +36,12 @@ class TextTokenizer:
     ) -> None:
         try:
             self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        except Exception as error:  # the library raises nothing more precise
+        except Exception as error:  # the library raises no subclass
             raise ConfigError(f"tokenizer.json: {error}") from error
         # A file may carry the truncation or padding of its training run.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # Few, because a long text takes a gigabyte while it is encoded.
+        # The pool is small because a long text takes a gigabyte while it is encoded.
         self._threads = ThreadPoolExecutor(_MAX_LONG_TEXTS, thread_name_prefix="tokenizer")
         added = self._tokenizer.get_added_tokens_decoder()
         self.vocab = self._tokenizer.get_vocab_size(with_added_tokens=True)
@@ -56,7 +56,7 @@ class TextTokenizer:
         )
 
     def encode(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]:
-        """Token ids. Special tokens written in the text are parsed as such, as in Hugging Face.
+        """Returns token ids. Special tokens in the text are parsed as such, as in Hugging Face.
 
         `add_special_tokens` True and None mean the model's habit. A BOS is never doubled: a text
         that spells it out gets no second one.
@@ -96,14 +96,14 @@ class TextTokenizer:
         return max(*(len(t.content.encode()) for t in added), *map(len, tokens), 1)
 
     async def encode_async(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]:
-        """`encode`, off the event loop when the text is long."""
+        """Runs `encode` off the event loop when the text is long."""
         if len(text) <= _LONG_TEXT_CHARS:
             return self.encode(text, add_special_tokens=add_special_tokens)
         encode = partial(self.encode, text, add_special_tokens=add_special_tokens)
         return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of a whole sequence."""
+        """Returns the text of a whole sequence."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def detokenizer(

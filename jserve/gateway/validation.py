@@ -15,7 +15,7 @@ from jserve.core.request import (
 )
 from jserve.gateway.defaults import SamplingDefaults
 
-# Between 0 and this, logits / temperature overflow float32; vLLM raises it likewise.
+# Logits / temperature overflow float32 at smaller temperatures; vLLM raises them to it as well.
 MIN_TEMPERATURE = 0.01
 _INT32_MAX = 2**31 - 1
 
@@ -34,7 +34,7 @@ class SamplingFields:
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: Mapping[int, float] | Mapping[str, float] | None = None  # ids, or ids as text
+    logit_bias: Mapping[int, float] | Mapping[str, float] | None = None  # keys may be text
     allowed_token_ids: Sequence[int] | None = None
     bad_token_ids: Sequence[int] | None = None
     seed: int | None = None
@@ -47,12 +47,11 @@ class SamplingFields:
 
 
 def random_seed() -> int:
-    """A seed for a request that brought none."""
     return secrets.randbits(63)
 
 
 def check_prompt(ids: Sequence[int], info: EngineInfo) -> tuple[int, ...]:
-    """The prompt as ids in range; empty, misfit and too long ones are refused."""
+    """Returns the prompt; refuses an empty or too long one and ids out of range."""
     if len(ids) == 0:
         raise RequestError("prompt is empty; give at least one token", param="prompt")
     if len(ids) >= info.max_model_len:
@@ -72,7 +71,7 @@ def resolve_sampling(
     prompt_tokens: int,
     make_seed: Callable[[], int] = random_seed,
 ) -> SamplingParams:
-    """Every field checked and resolved: what was given, else the model's default.
+    """Checks and resolves every field: the given value, else the model's default.
 
     Raises RequestError with `param`, or PromptTooLong when prompt + max_tokens exceed the context.
     """
@@ -102,7 +101,7 @@ def resolve_sampling(
 
 
 def check_request_id(value: str, max_chars: int) -> str:
-    """A client's request id: printable ASCII, bounded, since it goes into headers and logs."""
+    """Checks a client's request id: printable ASCII, bounded, since headers and logs carry it."""
     if not 0 < len(value) <= max_chars or not (value.isascii() and value.isprintable()):
         raise RequestError(
             f"a request id must be 1 to {max_chars} printable ASCII characters", param="request_id"
@@ -111,7 +110,7 @@ def check_request_id(value: str, max_chars: int) -> str:
 
 
 def check_stop(value: Any, *, max_count: int, max_chars: int) -> tuple[str, ...]:
-    """Stop strings from None, one string or several."""
+    """Returns stop strings from None, one string or several."""
     if value is None:
         return ()
     stops: Sequence[Any] = [value] if isinstance(value, str) else value
@@ -145,7 +144,7 @@ def number(
         return float(default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RequestError(f"{name} must be a number, not {_show(value)}", param=name)
-    if not (low <= value <= high) or (above_low and value == low):  # NaN fails, too
+    if not (low <= value <= high) or (above_low and value == low):  # NaN fails as well
         bound = f"above {low:g} and at most {high:g}" if above_low else f"from {low:g} to {high:g}"
         raise RequestError(f"{name} must be {bound}, not {_show(value)}", param=name)
     return float(value)
@@ -179,7 +178,7 @@ def token_ids(name: str, value: Any, vocab: int) -> tuple[int, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise RequestError(f"{name} must be a list of token ids, not {_show(value)}", param=name)
     ids: tuple[Any, ...] = tuple(value)
-    # Whole-sequence checks in C; the slow search for the culprit only when there is one.
+    # The checks of the whole sequence run in C; only a wrong one is searched for its culprit.
     if ids and (set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) >= vocab):
         wrong = next(i for i in ids if type(i) is not int or not 0 <= i < vocab)
         raise RequestError(
@@ -191,7 +190,7 @@ def token_ids(name: str, value: Any, vocab: int) -> tuple[int, ...]:
 
 
 def _resolve_bounded(field: Field[Any], given: SamplingFields, default: Any) -> Any:
-    """The value of a number that `SamplingParams` gives bounds to."""
+    """Resolves a number that has bounds in `SamplingParams`."""
     name, value, bounds = field.name, getattr(given, field.name), field.metadata["bounds"]
     if value is None:
         return default
@@ -282,7 +281,7 @@ def _check_something_is_left(sampling: SamplingParams, info: EngineInfo) -> None
 
 
 def _show(value: Any) -> str:
-    """A value for a message, bounded."""
+    """Returns `repr` of a value, bounded, for a message."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     text = repr(value)

@@ -1,1 +1,1 @@
-"""What crosses a process boundary: .proto files and the stubs generated from them."""
+"""Messages that cross a process boundary: .proto files and the generated stubs."""

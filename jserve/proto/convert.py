@@ -1,4 +1,4 @@
-"""Between the dataclasses of core and the messages of proto. Total in both directions.
+"""Converts between the dataclasses of core and the messages of proto, in both directions.
 
 Floats become float32 on the way, which is what the device computes with.
 """
@@ -77,7 +77,7 @@ def _to_fields(value: object, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _from_fields(message: Message, names: Iterable[str]) -> dict[str, Any]:
-    """The fields `names` with lists as tuples and maps as sorted tuples of pairs."""
+    """Reads the fields `names`; lists become tuples, maps become sorted tuples of pairs."""
     return {name: _as_tuple(getattr(message, name)) for name in names}
 
 
@@ -110,7 +110,7 @@ def logprobs_to_proto(
 
 
 def logprobs_from_proto(message: types_pb2.TokenLogprobs) -> TokenLogprobs | None:
-    """None for a position without a chosen token."""
+    """Returns None for a position without a chosen token."""
     if not message.HasField("chosen"):
         return None
     return TokenLogprobs(
@@ -185,7 +185,7 @@ _REJECTION_KINDS: tuple[tuple[type[JserveError], engine_pb2.Rejection.Kind], ...
 
 
 def rejection_to_proto(request_id: str, error: JserveError) -> engine_pb2.Rejection:
-    """A refusal; an error of another kind (the engine's fault) has no kind."""
+    """Makes a refusal; an error that is the engine's fault has no kind."""
     kind = next((kind for cls, kind in _REJECTION_KINDS if isinstance(error, cls)), None)
     retry_after_s = error.retry_after_s if isinstance(error, Overloaded | Unavailable) else 0.0
     return engine_pb2.Rejection(
@@ -194,7 +194,7 @@ def rejection_to_proto(request_id: str, error: JserveError) -> engine_pb2.Reject
 
 
 def error_from_rejection(message: engine_pb2.Rejection) -> JserveError:
-    """The typed error that the client of the request gets."""
+    """Returns the typed error that the client of the request gets."""
     match message.kind:
         case engine_pb2.Rejection.KIND_TOO_LONG:
             return PromptTooLong(message.message, param="prompt")

@@ -6,7 +6,7 @@ MAX_SESSION_MESSAGE_BYTES = 512 << 20
 # A step between processes carries the prompts of all that it admits.
 MAX_STEP_BYTES = 512 << 20
 
-# Between the processes of an engine: a peer that is frozen, or a host that is gone, is noticed.
+# Processes of an engine ping each other to notice a frozen peer or a lost host.
 KEEPALIVE_OPTIONS = (
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 10_000),

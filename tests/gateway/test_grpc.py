@@ -306,7 +306,7 @@ def test_slow_reader_is_held_back_and_slows_nobody():
             rest = await all_of(slow)
             num_tokens = 512 - len(engine.submitted[0].prompt)
             assert rest[-1].usage.completion_tokens == num_tokens
-            # What waited for the reader came in few, large messages, and all of it came.
+            # Everything that waited for the reader came, in few, large messages.
             assert max(len(m.token_ids) for m in rest) > 20
             assert sum(len(m.logprobs) for m in rest) == num_tokens - 1
 

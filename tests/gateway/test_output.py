@@ -1,4 +1,4 @@
-"""From updates to deltas: text, stop strings, usage, log-probabilities, however they are cut."""
+"""OutputProcessor: text, stop strings, usage, log-probabilities, however updates are cut."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,7 +35,7 @@ def updates(ids, sizes, finish=FinishReason.LENGTH, logprobs=False) -> list[Sequ
 
 
 def feed(asked: GenerationRequest, updates: list[SequenceUpdate]) -> list[OutputDelta]:
-    """As `OutputStream` does: up to the delta that finishes."""
+    """Feeds updates up to the delta that finishes, as `OutputStream` does."""
     choice = OutputProcessor(asked, 0, TOKENIZER)
     deltas = []
     for update in updates:

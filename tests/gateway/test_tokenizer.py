@@ -44,7 +44,7 @@ def test_a_bos_is_never_doubled(adds_bos, add_bos):
     ids = tokenizer.encode(f"{BOS}Hello")
     assert ids[0] == BOS_ID
     assert ids.count(BOS_ID) == 1
-    # What the user wrote is left alone.
+    # The user's text is left alone.
     assert tokenizer.encode(f"{BOS}{BOS}Hello").count(BOS_ID) == 2
     assert tokenizer.encode(f"{BOS}Hello", add_special_tokens=False).count(BOS_ID) == 1
 

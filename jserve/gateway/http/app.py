@@ -70,7 +70,7 @@ async def _on_unrouted(request: Request, error: Exception) -> Response:
 
 
 async def _on_gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # reaches nobody; the server drops it
+    return Response(status_code=499)  # the server drops it, since the client is gone
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

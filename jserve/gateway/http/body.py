@@ -10,8 +10,8 @@ from jserve.gateway.config import GatewayConfig
 from jserve.gateway.http.errors import HttpError
 from jserve.gateway.http.event_stream import ClientGone
 
-# A client that is cut off while it sends often never reads the answer, so what is beyond the limit
-# is read and dropped; up to this many times the limit.
+# A client that is cut off while it sends often never reads the answer, so bytes beyond the limit
+# are read and dropped, up to this many times the limit.
 _DRAIN_FACTOR = 16
 
 

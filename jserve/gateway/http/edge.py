@@ -1,4 +1,4 @@
-"""What every exchange passes first: request ids, the access log, HTTP metrics, and API keys."""
+"""Middleware of every HTTP exchange: request ids, the access log, metrics, and API keys."""
 
 import logging
 import re
@@ -28,7 +28,6 @@ class Edge:
         self._max_id_chars = config.max_request_id_chars
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -73,14 +72,13 @@ class Edge:
 
 
 class ApiKeys:
-    """Lets in who sends `Authorization: Bearer <key>` with a known key; probes are open."""
+    """Requires `Authorization: Bearer <key>` with a known key; probes are open."""
 
     def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
         self._app = app
         self._keys = ApiKeyCheck(config.api_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
         if scope["type"] != "http" or scope["path"] in _OPEN_PATHS or self._allows(scope):
             await self._app(scope, receive, send)
             return

@@ -20,7 +20,7 @@ _KEEP_ALIVE = b": keep-alive\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would hold events back
+    (b"x-accel-buffering", b"no"),  # nginx would buffer events
 ]
 
 
@@ -128,11 +128,10 @@ class _Writer:
 
     @property
     def idle_s(self) -> float:
-        """Seconds since the last write."""
         return self._loop.time() - self._last_write_s
 
     async def comment(self, data: bytes) -> None:
-        if not self._lock.locked():  # else a write waits for the reader, who so needs no comment
+        if not self._lock.locked():  # a pending write already keeps the connection alive
             await self.write(data)
 
     async def write(self, data: bytes) -> None:

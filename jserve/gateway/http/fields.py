@@ -37,7 +37,7 @@ def wrong_type(name: str, expected: str, value: object) -> RequestError:
 
 
 def _same(value: object, neutral: object) -> bool:
-    # JSON keeps 1 and true apart; Python's == does not.
+    # 1 and true are equal in Python and differ in JSON.
     return value == neutral and isinstance(value, bool) is isinstance(neutral, bool)
 
 
@@ -61,23 +61,20 @@ class Fields:
         return f"{self._where}.{key}" if self._where else key
 
     def raw(self, key: str) -> Any:
-        """The value as it came."""
+        """Returns the value unchecked."""
         return self._left.pop(key, None)
 
     def string(self, key: str) -> str | None:
-        """A JSON string."""
         return self._typed(key, "a string", lambda value: type(value) is str)
 
     def boolean(self, key: str) -> bool | None:
-        """`true` or `false`."""
         return self._typed(key, "true or false", lambda value: type(value) is bool)
 
     def integer(self, key: str) -> int | None:
-        """A whole number, written without a fraction."""
+        """Reads a whole number, written without a fraction."""
         return self._typed(key, "an integer", lambda value: type(value) is int)
 
     def number(self, key: str) -> float | None:
-        """A finite number."""
         value = self._typed(
             key,
             "a finite number",
@@ -86,19 +83,15 @@ class Fields:
         return None if value is None else float(value)
 
     def mapping(self, key: str) -> dict[str, Any] | None:
-        """A JSON object."""
         return self._typed(key, "an object", lambda value: type(value) is dict)
 
     def array(self, key: str) -> list[Any] | None:
-        """A JSON array."""
         return self._typed(key, "a list", lambda value: type(value) is list)
 
     def integers(self, key: str) -> tuple[int, ...] | None:
-        """A list of whole numbers."""
         return self._sequence(key, "an integer", int)
 
     def strings(self, key: str) -> tuple[str, ...] | None:
-        """A list of strings."""
         return self._sequence(key, "a string", str)
 
     def finish(self, unsupported: Mapping[str, Sequence[object]], known: Collection[str]) -> None:

@@ -16,18 +16,18 @@ class Source(Protocol[T_co]):
 
     @property
     def finished(self) -> bool:
-        """Whether all items have come; False after a `close` by somebody else."""
+        """Whether all items have come; False after a `close` by another owner."""
         ...
 
     def __aiter__(self) -> AsyncIterator[T_co]: ...
 
     def close(self) -> None:
-        """Gives up; idempotent, does not block."""
+        """Stops the source; idempotent, does not block."""
         ...
 
 
 async def interleaved(sources: Sequence[Source[T]]) -> AsyncGenerator[tuple[int, T], None]:
-    """(index of the source, item) of all sources as they come; at most one item each is buffered.
+    """Yields (index of the source, item) as items come; at most one item each is buffered.
 
     The first error of a source is raised. All sources are closed at the end, also when the
     generator itself is closed early.

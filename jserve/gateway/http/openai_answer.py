@@ -18,8 +18,8 @@ from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.output import join
 from jserve.gateway.request_plane import GenerationRequest, OutputDelta, OutputStream, RequestPlane
 
-# Log-probabilities of a delta beyond which it is written in a thread: 20 for each of 4,000 tokens
-# take 140 ms, and the event loop belongs to everybody.
+# A delta with more log-probabilities is written in a thread: 20 for each of 4,000 tokens take
+# 140 ms, in which the event loop would serve nobody.
 _LARGE = 2000
 
 
@@ -30,7 +30,7 @@ def _num_logprobs(delta: OutputDelta) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """Everything that one answer needs; `whole` or `events` is called once."""
+    """One answer in the making; `whole` or `events` is called once."""
 
     head: Head
     generations: tuple[GenerationRequest, ...]  # one per prompt
@@ -40,7 +40,7 @@ class Answer:
     include_usage: bool
 
     async def whole(self) -> bytes:
-        """The complete object.
+        """Returns the complete JSON object.
 
         Raises:
             JserveError: the engine refused a generation, or failed.
@@ -55,7 +55,7 @@ class Answer:
         return self._whole(done)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The same as server-sent events, without the closing one."""
+        """Yields the answer as server-sent events, without the closing one."""
         completion_tokens = 0
         async with aclosing(interleaved(self._start())) as deltas:
             async for prompt, delta in deltas:

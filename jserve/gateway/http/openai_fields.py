@@ -10,7 +10,7 @@ SAMPLING = tuple(
     it.name for it in dataclass_fields(SamplingFields) if it.name not in ("logprobs", "max_tokens")
 )
 
-# Accepted without effect, whatever the value of that type.
+# Fields accepted without effect, with any value of their type.
 WITHOUT_EFFECT = {
     "user": Fields.string,
     "metadata": Fields.mapping,
@@ -18,8 +18,8 @@ WITHOUT_EFFECT = {
     "service_tier": Fields.string,
 }
 
-# Known to the OpenAI API or to vLLM and not served, with the values that ask for nothing. Null
-# always asks for nothing.
+# Fields of the OpenAI API or of vLLM that are not served, with the values that ask for nothing;
+# null always asks for nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
     "length_penalty": (1.0,),
@@ -36,7 +36,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "guided_grammar": (),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "request_id": (),  # X-Request-Id is the way
+    "request_id": (),  # the header X-Request-Id serves
     "session_id": (),
     "cache_salt": (),
     "kv_transfer_params": (),
@@ -52,7 +52,7 @@ UNSUPPORTED_CHAT = _UNSUPPORTED | {
     "echo": (False,),
     "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none", "auto"),  # without tools both say nothing
+    "tool_choice": ("none", "auto"),  # without effect when there are no tools
     "function_call": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "modalities": (["text"],),

@@ -16,11 +16,11 @@ from jserve.gateway.validation import SamplingFields
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenAIRequest:
-    """What both generating routes share. None is unset: the model's default applies."""
+    """Fields that both generating routes share. None is unset: the model's default applies."""
 
     model: str | None
     sampling: SamplingFields
-    stop: Any  # as it came; see `validation.check_stop`
+    stop: Any  # unchecked; `validation.check_stop` does it
     n: int
     stream: bool
     include_usage: bool
@@ -31,8 +31,6 @@ class OpenAIRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest(OpenAIRequest):
-    """`POST /v1/completions`."""
-
     prompts: tuple[str | tuple[int, ...], ...]  # not empty; each text or token ids
     echo: bool
     add_special_tokens: bool | None
@@ -40,9 +38,7 @@ class CompletionRequest(OpenAIRequest):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(OpenAIRequest):
-    """`POST /v1/chat/completions`."""
-
-    messages: Any  # as it came; see `chat.check_messages`
+    messages: Any  # unchecked; `chat.check_messages` does it
     add_generation_prompt: bool
 
 

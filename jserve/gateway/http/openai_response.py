@@ -17,27 +17,27 @@ _LEAST_LOGPROB = -9999.0  # JSON has no -inf; the value is OpenAI's and vLLM's
 
 
 class TokenText(Protocol):
-    """How tokens read, for logprobs; a `TextTokenizer` is one."""
+    """Text of single tokens, for logprobs; a `TextTokenizer` is one."""
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that the token adds to the text."""
         ...
 
     def token_text(self, token_id: int) -> str:
-        """The same as text."""
+        """The token's bytes as text."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What every object of one answer repeats."""
+    """Fields that every object of one answer repeats."""
 
     id: str
     created: int  # Unix time, seconds
     model: str
 
     def json(self, kind: str, choices: Sequence[Json]) -> Json:
-        """An answer or a chunk; `kind` is OpenAI's `object`."""
+        """Makes an answer or a chunk; `kind` is OpenAI's `object`."""
         return {
             "id": self.id,
             "object": kind,
@@ -48,7 +48,6 @@ class Head:
 
 
 def usage_json(prompt_tokens: int, completion_tokens: int) -> Json:
-    """OpenAI's `usage`."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -63,7 +62,6 @@ def finish_json(delta: OutputDelta) -> Json:
 
 
 def chat_logprobs(entries: Iterable[TokenLogprobs], tokens: TokenText) -> Json:
-    """The `logprobs` of a chat choice."""
     return {"content": [_chat_position(entry, tokens) for entry in entries], "refusal": None}
 
 
@@ -89,11 +87,11 @@ class CompletionLogprobs:
 
     def __init__(self, tokens: TokenText, top: int) -> None:
         self._tokens = tokens
-        self._top = top  # alternatives per position that the client asked for
+        self._top = top  # requested alternatives per position
         self._offset = 0  # characters begun so far
 
     def add(self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> Json:
-        """The object for the next tokens; the entry of the first token of a prompt is None."""
+        """Makes the object for the next tokens; the entry of a prompt's first token is None."""
         texts: list[str] = []
         offsets: list[int] = []
         for token_id in token_ids:
@@ -114,7 +112,7 @@ class CompletionLogprobs:
         }
 
     def _alternatives(self, entry: TokenLogprobs) -> dict[str, float]:
-        # Best first; of ids that read the same the best counts. The token itself is always there.
+        # Best first; of ids with the same text the best counts. The token itself is always there.
         found: dict[str, float] = {}
         for token_id, logprob in (*entry.top[: self._top], (entry.token_id, entry.logprob)):
             found.setdefault(self._key(token_id), max(logprob, _LEAST_LOGPROB))
@@ -124,7 +122,7 @@ class CompletionLogprobs:
         text = self._tokens.token_text(token_id)
         if "\ufffd" not in text:
             return text
-        # Half a character: OpenAI's notation keeps such tokens apart.
+        # OpenAI's notation keeps tokens of half a character apart.
         raw = self._tokens.token_bytes(token_id)
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
@@ -132,7 +130,7 @@ class CompletionLogprobs:
 def prompt_logprobs_json(
     entries: Sequence[TokenLogprobs | None], tokens: TokenText
 ) -> list[dict[str, Json] | None]:
-    """By position, token id → logprob, rank and text, as vLLM has it; the first is null."""
+    """Maps token id → logprob, rank and text for each position, as in vLLM; the first is null."""
     return [None if entry is None else _ranked(entry, tokens) for entry in entries]
 
 

@@ -28,7 +28,7 @@ from jserve.gateway.request_plane import GenerationRequest, Prompt, RequestPlane
 
 
 def json_response(value: Mapping[str, Any]) -> Response:
-    """`value` as a 200."""
+    """Responds with `value` and status 200."""
     return Response(orjson.dumps(value), media_type="application/json")
 
 
@@ -48,7 +48,6 @@ class OpenAIRoutes:
         self._start_s = int(unix_s())
 
     def routes(self) -> list[Route]:
-        """The routes."""
         return [
             Route("/v1/models", self.models, methods=["GET"]),
             Route("/v1/models/{id:path}", self.model, methods=["GET"]),
@@ -57,16 +56,14 @@ class OpenAIRoutes:
         ]
 
     async def models(self, request: Request) -> Response:
-        """The one model that is served."""
         return json_response({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
-        """The same, by its id."""
+        """The served model, if `id` names it."""
         self._plane.check_model(request.path_params["id"])
         return json_response(self._model())
 
     async def completions(self, request: Request) -> Response:
-        """`POST /v1/completions`."""
         config = self._plane.config
         asked = parse_completion(await read_json(request, config))
         self._plane.check_model(asked.model)
@@ -83,7 +80,6 @@ class OpenAIRoutes:
         return await self._respond(request, asked, generations, shape)
 
     async def chat_completions(self, request: Request) -> Response:
-        """`POST /v1/chat/completions`."""
         asked = parse_chat(await read_json(request, self._plane.config))
         self._plane.check_model(asked.model)
         prompt = await self._plane.chat_prompt(
@@ -119,7 +115,7 @@ class OpenAIRoutes:
         *,
         echo: bool,
     ) -> tuple[GenerationRequest, ...]:
-        # The first generation's id is that of the answer.
+        # The first generation has the id of the answer.
         answer_id = f"{prefix}-{uuid.uuid4().hex}"
         return tuple(
             self._plane.prepare(
@@ -159,7 +155,7 @@ class OpenAIRoutes:
 
 
 def _with_echo(asked: CompletionRequest) -> CompletionRequest:
-    # With echo the logprobs cover the prompt, too.
+    # OpenAI: logprobs cover an echoed prompt as well.
     sampling = asked.sampling
     if not asked.echo or sampling.logprobs is None or sampling.prompt_logprobs is not None:
         return asked

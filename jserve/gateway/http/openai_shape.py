@@ -1,4 +1,4 @@
-"""How the deltas of completions and of chats look in JSON, whole and streamed."""
+"""JSON of completions and of chats, whole and streamed."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -16,26 +16,26 @@ from jserve.gateway.request_plane import GenerationRequest, OutputDelta
 
 
 class Shape(Protocol):
-    """How the deltas of one route's answers look in JSON."""
+    """JSON form of one route's answers."""
 
     kind: str
     chunk_kind: str
 
     def choice(self, index: int, prompt: int, delta: OutputDelta) -> Json:
-        """A whole choice, from one delta that has all of it."""
+        """Makes a whole choice from one delta that has all of it."""
         ...
 
     def chunk(self, index: int, prompt: int, delta: OutputDelta) -> Json | None:
-        """The choice of a chunk; None when the delta shows a client nothing new."""
+        """Makes the choice of a chunk; None when the delta shows a client nothing new."""
         ...
 
     def beside(self, prompt_logprobs: Sequence[TokenLogprobs | None] | None) -> Json:
-        """Fields of the answer beside its choices."""
+        """Returns fields of the answer beside its choices."""
         ...
 
 
 class CompletionShape:
-    """`text_completion`. Owned by one answer."""
+    """JSON of `text_completion`. Owned by one answer."""
 
     kind = "text_completion"
     chunk_kind = "text_completion"
@@ -45,11 +45,10 @@ class CompletionShape:
     ) -> None:
         self._generations = generations
         self._tokens = tokens
-        self._prompt_logprobs = prompt_logprobs  # asked for by name, not only by echo
+        self._prompt_logprobs = prompt_logprobs  # whether requested by name, not only by echo
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by choice
 
     def choice(self, index: int, prompt: int, delta: OutputDelta) -> Json:
-        """See `Shape`."""
         choice = {
             "index": index,
             "text": delta.text,
@@ -61,11 +60,9 @@ class CompletionShape:
         return choice
 
     def chunk(self, index: int, prompt: int, delta: OutputDelta) -> Json | None:
-        """See `Shape`."""
         return self.choice(index, prompt, delta) if _is_visible(delta) else None
 
     def beside(self, prompt_logprobs: Sequence[TokenLogprobs | None] | None) -> Json:
-        """See `Shape`."""
         return {"system_fingerprint": None}
 
     def _logprobs_of(self, index: int, prompt: int, delta: OutputDelta) -> Json | None:
@@ -85,7 +82,7 @@ class CompletionShape:
 
 
 class ChatShape:
-    """`chat.completion`. Owned by one answer."""
+    """JSON of `chat.completion`. Owned by one answer."""
 
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
@@ -95,12 +92,10 @@ class ChatShape:
         self._opened: set[int] = set()  # choices whose role was sent
 
     def choice(self, index: int, prompt: int, delta: OutputDelta) -> Json:
-        """See `Shape`."""
         message = {"role": "assistant", "content": delta.text, "refusal": None}
         return self._choice(index, delta, "message", message)
 
     def chunk(self, index: int, prompt: int, delta: OutputDelta) -> Json | None:
-        """See `Shape`."""
         if index not in self._opened:
             self._opened.add(index)
             content = {"role": "assistant", "content": delta.text}
@@ -111,7 +106,6 @@ class ChatShape:
         return self._choice(index, delta, "delta", content)
 
     def beside(self, prompt_logprobs: Sequence[TokenLogprobs | None] | None) -> Json:
-        """See `Shape`."""
         fields: Json = {"system_fingerprint": None}
         if prompt_logprobs is not None:
             fields["prompt_logprobs"] = prompt_logprobs_json(prompt_logprobs, self._tokens)

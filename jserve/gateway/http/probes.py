@@ -19,7 +19,6 @@ class ProbeRoutes:
         self._version = orjson.dumps({"version": version})
 
     def routes(self) -> list[Route]:
-        """The routes."""
         return [
             Route("/health", self.health, methods=["GET"]),
             Route("/ready", self.ready, methods=["GET"]),
@@ -28,21 +27,19 @@ class ProbeRoutes:
         ]
 
     async def health(self, request: Request) -> Response:
-        """200 while the process lives; for a liveness probe."""
+        """Responds 200 while the process lives; for a liveness probe."""
         return Response(b'{"status":"alive"}', media_type="application/json")
 
     async def ready(self, request: Request) -> Response:
-        """200 only when a request can be answered now; for a readiness probe."""
+        """Responds 200 only when a request can be answered now; for a readiness probe."""
         if not self._plane.ready:
             message = "not ready: the engine is starting, restarting or draining"
             raise Unavailable(message, retry_after_s=1.0)
         return Response(b'{"status":"ready"}', media_type="application/json")
 
     async def version(self, request: Request) -> Response:
-        """The version of jserve."""
         return Response(self._version, media_type="application/json")
 
     async def metrics(self, request: Request) -> Response:
-        """Prometheus text."""
         body = generate_latest(self._registry)
         return Response(body, headers={"content-type": CONTENT_TYPE_LATEST})

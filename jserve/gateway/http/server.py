@@ -18,9 +18,9 @@ _BACKLOG = 4096  # connections that the kernel holds until they are accepted
 
 
 class _Protocol(HttpToolsProtocol):
-    """Uvicorn's, with a bound on a request's head, and with every request told of a lost client."""
+    """Uvicorn's protocol; bounds the head of a request and tells all requests of a lost client."""
 
-    _head_bytes: int | None = None  # of the head that is coming in; None between heads
+    _head_bytes: int | None = None  # bytes of the incoming head; None between heads
     _running: RequestResponseCycle | None = None
 
     def on_message_begin(self) -> None:
@@ -85,7 +85,6 @@ class HttpServer:
 
     @property
     def port(self) -> int:
-        """The port that is bound."""
         return self._socket.getsockname()[1]
 
     async def start(self) -> None:
@@ -95,13 +94,13 @@ class HttpServer:
             await asyncio.sleep(0.001)
 
     async def stop(self) -> None:
-        """Accepts nothing new, waits at most `drain_s` for what runs, then cancels it."""
+        """Refuses new requests, waits at most `drain_s` for the running ones, then cancels them."""
         self._server.should_exit = True
         if self._serving is not None:
             await self._serving
 
     def kill(self) -> None:
-        """Makes a `stop` in progress wait no longer."""
+        """Ends the waiting of a `stop` in progress."""
         self._server.should_exit = True
         self._server.force_exit = True
 

@@ -19,13 +19,12 @@ _FIELDS = ("model", "prompt", "messages", "add_special_tokens", "add_generation_
 
 
 class TokenRoutes:
-    """Text to token ids and back, without generating."""
+    """Routes that tokenize and detokenize without generating."""
 
     def __init__(self, plane: RequestPlane) -> None:
         self._plane = plane
 
     def routes(self) -> list[Route]:
-        """The routes."""
         return [
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),

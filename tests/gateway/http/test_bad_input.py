@@ -187,7 +187,7 @@ def test_a_body_of_10_mb(http: httpx.Client) -> None:
     body = json.dumps({"prompt": "a" * 10_000_000}).encode()
     error = error_of(http.post(COMPLETIONS, content=body, headers=JSON), 413)
     assert error["code"] == "request_too_large"
-    # Without a content-length, too.
+    # The same holds without a content-length.
     chunks = (body[i : i + 100_000] for i in range(0, len(body), 100_000))
     error_of(http.post(COMPLETIONS, content=chunks, headers=JSON), 413)
 

@@ -50,7 +50,7 @@ def wait_for_running(served: Served, count: int) -> None:
 
 
 def assert_freed(served: Served) -> None:
-    """Long before the generation would have ended by itself (20 s)."""
+    """Asserts it long before the generation would have ended by itself (20 s)."""
     served.assert_idle(timeout_s=5.0)
 
 

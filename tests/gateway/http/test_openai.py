@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from tests.gateway.http.http_serving import END, MODEL, Served, serving
 
-# What the server adds to OpenAI's shapes, as vLLM does.
+# Fields that the server adds to OpenAI's shapes, as vLLM does.
 EXTENSIONS = {"stop_reason", "prompt_logprobs", "root", "parent", "max_model_len"}
 TEXT = "Grüße, 世界! 🙂 ok"
 

@@ -1,4 +1,4 @@
-"""What operators see: probes, metrics, request ids, API keys, CORS, many connections, the end."""
+"""Operation: probes, metrics, request ids, API keys, CORS, many connections, shutdown."""
 
 import asyncio
 import json
