@@ -1,11 +1,16 @@
 """Rotary embedding of queries and keys."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Float, Int
 
 from jserve.pallas_kernels.backend import Backend, implementations
 from jserve.pallas_kernels.native import calls
+
+_Products = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def rotary(
@@ -51,11 +56,39 @@ def _reference(
     return rotated_q.astype(q.dtype), _rotate(k.astype(jnp.float32), cos, sin).astype(k.dtype)
 
 
-def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def _cpu(
+    q: jax.Array,
+    k: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    q_scale: float,
+    num_tokens: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The rotation by XLA on CPU, where a token's bits depend on nothing but the token.
+
+    A rotated number is the sum of two products. XLA may fuse either of them into the addition,
+    unrounded, and may choose it by the number of tokens. The barrier keeps the products apart.
+    """
+    del num_tokens
+    rotated_q = _rotate(q.astype(jnp.float32), cos, sin, lax.optimization_barrier) * q_scale
+    rotated_k = _rotate(k.astype(jnp.float32), cos, sin, lax.optimization_barrier)
+    return rotated_q.astype(q.dtype), rotated_k.astype(k.dtype)
+
+
+def _rotate(
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    around: Callable[[_Products], _Products] = lambda products: products,
+) -> jax.Array:
+    """The rotated heads `x` [tokens, heads, head_dim]; `around` is applied to their products."""
     cos, sin = cos[:, None, :], sin[:, None, :]
     first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+    products = first * cos, second * sin, second * cos, first * sin
+    first_cos, second_sin, second_cos, first_sin = around(products)
+    return jnp.concatenate((first_cos - second_sin, second_cos + first_sin), axis=-1)
 
 
 # C++ on CPU, because XLA's fusions would compute the cosines and sines anew in every layer.
-_IMPLEMENTATIONS = implementations(_reference, native=calls.rotary)
+_IMPLEMENTATIONS = implementations(_reference, cpu=_cpu, native=calls.rotary)

@@ -67,6 +67,19 @@ def test_tokens_past_the_count_change_nothing(backend: Backend) -> None:
             np.testing.assert_array_equal(part[:count], all_tokens[:count])
 
 
+@pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 2, 16)])
+def test_a_token_does_not_depend_on_the_others(
+    shape: tuple[int, int, int], backend: Backend
+) -> None:
+    problem = _problem(*shape)
+    whole = _run(backend)(*problem)
+    for count in (1, 2, 3, 4, 7, 8, 33):
+        some = _run(backend)(*(array[:count] for array in problem))
+        for part, all_tokens in zip(some, whole, strict=True):
+            np.testing.assert_array_equal(part, all_tokens[:count])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("unchecked")
 def test_misfits_are_refused(backend: Backend) -> None:
