@@ -32,7 +32,7 @@ class Pages:
         return sum(map(len, self.tables))
 
 
-NO_PAGES = Pages(0)  # of sequences that never had a slot
+NO_PAGES = Pages(0)  # for sequences that never had a slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class KVCache:
         """Pages that can be taken now, evictable ones included."""
         return self._pool.num_free
 
-    # What tokens need.
+    # Pages needed by tokens.
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens of one sequence, in all groups."""
@@ -116,7 +116,7 @@ class KVCache:
         counts = range(most + 1)
         return bisect_right(counts, free, key=lambda count: self.missing(pages, count)) - 1
 
-    # What sequences hold.
+    # Pages held by sequences.
 
     def match(self, request: Request, tokens: tuple[int, ...]) -> Hit:
         """The longest start of `tokens` that is in memory already. Nothing is taken.

@@ -14,7 +14,7 @@ class PageGroup:
     layers: tuple[int, ...]
     window: int  # tokens that its pages must keep; 0: all
     page_size: int  # tokens a page
-    page_bytes: int  # of one page, K and V, over all its layers and devices
+    page_bytes: int  # bytes of one page, K and V, over all its layers and devices
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,7 @@ class Chunk(NamedTuple):
 
 
 class MoveKind(enum.Enum):
-    """Where a page is copied from and to."""
+    """Source and target memory of a page copy."""
 
     OUT = "out"  # from the device to a host page
     IN = "in"  # from a host page, which must have landed, to the device
@@ -194,7 +194,7 @@ class RowLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step produced, row by row of its plan. Entries past `num_new[row]` mean nothing."""
+    """The outcome of a step, row by row of its plan. Entries past `num_new[row]` are undefined."""
 
     step_id: int
     tokens: np.ndarray  # [rows, steps] int32

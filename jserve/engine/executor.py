@@ -37,7 +37,7 @@ class PendingStep:
 
 
 class DeviceExecutor:
-    """See `core.step.Executor`. Owns `DeviceState`; used by one thread."""
+    """The `core.step.Executor` of a device. Owns `DeviceState`; used by one thread."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class DeviceExecutor:
         self._shape = shape
         self._mover = mover
         self._eos = eos_token_ids
-        self._wants_logprobs = np.zeros(shape.num_slots, bool)  # of the sequence in each slot
+        self._wants_logprobs = np.zeros(shape.num_slots, bool)  # [slots], by the slot's sequence
 
     def submit(self, plan: StepPlan) -> PendingStep:
         """Packs the plan and starts its program; returns while the device works."""
@@ -82,7 +82,7 @@ class DeviceExecutor:
         return self._mover.land(step.num_out) if self._mover else ()
 
     def submit_batch(self, plan: StepPlan, batch: Batch) -> PendingStep:
-        """See `submit`; `batch` is the packed plan."""
+        """Starts the step of `plan`, packed as `batch`; returns while the device works."""
         for admission in plan.admissions:
             wanted = admission.request.sampling.logprobs is not None
             self._wants_logprobs[admission.slot] = wanted

@@ -1,4 +1,4 @@
-"""What passes between the engine's loop thread and the world: commands in, events out.
+"""Commands to the engine's loop thread, and events from it.
 
 The loop knows nothing of wires; whoever carries the messages attaches to these two.
 """
@@ -63,7 +63,7 @@ class Inbox:
 
 @dataclass(slots=True)
 class Events:
-    """What the loop has told since the last delivery."""
+    """Everything the loop has posted since the last delivery."""
 
     updates: list[SequenceUpdate] = field(default_factory=list[SequenceUpdate])
     rejections: list[tuple[str, JserveError]] = field(default_factory=list[tuple[str, JserveError]])

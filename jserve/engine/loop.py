@@ -53,7 +53,7 @@ class EngineLoop:
         try:
             while not self._stopping:
                 if self._draining:
-                    self._drain_inbox()  # what came before the drain still counts
+                    self._drain_inbox()  # requests sent before the drain are still accepted
                     self._scheduler.drain()
                     if not self._pipeline.has_work:
                         return

@@ -24,7 +24,7 @@ class StepFeatures(NamedTuple):
     program: str
     num_steps: int
     decode_rows: int
-    prompt_tokens: int  # of all chunks
+    prompt_tokens: int  # summed over the chunks
     decode_context: int  # tokens that the first decode step of each row attends to, summed
     chunk_context: int  # tokens of a chunk × tokens that its last one attends to, summed
 
@@ -61,7 +61,7 @@ class StepLog:
             ) from error
         self._close = weakref.finalize(self, os.close, self._file)
         self._path = path
-        self._committed_s = float("-inf")  # of the step before
+        self._committed_s = float("-inf")  # time of the previous commit
 
     def write(
         self,

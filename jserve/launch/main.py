@@ -91,7 +91,7 @@ def run() -> None:
     """The entry point of the process."""
     sys.modules["__main__"].__doc__ = _USAGE
     for flag in flags.FLAGS.flags_by_module_dict()[__name__]:
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # what --help lists
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # so that --help lists it
     app.run(_main)
 
 

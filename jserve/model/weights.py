@@ -85,7 +85,7 @@ class ExpertParams(nnx.Module):
         axes: tuple[str | None, str | None, str | None],
         dtype: jnp.dtype,
         std: float,
-        order: tuple[int, ...],  # see `Encoding.order`; of the codes
+        order: tuple[int, ...],  # order of the codes, see `Encoding.order`
     ) -> None:
         self.is_transposed = bool(order)
         encode, measure = (

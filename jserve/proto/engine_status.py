@@ -1,4 +1,4 @@
-"""What an engine process tells its supervisor while it lives: one JSON object a line."""
+"""Reports of an engine process to its supervisor: one JSON object a line."""
 
 import json
 import signal

@@ -11,6 +11,6 @@ KEEPALIVE_OPTIONS = (
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.ping_timeout_ms", 10_000),  # what newer versions of gRPC go by
+    ("grpc.http2.ping_timeout_ms", 10_000),  # the key that newer versions of gRPC read
     ("grpc.http2.max_ping_strikes", 0),
 )

@@ -60,7 +60,7 @@ class Sequence:
     `num_computed == num_tokens - 1` (its last token lies on the device, and the next is decoded).
     """
 
-    id: str  # of its request
+    id: str  # the id of its request
     request: Request
     arrival: int
     arrival_s: float
@@ -74,7 +74,7 @@ class Sequence:
     plain: bool = False  # later updates carry tokens alone
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # collected over chunks
 
-    # Of the present stay in a slot:
+    # Valid during the present stay in a slot:
     slot: int = 0
     pages: Pages = NO_PAGES
     context: tuple[int, ...] = ()  # tokens that chunks compute: the prompt and the output so far

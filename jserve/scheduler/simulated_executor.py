@@ -32,7 +32,9 @@ class _Slot:
     context: tuple[int, ...]  # tokens that its chunks must bring
     stops: frozenset[int]
     pages: list[int] = field(default_factory=list[int])
-    writers: list[object] = field(default_factory=list[object])  # of each page, when it was got
+    writers: list[object] = field(
+        default_factory=list[object]
+    )  # the writer of each page when it was received
     num_computed: int = 0
     last_token: int | None = None  # sampled, not computed yet
     frozen: bool = False
@@ -65,7 +67,7 @@ class SimulatedExecutor:
         self._pending: list[StepResult] = []
 
     def submit(self, plan: StepPlan) -> StepResult:
-        """See `Executor`. Raises `PlanError`."""
+        """Runs a step at once. Raises `PlanError` for a plan that breaks the contract."""
         require(plan.step_id == self._num_steps, f"step {plan.step_id} is out of order")
         self._num_steps += 1
         self._check_shape(plan)
@@ -86,12 +88,12 @@ class SimulatedExecutor:
         return self._pending[-1]
 
     def collect(self, handle: StepResult) -> StepResult:
-        """See `Executor`."""
+        """Returns the result of the oldest step."""
         require(self._pending[0] is handle, f"step {handle.step_id} is collected out of order")
         self._memory.land(handle.landed)
         return self._pending.pop(0)
 
-    # What a plan must look like.
+    # Checks of a plan.
 
     def _check_shape(self, plan: StepPlan) -> None:
         program, chunks = plan.program, plan.chunks
@@ -200,7 +202,7 @@ class SimulatedExecutor:
                 f"{chunk.request_id} in slot {chunk.slot}: page {page} was given to another",
             )
 
-    # What the device does.
+    # The device's work.
 
     def _run_prompt(self, slot: _Slot, chunk: Chunk, row: int, outcome: "_Outcome") -> None:
         name = f"{chunk.request_id}: chunk at {chunk.start}"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jserve.core.request import MAX_LOGPROBS, FinishReason, Request, TokenLogprobs
 
 _MASK = (1 << 64) - 1
-EMPTY_DIGEST = 0x9E3779B97F4A7C15  # of no tokens at all
+EMPTY_DIGEST = 0x9E3779B97F4A7C15  # the digest of an empty context
 
 
 def extend(digest: int, token: int) -> int:

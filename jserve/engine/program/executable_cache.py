@@ -46,7 +46,7 @@ def code_digest(sources: Iterable[Path]) -> str:
 
 
 def cpu_features() -> list[str]:
-    """What CPU code is made for: that of another processor need not run, or round alike."""
+    """CPU model and flags: a program compiled for another CPU may crash or round differently."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
     return [line for line in lines if line.startswith(("flags", "model name", "Features"))][:2]
@@ -60,7 +60,7 @@ def num_usable_cores() -> int:
 
 
 def machine_key() -> str:
-    """What a compiled program depends on beside its own shapes and code."""
+    """Everything a compiled program depends on, except its shapes and its code."""
     device = jax.devices()[0]
     return repr(
         (

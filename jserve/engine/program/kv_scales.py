@@ -32,7 +32,7 @@ _LARGEST = 224.0  # and this the largest value seen: others may be twice as larg
 def measure_kv_scales(
     model: Model, mesh: AnyMesh, params: Mapping[str, jax.Array]
 ) -> Float32[Array, "layers 2 stored_kv_heads"]:
-    """What K and V of each layer and head are divided by; to be called while tracing."""
+    """The divisors of K and V for each layer and head; called while tracing."""
     spec = model.spec
 
     def attend(
@@ -70,7 +70,7 @@ def _scales(x: Float[Array, "tokens kv_heads head_dim"]) -> Float32[Array, " kv_
 
 
 def _causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
-    """Of one sequence, with all scores at once."""
+    """Computes causal attention of one sequence with all scores at once."""
     tokens, q_heads, dim = q.shape
     grouped = q.reshape(tokens, k.shape[1], q_heads // k.shape[1], dim).astype(jnp.float32)
     scores = jnp.einsum("tkgd,skd->kgts", grouped, k.astype(jnp.float32))

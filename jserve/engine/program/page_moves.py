@@ -18,7 +18,7 @@ from jserve.engine.program.programs import signature
 
 MOVE_SIZES = (8, 32)  # moves that one run of a program makes at most
 
-Pages = tuple[jax.Array, ...]  # of one page group: [pages, K|V, kv_heads, page, dim] per layer
+Pages = tuple[jax.Array, ...]  # one array [pages, K|V, kv_heads, page, dim] per layer of a group
 
 
 class MoveProgram(NamedTuple):

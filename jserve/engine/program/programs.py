@@ -36,7 +36,7 @@ def compile_programs(
     programs: Sequence[Program],
     shape: BatchShape,
     params: Mapping[str, jax.Array | jax.ShapeDtypeStruct],  # with shardings
-    state: DeviceState,  # likewise
+    state: DeviceState,  # with shardings
     *,
     cache: ExecutableCache | None,
     on_ready: Callable[[CompiledProgram], None] = lambda _: None,
@@ -83,7 +83,7 @@ def lower_step(
 
 
 def signature(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
-    """What a compiled program depends on of one argument or result."""
+    """The part of one argument or result that a compiled program depends on."""
     return f"{leaf.shape}{leaf.dtype}{getattr(leaf, 'sharding', None)}"
 
 

@@ -1,4 +1,4 @@
-"""What lives on the device between steps: KV memory and the state of every slot."""
+"""The state kept on the device between steps: KV memory and the state of every slot."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from jserve.model.sampling.state import SamplerState, init_sampler_state
 from jserve.model.sharding import AnyMesh, named_sharding
 from jserve.pallas_kernels.ragged_paged_attention.dispatch import kv_pages_shape
 
-SCALES_AXES = (None, None, "kv_heads")  # of the scales of K and V: [layers, K|V, stored_kv_heads]
+SCALES_AXES = (None, None, "kv_heads")  # scales of K and V: [layers, K|V, stored_kv_heads]
 
 
 class DeviceState(NamedTuple):

@@ -34,7 +34,7 @@ Params = dict[str, jax.Array]
 
 
 class LayerKV(NamedTuple):
-    """What one attention layer reads and writes."""
+    """The pages and scales that one attention layer reads and writes."""
 
     pages: jax.Array
     scales: jax.Array  # [K|V, stored_kv_heads]

@@ -20,7 +20,7 @@ def history_row_dtype(vocab: int) -> np.dtype:
     return np.dtype(
         [
             ("prompt", np.uint32, (-(-vocab // 32),)),  # bit i % 32 of word i // 32: id i occurs
-            ("tokens", np.int32, (HISTORY_PAIRS,)),  # of the output; unused entries are `vocab`
+            ("tokens", np.int32, (HISTORY_PAIRS,)),  # output tokens; unused entries are `vocab`
             ("counts", np.int32, (HISTORY_PAIRS,)),
         ]
     )
@@ -54,7 +54,7 @@ def restore(
       words: `history_row_dtype` records viewed as words.
       axes: see `sharded_vocab`.
     """
-    n = state.vocab  # of this device's share
+    n = state.vocab  # size of this device's share
     prompt_words = words.shape[1] - 2 * HISTORY_PAIRS
     ids = jnp.arange(n, dtype=jnp.int32)
     if axes:
