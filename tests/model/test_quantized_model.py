@@ -24,7 +24,7 @@ from jserve.pallas_kernels.backend import Backend
 from jserve.pallas_kernels.quantized_matmul import channels
 from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
 from jserve.pallas_kernels.quantized_matmul.matrix import QuantizedMatrix, dequantize
-from tests.backends import BACKENDS
+from tests.backends import NATIVE_MARKS
 from tests.model.model_harness import dense_logits
 from tests.model_files import tiny_weights, write_gguf
 
@@ -74,9 +74,12 @@ def logits(model: Model, params: dict[str, jax.Array], tokens: np.ndarray) -> np
 @pytest.mark.parametrize(
     ("backend", "tied"),
     [
-        *((backend, True) for backend in BACKENDS),
+        (Backend.REFERENCE, True),
+        (Backend.CPU, True),
+        pytest.param(Backend.NATIVE, True, marks=NATIVE_MARKS),
         (Backend.CPU, False),
-        *(pytest.param(b, False, marks=pytest.mark.sweep) for b in BACKENDS if b != Backend.CPU),
+        pytest.param(Backend.REFERENCE, False, marks=pytest.mark.sweep),
+        pytest.param(Backend.NATIVE, False, marks=(*NATIVE_MARKS, pytest.mark.sweep)),
     ],
 )
 @pytest.mark.parametrize("quantization", BITS)
