@@ -17,7 +17,7 @@ from jserve.gateway.grpc_server import GrpcServer
 from jserve.gateway.http.app import make_app
 from jserve.gateway.http.server import HttpServer
 from jserve.gateway.metrics import GatewayMetrics
-from tests.gateway.fixtures import INFO, closing, make_generator
+from tests.gateway.fixtures import INFO, closing, make_plane
 
 JOBS = [Job(0, 7, 12, (i,)) for i in range(6)]
 IDS = (270, 330)
@@ -27,12 +27,12 @@ IDS = (270, 330)
 async def jserve():
     """Both front ends: yields the ports of HTTP and gRPC."""
     engine = FakeEngine(replace(INFO, model="tiny"), tokens_per_step=4)
-    generator = make_generator(engine)
-    metrics = GatewayMetrics(clock=generator.clock)
+    plane = make_plane(engine)
+    metrics = GatewayMetrics(clock=plane.clock)
     http = HttpServer(
-        make_app(generator, metrics, version="0"), host="127.0.0.1", port=0, drain_s=1
+        make_app(plane, metrics, version="0"), host="127.0.0.1", port=0, drain_s=1
     )
-    grpc = GrpcServer(generator, metrics)
+    grpc = GrpcServer(plane, metrics)
     await http.start()
     await grpc.start()
     async with closing(engine):
