@@ -29,9 +29,7 @@ async def jserve():
     engine = FakeEngine(replace(INFO, model="tiny"), tokens_per_step=4)
     plane = make_plane(engine)
     metrics = GatewayMetrics(clock=plane.clock)
-    http = HttpServer(
-        make_app(plane, metrics, version="0"), host="127.0.0.1", port=0, drain_s=1
-    )
+    http = HttpServer(make_app(plane, metrics, version="0"), host="127.0.0.1", port=0, drain_s=1)
     grpc = GrpcServer(plane, metrics)
     await http.start()
     await grpc.start()
