@@ -67,7 +67,7 @@ def up(y: float, end: float, data: str, at: float | None = None) -> list[str]:
 
 
 def memory(y: float, title: str, detail: str) -> list[str]:
-    """What plan and commit both change, between them."""
+    """Draws the books that plan and commit both change, between the two."""
     centre = y + BOX_HEIGHT / 2
     return [
         *box(MIDDLE, y, title, detail, width=MIDDLE_WIDTH, kind="memory"),

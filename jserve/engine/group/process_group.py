@@ -199,7 +199,8 @@ def _start_followers(
             start_new_session=True,
         )
         assert child.stdin is not None
-        child.stdin.write(engine_job.encode_job(_follower_job(job, process, leader_address)))
+        own = dataclasses.replace(job, process=process, leader_address=leader_address)
+        child.stdin.write(engine_job.encode_job(own))
         child.stdin.flush()
         children.append(child)
         threading.Thread(
@@ -209,10 +210,6 @@ def _start_followers(
             daemon=True,
         ).start()
     return children
-
-
-def _follower_job(job: EngineJob, process: int, leader_address: str) -> EngineJob:
-    return dataclasses.replace(job, process=process, leader_address=leader_address)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -32,6 +32,8 @@ def pack_admissions(
         views["admit_prompt"][i] = len(request.prompt)
         views["admit_computed"][i] = admission.num_computed
         views["admit_last_token"][i] = 0 if last is None else last
+        if admission.adapter and not views["admit_adapter"].size:
+            raise ValueError(f"{request.id} wants an adapter; this engine's buffer holds none")
         views["admit_adapter"][i : i + 1] = admission.adapter
         views["admit_words"][i] = row.slot.reshape(1).view(np.int32)
         if row.processors is not None:

@@ -76,6 +76,14 @@ def test_what_is_declared_packs_in_both_kinds_of_program() -> None:
             pack(dataclasses.replace(plan, masks=()), TWO_GROUPS, ())
 
 
+def test_an_adapter_that_the_buffer_has_no_room_for_is_refused() -> None:
+    asked = Request(id="b", prompt=(1, 2), sampling=SamplingParams(max_tokens=9))
+    chunk = Chunk(0, "b", 0, 2, (1, 2), pages=(NewPages(0, 0, (9,)),))
+    plan = StepPlan(0, MIXED, 1, (chunk,), (Admission(0, asked, adapter=3),))
+    with pytest.raises(ValueError, match="b wants an adapter"):
+        pack(plan, PLAIN, ())
+
+
 def test_a_result_holds_every_token_of_a_decode_step() -> None:
     assert result_layout(DECODE, 4)["tokens"].shape == (4, 32)
     assert result_layout(DECODE)["tokens"].shape == (4, 8)

@@ -77,7 +77,7 @@ class Rig:
 
 
 def outcome(result: StepResult, row: int = 0) -> Yield:
-    """What a row yielded, logprobs as bits."""
+    """The outcome of a row, with log-probabilities as bits."""
     assert result.logprobs is not None
     return [
         (
