@@ -40,7 +40,7 @@ class Program:
 
     mixed: `tokens` ragged tokens of at most `rows` slots, one step.
     decode: one token of each of `rows` slots per decode step, at most `steps` decode steps;
-    the number really run is an input.
+    a plan asks for this many or fewer, and the run ends when every row has stopped.
     """
 
     kind: ProgramKind
@@ -167,7 +167,7 @@ class StepPlan:
 
     step_id: int
     program: Program
-    num_steps: int  # decode steps really run; 1 for mixed
+    num_steps: int  # most decode steps: the device stops where every row has; 1 for mixed
     chunks: tuple[Chunk, ...]
     admissions: tuple[Admission, ...] = ()
     moves: tuple[Move, ...] = ()  # run before the program, in this order

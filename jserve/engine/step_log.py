@@ -12,36 +12,40 @@ from pathlib import Path
 from typing import NamedTuple
 
 from jserve.core.errors import ConfigError
-from jserve.core.step import StepPlan, StepResult
+from jserve.core.step import ProgramKind, StepPlan, StepResult
 from jserve.engine.config import EngineConfig
 
 _log = logging.getLogger(__name__)
 
 
 class StepFeatures(NamedTuple):
-    """The facts about a plan that its time depends on."""
+    """The work that a step did, on which its time depends."""
 
     program: str
-    num_steps: int
-    decode_rows: int
+    num_steps: int  # decode steps that ran, 0 if every row had stopped before; 1 for mixed
+    decode_rows: int  # rows that decoded; one that had stopped when the step began is none
     prompt_tokens: int  # summed over the chunks
-    decode_context: int  # tokens that the first decode step of each row attends to, summed
+    decode_context: int  # tokens that the first decode step of each such row attends to, summed
     chunk_context: int  # tokens of a chunk × tokens that its last one attends to, summed
 
 
-def features(plan: StepPlan) -> StepFeatures:
-    """The features of `plan`."""
+def features(plan: StepPlan, result: StepResult) -> StepFeatures:
+    """The features of the step of `plan`, whose rows may have yielded less than planned."""
+    num_new: list[int] = result.num_new.tolist()
     decode_rows = prompt_tokens = decode_context = chunk_context = 0
-    for chunk in plan.chunks:
+    for chunk, new in zip(plan.chunks, num_new, strict=False):  # rows without a chunk follow
         end = chunk.start + chunk.num_tokens
         if chunk.tokens:
             prompt_tokens += chunk.num_tokens
             chunk_context += chunk.num_tokens * end
-        else:
+        elif new:
             decode_rows += 1
             decode_context += end
+    is_decode = plan.program.kind is ProgramKind.DECODE
+    # The device stops when no row is left that goes on, so the longest row says how far it came.
+    num_steps = max(num_new) if is_decode else 1
     return StepFeatures(
-        plan.program.name, plan.num_steps, decode_rows, prompt_tokens, decode_context, chunk_context
+        plan.program.name, num_steps, decode_rows, prompt_tokens, decode_context, chunk_context
     )
 
 
@@ -79,7 +83,7 @@ class StepLog:
             return
         line = {
             "step": plan.step_id,
-            **features(plan)._asdict(),
+            **features(plan, result)._asdict(),
             "output_tokens": int(result.num_new[: len(plan.chunks)].sum()),
             "planned_s": planned_s,
             "submitted_s": submitted_s,

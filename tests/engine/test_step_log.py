@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,21 @@ from jserve.core.request import Request, SamplingParams
 from jserve.core.step import Program, ProgramKind, StepPlan, StepResult
 from jserve.engine.config import EngineConfig
 from jserve.engine.pipeline import Pipeline
-from jserve.engine.step_log import StepLog, open_step_log
+from jserve.engine.step_log import StepFeatures, StepLog, open_step_log
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
 from jserve.scheduler.simulated_executor import SimulatedExecutor
 from jserve.scheduler.simulated_model import SimulatedModel
 
 PROGRAMS = (Program(ProgramKind.MIXED, 8, 4), Program(ProgramKind.DECODE, 4, 4, 3))
+MODEL = SimulatedModel(eos_token_ids=())
 
 
 class Recording(SimulatedExecutor):
     """Remembers plans and results."""
 
     def __init__(self, **sizes: Any) -> None:
-        super().__init__(PROGRAMS, model=SimulatedModel(eos_token_ids=()), **sizes)
+        super().__init__(PROGRAMS, model=MODEL, **sizes)
         self.plans: list[StepPlan] = []
         self.results: list[StepResult] = []
 
@@ -50,20 +52,39 @@ class Clock:
         return self.now_s
 
 
+def request(name: str, length: int, max_tokens: int, stop: int | None = None) -> Request:
+    """A request that ends at its output token number `stop`, from 0; None: at `max_tokens`."""
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    made = Request(id=name, prompt=tuple(range(length)), sampling=sampling)
+    if stop is None:
+        return made
+    tokens = MODEL.generate(made, 64)[0]
+    assert tokens[stop] not in tokens[:stop]
+    return replace(made, sampling=replace(sampling, stop_token_ids=(tokens[stop],)))
+
+
 def run(log: StepLog | None, prompts: dict[str, int], max_tokens: int) -> Recording:
+    return run_requests(log, [request(*item, max_tokens) for item in prompts.items()])
+
+
+def run_requests(log: StepLog | None, requests: list[Request]) -> Recording:
     sizes = {"num_slots": 4, "num_pages": 40, "page_size": 4}
     cache = KVCache(single_group(4), 40)
     scheduler = Scheduler(
         SchedulerConfig(), cache=cache, num_slots=4, max_model_len=64, programs=PROGRAMS
     )
     executor = Recording(**sizes)
-    for name, length in prompts.items():
-        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        scheduler.add(Request(id=name, prompt=tuple(range(length)), sampling=sampling), 0.0)
+    for asked in requests:
+        scheduler.add(asked, 0.0)
     pipeline, clock = Pipeline(scheduler, executor, log=log), Clock()
     while pipeline.has_work:
         pipeline.turn(clock)
     return executor
+
+
+def work(line: dict[str, Any]) -> tuple[Any, ...]:
+    """The features of a line, and its output tokens."""
+    return tuple(line[name] for name in (*StepFeatures._fields, "output_tokens"))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -73,9 +94,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_the_features_of_one_request_by_hand(tmp_path: Path) -> None:
     run(StepLog(tmp_path / "steps"), {"a": 10}, max_tokens=4)
     found = lines(tmp_path / "steps")
-    names = ("program", "num_steps", "decode_rows", "prompt_tokens")
-    names += ("decode_context", "chunk_context", "output_tokens")
-    assert [tuple(line[name] for name in names) for line in found] == [
+    assert [work(line) for line in found] == [
         ("mixed[8]", 1, 0, 8, 0, 64, 0),
         ("mixed[8]", 1, 0, 2, 0, 20, 1),
         ("decode[4x3]", 3, 1, 0, 11, 0, 3),
@@ -86,6 +105,36 @@ def test_the_features_of_one_request_by_hand(tmp_path: Path) -> None:
         (1, 2, 1, 5),
         (3, 4, 5, 8),
         (6, 7, 8, 10),
+    ]
+
+
+def test_a_stop_ends_the_run_and_the_run_planned_behind_it_does_nothing(tmp_path: Path) -> None:
+    run_requests(StepLog(tmp_path / "steps"), [request("a", 8, max_tokens=20, stop=2)])
+    assert [work(line) for line in lines(tmp_path / "steps")] == [
+        ("mixed[8]", 1, 0, 8, 0, 64, 1),
+        ("decode[4x3]", 2, 1, 0, 9, 0, 2),
+        ("decode[4x3]", 0, 0, 0, 0, 0, 0),
+    ]
+
+
+def test_a_row_that_has_stopped_is_not_counted_beside_one_that_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "steps"
+    run_requests(StepLog(path), [request("a", 4, 20, stop=2), request("b", 3, 8)])
+    assert [work(line) for line in lines(path)] == [
+        ("mixed[8]", 1, 0, 7, 0, 16 + 9, 2),
+        ("decode[4x3]", 3, 2, 0, 5 + 4, 0, 2 + 3),
+        ("decode[4x3]", 3, 1, 0, 7, 0, 3),
+        ("decode[4x3]", 1, 1, 0, 10, 0, 1),
+    ]
+
+
+def test_a_prompt_runs_beside_a_decode_that_has_stopped(tmp_path: Path) -> None:
+    path = tmp_path / "steps"
+    run_requests(StepLog(path), [request("a", 4, 20, stop=1), request("b", 17, 1)])
+    assert [work(line) for line in lines(path)] == [
+        ("mixed[8]", 1, 0, 8, 0, 16 + 16, 1),
+        ("mixed[8]", 1, 1, 7, 5, 7 * 11, 1),
+        ("mixed[8]", 1, 0, 6, 0, 6 * 17, 1),
     ]
 
 
