@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from jserve.cache.layout import KVLayout
 from jserve.cache.page_pool import PagePool
+from jserve.core.errors import EngineError
 from jserve.core.request import Request
 from jserve.core.step import Move, NewPages
 
@@ -189,6 +190,16 @@ class KVCache:
             return ()
         moves, self._moves = tuple(self._moves), []
         return moves
+
+    def landed(self, host_pages: tuple[int, ...]) -> None:
+        """Notes that OUT moves have filled `host_pages`: they may be copied IN or written again.
+
+        Nothing is moved out yet.
+
+        Raises:
+            EngineError: a host page is not on its way.
+        """
+        raise EngineError(f"host pages {host_pages} have landed, but none was on its way")
 
     def audit(self, held: Iterable[Pages]) -> list[str]:
         """Lists what is wrong with pages if `held` are all that sequences hold; for tests."""

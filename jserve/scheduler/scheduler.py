@@ -206,6 +206,8 @@ class Scheduler:
         if result.step_id != plan.step_id:
             raise ValueError(f"step {plan.step_id} got the result of step {result.step_id}")
         step = self._in_flight.popleft()
+        if result.landed:
+            self._cache.landed(result.landed)
         if result.prompt_logprobs is not None:
             _collect_prompt_logprobs(step, result.prompt_logprobs)
         tokens: list[list[int]] = result.tokens.tolist()

@@ -1,6 +1,7 @@
 """The scheduler under random load: 10⁵ operations against a simulated device that checks plans."""
 
 import random
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,7 +12,7 @@ from jserve.cache.kv_cache import KVCache
 from jserve.cache.layout import single_group
 from jserve.core.errors import Overloaded, PromptTooLong
 from jserve.core.request import Request, SamplingParams, SequenceUpdate, TokenLogprobs
-from jserve.core.step import Program, ProgramKind, StepPlan
+from jserve.core.step import MoveKind, Program, ProgramKind, StepPlan
 from jserve.engine.pipeline import Pipeline
 from jserve.scheduler.audit import Audit
 from jserve.scheduler.config import SchedulerConfig
@@ -20,6 +21,7 @@ from jserve.scheduler.sequence import SequenceState
 from jserve.scheduler.simulated_executor import SimulatedExecutor
 from jserve.scheduler.simulated_model import EMPTY_DIGEST, SimulatedModel, extend
 from tests.scheduler.sharing_cache import SharingCache
+from tests.scheduler.swapping_cache import SwappingCache
 
 # 3 % of tokens stop: sequences end in every way, and many grow long.
 MODEL = SimulatedModel(vocab=64, eos_token_ids=(1, 5))
@@ -73,14 +75,14 @@ def engines(draw: st.DrawFn) -> Engine:
 class Drill:
     """A scheduler and a device under random orders; checks everything after each."""
 
-    def __init__(self, engine: Engine, seed: int, depth: int = 2, sharing: bool = False) -> None:
-        """`depth` is the most steps in flight; with `sharing`, sequences find computed pages."""
+    def __init__(
+        self, engine: Engine, seed: int, depth: int = 2, cache: KVCache | None = None
+    ) -> None:
+        """`depth` is the most steps in flight; in `cache`, sequences find computed pages."""
         self.random = random.Random(seed)
         self.engine = engine
-        self.sharing = sharing
-        self.cache = KVCache(single_group(engine.page_size), engine.num_pages)
-        if sharing:
-            self.cache = SharingCache(engine.page_size, engine.num_pages, seed)
+        self.keeps = cache is not None
+        self.cache = cache or KVCache(single_group(engine.page_size), engine.num_pages)
         self.scheduler = Scheduler(
             engine.config,
             cache=self.cache,
@@ -97,7 +99,12 @@ class Drill:
             model=MODEL,
             max_processor_rows=engine.max_processor_rows,
             pages_per_slot=-(-engine.max_model_len // engine.page_size),
+            num_host_pages=(
+                self.cache.num_host_pages if isinstance(self.cache, SwappingCache) else 0
+            ),
         )
+        # Each run leans its own way: crowded, idle, impatient, one or two steps ahead.
+        self.weights = [self.random.choice((1, 3, 5)), self.random.choice((0, 0, 0.2, 1)), 3, 3]
         self.now_s = 0.0
         self.pipeline = Pipeline(self.scheduler, self.executor, depth)
         self.num_requests = 0
@@ -108,14 +115,13 @@ class Drill:
         self.updates: dict[str, list[SequenceUpdate]] = {}
         self.num_done = 0
         self.num_in_flight_preemptions = 0
+        self.num_leaving_aborts = 0  # of sequences with a page on its way to the host
 
     def run(self, num_ops: int) -> None:
         orders = [self.add, self.abort, self.plan, self.commit]
-        # Each run leans its own way: crowded, idle, impatient, one or two steps ahead.
-        weights = [self.random.choice((1, 3, 5)), self.random.choice((0, 0, 0.2, 1)), 3, 3]
         for _ in range(num_ops):
             self.now_s += self.random.random()
-            self.random.choices(orders, weights)[0]()
+            self.random.choices(orders, self.weights)[0]()
             self.check_memory()
         self.finish()
 
@@ -167,8 +173,8 @@ class Drill:
         names = [name for name in map(str, range(12)) if name not in self.requests]
         self.num_requests += 1
         rules = pick.random() < 0.2
-        # With sharing, a few prompts begin alike.
-        tokens = random.Random(pick.randrange(3)) if self.sharing else pick
+        # Where pages are kept, a few prompts begin alike.
+        tokens = random.Random(pick.randrange(3)) if self.keeps else pick
         return Request(
             id=pick.choice(names) if names else f"n{self.num_requests}",
             prompt=tuple(
@@ -197,10 +203,16 @@ class Drill:
             assert not self.scheduler.abort("unknown")
             return
         name = self.random.choice(sorted(self.requests))
+        if isinstance(self.cache, SwappingCache):
+            self.num_leaving_aborts += self.cache.leaves(self.known_tokens(name))
         assert self.scheduler.abort(name)
         assert not self.scheduler.abort(name)
         del self.requests[name]
         self.queue_s.pop(name, None)
+
+    def known_tokens(self, name: str) -> tuple[int, ...]:
+        updates = self.updates[name]
+        return self.requests[name].prompt + tuple(t for update in updates for t in update.tokens)
 
     def plan(self) -> None:
         if self.pipeline.num_in_flight == self.pipeline.depth:
@@ -272,7 +284,7 @@ class Drill:
         assert not found.problems
         stats = self.scheduler.stats()
         held = sum(seq.num_pages for seq in found.running)
-        if self.sharing:
+        if isinstance(self.cache, SharingCache):
             assert stats.free_pages >= self.engine.num_pages - held
         else:
             assert stats.free_pages == self.engine.num_pages - held
@@ -328,12 +340,16 @@ def test_random_load_loses_nothing(engine: Engine, seed: int, depth: int, num_op
     Drill(engine, seed, depth).run(num_ops)
 
 
+def sharing(engine: Engine, seed: int) -> SharingCache:
+    return SharingCache(engine.page_size, engine.num_pages, seed)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(engine=engines(), seed=st.integers(0, 1 << 32), depth=st.sampled_from((1, 2, 3)))
 def test_random_load_with_shared_cached_and_copied_pages(
     engine: Engine, seed: int, depth: int
 ) -> None:
-    Drill(engine, seed, depth, sharing=True).run(500)
+    Drill(engine, seed, depth, sharing(engine, seed)).run(500)
 
 
 @pytest.mark.sweep
@@ -344,7 +360,32 @@ def test_random_load_with_shared_cached_and_copied_pages(
 def test_100_000_orders_with_shared_cached_and_copied_pages(
     engine: Engine, seed: int, depth: int
 ) -> None:
-    Drill(engine, seed, depth, sharing=True).run(500)
+    Drill(engine, seed, depth, sharing(engine, seed)).run(500)
+
+
+def swapping(engine: Engine, seed: int) -> SwappingCache:
+    """Host memory for a part of what leaves the device, or for more than it."""
+    num_host_pages = 1 + seed % (2 * engine.num_pages)
+    return SwappingCache(engine.page_size, engine.num_pages, num_host_pages, seed)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(engine=engines(), seed=st.integers(0, 1 << 32), depth=st.sampled_from((1, 2, 3)))
+def test_random_load_with_pages_that_leave_and_come_back(
+    engine: Engine, seed: int, depth: int
+) -> None:
+    Drill(engine, seed, depth, swapping(engine, seed)).run(500)
+
+
+@pytest.mark.sweep
+@settings(
+    max_examples=220, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(engine=engines(), seed=st.integers(0, 1 << 32), depth=st.sampled_from((1, 2, 3)))
+def test_100_000_orders_with_pages_that_leave_and_come_back(
+    engine: Engine, seed: int, depth: int
+) -> None:
+    Drill(engine, seed, depth, swapping(engine, seed)).run(500)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -382,7 +423,8 @@ def test_the_drill_reaches_preemption_and_decode_runs(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_drill_reaches_every_kind_of_hit(seed: int) -> None:
-    drill = Drill(replace(CROWDED, num_pages=24), seed, sharing=True)
+    engine = replace(CROWDED, num_pages=24)
+    drill = Drill(engine, seed, cache=sharing(engine, seed))
     drill.run(2000)
     assert isinstance(drill.cache, SharingCache)
     seen = drill.cache.seen
@@ -393,3 +435,22 @@ def test_the_drill_reaches_every_kind_of_hit(seed: int) -> None:
     assert sum(len(plan.moves) for plan in drill.plans) == seen["copied"]
     assert any(admission.history_rows for admission in admissions)
     assert drill.num_done > 100
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_drill_reaches_pages_that_leave_at_every_moment(depth: int) -> None:
+    engine = replace(CROWDED, num_pages=24)
+    cache = SwappingCache(engine.page_size, engine.num_pages, num_host_pages=40, seed=depth)
+    drill = Drill(engine, depth, depth, cache)
+    drill.weights = [5, 1.5, 3, 3]
+    drill.run(3000)
+    seen = cache.seen
+    assert min(seen[event] for event in ("out", "in", "forgotten")) > 50
+    assert min(seen["inside"], drill.num_leaving_aborts) > 5
+    assert drill.scheduler.stats().num_preemptions > 20
+    assert drill.num_done > 100
+    if depth > 1:  # else a step has landed before the next is planned
+        assert seen["not landed"] > 10
+        assert drill.num_in_flight_preemptions > 10
+    moves = Counter(move.kind for plan in drill.plans for move in plan.moves)
+    assert min(moves[MoveKind.OUT], moves[MoveKind.IN]) > 100

@@ -5,6 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from jserve.cache.kv_cache import KVCache
+from jserve.cache.layout import single_group
 from jserve.core.errors import (
     EngineError,
 )
@@ -113,6 +115,30 @@ def test_running_past_the_limit_is_an_error() -> None:
     assert plan is not None
     with pytest.raises(EngineError, match="limit of 4"):
         scheduler.commit(plan, answer(plan, 1), 0.0)
+
+
+def test_the_cache_learns_which_host_pages_landed() -> None:
+    cache = KVCache(single_group(4), 100)
+    told: list[tuple[int, ...]] = []
+    cache.landed = lambda host_pages: told.append(host_pages)
+    scheduler = Rig(cache=cache).scheduler
+    request = Request(id="a", prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=20))
+    scheduler.add(request, 0.0)
+    for host_pages in ((), (3, 1), ()):
+        plan = scheduler.plan(0.0)
+        assert plan is not None
+        scheduler.commit(plan, replace(answer(plan, 1), landed=host_pages), 0.0)
+    assert told == [(3, 1)]
+
+
+def test_host_pages_that_nobody_sent_are_an_error() -> None:
+    scheduler = Rig().scheduler
+    request = Request(id="a", prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=20))
+    scheduler.add(request, 0.0)
+    plan = scheduler.plan(0.0)
+    assert plan is not None
+    with pytest.raises(EngineError, match=r"host pages \(3,\) have landed"):
+        scheduler.commit(plan, replace(answer(plan, 1), landed=(3,)), 0.0)
 
 
 def test_steps_are_committed_in_order_and_once() -> None:

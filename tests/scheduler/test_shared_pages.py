@@ -1,7 +1,8 @@
 """Random plans with shared, cached and moved pages: the simulated device accepts every right one.
 
-Nothing plans them yet but this drill, which so is the first user of the contract: it shares pages
-of prompts and outputs, copies a page of which it can use a part, and moves sequences out and in.
+The plans are this drill's own, one step at a time, so that the contract is used in ways that the
+scheduler does not: it shares pages of prompts and outputs, copies a page of which it can use a
+part, and moves sequences out and in.
 """
 
 import random
