@@ -5,7 +5,7 @@ import heapq
 from jserve.cache.kv_cache import Hit, KVCache, PageDelta
 from jserve.scheduler.policy import Policy
 from jserve.scheduler.queue import RankedQueue
-from jserve.scheduler.sequence import Event, Sequence, SequenceState
+from jserve.scheduler.sequence import Event, Rank, Sequence, SequenceState
 
 
 class Lifecycle:
@@ -86,7 +86,7 @@ class Lifecycle:
 
     def note_first_output(self, seq: Sequence, now_s: float) -> None:
         """Ranks `seq` again now that its first token is committed."""
-        rank = self._policy.rank(seq.view(Event.FIRST_OUTPUT), now_s)
+        rank = self._rank(seq, Event.FIRST_OUTPUT, now_s)
         if seq.state is SequenceState.WAITING:
             self.waiting.rerank(seq, rank)
         elif seq.state is SequenceState.RUNNING:
@@ -97,18 +97,24 @@ class Lifecycle:
     def victim(self, for_seq: Sequence) -> Sequence:
         """The running sequence to preempt so that `for_seq` gets pages; it may be `for_seq`.
 
+        The first in rank must always get on, or sequences could take pages from each other, or
+        give up their own, for ever. So it takes from the last if the policy chooses it itself.
+
         Raises:
-            ValueError: the policy chose a sequence that does not rank behind `for_seq`. The first
-                in rank must always get on, or two could take pages from each other for ever.
+            ValueError: the policy chose a sequence that ranks before `for_seq`.
         """
         victim = self._policy.victim(self.running, for_seq)
-        if victim is not for_seq and victim.rank <= for_seq.rank:
+        if victim.rank < for_seq.rank:
             raise ValueError(f"the policy preempts {victim.id}, which is not behind {for_seq.id}")
-        return victim
+        return self.running.last if victim is self.running.first else victim
+
+    def _rank(self, seq: Sequence, event: Event, now_s: float) -> Rank:
+        """The rank by the policy and, where that is equal, by arrival."""
+        return (*self._policy.rank(seq.view(event), now_s), seq.arrival)
 
     def _wait(self, seq: Sequence, event: Event, now_s: float) -> None:
         seq.state = SequenceState.WAITING
-        seq.rank = self._policy.rank(seq.view(event), now_s)
+        seq.rank = self._rank(seq, event, now_s)
         self.waiting.add(seq)
 
     def _vacate(self, seq: Sequence) -> None:

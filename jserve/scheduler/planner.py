@@ -11,7 +11,7 @@ from jserve.scheduler.lifecycle import Lifecycle
 from jserve.scheduler.pace import Pace
 from jserve.scheduler.policy import decode_steps
 from jserve.scheduler.programs import ProgramTable
-from jserve.scheduler.sequence import Sequence
+from jserve.scheduler.sequence import Sequence, SequenceState
 
 
 @dataclass(slots=True)
@@ -116,16 +116,19 @@ class Planner:
         )
         while steps > 1 and not self._all_can_grow(steps):
             steps //= 2  # rather a shorter run than a preemption
-        grow = self._cache.grow
+        grow, is_running = self._cache.grow, SequenceState.RUNNING  # looked up once
         decodes: list[_Decode] = []
-        for seq in running:  # preemptions remove sequences that are still to come
+        for seq in tuple(running):  # a copy: preemptions change the queue
             left = seq.max_total - seq.num_tokens
             new = left if left < steps else steps
             end = seq.num_computed + new
-            # Most have room; the test here saves a call for every row.
-            pages = () if end <= seq.pages.capacity else grow(seq.pages, end)
-            if pages is None:
-                pages = self._make_room(seq, end, now_s)
+            pages = ()
+            if end > seq.pages.capacity:  # as for all that were preempted on the way
+                if seq.state is not is_running:
+                    continue
+                pages = grow(seq.pages, end)  # most rows that come here succeed
+                if pages is None:
+                    pages = self._make_room(seq, end, now_s)
             if pages is not None:
                 decodes.append((seq, pages, new))
         rows = issue_decodes(decodes)
@@ -148,9 +151,10 @@ class Planner:
         running = self._running
         left = self._step_tokens - sum(s.num_computed >= len(s.context) for s in running)
         draft = _Draft(now_s, left=left, share=-(-left // self._config.max_partial_prefills))
-        for seq in running:  # preemptions remove sequences that are still to come
+        for seq in tuple(running):  # a copy: preemptions change the queue
             if seq.num_computed < len(seq.context):
-                self._grant(draft, _Grant(seq))
+                if seq.state is SequenceState.RUNNING:
+                    self._grant(draft, _Grant(seq))
                 continue
             end = seq.num_computed + 1
             pages = () if end <= seq.pages.capacity else self._make_room(seq, end, now_s)
@@ -274,7 +278,9 @@ class Planner:
         draft.left -= end - start
 
     def _make_room(self, seq: Sequence, num_tokens: int, now_s: float) -> PageDelta | None:
-        """Takes pages for `num_tokens` tokens of `seq`; None if it had to be preempted itself."""
+        """Takes pages for `num_tokens` tokens of `seq`; None if it was preempted, or has to be."""
+        if seq.state is not SequenceState.RUNNING:
+            return None
         while (pages := self._cache.grow(seq.pages, num_tokens)) is None:
             victim = self._lifecycle.victim(seq)
             self._preempt(victim, now_s)

@@ -14,9 +14,11 @@ class Policy:
     Attributes:
         rank: ranks a sequence at an event, from a view of it and the time in seconds. It is called
             on events only, never per step: what must grow with time belongs into the rank itself
-            (a deadline, not the slack that is left).
+            (a deadline, not the slack that is left). All ranks have the same length; of two that
+            are equal, the earlier arrival goes first.
         victim: chooses which of the running sequences gives its pages back when `for_seq` lacks
-            some. The victim ranks behind `for_seq`, or is `for_seq`. It only reads them.
+            some. The victim ranks behind `for_seq`, or is `for_seq`; but the first in rank, if it
+            is chosen for itself, takes from the last. It only reads them.
     """
 
     rank: Callable[[SequenceView, float], Rank]

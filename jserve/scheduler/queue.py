@@ -22,7 +22,7 @@ class RankedQueue:
         return len(self._sequences)
 
     def __iter__(self) -> Iterator[Sequence]:
-        """Members by rank. Removing members that are still to come is allowed on the way."""
+        """Members by rank. Whoever changes the queue on the way iterates over a copy."""
         return iter(self._sequences)
 
     @property

@@ -18,7 +18,8 @@ from typing import NamedTuple
 from jserve.cache.kv_cache import NO_PAGES, Pages
 from jserve.core.request import Request, TokenLogprobs
 
-# Smaller ranks are served first and preempted last; equal ranks keep the order of their arrival.
+# Smaller ranks are served first and preempted last. No two sequences have the same: `Lifecycle`
+# appends the number of their arrival to what the policy gives.
 Rank = tuple[float, ...]
 
 

@@ -259,3 +259,61 @@ def test_a_victim_before_the_one_that_lacks_pages_is_refused() -> None:
         rig.add(name, prompt=prompt, max_tokens=18)
     with pytest.raises(ValueError, match="preempts a, which is not behind b"):
         rig.run()
+
+
+def by_priority_alone(view: SequenceView, now_s: float) -> tuple[float, ...]:
+    return (view.request.priority,)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_sequences_that_a_policy_ranks_equal_go_by_arrival(depth: int) -> None:
+    policy = Policy(rank=by_priority_alone, victim=last_in_rank)
+    rig = Rig(SchedulerConfig(headroom_pages=0), num_pages=9, policy=policy)
+    requests = [rig.add(name, prompt=6, max_tokens=18) for name in "abcdefg"]
+    plans = rig.run(depth)
+    assert rig.scheduler.stats().num_preemptions > 0
+    assert rig.outputs == {r.id: rig.model.generate(r, 100)[0] for r in requests}
+    for plan in plans:
+        # Decode rows are in the order of rank, and then the prompts are.
+        decodes = [chunk.request_id for chunk in plan.chunks if not chunk.tokens]
+        assert decodes == sorted(decodes)
+        assert admitted(plan) == sorted(admitted(plan))
+
+
+def own_victim(running: RankedQueue, for_seq: Sequence) -> Sequence:
+    return for_seq
+
+
+def test_a_sequence_that_is_its_own_victim_does_not_hide_the_next() -> None:
+    policy = Policy(rank=FIRST_COME_FIRST_SERVED.rank, victim=own_victim)
+    rig = Rig(SchedulerConfig(headroom_pages=0), num_pages=10, policy=policy)
+    rig.add("a", prompt=8, max_tokens=24)
+    rig.add("b", prompt=8, max_tokens=24)
+    rig.add("c", prompt=6, max_tokens=24)
+    plans: list[StepPlan] = []
+    while rig.scheduler.stats().num_preemptions == 0:
+        plans.append(rig.step()[0])
+    assert names(plans[-1]) == ["a", "c"]  # b lacked a page, and c has room in those it holds
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("step_tokens", [None, 5])
+def test_where_everyone_is_its_own_victim_the_first_in_rank_gets_on(
+    depth: int, step_tokens: int | None
+) -> None:
+    policy = Policy(rank=FIRST_COME_FIRST_SERVED.rank, victim=own_victim)
+    config = SchedulerConfig(headroom_pages=0, step_tokens=step_tokens)
+    rig = Rig(config, num_pages=9, policy=policy)
+    requests = [rig.add(name, prompt=6, max_tokens=18 + i) for i, name in enumerate("abcdefg")]
+    rig.pipeline.depth = depth
+    while rig.scheduler.has_work:
+        first = next(iter(rig.scheduler.audit().running), None)
+        num_plans = len(rig.executor.plans)
+        updates = rig.pipeline.turn(rig.now)
+        new = rig.executor.plans[num_plans:]
+        assert new or updates is not None, "nothing runs, and nothing is in flight"
+        if first is not None:
+            assert first.id in names(new[0])
+        rig.note(updates or [])
+    assert rig.scheduler.stats().num_preemptions > 0
+    assert rig.outputs == {r.id: rig.model.generate(r, 100)[0] for r in requests}
