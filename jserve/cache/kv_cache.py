@@ -107,6 +107,8 @@ class KVCache:
         """Entries of a page table that `num_tokens` tokens fill, in the group with most of them."""
         return max(-(-num_tokens // size) for size in self._page_sizes)
 
+    # Room for tokens.
+
     def room(self, pages: Pages) -> int:
         """Tokens that `pages` could hold if it took every free page."""
         free = self._pool.num_free
@@ -116,6 +118,34 @@ class KVCache:
             return most
         counts = range(most + 1)
         return bisect_right(counts, free, key=lambda count: self.missing(pages, count)) - 1
+
+    def can_all_grow(self, num_sequences: int, num_tokens: int) -> bool:
+        """Whether any `num_sequences` sequences can hold `num_tokens` more tokens each; O(1).
+
+        A yes is never wrong; after a no, `can_grow` says whether known sequences can.
+        """
+        return num_sequences * self.pages_for(num_tokens) <= self._pool.num_free
+
+    def can_grow(self, wanted: Iterable[tuple[Pages, int]]) -> bool:
+        """Whether free pages suffice for all of `wanted`: pages, and the tokens they must hold."""
+        return self._missing(wanted) <= self._pool.num_free
+
+    def admission_room(
+        self,
+        owed: Iterable[tuple[Pages, int]],
+        *,
+        num_running: int,
+        headroom_pages: int,
+        max_tokens: int,
+    ) -> "AdmissionRoom":
+        """The room for newcomers that running sequences leave.
+
+        `owed` are pages of running sequences, and tokens that these will hold in any case. Beyond
+        them, `headroom_pages` stay free for each of `num_running` sequences and each newcomer. No
+        sequence holds more than `max_tokens` tokens.
+        """
+        free = self._pool.num_free - self._missing(owed) - headroom_pages * num_running
+        return AdmissionRoom(self, free, headroom_pages, max_tokens)
 
     # Pages held by sequences.
 
@@ -217,9 +247,46 @@ class KVCache:
                 problems.append(f"page {page} has {refs} references, {holders[page]} holders")
         return problems
 
+    def _missing(self, wanted: Iterable[tuple[Pages, int]]) -> int:
+        """Pages that all of `wanted` lack; most lack none."""
+        return sum(
+            self.missing(pages, num_tokens)
+            for pages, num_tokens in wanted
+            if num_tokens > pages.capacity
+        )
+
     def _measure(self, pages: Pages) -> None:
         sizes = zip(pages.tables, self._page_sizes, strict=True)
         pages.capacity = min(len(table) * size for table, size in sizes)
+
+
+class AdmissionRoom:
+    """The room for newcomers in one step; it counts, and takes nothing from the cache."""
+
+    def __init__(
+        self, cache: KVCache, free_pages: int, headroom_pages: int, max_tokens: int
+    ) -> None:
+        self._cache = cache
+        self._free_pages = free_pages
+        self._headroom_pages = headroom_pages
+        self._max_tokens = max_tokens
+        self._num_entries = 0  # of the device's page tables, by the hits of those admitted
+
+    def fits(self, hit: Hit, num_tokens: int) -> bool:
+        """Whether a sequence with `hit` can be admitted and hold `num_tokens` tokens.
+
+        A step tells the device the pages of one whole sequence, beside those of its chunks, so a
+        second hit must fit into what the first ones leave of it.
+        """
+        if self._cache.cost(hit, num_tokens) > self._free_pages:
+            return False
+        num_entries = self._num_entries + hit.num_entries
+        return not self._num_entries or num_entries <= self._cache.max_entries(self._max_tokens)
+
+    def take(self, hit: Hit, num_tokens: int) -> None:
+        """Subtracts a sequence that is admitted, and its headroom."""
+        self._free_pages -= self._cache.cost(hit, num_tokens) + self._headroom_pages
+        self._num_entries += hit.num_entries
 
 
 def joined(first: PageDelta, then: PageDelta) -> PageDelta:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from jserve.cache.kv_cache import NO_HIT, Hit, KVCache, PageDelta, joined
+from jserve.cache.kv_cache import NO_HIT, AdmissionRoom, Hit, KVCache, PageDelta, joined
 from jserve.core.stats import EngineStats
 from jserve.core.step import Admission, Chunk, Program, StepPlan
 from jserve.scheduler.config import SchedulerConfig
@@ -83,7 +83,7 @@ class Planner:
         self._running = lifecycle.running
         self._counters = counters
         self._max_processor_rows = max_processor_rows
-        self._max_hit_entries = cache.max_entries(max_model_len)
+        self._max_model_len = max_model_len
         self._step_tokens = programs.step_tokens(config.step_tokens)
         self.pace = Pace()
 
@@ -180,21 +180,21 @@ class Planner:
 
     # Admission takes the head of the queue only, so nobody is overtaken.
 
-    def _admission_room(self) -> int:
-        """Free pages that are neither owed to half computed prompts nor kept for growth."""
-        owed = sum(
-            self._cache.missing(seq.pages, len(seq.context))
-            for seq in self._running
-            if seq.num_computed < len(seq.context)
+    def _admission_room(self) -> AdmissionRoom:
+        """Room that is neither owed to half computed prompts nor kept for growth."""
+        running = self._running
+        return self._cache.admission_room(
+            [(s.pages, len(s.context)) for s in running if s.num_computed < len(s.context)],
+            num_running=len(running),
+            headroom_pages=self._config.headroom_pages,
+            max_tokens=self._max_model_len,
         )
-        headroom = self._config.headroom_pages * len(self._running)
-        return self._cache.num_free - owed - headroom
 
     def _head_fits(self) -> bool:
         if not len(self._waiting) or not self._lifecycle.num_free_slots:
             return False
         head = self._waiting.first
-        return self._cache.cost(self._hit(head), head.num_context) <= self._admission_room()
+        return self._admission_room().fits(self._hit(head), head.num_context)
 
     def _hit(self, seq: Sequence) -> Hit:
         """The computed tokens that `seq` finds in memory."""
@@ -218,22 +218,21 @@ class Planner:
 
     def _admit(self, draft: _Draft) -> None:
         """Admits sequences to `draft` until one must wait."""
-        room = self._admission_room() if len(self._waiting) else 0
-        num_processors = num_entries = 0
+        if not len(self._waiting):
+            return
+        room = self._admission_room()
+        num_processors = 0
         while len(self._waiting) and self._lifecycle.num_free_slots and draft.left > 0:
             seq = self._waiting.first
             admission, hit = self._admission(seq)
-            cost = self._cache.cost(hit, seq.num_context)
             num_processors += admission.processor_rows
-            if cost > room or num_processors > self._max_processor_rows:
+            if num_processors > self._max_processor_rows:
                 return
             if seq.num_in_flight > 0:  # just preempted: its tokens are not all known yet
                 return
-            # A step has room for the pages of one whole sequence, beside those of its chunks.
-            if num_entries and num_entries + hit.num_entries > self._max_hit_entries:
+            if not room.fits(hit, seq.num_context):
                 return
-            num_entries += hit.num_entries
-            room -= cost + self._config.headroom_pages
+            room.take(hit, seq.num_context)
             self._enter(draft, seq, admission, hit)
 
     def _enter(self, draft: _Draft, seq: Sequence, admission: Admission, hit: Hit) -> None:
@@ -290,14 +289,12 @@ class Planner:
 
     def _all_can_grow(self, steps: int) -> bool:
         """Whether free pages suffice for every running sequence to decode `steps` more tokens."""
-        free = self._cache.num_free
-        if len(self._running) * self._cache.pages_for(steps) <= free:
+        if self._cache.can_all_grow(len(self._running), steps):
             return True
-        needed = 0
-        for seq in self._running:
-            new = min(steps, seq.max_total - seq.num_tokens)
-            needed += self._cache.missing(seq.pages, seq.num_computed + new)
-        return needed <= free
+        return self._cache.can_grow(
+            (seq.pages, seq.num_computed + min(steps, seq.max_total - seq.num_tokens))
+            for seq in self._running
+        )
 
     def _preempt(self, seq: Sequence, now_s: float) -> None:
         self._counters.num_preemptions += 1

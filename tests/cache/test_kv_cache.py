@@ -108,6 +108,26 @@ class CacheMachine(RuleBasedStateMachine):
     def tables(self, index: int) -> list[tuple[list[int], int]]:
         return list(zip(self.device[index], self.sizes, strict=True))
 
+    @rule(more=st.lists(st.integers(0, 12), min_size=10, max_size=10))
+    def ask_for_all(self, more: list[int]) -> None:
+        """Growth of all at once is what growing one after the other comes to."""
+        wanted = [n + m for n, m in zip(self.lengths, more, strict=False)]
+        asked = list(zip(self.held, wanted, strict=False))
+        missing = sum(self.cache.missing(pages, n) for pages, n in asked)
+        assert self.cache.can_grow(asked) == (missing <= self.cache.num_free)
+        if self.cache.can_all_grow(len(self.held), more[0]):
+            assert self.cache.can_grow(
+                (pages, n + more[0]) for pages, n in zip(self.held, self.lengths, strict=True)
+            )
+        room = self.cache.admission_room(asked, num_running=3, headroom_pages=2, max_tokens=40)
+        left = self.cache.num_free - missing - 2 * 3
+        for num_tokens in more:
+            cost = page_count(self.sizes, num_tokens)
+            assert room.fits(NO_HIT, num_tokens) == (cost <= left)
+            if cost <= left:
+                room.take(NO_HIT, num_tokens)
+                left -= cost + 2
+
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
@@ -147,6 +167,21 @@ def test_an_evictable_hit_costs_what_it_takes_from_others() -> None:
     cache = KVCache(single_group(4), 10)
     hit = Hit(8, ((1, 2),), num_pages=2, num_evictable=1)
     assert cache.cost(hit, 16) == 3  # two pages are missing, one can be evicted no more
+
+
+def test_the_hits_of_a_step_have_as_many_entries_as_one_sequence() -> None:
+    cache = KVCache(single_group(4), 100)
+    room = cache.admission_room((), num_running=0, headroom_pages=0, max_tokens=17)
+    five, one = Hit(20, ((1, 2, 3, 4, 5),), num_pages=5), Hit(4, ((1,),), num_pages=1)
+    four = Hit(16, ((1, 2, 3, 4),), num_pages=4)
+    assert room.fits(five, 21)
+    room.take(NO_HIT, 21)
+    assert room.fits(five, 21)  # what has no hit fills no entries
+    room.take(four, 17)
+    assert room.fits(one, 21)
+    room.take(one, 21)
+    assert not room.fits(one, 21)
+    assert room.fits(NO_HIT, 21)
 
 
 def test_the_audit_sees_a_page_that_nobody_holds() -> None:
