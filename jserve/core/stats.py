@@ -1,7 +1,8 @@
 """Load and counters of an engine, declared once.
 
-A field of `EngineStats` is counted by the scheduler, sent to the gateway under its own name and
-shown at /metrics under the name in its metadata. A new one is a line here and one in engine.proto.
+A field of `EngineStats` is sent to the gateway under its own name and shown at /metrics under the
+name in its metadata. The scheduler counts them all but `num_compiles_after_warmup`, which the
+engine's loop sets. A new one is a line here and one in engine.proto.
 """
 
 import enum
@@ -36,8 +37,11 @@ class EngineStats:
     """
 
     num_waiting: int = _gauge("num_requests_waiting", "Sequences that wait for a slot.", vllm=True)
-    # Counts those with a slot and those whose last tokens are in flight.
-    num_running: int = _gauge("num_requests_running", "Sequences that hold a slot.", vllm=True)
+    num_running: int = _gauge(
+        "num_requests_running",
+        "Sequences that hold a slot, or have left it with their last tokens in flight.",
+        vllm=True,
+    )
     free_slots: int = _gauge("free_slots", "Slots without a sequence.")
     free_pages: int = _gauge("free_pages", "KV pages without a sequence.")
     num_preemptions: int = _counter(

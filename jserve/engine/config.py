@@ -16,7 +16,7 @@ _AT_LEAST = {
     "expert_parallel": 1,
     "num_processes": 1,
     "join_timeout_s": 0,
-    "processor_rows": 1,  # or a request with a mask could never be admitted
+    "processor_rows": 1,  # or a request with masks or biases could never be admitted
     "drain_timeout_s": 0,
 }
 
@@ -68,7 +68,9 @@ class EngineConfig:
     mixed_tokens: tuple[int, ...] = (128,)  # sizes of the ragged programs
     decode_rows: tuple[int, ...] = (4, 32)  # sizes of the decode programs; the last: all slots
     decode_steps: int = 8  # decode steps in one program run, at most
-    processor_rows: int = 4  # sequences with masks or biases admitted in one step
+    # Rows that the admissions of one step share: masks or biases of a sequence take one, and a
+    # history for penalties takes one or more.
+    processor_rows: int = 4
     host_pages: int = 0  # KV pages that host memory holds, for moves; 0: plans move no pages
     cache_executables: bool = True  # keep compiled programs in the model cache folder
     tensor_parallel: int = 1  # devices that each hold a share of heads, FFN columns and vocabulary

@@ -11,9 +11,11 @@ from jserve.scheduler.sequence import Event, Rank, Sequence, SequenceState
 class Lifecycle:
     """Owns the state and rank of every sequence, who waits, who runs, and the slots.
 
-    Each method is one transition of the diagram in `sequence`; from any other state it raises
-    ValueError. A sequence may leave its slot while steps of it are in flight: programs run in the
-    order of their submission, so the next owner of its slot and pages writes them later.
+    `arrive` and `finish` are the start and the end of the diagram in `sequence`. `admit`,
+    `preempt`, `retire` and `requeue` are the transitions between; they raise ValueError for a
+    sequence in another state. A sequence may leave its slot while steps of it are in flight:
+    programs run in the order of their submission, so the next owner of its slot and pages writes
+    them later.
     """
 
     def __init__(self, policy: Policy, cache: KVCache, num_slots: int) -> None:
@@ -40,7 +42,7 @@ class Lifecycle:
     # Transitions.
 
     def arrive(self, seq: Sequence, now_s: float) -> None:
-        """Puts the new `seq` into the waiting queue."""
+        """New → WAITING; `seq` must be in no queue."""
         self._wait(seq, Event.ARRIVAL, now_s)
 
     def admit(self, seq: Sequence, hit: Hit) -> PageDelta:
@@ -75,7 +77,7 @@ class Lifecycle:
         self._wait(seq, Event.REQUEUE, now_s)
 
     def finish(self, seq: Sequence) -> None:
-        """Any state → FINISHED; what `seq` holds is free at once."""
+        """Any state → FINISHED; what `seq` holds is free at once. A second call does nothing."""
         if seq.state is SequenceState.WAITING:
             self.waiting.remove(seq)
         elif seq.state is SequenceState.RUNNING:

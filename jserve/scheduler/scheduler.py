@@ -43,7 +43,10 @@ class Scheduler:
         max_processor_rows: int = 8,
         policy: Policy = FIRST_COME_FIRST_SERVED,
     ) -> None:
-        """`max_processor_rows` is how many admissions with masks or biases one step can carry.
+        """`max_processor_rows` is how many processor rows the admissions of one step can take.
+
+        An admission with masks or biases takes one; one with penalties and computed tokens takes
+        as many as its history needs.
 
         Raises:
             ConfigError: the programs or `config.step_tokens` cannot hold every slot.
