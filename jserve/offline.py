@@ -30,6 +30,7 @@ from jserve.gateway.output import join
 from jserve.gateway.request_plane import (
     GenerationRequest,
     OutputDelta,
+    OutputStream,
     RequestOptions,
     RequestPlane,
 )
@@ -249,13 +250,22 @@ class LLM:
         """Yields the text of one completion as it grows. Options are those of `generate`."""
         fields = [sampling or SamplingFields()]
         (generation,) = self._loop.call(self._prepare([prompt], fields, options))
-        deltas = self._plane.run(generation)
+        started: list[OutputStream] = []  # on the loop, which owns the request plane
+
+        async def start() -> None:
+            started.append(self._plane.run(generation))
+
+        def close() -> None:
+            for deltas in started:  # none, if an interrupt came before the start
+                deltas.close()
+
         try:
-            while (delta := self._loop.call(self._engine.drive(_next(deltas)))) is not None:
+            self._loop.call(start())
+            while (delta := self._loop.call(self._engine.drive(_next(started[0])))) is not None:
                 if delta.text:
                     yield delta.text
         finally:
-            self._loop.call_soon(deltas.close)
+            self._loop.call_soon(close)
 
     @property
     def stats(self) -> EngineStats:
