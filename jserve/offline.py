@@ -25,7 +25,7 @@ from jserve.engine.config import PlatformConfig
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
 from jserve.engine.loop import EngineLoop
 from jserve.engine.step_log import StepLog, open_step_log
-from jserve.gateway.engine_client import UpdateStream
+from jserve.gateway.engine_client import LiveStreams, UpdateStream
 from jserve.gateway.output import join
 from jserve.gateway.request_plane import (
     GenerationRequest,
@@ -78,22 +78,16 @@ class InProcessEngine:
             engine.num_compiles,
             step_log,
         )
-        self._streams: dict[str, UpdateStream] = {}  # by live request id
-        self._backlog: dict[
-            str, Request
-        ] = {}  # requests that wait for room in the engine, in order
+        self._streams = LiveStreams()
+        self._backlog: dict[str, Request] = {}  # by id, in order: they wait for room in the engine
 
     def submit(self, requests: Sequence[Request]) -> UpdateStream:
-        stream = UpdateStream(self, [request.id for request in requests])
-        for request in requests:
-            self._streams[request.id] = stream
-            self._backlog[request.id] = request
+        stream = self._streams.open(self, requests)
+        self._backlog.update((request.id, request) for request in requests)
         return stream
 
     def abort(self, request_id: str) -> None:
-        if self._streams.pop(request_id, None) is None:
-            return
-        if self._backlog.pop(request_id, None) is None:
+        if self._streams.close(request_id) and self._backlog.pop(request_id, None) is None:
             self._inbox.put(Abort(request_id))
 
     async def drive(self, work: Coroutine[Any, Any, T]) -> T:
@@ -121,16 +115,9 @@ class InProcessEngine:
         events = self._outbox.take()
         self.stats = events.stats
         for update in events.updates:
-            stream = self._streams.get(update.request_id)
-            if stream is None:
-                continue  # the sequence was aborted meanwhile
-            if update.finish is not None:
-                del self._streams[update.request_id]
-            stream.post(update)
+            self._streams.post(update)
         for request_id, error in events.rejections:
-            stream = self._streams.pop(request_id, None)
-            if stream is not None:
-                stream.fail(error)
+            self._streams.reject(request_id, error)
 
 
 class _LoopThread:

@@ -107,3 +107,46 @@ class UpdateStream:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+class LiveStreams:
+    """Owns which stream takes the updates of which live sequence of one engine client."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, UpdateStream] = {}  # by request id
+
+    def __len__(self) -> int:
+        """Number of live sequences."""
+        return len(self._streams)
+
+    def open(self, client: EngineClient, requests: Sequence[Request]) -> UpdateStream:
+        """Starts the stream that `requests` share."""
+        stream = UpdateStream(client, [request.id for request in requests])
+        self._streams.update((request.id, stream) for request in requests)
+        return stream
+
+    def close(self, request_id: str) -> bool:
+        """Forgets an aborted sequence; False if it is not live."""
+        return self._streams.pop(request_id, None) is not None
+
+    def post(self, update: SequenceUpdate) -> None:
+        """Gives an update to its stream; nobody reads that of a sequence aborted meanwhile."""
+        stream = self._streams.get(update.request_id)
+        if stream is None:
+            return
+        if update.finish is not None:
+            del self._streams[update.request_id]
+        stream.post(update)
+
+    def reject(self, request_id: str, error: JserveError) -> None:
+        """Fails the stream of a sequence that the engine refuses."""
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            stream.fail(error)
+
+    def fail_all(self, error: JserveError) -> None:
+        """Fails every stream, once the engine is gone: nothing is left to abort."""
+        streams = set(self._streams.values())
+        self._streams.clear()
+        for stream in streams:
+            stream.fail(error)
