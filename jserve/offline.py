@@ -79,16 +79,17 @@ class InProcessEngine:
             step_log,
         )
         self._streams = LiveStreams()
-        self._backlog: dict[str, Request] = {}  # by id, in order: they wait for room in the engine
+        self._backlog: dict[str, Request] = {}  # by name; they wait for room in the engine
 
     def submit(self, requests: Sequence[Request]) -> UpdateStream:
-        stream = self._streams.open(self, requests)
-        self._backlog.update((request.id, request) for request in requests)
+        stream, named = self._streams.open(self, requests)
+        self._backlog.update((request.id, request) for request in named)
         return stream
 
     def abort(self, request_id: str) -> None:
-        if self._streams.close(request_id) and self._backlog.pop(request_id, None) is None:
-            self._inbox.put(Abort(request_id))
+        name = self._streams.close(request_id)
+        if name is not None and self._backlog.pop(name, None) is None:
+            self._inbox.put(Abort(name))
 
     async def drive(self, work: Coroutine[Any, Any, T]) -> T:
         """Steps the engine until `work`, which waits for its answers, is done.
@@ -109,15 +110,15 @@ class InProcessEngine:
     def _step(self) -> None:
         if self._backlog:
             room = self._max_queue - self._scheduler.stats().num_waiting
-            for request_id in list(itertools.islice(self._backlog, max(room, 0))):
-                self._inbox.put(Submit(self._backlog.pop(request_id)))
+            for name in list(itertools.islice(self._backlog, max(room, 0))):
+                self._inbox.put(Submit(self._backlog.pop(name)))
         self._loop.run_once()
         events = self._outbox.take()
         self.stats = events.stats
         for update in events.updates:
             self._streams.post(update)
-        for request_id, error in events.rejections:
-            self._streams.reject(request_id, error)
+        for name, error in events.rejections:
+            self._streams.reject(name, error)
 
 
 class _LoopThread:

@@ -148,10 +148,10 @@ class FakeEngine:
     def submit(self, requests: Sequence[Request]) -> UpdateStream:
         if not self.ready:
             raise Unavailable("the engine is not running; try again", retry_after_s=1.0)
-        stream = self._streams.open(self, requests)
+        stream, named = self._streams.open(self, requests)
         try:
-            for request in requests:
-                self._sequences.add(request)
+            for request, sent in zip(requests, named, strict=True):
+                self._sequences.add(sent)
                 self.submitted.append(request)
         except Overloaded as error:
             stream.fail(error)
@@ -160,9 +160,10 @@ class FakeEngine:
         return stream
 
     def abort(self, request_id: str) -> None:
-        if self._streams.close(request_id):
+        name = self._streams.close(request_id)
+        if name is not None:
             self.aborted.append(request_id)
-            self._sequences.abort(request_id)
+            self._sequences.abort(name)
 
     def crash(self) -> None:
         """Loses everything in flight, as a killed engine process does."""

@@ -88,15 +88,16 @@ class GrpcEngineClient:
             raise Overloaded(
                 f"{len(self._streams)} sequences are in flight; try again", retry_after_s=1.0
             )
-        stream = self._streams.open(self, requests)
-        for request in requests:
+        stream, named = self._streams.open(self, requests)
+        for request in named:
             message = engine_pb2.SessionRequest(submit=request_to_proto(request))
             self._outgoing.put_nowait(message)
         return stream
 
     def abort(self, request_id: str) -> None:
-        if self._streams.close(request_id) and self._outgoing is not None:
-            self._outgoing.put_nowait(engine_pb2.SessionRequest(abort=request_id))
+        name = self._streams.close(request_id)
+        if name is not None and self._outgoing is not None:
+            self._outgoing.put_nowait(engine_pb2.SessionRequest(abort=name))
 
     async def _stay_connected(self) -> None:
         try:
