@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import httpx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from jserve.core.clock import WallClock
@@ -24,6 +25,8 @@ T = TypeVar("T")
 
 END = 256  # the id of <|end|>, the one end-of-sequence token; ids below are bytes
 MODEL = "test/model"
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'boom' %}{{ raise_exception('no boom please') }}"
     "{% endif %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -160,3 +163,15 @@ def serving(
         served.assert_idle()
     finally:
         served.stop()
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    """Checks that an answer is an error in OpenAI's shape, and returns it."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    body = response.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    return body["error"]
