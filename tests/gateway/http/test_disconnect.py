@@ -12,9 +12,8 @@ import openai
 import pytest
 
 from jserve.core.request import Request
-from tests.gateway.http.http_serving import Served, serving
+from tests.gateway.http.http_serving import COMPLETIONS, Served, serving
 
-COMPLETIONS = "/v1/completions"
 LONG = {"prompt": "a", "max_tokens": 4000}
 
 
