@@ -238,7 +238,7 @@ class LLM:
         """Yields the text of one completion as it grows. Options are those of `generate`."""
         fields = [sampling or SamplingFields()]
         (generation,) = self._loop.call(self._prepare([prompt], fields, options))
-        started: list[OutputStream] = []  # on the loop, which owns the request plane
+        started: list[OutputStream] = []  # filled on the loop, which owns the request plane
 
         async def start() -> None:
             started.append(self._plane.run(generation))
