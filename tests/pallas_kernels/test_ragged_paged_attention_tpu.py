@@ -1,8 +1,8 @@
 """Ragged paged attention of Pallas for TPU, run by JAX's TPU interpreter with its race detector.
 
 The interpreter fills buffers with NaN, carries out a copy no sooner than it is waited for, and
-refuses to read out of bounds. What it cannot show, `tests/tpu_compile` does: that the kernel is
-accepted for the real chips.
+refuses to read out of bounds. It cannot show that the kernel is accepted
+for the real chips; `tests/tpu_compile` does.
 """
 
 import functools
@@ -96,7 +96,7 @@ def test_pages_of_bfloat16(name: str) -> None:
 
 
 def test_pages_of_8_bits() -> None:
-    """As bfloat16, over K and V that 8 bits hold exactly."""
+    """Queries of bfloat16 over K and V that 8 bits hold exactly lose nothing more."""
     (case,) = (case for case in CASES if case.name == "dim_64")
     problem = Problem(case, seed=2, kv_dtype=jnp.float8_e4m3fn)
     problem.q = [q.astype(jnp.bfloat16).astype(np.float32) for q in problem.q]

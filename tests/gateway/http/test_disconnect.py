@@ -182,7 +182,7 @@ def test_a_reader_that_stops_bounds_what_is_buffered() -> None:
             received += raw.recv(1 << 20)
         raw.close()
     tokens = [0, 0]
-    chunks = received.partition(b"\r\n\r\n")[2].split(b"\r\n")[1::2]  # of the body
+    chunks = received.partition(b"\r\n\r\n")[2].split(b"\r\n")[1::2]  # chunks of the body
     for event in b"".join(chunks).split(b"\n\n")[:-2]:
         choice = json.loads(event.removeprefix(b"data: "))["choices"][0]
         tokens[choice["index"]] += len(choice["logprobs"]["tokens"])
