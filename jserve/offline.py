@@ -25,11 +25,12 @@ from jserve.engine.config import PlatformConfig
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
 from jserve.engine.loop import EngineLoop
 from jserve.engine.step_log import StepLog, open_step_log
-from jserve.gateway.engine_client import UpdateStream
+from jserve.gateway.engine_client import LiveStreams, UpdateStream
 from jserve.gateway.output import join
 from jserve.gateway.request_plane import (
     GenerationRequest,
     OutputDelta,
+    OutputStream,
     RequestOptions,
     RequestPlane,
 )
@@ -77,23 +78,18 @@ class InProcessEngine:
             engine.num_compiles,
             step_log,
         )
-        self._streams: dict[str, UpdateStream] = {}  # by live request id
-        self._backlog: dict[
-            str, Request
-        ] = {}  # requests that wait for room in the engine, in order
+        self._streams = LiveStreams()
+        self._backlog: dict[str, Request] = {}  # by name; they wait for room in the engine
 
     def submit(self, requests: Sequence[Request]) -> UpdateStream:
-        stream = UpdateStream(self, [request.id for request in requests])
-        for request in requests:
-            self._streams[request.id] = stream
-            self._backlog[request.id] = request
+        stream, named = self._streams.open(self, requests)
+        self._backlog.update((request.id, request) for request in named)
         return stream
 
     def abort(self, request_id: str) -> None:
-        if self._streams.pop(request_id, None) is None:
-            return
-        if self._backlog.pop(request_id, None) is None:
-            self._inbox.put(Abort(request_id))
+        name = self._streams.close(request_id)
+        if name is not None and self._backlog.pop(name, None) is None:
+            self._inbox.put(Abort(name))
 
     async def drive(self, work: Coroutine[Any, Any, T]) -> T:
         """Steps the engine until `work`, which waits for its answers, is done.
@@ -114,22 +110,15 @@ class InProcessEngine:
     def _step(self) -> None:
         if self._backlog:
             room = self._max_queue - self._scheduler.stats().num_waiting
-            for request_id in list(itertools.islice(self._backlog, max(room, 0))):
-                self._inbox.put(Submit(self._backlog.pop(request_id)))
+            for name in list(itertools.islice(self._backlog, max(room, 0))):
+                self._inbox.put(Submit(self._backlog.pop(name)))
         self._loop.run_once()
         events = self._outbox.take()
         self.stats = events.stats
         for update in events.updates:
-            stream = self._streams.get(update.request_id)
-            if stream is None:
-                continue  # the sequence was aborted meanwhile
-            if update.finish is not None:
-                del self._streams[update.request_id]
-            stream.post(update)
-        for request_id, error in events.rejections:
-            stream = self._streams.pop(request_id, None)
-            if stream is not None:
-                stream.fail(error)
+            self._streams.post(update)
+        for name, error in events.rejections:
+            self._streams.reject(name, error)
 
 
 class _LoopThread:
@@ -249,13 +238,22 @@ class LLM:
         """Yields the text of one completion as it grows. Options are those of `generate`."""
         fields = [sampling or SamplingFields()]
         (generation,) = self._loop.call(self._prepare([prompt], fields, options))
-        deltas = self._plane.run(generation)
+        started: list[OutputStream] = []  # filled on the loop, which owns the request plane
+
+        async def start() -> None:
+            started.append(self._plane.run(generation))
+
+        def close() -> None:
+            for deltas in started:  # none, if an interrupt came before the start
+                deltas.close()
+
         try:
-            while (delta := self._loop.call(self._engine.drive(_next(deltas)))) is not None:
+            self._loop.call(start())
+            while (delta := self._loop.call(self._engine.drive(_next(started[0])))) is not None:
                 if delta.text:
                     yield delta.text
         finally:
-            self._loop.call_soon(deltas.close)
+            self._loop.call_soon(close)
 
     @property
     def stats(self) -> EngineStats:

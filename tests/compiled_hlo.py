@@ -1,4 +1,4 @@
-"""Reads a program's text for what must not be in it: copies of arrays, dots of narrow floats."""
+"""Finds in a program's text the operations that it must not have: copies, dots of narrow floats."""
 
 import math
 import re
@@ -29,12 +29,12 @@ class Op(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        """Without the padding of tiled layouts."""
+        """Bytes of the result, without the padding of tiled layouts."""
         return math.prod(self.shape) * _BITS.get(self.dtype, 64) // 8
 
 
 def operations(text: str) -> Iterator[Op]:
-    """The operations outside of fusions; what is inside writes no memory."""
+    """The operations outside of fusions; those inside write no memory."""
     fused = set(_CALLED.findall(text))
     inside = False
     for line in text.splitlines():
@@ -52,7 +52,7 @@ def written(text: str) -> Iterator[Op]:
 
 
 def writes_of(text: str, shapes: Iterable[Sequence[int]]) -> list[Op]:
-    """What writes an array of one of these shapes to HBM, in any layout and of any dtype."""
+    """Operations that write an array of one of these shapes to HBM, in any layout and dtype."""
     watched = {tuple(sorted(shape)) for shape in shapes}
     return [op for op in written(text) if not op.on_chip and tuple(sorted(op.shape)) in watched]
 
@@ -93,7 +93,7 @@ def narrow_dots(lowered: jax.stages.Lowered, *, compile: bool = True) -> list[st
 
 
 def _narrow_compiled_dots(text: str) -> list[str]:
-    """The same in a compiled program.
+    """The dots of a compiled program whose operands are not float32.
 
     A library that takes a dot and the conversions before it may still read the narrow values, so
     what goes into a library's fusion, or into a call of a library's matmul, counts as well.

@@ -21,7 +21,7 @@ _ARCHS = {
     "gemma3": gguf.MODEL_ARCH.GEMMA3,
     "qwen3moe": gguf.MODEL_ARCH.QWEN3MOE,
 }
-_EXPERT_NAMES = {  # of the router, and of an expert's weights into and out of it
+_EXPERT_NAMES = {  # prefixes, and names of an expert's weights into and out of it
     "mixtral": ("block_sparse_moe.", ("w1", "w3", "w2")),
     "qwen3moe": ("mlp.", ("gate_proj", "up_proj", "down_proj")),
 }
@@ -96,7 +96,7 @@ def gguf_metadata(arch: str) -> dict[str, Any]:
 
 
 def gguf_arch(arch: str) -> str:
-    """What `general.architecture` is."""
+    """The value of `general.architecture`."""
     return "llama" if arch == "mixtral" else arch
 
 
@@ -181,7 +181,7 @@ def _merged_experts(weights: Mapping[str, np.ndarray]) -> Weights:
 
 
 def _as_converted(arch: str, name: str, value: np.ndarray) -> np.ndarray:
-    """What the converter changes, in its own words (conversion/llama.py, conversion/gemma.py)."""
+    """Changes of the converter, in its own words (conversion/llama.py, conversion/gemma.py)."""
     if arch in ("llama", "mixtral") and ("q_proj" in name or "k_proj" in name):
         n_head = Q_HEADS if "q_proj" in name else KV_HEADS
         return (

@@ -12,6 +12,7 @@ from jserve.config import load
 from jserve.core.errors import ConfigError, PromptTooLong, RequestError
 from jserve.core.request import FinishReason
 from jserve.engine.config import Platform
+from jserve.gateway.request_plane import GenerationRequest, OutputStream
 from jserve.gateway.validation import SamplingFields
 from jserve.offline import LLM
 
@@ -131,6 +132,22 @@ def test_an_interrupt_aborts_what_runs(llm: LLM, monkeypatch: pytest.MonkeyPatch
     llm.generate("another", GREEDY, use_tqdm=False)  # its first step takes the aborts along
     assert (llm.stats.num_running, llm.stats.num_waiting) == (0, 0)
     assert llm.stats.free_slots == llm.info.num_slots
+
+
+def test_the_request_plane_runs_on_its_event_loop(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, loops = llm._plane.run, list[asyncio.AbstractEventLoop]()
+
+    def recorded(generation: GenerationRequest) -> OutputStream:
+        loops.append(asyncio.get_running_loop())  # raises on a thread without one
+        return run(generation)
+
+    monkeypatch.setattr(llm._plane, "run", recorded)
+    llm.generate("whole", GREEDY, use_tqdm=False)
+    list(llm.stream("in pieces", GREEDY))
+    assert len(loops) == 2
+    assert loops[0] is loops[1]
 
 
 def test_an_abandoned_stream_gives_its_slot_back(llm: LLM) -> None:

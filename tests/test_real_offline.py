@@ -21,7 +21,7 @@ CASES: list[dict[str, Any]] = json.loads(
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    """With fewer and other programs than a server's: the answers are the same."""
+    """An LLM with fewer and other programs than a server's: the answers are the same."""
     sizes = ("num_slots=16", "mixed_tokens=96", "decode_rows=16", "num_pages=512")
     config = str(ROOT / "configs" / "smollm2_135m.py")
     return LLM(load(config, [f"engine.{size}" for size in sizes]))

@@ -1,4 +1,4 @@
-"""What the device can do at best, measured with JAX in the same process as the engine."""
+"""Measures the best rates of the device with JAX in the same process as the engine."""
 
 import time
 from collections.abc import Callable
@@ -13,26 +13,26 @@ _REPEATS = 7
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """The best of several; a kernel that beats XLA's own can come out above 100 %."""
+    """Best rates of several runs; a kernel that beats XLA's own can come out above 100 %."""
 
     triad_bytes_per_s: float  # a = a/2 + b in place: two arrays read, one written
     read_bytes_per_s: float  # the sum of an array
-    operations_per_s: float  # a product of square matrices in the model's dtype
+    operations_per_s: float  # a matmul of square matrices in the model's dtype
 
     @property
     def bytes_per_s(self) -> float:
-        """The better of the streams."""
+        """Rate of the faster stream."""
         return max(self.triad_bytes_per_s, self.read_bytes_per_s)
 
 
 def measure(dtype: jnp.dtype, *, stream_mib: int, product_dim: int) -> Ceilings:
-    """Streams over arrays of `stream_mib`, which should be far larger than every cache."""
+    """Measures with arrays of `stream_mib`, which should be far larger than every cache."""
     triad, read = _stream_bytes_per_s(stream_mib << 18)
     return Ceilings(triad, read, _operations_per_s(dtype, product_dim))
 
 
 def default_product_dim() -> int:
-    """Large enough to keep the device busy for milliseconds."""
+    """A matrix size that keeps the device busy for milliseconds."""
     return 2048 if jax.default_backend() == "cpu" else 8192
 
 
@@ -50,7 +50,7 @@ def _stream_bytes_per_s(num_floats: int) -> tuple[float, float]:
 
 
 def _operations_per_s(dtype: jnp.dtype, dim: int) -> float:
-    # As the model's products: float32 means float32, sums are float32.
+    # The model's matmuls are alike: float32 means float32, sums are float32.
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
     @jax.jit
@@ -73,5 +73,5 @@ def _timed(call: Callable[[], jax.Array]) -> tuple[jax.Array, float]:
 
 
 def _best(seconds: list[float]) -> float:
-    """Of all but the first, which compiles."""
+    """Shortest time but for the first run, which compiles."""
     return min(seconds[1:])

@@ -39,7 +39,7 @@ class Turn:
 
     @property
     def device_s(self) -> float:
-        """Seconds that the device had for it, and those that it waited for the host."""
+        """Seconds of the device for this plan, its waits for the host included."""
         return self.ended_s - self.started_s
 
 
@@ -102,7 +102,7 @@ class Driver:
             self._num_added += 1
 
     def turns(self) -> Iterator[Turn]:
-        """Steps as they end, until there is no work. Leave it any time; the next call goes on."""
+        """Yields turns as they end, until there is no work; may be left at any time."""
         while self._pipeline.has_work:
             self._executor.turn_began_s = time.thread_time()
             updates = self._pipeline.turn(time.monotonic)

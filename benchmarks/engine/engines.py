@@ -47,7 +47,7 @@ def build(
 
 
 def device_of(engine: Engine) -> dict[str, Any]:
-    """Where it runs and what its ops are, for the JSON line."""
+    """Device and backend of an engine, for the JSON line."""
     device = engine.mesh.devices.flat[0]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -63,7 +63,7 @@ def device_of(engine: Engine) -> dict[str, Any]:
 def _random(
     serve: ServeConfig, spec: ModelSpec, backend: str | None, on_program: OnProgram
 ) -> Engine:
-    """Without any reader of files: this runs on JAX, Flax and NumPy alone."""
+    """Starts without any reader of files: this runs on JAX, Flax and NumPy alone."""
     mesh = device_mesh(jax.devices()[:1], model=1)
     dtype = jnp.dtype(serve.model.dtype.value)
     known = [one.value for one in Backend]

@@ -25,7 +25,6 @@ _PROMPT = 32
 
 
 def parse() -> argparse.Namespace:
-    """The flags."""
     parser = options.parser_of(__doc__, model="tiny")
     parser.add_argument("--slots", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--decode_steps", type=int, nargs="+", default=[1, 8])
@@ -34,7 +33,7 @@ def parse() -> argparse.Namespace:
 
 
 def sized(serve: ServeConfig, slots: int, decode_steps: int, turns: int) -> ServeConfig:
-    """The config with so many slots, pages for all of them, and one program of each kind."""
+    """The config with `slots` slots, pages for all of them, and one program of each kind."""
     tokens = _PROMPT + (turns + 8) * decode_steps + 64
     engine = dataclasses.replace(
         serve.engine,
@@ -68,7 +67,6 @@ def measure(subject: Subject, turns: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures every number of slots and steps, prints the table and the line."""
     arguments = parse()
     serve = options.serve_config(arguments)
     cells: list[dict[str, Any]] = []

@@ -24,7 +24,7 @@ _PROMPT = tuple(range(100))
 
 
 def crowded_scheduler(num_slots: int, steps: int, max_tokens: int) -> Scheduler:
-    """As many requests as slots, which all decode once their prompts are computed."""
+    """A scheduler with a request for each slot, all decoding, their prompts computed."""
     programs = (
         Program(ProgramKind.MIXED, 4096, num_slots),
         Program(ProgramKind.DECODE, num_slots, num_slots, steps),

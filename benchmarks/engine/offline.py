@@ -22,7 +22,7 @@ from jserve.offline import LLM
 
 @dataclass
 class Occupancy:
-    """Samples of how many sequences run, and whether any wait. Owned by its thread."""
+    """Samples the number of sequences that run, and whether any wait. Owned by its thread."""
 
     llm: LLM
     running: list[int] = field(default_factory=list[int])
@@ -45,7 +45,7 @@ class Occupancy:
             self.waiting.append(stats.num_waiting)
 
     def share(self, slots: int) -> float | None:
-        """Of the slots that are taken while somebody waits for one."""
+        """Share of the slots that run while a sequence waits for one."""
         taken = [r for r, w in zip(self.running, self.waiting, strict=True) if w]
         return float(np.mean(taken)) / slots if taken else None
 

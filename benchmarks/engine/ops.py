@@ -27,7 +27,6 @@ from jserve.pallas_kernels.backend import Backend, backend_for
 
 
 def parse() -> argparse.Namespace:
-    """The flags."""
     parser = options.parser_of(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--contexts", type=int, nargs="+", default=[200, 1000])
@@ -58,7 +57,6 @@ def time_matmuls(
 
 
 def main() -> None:
-    """Measures and prints."""
     arguments = parse()
     serve = options.serve_config(arguments)
     if not isinstance(serve.model.source, RandomWeights):

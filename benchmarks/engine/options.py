@@ -40,14 +40,14 @@ def parser_of(description: str | None, *, model: str = "smollm2-135m") -> argpar
 
 
 def serve_config(arguments: argparse.Namespace) -> ServeConfig:
-    """What is measured. Raises ConfigError."""
+    """Config of the engine that is measured. Raises ConfigError."""
     if arguments.config:
         return config.load(arguments.config, arguments.set)
     return config.override(specs.serve_config(arguments.model, arguments.dtype), arguments.set)
 
 
 def config_of(arguments: argparse.Namespace, serve: ServeConfig) -> dict[str, Any]:
-    """The flags, and the parts of the config that a step depends on, for the JSON line."""
+    """Flags, and the parts of the config that a step depends on, for the JSON line."""
     parts = {
         name: value.value if isinstance(value, enum.Enum) else value
         for name, value in config.flatten(serve).items()

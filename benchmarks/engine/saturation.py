@@ -19,7 +19,6 @@ from jserve.core.errors import ConfigError
 
 
 def parse() -> argparse.Namespace:
-    """The flags."""
     parser = options.parser_of(__doc__)
     parser.add_argument("--requests", type=int, default=0, help="0: three for each slot")
     parser.add_argument("--prompt_tokens", type=int, default=1000)
@@ -51,7 +50,6 @@ def measure(driver: Driver, requests: int, prompt_tokens: int, max_tokens: int) 
 
 
 def main() -> None:
-    """Measures, prints the table and the line."""
     arguments = parse()
     serve = options.serve_config(arguments)
     subject = engines.build(serve, arguments.backend)

@@ -1,4 +1,4 @@
-"""Where the time of a start goes: imports, device, weights, and each program's trace and compile.
+"""Parts of the time of a start: imports, device, weights, and each program's trace and compile.
 
     python -m benchmarks.engine.startup
     python -m benchmarks.engine.startup --config configs/smollm2_135m.py
@@ -30,14 +30,13 @@ _EVENTS = {
 
 
 def parse() -> argparse.Namespace:
-    """The flags."""
     parser = options.parser_of(__doc__)
     parser.add_argument("--child", choices=["compile", "load"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 class CompileTimes:
-    """Seconds of JAX's compile phases, by the thread they happen in."""
+    """Seconds of JAX's compile phases, by the thread that compiles."""
 
     def __init__(self) -> None:
         self.programs: dict[str, dict[str, float]] = {}
@@ -57,7 +56,7 @@ class CompileTimes:
 
 
 def start(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One start, in this process, which has not imported JAX before."""
+    """Starts an engine in this process, which has not imported JAX before."""
     marks = [time.perf_counter()]
 
     def lap() -> float:
@@ -105,7 +104,7 @@ def start(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def child(kind: str) -> dict[str, Any]:
-    """The same command in a process of its own; its last line is what it found."""
+    """Runs this command in a process of its own; its last line has the results."""
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "benchmarks.engine.startup", *sys.argv[1:], "--child", kind]
@@ -142,7 +141,6 @@ def table(starts: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Starts twice, prints the table and the line."""
     arguments = parse()
     if arguments.child:
         print(json.dumps(start(arguments)))

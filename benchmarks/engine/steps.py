@@ -27,7 +27,6 @@ _GIGA, _TERA = 1e9, 1e12
 
 
 def parse() -> argparse.Namespace:
-    """The flags."""
     parser = options.parser_of(__doc__)
     parser.add_argument("--rows", type=int, nargs="*", help="live rows; default: powers of two")
     parser.add_argument("--contexts", type=int, nargs="*", default=[128, 512, 2048])
@@ -43,7 +42,7 @@ def parse() -> argparse.Namespace:
 def measure_decode(
     driver: Driver, counter: Counter, best: ceilings.Ceilings, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """One row for each context and number of live rows that fits."""
+    """Measures one row for each context and number of live rows that fits."""
     slots = driver.engine.info.num_slots
     most = most_tokens(arguments)
     rows = arguments.rows or [1 << i for i in range(slots.bit_length())]
@@ -59,13 +58,13 @@ def measure_decode(
 
 
 def most_tokens(arguments: argparse.Namespace) -> int:
-    """Tokens of all rows of a cell: what computes in seconds."""
+    """Most tokens of all rows of a cell, so that it computes in seconds."""
     on_cpu = jax.default_backend() == "cpu"
     return arguments.most_tokens or (8192 if on_cpu else 131072)
 
 
 def decode_cell(turns: list[Turn], counter: Counter, best: ceilings.Ceilings) -> dict[str, Any]:
-    """What the turns of one number of rows say."""
+    """Table cell of the turns with one number of rows."""
     steps = np.array([turn.plan.num_steps for turn in turns])
     seconds = np.array([turn.device_s for turn in turns])
     starts = [chunk.start for turn in turns for chunk in turn.plan.chunks]
@@ -87,7 +86,7 @@ def decode_cell(turns: list[Turn], counter: Counter, best: ceilings.Ceilings) ->
 def measure_prefill(
     driver: Driver, counter: Counter, best: ceilings.Ceilings, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """One row for each length and number of prompts that fits, two seconds or one run each."""
+    """Measures a row for each length and number of prompts that fits, in two seconds or one run."""
     info = driver.engine.info
     found: list[dict[str, Any]] = []
     for count in arguments.at_once:
@@ -108,7 +107,7 @@ def measure_prefill(
 def prefill_cell(
     runs: list[list[Turn]], count: int, length: int, counter: Counter, best: ceilings.Ceilings
 ) -> dict[str, Any]:
-    """What repeated prefills of the same prompts say."""
+    """Table cell of repeated prefills of the same prompts."""
     seconds = np.array([run[-1].ended_s - run[0].started_s for run in runs])
     return {
         "at_once": count,
@@ -122,7 +121,7 @@ def prefill_cell(
 
 
 def used(turns: list[Turn], counter: Counter, best: ceilings.Ceilings) -> dict[str, Any]:
-    """Work of the turns, counted, and what share of the ceilings it took."""
+    """Work of the turns, counted, and its share of the ceilings."""
     work = sum((counter.plan(turn.plan) for turn in turns), Work())
     steps = sum(turn.plan.num_steps for turn in turns)
     seconds = sum(turn.device_s for turn in turns)
@@ -137,12 +136,10 @@ def used(turns: list[Turn], counter: Counter, best: ceilings.Ceilings) -> dict[s
 
 
 def percentiles(values: np.ndarray) -> dict[str, float]:
-    """p50 and p90."""
     return {f"p{q}": round(float(np.percentile(values, q)), 3) for q in (50, 90)}
 
 
 def decode_table(cells: list[dict[str, Any]]) -> str:
-    """The table of decode steps."""
     header = ["rows", "context", "ms p50", "p90", "tokens/s", "GB/s", "MBU %", "MFU %"]
     header += ["steps a run", "host µs p50", "p90", "% of run"]
     rows = [
@@ -160,7 +157,6 @@ def decode_table(cells: list[dict[str, Any]]) -> str:
 
 
 def prefill_table(cells: list[dict[str, Any]]) -> str:
-    """The table of prompts."""
     header = ["prompt", "at once", "ms p50", "p90", "tokens/s", "GB/s", "MBU %", "MFU %"]
     rows = [
         [
@@ -174,7 +170,7 @@ def prefill_table(cells: list[dict[str, Any]]) -> str:
 
 
 def ceilings_line(best: ceilings.Ceilings) -> str:
-    """What the device reached at best."""
+    """One line with the best rates of the device."""
     return (
         f"ceilings: triad {best.triad_bytes_per_s / _GIGA:.1f} GB/s, "
         f"read {best.read_bytes_per_s / _GIGA:.1f} GB/s, "
@@ -183,14 +179,13 @@ def ceilings_line(best: ceilings.Ceilings) -> str:
 
 
 def main() -> None:
-    """Measures, prints the tables and the line."""
     arguments = parse()
     serve = options.serve_config(arguments)
     subject = engines.build(serve, arguments.backend)
     engine, counter = subject.engine, subject.counter
     dim = arguments.product_dim or ceilings.default_product_dim()
     best = ceilings.measure(subject.dtype, stream_mib=arguments.stream_mib, product_dim=dim)
-    compiles = engine.num_compiles()  # those of the ceilings
+    compiles = engine.num_compiles()  # the ceilings have compiled, too
     driver = Driver(engine)
     driver.warm_up()
     decode = measure_decode(driver, counter, best, arguments)

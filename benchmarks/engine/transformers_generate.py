@@ -22,11 +22,10 @@ from typing import Any
 from benchmarks.serving import failures, report
 from benchmarks.serving.failures import BenchmarkError
 
-_FIRST_ID, _LAST_ID = 100, 500  # of random prompts, as in benchmarks/serving
+_FIRST_ID, _LAST_ID = 100, 500  # ids of random prompts, as in benchmarks/serving
 
 
 def main() -> int:
-    """Measures, prints the table and the line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,7 +84,7 @@ def _measure(torch: Any, model: Any, batch: int, arguments: argparse.Namespace) 
 
 
 def _generate(torch: Any, model: Any, ids: Any, new_tokens: int) -> None:
-    """Greedy answers of exactly `new_tokens`."""
+    """Generates greedy answers of exactly `new_tokens`."""
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -5,7 +5,7 @@
     python -m benchmarks.kernels.attention --slots 1 8 --contexts 256 --prompts 64 --layers 2
 
 `decode`: every slot has one new token; GB/s are bytes of K and V read and written over time.
-`prompt`: one chunk after so many tokens; TFLOP/s count the keys that each query may see.
+`prompt`: one chunk after `context` tokens; TFLOP/s count the keys that each query may see.
 `mixed`: such a chunk beside decoding slots; of many, reading takes longer than computing. Times are
 of one layer, medians of the turns. Kernels of libraries are measured beside ours on what they can
 do (see `libraries.py`): they only read K and V. Prints one table, one JSON line.
@@ -31,8 +31,8 @@ from benchmarks.serving import report
 from jserve.pallas_kernels.backend import Backend, backend_for
 
 _GIGA, _TERA = 1e9, 1e12
-_LAYERS = 8  # in one program
-_RUNS = 4  # of it in a turn: as many layers as a model has between two looks at the clock
+_LAYERS = 8  # layers in one program
+_RUNS = 4  # runs in a turn: 32 layers, as many as a model has, between two looks at the clock
 _SLOW = Turns(3)  # for XLA's loops, which take many times as long
 
 
@@ -46,12 +46,12 @@ class Cell:
     context: int
     chunk: int
     us: float  # a layer
-    bytes_share: float  # of the better stream
-    operations_share: float  # of the matmul
+    bytes_share: float  # share of the faster stream's rate
+    operations_share: float  # share of the matmul's rate
 
 
 def parse() -> argparse.Namespace:
-    """The flags; sizes of heads are Llama 3.1 8B's unless given."""
+    """Parses the flags; sizes of heads are Llama 3.1 8B's unless given."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -94,7 +94,7 @@ def operations(heads: Heads, lengths: Lengths) -> int:
 
 
 def cells(arguments: argparse.Namespace) -> list[tuple[str, int, int, int]]:
-    """Kind, decoding slots, context and chunk of what is measured."""
+    """Kind, decoding slots, context and chunk of each measurement."""
     found = [
         ("decode", slots, context, 0) for context in arguments.contexts for slots in arguments.slots
     ]
@@ -165,14 +165,14 @@ def _times(
 
 
 def _libraries(platform: str, heads: Heads, lengths: Lengths) -> tuple[AttentionLibrary, ...]:
-    """None takes other dtypes than bfloat16."""
+    """Libraries that can do this, none of which takes other dtypes than bfloat16."""
     if {heads.dtype, heads.kv_dtype} != {jnp.dtype(jnp.bfloat16)}:
         return ()
     return attention_libraries(platform, heads.head_dim, heads.windows[0], lengths)
 
 
 def show(found: list[Cell], best: ceilings.Ceilings) -> None:
-    """One table: shares are of the ceilings."""
+    """Prints one table, with shares of the ceilings."""
     print(
         f"ceilings: {best.bytes_per_s / _GIGA:,.0f} GB/s, "
         f"{best.operations_per_s / _TERA:,.1f} TFLOP/s\n"
@@ -191,7 +191,6 @@ def show(found: list[Cell], best: ceilings.Ceilings) -> None:
 
 
 def main() -> None:
-    """Measures and prints."""
     arguments = parse()
     dim = arguments.product_dim or ceilings.default_product_dim()
     best = ceilings.measure(

@@ -18,7 +18,7 @@ from jserve.pallas_kernels.ragged_paged_attention.dispatch import (
     ragged_paged_attention,
 )
 
-Lengths = list[tuple[int, int]]  # of each row: tokens before, new ones
+Lengths = list[tuple[int, int]]  # tokens before and new tokens of each row
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,8 @@ class Heads:
     kv_heads: int
     head_dim: int
     page_size: int
-    dtype: jnp.dtype  # of q, k and v
-    kv_dtype: jnp.dtype  # of the pages
+    dtype: jnp.dtype  # dtype of q, k and v
+    kv_dtype: jnp.dtype  # dtype of the pages
     windows: tuple[int, ...]
 
 
@@ -38,11 +38,11 @@ class Heads:
 class Turns:
     """Numbers of runs and turns of a measurement."""
 
-    number: int  # of which the median counts
-    runs: int = 1  # in each, one after the other: only the first one's start is waited for
+    number: int  # turns; the median counts
+    runs: int = 1  # runs of a turn, one after the other: only the first one's start is waited for
 
     def median_ms(self, run: Callable[[], Any]) -> float:
-        """Seconds of one run, after one that compiles."""
+        """Milliseconds of one run, after one that compiles."""
         jax.block_until_ready(run())
         seconds: list[float] = []
         for _ in range(self.number):
@@ -114,7 +114,7 @@ def time_library(
 
 
 def _next(q: jax.Array, out: jax.Array) -> jax.Array:
-    """Queries of the next layer, made so that it waits for this one."""
+    """Makes the queries of the next layer, which so waits for this one."""
     return (q + 1e-3 * out).astype(q.dtype)
 
 
@@ -149,7 +149,7 @@ def _batch(lengths: Lengths, page_size: int) -> tuple[RaggedBatch, int]:
     new = np.array([new for _, new in lengths])
     counts = -(-totals // page_size)
     pages = 1 + np.random.default_rng(0).permutation(counts.sum())
-    width = -(-counts.max() // 128) * 128  # as wide as an engine's
+    width = -(-counts.max() // 128) * 128  # the width of an engine's table
     table = np.zeros((len(lengths), width), np.int32)
     table[np.arange(width) < counts[:, None]] = pages
     starts = np.cumsum(new) - new

@@ -26,19 +26,19 @@ FAILURES = (
 
 
 class AttentionLibrary(NamedTuple):
-    """Attention over K and V that are there already."""
+    """A library's attention over K and V that are there already."""
 
     name: str
     # From pages [pages, K|V, kv_heads, page_size, head_dim]; `most` is the longest row's tokens.
     lay_out: Callable[[jax.Array, RaggedBatch, int], Any]
-    attend: Callable[[jax.Array, Any, RaggedBatch], jax.Array]  # of scaled queries
+    attend: Callable[[jax.Array, Any, RaggedBatch], jax.Array]  # attends with scaled queries
 
 
 class MatmulLibrary(NamedTuple):
     """A library's matmul of rows with one weight or a stack of weights."""
 
     name: str
-    lay_out: Callable[[Any], Any]  # from what ours takes
+    lay_out: Callable[[Any], Any]  # lays out the weights of our op
     multiply: Callable[[jax.Array, Any], jax.Array]
 
 
@@ -55,7 +55,7 @@ def attention_libraries(
     (before, new), *others = lengths
     if others or before or new % 128:
         return ()
-    blocks = (64, 128) if head_dim <= 128 else (64,)  # what fits
+    blocks = (64, 128) if head_dim <= 128 else (64,)  # blocks that fit
     return _CUDNN_PROMPT, _TOKAMAX_PROMPT, *map(_mosaic_prompt, blocks)
 
 
@@ -85,12 +85,12 @@ def expert_libraries(platform: str, sizes: jax.Array) -> tuple[MatmulLibrary, ..
 
 
 def _of_jax(name: str) -> ModuleType:
-    """An experimental module of Pallas: imported when it is measured, as some need a platform."""
+    """Imports an experimental module of Pallas only when it is measured: some need a platform."""
     return importlib.import_module(f"jax.experimental.pallas.ops.{name}")
 
 
 def _tokamax() -> ModuleType:
-    """It is no dependency, and needs Python 3.12."""
+    """Imports tokamax, which is no dependency and needs Python 3.12."""
     return importlib.import_module("tokamax")
 
 
@@ -108,10 +108,10 @@ def _contiguous(pages: jax.Array, batch: RaggedBatch, most: int) -> tuple[jax.Ar
 
 
 def _triton(block: int) -> AttentionLibrary:
-    """With so many pages at once."""
+    """JAX's Triton kernel, with `block` pages at once."""
 
     def lay_out(pages: jax.Array, batch: RaggedBatch, most: int) -> Any:
-        """Pages [kv_heads, pages, page_size, head_dim] of K and of V, a table in 16 even parts."""
+        """Makes pages [kv_heads, pages, page_size, head_dim]; the table has 16 even parts."""
         part = -(-most // (pages.shape[3] * 16))
         width = 16 * -(-part // block) * block
         table = batch.page_table[:, :width]
@@ -167,7 +167,10 @@ def _halves(pages: jax.Array, batch: RaggedBatch, most: int) -> tuple[jax.Array,
 
 
 def _mosaic_prompt(block: int) -> AttentionLibrary:
-    """With so many keys at once. It takes bfloat16, too, but JAX 0.11.2 does not compile that."""
+    """Pallas' attention of a prompt, with `block` keys at once.
+
+    The kernel takes bfloat16, too, but JAX 0.11.2 does not compile that.
+    """
 
     def attend(q: jax.Array, kv: Any, batch: RaggedBatch) -> jax.Array:
         kernels = _of_jax("gpu.attention_mgpu")
@@ -182,9 +185,9 @@ def _mosaic_prompt(block: int) -> AttentionLibrary:
 
 def _tpu_ragged(window: int) -> AttentionLibrary:
     def lay_out(pages: jax.Array, batch: RaggedBatch, most: int) -> tuple[jax.Array, jax.Array]:
-        """[pages, page_size, 2 kv_heads, head_dim]: K and V of a head are neighbours.
+        """Makes pages [pages, page_size, 2 kv_heads, head_dim]: K and V of a head are neighbours.
 
-        And a table that is no wider than it must be: the kernel's blocks grow with it.
+        The table is no wider than it must be, since the kernel's blocks grow with it.
         """
         count, _, kv_heads, size, dim = pages.shape
         both = jnp.transpose(pages, (0, 3, 2, 1, 4)).reshape(count, size, 2 * kv_heads, dim)
@@ -210,12 +213,12 @@ def _plain(x: jax.Array, weight: jax.Array) -> jax.Array:
     return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-# Without quantization: what 8 bits must beat.
+# 8 bits must beat this matmul without quantization.
 _PLAIN = MatmulLibrary("XLA, bfloat16 weights", _floats, _plain)
 
 
 def _mixed(outputs: int, rows: int, inputs: int) -> MatmulLibrary:
-    """With tiles of so many."""
+    """Pallas' mixed matmul, with tiles of these sizes."""
 
     def multiply(x: jax.Array, weight: ChannelMatrix) -> jax.Array:
         kernels = _of_jax("gpu.hopper_mixed_type_matmul_mgpu")
@@ -254,7 +257,7 @@ def _tokamax_ragged(sizes: jax.Array) -> MatmulLibrary:
 
 
 def _mosaic_ragged(sizes: jax.Array, rows: int, outputs: int) -> MatmulLibrary:
-    """With tiles of so many."""
+    """Pallas' ragged dot for GPUs, with tiles of `rows` and `outputs`."""
 
     def multiply(x: jax.Array, stack: jax.Array) -> jax.Array:
         return _of_jax("gpu.ragged_dot_mgpu").ragged_dot(

@@ -41,9 +41,9 @@ from jserve.pallas_kernels.quantized_matmul.channels import CODES, ChannelMatrix
 from jserve.pallas_kernels.quantized_matmul.dispatch import quantized_matmul
 
 _GIGA, _TERA = 1e9, 1e12
-_RUNS = 4  # of a program between two looks at the clock
-_DTYPE = jnp.dtype(jnp.bfloat16)  # of rows
-_EXPERTS = (_DTYPE, jnp.dtype(jnp.int8))  # what experts are served in
+_RUNS = 4  # runs of a program between two looks at the clock
+_DTYPE = jnp.dtype(jnp.bfloat16)  # dtype of the rows
+_EXPERTS = (_DTYPE, jnp.dtype(jnp.int8))  # dtypes of experts that are served
 
 
 @dataclass(frozen=True)
@@ -53,25 +53,24 @@ class Cell:
     name: str
     backend: str
     us: float
-    bytes_share: float  # of the better stream
-    operations_share: float  # of the matmul
+    bytes_share: float  # share of the faster stream's rate
+    operations_share: float  # share of the matmul's rate
 
 
 @dataclass(frozen=True)
 class _Problem:
     name: str
-    weight_bytes: int  # that are held
-    num_bytes: int  # that must be moved
+    weight_bytes: int  # bytes that are held
+    num_bytes: int  # bytes that must be moved
     operations: int
     make: Callable[[jax.Array], Any]  # weights of one call, from a key
     call: Callable[[Backend, Any], tuple[jax.Array, ...]]
     x: jax.Array
-    libraries: Sequence[MatmulLibrary]  # that take these shapes
+    libraries: Sequence[MatmulLibrary]  # libraries that take these shapes
     takes: Callable[[Backend], bool]  # weights as `make` makes them
 
 
 def parse() -> argparse.Namespace:
-    """The flags."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -219,7 +218,7 @@ def _library_seconds(
 
 
 def show(found: list[Cell], best: ceilings.Ceilings) -> None:
-    """One table: shares are of the ceilings."""
+    """Prints one table, with shares of the ceilings."""
     print(
         f"ceilings: {best.bytes_per_s / _GIGA:,.0f} GB/s, "
         f"{best.operations_per_s / _TERA:,.1f} TFLOP/s\n"
@@ -237,7 +236,6 @@ def show(found: list[Cell], best: ceilings.Ceilings) -> None:
 
 
 def main() -> None:
-    """Measures and prints."""
     arguments = parse()
     dim = arguments.product_dim or ceilings.default_product_dim()
     best = ceilings.measure(_DTYPE, stream_mib=arguments.stream_mib, product_dim=dim)

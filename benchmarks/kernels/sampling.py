@@ -44,7 +44,7 @@ SETTINGS = {
 
 
 def make_state(params: list[SamplingParams], vocab: int) -> SamplerState:
-    """Slot i samples with `params[i]`."""
+    """Makes a state whose slot i samples with `params[i]`."""
     rows = [host_row(p, choice=0, eos_token_ids=(2,), prompt_len=8, vocab=vocab) for p in params]
     state = init_sampler_state(len(params), vocab)
     words = np.stack([row.slot for row in rows]).view(np.int32).reshape(len(rows), -1)
@@ -58,7 +58,7 @@ def make_state(params: list[SamplingParams], vocab: int) -> SamplerState:
 
 
 def make_logits(rows: int, vocab: int) -> dict[str, jax.Array]:
-    """`peaked`: some 40 likely tokens a row; `flat`: a nucleus of thousands."""
+    """Makes `peaked` logits, some 40 likely tokens a row, and `flat`, a nucleus of thousands."""
     rng = np.random.default_rng(0)
     normal = np.float32(rng.normal(size=(rows, vocab)))
     likely = np.where(rng.random((rows, vocab)) < 40 / vocab, 9, 0)
@@ -68,7 +68,7 @@ def make_logits(rows: int, vocab: int) -> dict[str, jax.Array]:
 def measure_ms(
     rows: int, vocab: int, config: SamplerConfig, repeats: int
 ) -> dict[str, list[float]]:
-    """By setting: all peaked, one peaked, all flat, one flat; best of `repeats`."""
+    """Milliseconds by setting: all peaked, one peaked, all flat, one flat; best of `repeats`."""
     step = jax.jit(functools.partial(sample, config=config))
     slots, live = jnp.arange(rows, dtype=jnp.int32), jnp.ones(rows, bool)
     positions = jnp.full(rows, 9, jnp.int32)
@@ -94,7 +94,6 @@ def _ms(call: functools.partial) -> float:
 
 
 def main() -> None:
-    """Parses the arguments, prints the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--vocab", type=int, action="append")

@@ -1,4 +1,4 @@
-r"""What a fast config costs in quality: perplexity, and how often it would choose as another does.
+r"""Costs of a fast config in quality: its perplexity, and how often it chooses as another does.
 
     python benchmarks/quality/compare.py --text FILE --configs configs/smollm2_135m.py \
         configs/smollm2_135m_fast.py
@@ -25,7 +25,7 @@ from jserve.offline import LLM
 
 @dataclass(frozen=True)
 class Answers:
-    """What one config says of all passages."""
+    """Answers of one config to all passages."""
 
     logprobs: np.ndarray  # float64 [predicted tokens], of the text's own tokens
     best: np.ndarray  # int [predicted tokens], the most likely one
@@ -38,7 +38,7 @@ class Quality:
 
     config: str
     perplexity: float
-    ratio: float  # of perplexities
+    ratio: float  # perplexity over that of the first config
     same_best: float  # share of positions where both find the same token most likely
     same_greedy: float  # share of greedy tokens before the first that differs
 

@@ -1,4 +1,4 @@
-"""When requests arrive: seconds from the start of the load, ascending, the first at 0."""
+"""Times of arrival: seconds from the start of the load, ascending, the first at 0."""
 
 import numpy as np
 

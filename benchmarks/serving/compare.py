@@ -172,7 +172,7 @@ def main() -> int:
     """Parses the flags, runs the rounds, prints the report; 1 when a load got no answer."""
     arguments = _parser().parse_args()
     contestants = contestants_of(arguments)
-    points = options.points_of(arguments)  # what is wrong with the load is said before a start
+    points = options.points_of(arguments)  # a wrong load is refused before a start
     if arguments.plot:
         plots.check(arguments.plot)
     raise_file_limit()

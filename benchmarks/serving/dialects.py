@@ -1,4 +1,4 @@
-"""How servers differ behind the same OpenAI routes: fields they know, and what their chunks tell.
+"""Differences of servers behind the same OpenAI routes: the fields and chunks that each knows.
 
 A fixed length of the answer (`ignore_eos`) and neutral penalties are no part of OpenAI's API, so
 each server is asked for them in its own words; the work is then the same for all.
@@ -32,7 +32,7 @@ class Dialect:
     """One kind of server."""
 
     takes_token_ids: bool = False  # prompts of the completions route
-    fields: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of every request
+    fields: Mapping[str, Any] = field(default_factory=dict[str, Any])  # fields of every request
     stream_options: Mapping[str, Any] = field(default_factory=lambda: {"include_usage": True})
     tokens_so_far: Callable[[Json], int | None] = _not_told  # output tokens up to a chunk
     fixes_length: bool = False  # every answer has exactly max_tokens

@@ -1,4 +1,4 @@
-"""Sends a load: at given times whatever the server does, or with so many streams at once."""
+"""Sends a load: at given times whatever the server does, or on a number of streams at once."""
 
 import asyncio
 import itertools
@@ -18,11 +18,11 @@ _AFTER_FAILURE_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What came of a load."""
+    """Outcome of a load."""
 
     records: list[Record]
     duration_s: float  # first arrival to last answer
-    client_cpu_s: float  # of this process
+    client_cpu_s: float  # CPU seconds of this process
 
 
 async def open_loop(
@@ -54,9 +54,9 @@ async def closed_loop(
     timeout_s: float,
     on_done: OnDone,
 ) -> Load:
-    """So many streams, each with one request after another, until `jobs` or the seconds end.
+    """Keeps `streams` streams busy with one request after another.
 
-    What runs then is finished, and counts.
+    It ends with `jobs` or with the seconds; requests that run then are finished, and count.
     """
     records: list[Record] = []
     remaining = iter(jobs)

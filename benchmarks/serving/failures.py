@@ -1,4 +1,4 @@
-"""What can go wrong in a benchmark, in words for its user."""
+"""Errors of a benchmark, in words for its user."""
 
 import sys
 from collections.abc import Callable

@@ -35,7 +35,7 @@ from jserve.engine.build.platform import raise_file_limit
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Where the processes listen on loopback."""
+    """Ports of the processes on loopback."""
 
     http: int
     grpc: int
@@ -126,7 +126,6 @@ def _row(step_ms: float, load: Load, engine_cpu_s: float, gateway_cpu_s: float) 
 
 
 def main() -> int:
-    """Parses the flags, prints the report; 1 when a request failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -15,7 +15,7 @@ _CONNECT_TIMEOUT_S = 5.0
 
 
 class GrpcTarget:
-    """See `Target`. Every message tells its token ids, so tokens per chunk are exact."""
+    """A `Target` whose every message tells its token ids, so tokens per chunk are exact."""
 
     def __init__(
         self,
@@ -35,7 +35,6 @@ class GrpcTarget:
         self._stub = inference_pb2_grpc.InferenceStub(self._channel)
 
     async def check(self) -> ServerInfo:
-        """See `Target`."""
         try:
             listed = await self._stub.ListModels(
                 inference_pb2.ListModelsRequest(),
@@ -54,7 +53,6 @@ class GrpcTarget:
         return ServerInfo(model.id, "grpc", self._prompt, model.max_model_len)
 
     def prepare(self, job: Job) -> inference_pb2.GenerateRequest:
-        """See `Target`."""
         sampling = types_pb2.SamplingParams(
             max_tokens=job.output_tokens, temperature=0, ignore_eos=True, repetition_penalty=1
         )
@@ -66,7 +64,6 @@ class GrpcTarget:
         return request
 
     async def send(self, request: inference_pb2.GenerateRequest, record: Record) -> None:
-        """See `Target`."""
         record.sent_s = time.perf_counter()
         try:
             async for message in self._stub.Generate(request, metadata=self._metadata):
@@ -82,7 +79,6 @@ class GrpcTarget:
             raise RequestFailed("the stream ended before the answer was complete")
 
     async def close(self) -> None:
-        """See `Target`."""
         await self._channel.close()
 
     def _explained(self, error: grpc.aio.AioRpcError) -> BenchmarkError:

@@ -19,7 +19,7 @@ from benchmarks.serving.failures import BenchmarkError, RequestFailed
 from benchmarks.serving.sse import EventParser
 
 OnEvent = Callable[[bytes, float], None]  # data of an event, and when its bytes came
-_MAX_BODY_BYTES = 1 << 20  # of an answer that is not a stream; what is beyond is dropped
+_MAX_BODY_BYTES = 1 << 20  # most bytes kept of an answer that is not a stream
 
 
 class CannotConnect(RequestFailed):
@@ -64,7 +64,7 @@ class Answer:
         self.parser = httptools.HttpResponseParser(self)
 
     def feed(self, data: bytes) -> None:
-        """More bytes of the answer."""
+        """Takes more bytes of the answer."""
         self.has_begun = True
         self.now_s = time.perf_counter()
         try:
@@ -74,7 +74,7 @@ class Answer:
             self.fail(cause or RequestFailed(f"not an HTTP answer: {error}"))
 
     def end_of_connection(self) -> None:
-        """No more bytes will come."""
+        """Ends the answer: no more bytes will come."""
         if self.has_head and self.ends_with_connection:
             self.on_message_complete()
         elif self.has_begun:
@@ -88,7 +88,6 @@ class Answer:
             self.done.set_exception(error)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """See httptools."""
         name = name.lower()
         if name == b"content-type":
             self.content_type = value.decode("latin-1").partition(";")[0].strip().lower()
@@ -96,14 +95,12 @@ class Answer:
             self.ends_with_connection = False
 
     def on_headers_complete(self) -> None:
-        """See httptools."""
         self.status = self.parser.get_status_code()
         self.has_head = self.status >= 200  # below is a 100 Continue
         if self.on_event and self.status == 200 and self.content_type == "text/event-stream":
             self._events = EventParser()
 
     def on_body(self, data: bytes) -> None:
-        """See httptools."""
         if self._events is None or self.on_event is None:
             self.body += data[: _MAX_BODY_BYTES - len(self.body)]
             return
@@ -111,7 +108,6 @@ class Answer:
             self.on_event(event, self.now_s)
 
     def on_message_complete(self) -> None:
-        """See httptools."""
         if self.has_head and not self.done.done():
             # Asked for here, since the parser forgets it with the message.
             self.is_kept = not self.ends_with_connection and self.parser.should_keep_alive()
@@ -130,7 +126,7 @@ class _Connection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     async def exchange(self, request: bytes, on_event: OnEvent | None) -> Answer:
-        """Sends a request; its complete answer. Raises RequestFailed or _Stale."""
+        """Sends a request and returns its complete answer. Raises RequestFailed or _Stale."""
         assert self._transport is not None
         answer = Answer(on_event, asyncio.get_running_loop().create_future())
         self._answer = answer
@@ -263,7 +259,7 @@ def _reason(error: OSError) -> str:
 
 
 def _message(body: bytes) -> str:
-    """What an error says: OpenAI's, FastAPI's or llama.cpp's field, or the text."""
+    """Message of an error: OpenAI's, FastAPI's or llama.cpp's field, or the text."""
     try:
         fields: Any = json.loads(body)
     except ValueError:

@@ -24,7 +24,7 @@ _PROBE = Job(at_s=0, prompt_tokens=8, output_tokens=4, seed=(0,))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpOptions:
-    """How a server is asked; `auto` is decided by what it says of itself."""
+    """Ways to ask a server; `auto` is decided by what the server says of itself."""
 
     api: str = "completions"  # or chat
     model: str | None = None  # None: the first that is served
@@ -35,8 +35,6 @@ class HttpOptions:
 
 
 class HttpTarget:
-    """See `Target`."""
-
     def __init__(self, url: str, options: HttpOptions) -> None:
         self._options = options
         self._client = HttpClient(url, api_key=options.api_key)
@@ -45,7 +43,6 @@ class HttpTarget:
         self._info: ServerInfo | None = None
 
     async def check(self) -> ServerInfo:
-        """See `Target`."""
         card = await self._model_card()
         wanted = self._options.dialect
         name = dialect_of(card.get("owned_by")) if wanted == "auto" else wanted
@@ -59,7 +56,6 @@ class HttpTarget:
         return self._info
 
     def prepare(self, job: Job) -> bytes:
-        """See `Target`."""
         assert self._info is not None
         body: dict[str, Any] = {
             "model": self._info.model,
@@ -78,14 +74,12 @@ class HttpTarget:
         return self._client.encode(self._path, orjson.dumps(body))
 
     async def send(self, request: bytes, record: Record) -> None:
-        """See `Target`."""
         reader = _EventReader(record, self._dialect)
         record.sent_s = time.perf_counter()
         await self._client.stream(request, reader.on_event)
         reader.end()
 
     async def close(self) -> None:
-        """See `Target`."""
         self._client.close()
 
     def _prompt_kind(self) -> str:
@@ -165,7 +159,7 @@ class _EventReader:
 
 
 def _explained(where: str, error: RequestFailed) -> BenchmarkError:
-    """Why the server is not fit for the benchmark, and what to mend."""
+    """Error that says why the server is not fit for the benchmark, and what to mend."""
     match error:
         case CannotConnect():
             return NotReady(f"{where}: {error}; start the server or mend --url")

@@ -24,7 +24,7 @@ def main() -> None:
     parameters.hostnames = ["127.0.0.1"]
     parameters.port = arguments.port
     parameters.n_parallel = arguments.slots
-    parameters.n_ctx = arguments.slots * arguments.context  # of all slots together
+    parameters.n_ctx = arguments.slots * arguments.context  # tokens of all slots together
     parameters.cpuparams.n_threads = arguments.threads
     parameters.cpuparams_batch.n_threads = arguments.threads
     server = xllamacpp.Server(parameters)

@@ -45,7 +45,6 @@ def measure(arguments: argparse.Namespace) -> tuple[ServerInfo, list[Run]]:
 
 
 def main() -> int:
-    """Parses the flags, prints the report; 1 when no request was answered."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -69,7 +69,7 @@ def tpot_ms(record: Record) -> float | None:
 
 
 def samples_of(records: Sequence[Record]) -> Samples:
-    """The latencies of the complete ones."""
+    """Latencies of the complete requests."""
     samples = Samples()
     for record in records:
         if record.error is not None:

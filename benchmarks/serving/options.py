@@ -19,7 +19,7 @@ from benchmarks.serving.workload import Job
 
 
 def add_load_flags(parser: argparse.ArgumentParser) -> None:
-    """How requests look, how they come, and which are good."""
+    """Adds the flags for the shape of requests, their arrival, and the limits of good ones."""
     load = parser.add_argument_group("load: closed loop, open loop or trace")
     load.add_argument("--streams", type=int, nargs="+", help="closed loop: so many at any time")
     load.add_argument("--seconds", type=float, default=20, help="closed loop: how long")

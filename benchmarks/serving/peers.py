@@ -1,4 +1,4 @@
-"""How jserve and its peers are started for a model, and what to install where one is missing."""
+"""Commands that start jserve and its peers for a model, and hints where one is missing."""
 
 import importlib.util
 import shutil
@@ -15,7 +15,7 @@ _CPU_CONFIG = "configs/smollm2_135m.py"  # slots and pages for a model that is g
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a server is to be started with."""
+    """Settings that a server is started with."""
 
     model: str  # a file or a folder; for jserve also a config
     port: int
@@ -29,14 +29,14 @@ class Peer:
 
     command: Callable[[Start], list[str]]
     dialect: str
-    models: str  # what it can load, in words
+    models: str  # formats that it can load, in words
     install: str
     program: str | None = None
     module: str | None = None
 
     @property
     def is_installed(self) -> bool:
-        """Whether it can be started here."""
+        """Whether the peer can be started here."""
         if self.program is not None:
             return shutil.which(self.program) is not None
         return self.module is None or importlib.util.find_spec(self.module) is not None

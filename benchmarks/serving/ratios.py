@@ -39,7 +39,7 @@ def table(by_server: Mapping[str, Sequence[Summary]]) -> str:
 
 
 def unequal(by_server: Mapping[str, Sequence[Summary]]) -> list[str]:
-    """Where the servers did not do the same work, in words."""
+    """Differences in the work that the servers did, in words."""
     found: list[str] = []
     for kind in ("prompt_tokens", "output_tokens"):
         each: dict[str, float] = {}

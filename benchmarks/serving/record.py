@@ -1,4 +1,4 @@
-"""What is known of one request: when it was sent, when its text came, how many tokens it was."""
+"""Record of one request: its sending, the arrival of its text, its tokens."""
 
 from dataclasses import dataclass, field
 
@@ -8,14 +8,14 @@ class Record:
     """Times are of `time.perf_counter`. Owned by whoever sends the request."""
 
     planned_s: float | None = None  # when it should have been sent; None in a closed loop
-    asked_tokens: tuple[int, int] | None = None  # of prompt and answer
+    asked_tokens: tuple[int, int] | None = None  # tokens of prompt and answer
     sent_s: float = 0.0
     end_s: float = 0.0  # the end of the stream
     chunk_s: list[float] = field(default_factory=list[float])  # receipt of each chunk with text
-    chunk_tokens: list[int] = field(default_factory=list[int])  # as told by the server; 0: not told
+    chunk_tokens: list[int] = field(default_factory=list[int])  # told by the server; 0: not told
     chunk_chars: list[int] = field(default_factory=list[int])
-    prompt_tokens: int | None = None  # as told by the server
-    output_tokens: int | None = None  # the same
+    prompt_tokens: int | None = None  # told by the server
+    output_tokens: int | None = None  # told by the server
     error: str | None = None
     _silent_tokens: int = 0  # told since the last chunk with text
 

@@ -90,7 +90,7 @@ def number(value: float | None) -> str:
 
 
 def notes(summary: Summary) -> list[str]:
-    """What a reader must know to trust the numbers."""
+    """Notes that a reader needs to trust the numbers."""
     found: list[str] = []
     if summary["tokens_counted_by"] not in (None, "usage"):
         found.append("the server told no usage: each chunk counts as one token")
@@ -106,7 +106,7 @@ def notes(summary: Summary) -> list[str]:
 
 
 def _surprises(summary: Summary) -> list[str]:
-    """Where the server did not do the work that was asked for."""
+    """Differences between the work that was asked for and the work that was done."""
     prompt, output = summary["asked_tokens"]
     found: list[str] = []
     if prompt and summary["prompt_tokens"] not in (0, prompt):
@@ -119,7 +119,7 @@ def _surprises(summary: Summary) -> list[str]:
 
 
 def json_line(benchmark: str, config: Mapping[str, Any], **fields: Any) -> str:
-    """The line for machines: what ran, of which commit, where, how, and what came of it."""
+    """One line for machines: benchmark, commit, host, config and results."""
     return json.dumps(
         {"benchmark": benchmark, "commit": commit(), "host": host(), "config": config, **fields}
     )

@@ -31,7 +31,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process that was started."""
+        """Process id of the server."""
         assert self._process is not None
         return self._process.pid
 

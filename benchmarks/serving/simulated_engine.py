@@ -30,7 +30,7 @@ class SteppingThread(threading.Thread):
         self._tokens_per_step = tokens_per_step
 
     def run(self) -> None:
-        """Until the process ends."""
+        """Steps until the process ends."""
         next_s = 0.0
         while True:
             self._take_commands()

@@ -30,7 +30,7 @@ _GAUGES = ("jserve_free_slots", "jserve_free_pages", "jserve_num_requests_runnin
 
 @dataclass
 class Tally:
-    """What happened so far. Owned by the event loop."""
+    """Counts of what happened so far. Owned by the event loop."""
 
     outcomes: Counter[str] = field(default_factory=Counter[str])
     errors: list[str] = field(default_factory=list[str])
@@ -206,7 +206,6 @@ def _percentiles(values: list[float]) -> list[float]:
 
 
 def main() -> None:
-    """Parses the arguments, prints the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--seconds", type=float, default=600)

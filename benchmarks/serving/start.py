@@ -61,7 +61,6 @@ def _free_port() -> int:
 
 
 def main() -> None:
-    """Parses the arguments, prints the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/smollm2_135m.py")
     parser.add_argument("--files", help="a cache folder whose fetched files are taken over")

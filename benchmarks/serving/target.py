@@ -1,4 +1,4 @@
-"""What a load is sent to: an HTTP server or a gRPC service."""
+"""Targets of a load: an HTTP server or a gRPC service."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,7 +9,7 @@ from benchmarks.serving.workload import Job
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What a server says of itself, and how it is spoken to."""
+    """Model and context of a server as it tells them, and the way to ask it."""
 
     model: str
     dialect: str
@@ -28,11 +28,11 @@ class Target(Protocol):
         ...
 
     def prepare(self, job: Job) -> Any:
-        """The request of a job, ready to send: what costs time is done here."""
+        """Makes the request of a job, ready to send: all that costs time is done here."""
         ...
 
     async def send(self, request: Any, record: Record) -> None:
-        """Sends it and writes what comes into `record`. Raises RequestFailed."""
+        """Sends a request and writes the answer's arrival into `record`. Raises RequestFailed."""
         ...
 
     async def close(self) -> None:

@@ -77,7 +77,7 @@ def reshape(
 ) -> list[TraceRow]:
     """A trace for a smaller machine: lengths divided (at least 1 token), gaps stretched.
 
-    `rate` stretches to so many requests a second on average instead.
+    `rate` stretches to that many requests a second on average instead.
     """
     if not length_divisor > 0 or not time_stretch > 0:
         raise BenchmarkError("--length_divisor and --time_stretch must be above 0")

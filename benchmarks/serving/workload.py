@@ -1,4 +1,4 @@
-"""What is asked of a server: prompts of a given length and answers of a given length, by seed."""
+"""Jobs for a server: prompts and answers of given lengths, by seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ class Job:
     at_s: float
     prompt_tokens: int
     output_tokens: int
-    seed: tuple[int, ...]  # of its prompt; no two jobs of a run have the same
+    seed: tuple[int, ...]  # seed of the prompt; no two jobs of a run have the same
 
     def token_ids(self, first: int, last: int) -> list[int]:
         """A prompt of random ids in [first, last]."""
@@ -60,7 +60,7 @@ def of_trace(rows: Sequence[TraceRow], seed: Sequence[int]) -> list[Job]:
 
 
 def clip(jobs: Sequence[Job], max_tokens: int | None) -> list[Job]:
-    """Jobs of at most so many tokens: the prompt is shortened first, and keeps one token."""
+    """Shortens jobs to at most `max_tokens`: the prompt first, of which one token is kept."""
     if max_tokens is None:
         return list(jobs)
     if max_tokens < 2:

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 # Static widths of the per-slot sampling state on the device. A request beyond one of them is
 # refused with the limit in the message.
 MAX_STOP_TOKEN_IDS = 32  # stop_token_ids and the model's end-of-sequence ids together
-MAX_LOGIT_BIAS = 300  # as the OpenAI API
+MAX_LOGIT_BIAS = 300  # the OpenAI API's limit
 MAX_LOGPROBS = 20
 
 
 class FinishReason(enum.Enum):
-    """Why a sequence ended; the values are the wire names."""
+    """Cause of a sequence's end; the values are the wire names."""
 
     STOP = "stop"  # an end-of-sequence id, a stop id, or (in the gateway) a stop string
     LENGTH = "length"

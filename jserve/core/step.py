@@ -50,7 +50,7 @@ class Program:
 
     @property
     def name(self) -> str:
-        """For example `mixed[256]` or `decode[32x8]`."""
+        """Name of the program, for example `mixed[256]` or `decode[32x8]`."""
         if self.kind is ProgramKind.MIXED:
             return f"mixed[{self.tokens}]"
         return f"decode[{self.rows}x{self.steps}]"

@@ -1,10 +1,12 @@
 """Interface between gateway and engine: submit, abort, and merged updates of each sequence."""
 
 import asyncio
+import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
-from jserve.core.errors import EngineError, JserveError
+from jserve.core.errors import EngineError, JserveError, RequestError
 from jserve.core.request import EngineInfo, FinishReason, Request, SequenceUpdate
 from jserve.core.stats import EngineStats
 
@@ -30,8 +32,9 @@ class EngineClient(Protocol):
     def submit(self, requests: Sequence[Request]) -> "UpdateStream":
         """Starts sequences that share one stream of updates, usually the choices of one prompt.
 
-        Raises Unavailable at once when no engine is there. A refusal by the engine (Overloaded,
-        RequestError) or its death (EngineError) is raised by the stream.
+        Raises at once Unavailable when no engine is there, and RequestError when the id of a live
+        sequence is given again. A refusal by the engine (Overloaded, RequestError) or its death
+        (EngineError) is raised by the stream.
         """
         ...
 
@@ -107,3 +110,70 @@ class UpdateStream:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+class LiveStreams:
+    """Owns which stream takes the updates of which live sequence of one engine client.
+
+    Each sequence has a name of its own in the engine, so updates of an aborted one that are still
+    on their way find no stream, though a newer sequence may have the same request id.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}  # request id -> name in the engine
+        self._streams: dict[str, tuple[UpdateStream, str]] = {}  # name -> stream and request id
+        self._serial = itertools.count()
+
+    def __len__(self) -> int:
+        """Number of live sequences."""
+        return len(self._streams)
+
+    def open(
+        self, client: EngineClient, requests: Sequence[Request]
+    ) -> tuple[UpdateStream, list[Request]]:
+        """Starts the stream that `requests` share; returns it, and them as the engine gets them.
+
+        Raises RequestError when the id of a live sequence is given again.
+        """
+        for request in requests:
+            if request.id in self._names:
+                raise RequestError(f"request id {request.id!r} is in use", param="request_id")
+        stream = UpdateStream(client, [request.id for request in requests])
+        named = [replace(it, id=f"{it.id}.{next(self._serial)}") for it in requests]
+        for request, sent in zip(requests, named, strict=True):
+            self._names[request.id] = sent.id
+            self._streams[sent.id] = stream, request.id
+        return stream, named
+
+    def close(self, request_id: str) -> str | None:
+        """Forgets an aborted sequence; returns its name in the engine, None if it is not live."""
+        name = self._names.pop(request_id, None)
+        if name is not None:
+            del self._streams[name]
+        return name
+
+    def post(self, update: SequenceUpdate) -> None:
+        """Gives an update to its stream; nobody reads that of a sequence aborted meanwhile."""
+        live = self._streams.get(update.request_id)
+        if live is None:
+            return
+        stream, request_id = live
+        if update.finish is not None:
+            self.close(request_id)
+        stream.post(update._replace(request_id=request_id))
+
+    def reject(self, name: str, error: JserveError) -> None:
+        """Fails the stream of a sequence that the engine refuses."""
+        live = self._streams.get(name)
+        if live is not None:
+            stream, request_id = live
+            self.close(request_id)
+            stream.fail(error)
+
+    def fail_all(self, error: JserveError) -> None:
+        """Fails every stream, once the engine is gone: nothing is left to abort."""
+        streams = {stream for stream, _ in self._streams.values()}
+        self._streams.clear()
+        self._names.clear()
+        for stream in streams:
+            stream.fail(error)

@@ -13,7 +13,7 @@ from jserve.core.request import (
     TokenLogprobs,
 )
 from jserve.core.stats import EngineStats
-from jserve.gateway.engine_client import UpdateStream
+from jserve.gateway.engine_client import LiveStreams, UpdateStream
 
 Reply = Callable[[Request], Sequence[int]]
 
@@ -138,7 +138,7 @@ class FakeEngine:
         self._sequences = ScriptedSequences(info, reply)
         self._step_s = step_s
         self._tokens_per_step = tokens_per_step
-        self._streams: dict[str, UpdateStream] = {}
+        self._streams = LiveStreams()
         self._stepping: asyncio.Task[None] | None = None
 
     @property
@@ -148,11 +148,10 @@ class FakeEngine:
     def submit(self, requests: Sequence[Request]) -> UpdateStream:
         if not self.ready:
             raise Unavailable("the engine is not running; try again", retry_after_s=1.0)
-        stream = UpdateStream(self, [request.id for request in requests])
+        stream, named = self._streams.open(self, requests)
         try:
-            for request in requests:
-                self._sequences.add(request)
-                self._streams[request.id] = stream
+            for request, sent in zip(requests, named, strict=True):
+                self._sequences.add(sent)
                 self.submitted.append(request)
         except Overloaded as error:
             stream.fail(error)
@@ -161,19 +160,17 @@ class FakeEngine:
         return stream
 
     def abort(self, request_id: str) -> None:
-        if self._streams.pop(request_id, None) is not None:
+        name = self._streams.close(request_id)
+        if name is not None:
             self.aborted.append(request_id)
-            self._sequences.abort(request_id)
+            self._sequences.abort(name)
 
     def crash(self) -> None:
         """Loses everything in flight, as a killed engine process does."""
         self.ready = False
-        streams = set(self._streams.values())
-        self._streams.clear()
         self._sequences.running.clear()
         self._sequences.waiting.clear()
-        for stream in streams:
-            stream.fail(EngineError("the engine stopped while it worked on the request"))
+        self._streams.fail_all(EngineError("the engine stopped while it worked on the request"))
 
     def restart(self) -> None:
         self.ready = True
@@ -189,7 +186,4 @@ class FakeEngine:
         while self._sequences.running or self._sequences.waiting:
             await asyncio.sleep(self._step_s)
             for update in self._sequences.step(self._tokens_per_step):
-                stream = self._streams[update.request_id]
-                if update.finish is not None:
-                    del self._streams[update.request_id]
-                stream.post(update)
+                self._streams.post(update)

@@ -11,7 +11,7 @@ import grpc.aio
 from jserve.core.errors import EngineError, Overloaded, Unavailable
 from jserve.core.request import EngineInfo, Request
 from jserve.core.stats import EngineStats
-from jserve.gateway.engine_client import UpdateStream
+from jserve.gateway.engine_client import LiveStreams, UpdateStream
 from jserve.proto import engine_pb2, engine_pb2_grpc
 from jserve.proto.convert import (
     error_from_rejection,
@@ -47,7 +47,7 @@ class GrpcEngineClient:
         self._address = ""
         self._located = asyncio.Event()
         self._reconnect_s = reconnect_s
-        self._streams: dict[str, UpdateStream] = {}  # by live request id
+        self._streams = LiveStreams()
         self._outgoing: asyncio.Queue[engine_pb2.SessionRequest] | None = None
         self._connected = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -88,16 +88,16 @@ class GrpcEngineClient:
             raise Overloaded(
                 f"{len(self._streams)} sequences are in flight; try again", retry_after_s=1.0
             )
-        stream = UpdateStream(self, [request.id for request in requests])
-        for request in requests:
-            self._streams[request.id] = stream
+        stream, named = self._streams.open(self, requests)
+        for request in named:
             message = engine_pb2.SessionRequest(submit=request_to_proto(request))
             self._outgoing.put_nowait(message)
         return stream
 
     def abort(self, request_id: str) -> None:
-        if self._streams.pop(request_id, None) is not None and self._outgoing is not None:
-            self._outgoing.put_nowait(engine_pb2.SessionRequest(abort=request_id))
+        name = self._streams.close(request_id)
+        if name is not None and self._outgoing is not None:
+            self._outgoing.put_nowait(engine_pb2.SessionRequest(abort=name))
 
     async def _stay_connected(self) -> None:
         try:
@@ -145,29 +145,18 @@ class GrpcEngineClient:
 
     def _dispatch(self, message: engine_pb2.SessionResponse) -> None:
         self.stats = stats_from_proto(message.stats)
-        for sent in message.updates:
-            stream = self._streams.get(sent.request_id)
-            if stream is None:
-                continue  # the sequence was aborted meanwhile
-            update = update_from_proto(sent)
-            if update.finish is not None:
-                del self._streams[update.request_id]
-            stream.post(update)
+        for update in message.updates:
+            self._streams.post(update_from_proto(update))
         for rejection in message.rejections:
-            stream = self._streams.pop(rejection.request_id, None)
-            if stream is not None:
-                stream.fail(error_from_rejection(rejection))
+            self._streams.reject(rejection.request_id, error_from_rejection(rejection))
 
     def _disconnect(self) -> None:
         """Tells everybody who waits, at once; there is nothing to wait for."""
         self._outgoing = None
         self._connected.clear()
-        streams = set(self._streams.values())
-        self._streams.clear()
-        for stream in streams:
-            stream.fail(
-                EngineError("the engine stopped while it worked on the request; send it again")
-            )
+        self._streams.fail_all(
+            EngineError("the engine stopped while it worked on the request; send it again")
+        )
 
 
 async def _write(call: Any, outgoing: asyncio.Queue[engine_pb2.SessionRequest]) -> None:

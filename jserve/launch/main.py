@@ -155,7 +155,7 @@ def _serve(arguments: Sequence[str]) -> int:
 
 
 def _check_processes(config: ServeConfig) -> None:
-    """Raises ConfigError for flags that do not fit an engine of so many processes."""
+    """Raises ConfigError for flags that do not fit the engine's number of processes."""
     others = config.engine.num_processes - 1
     if _LEADER_ADDRESS.present and not others:
         raise ConfigError("--leader_address: engine.num_processes is 1; there is nobody to lead")

@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 # The engine binds a port that is free at that moment, after every restart anew, and tells which.
 _ANY_LOOPBACK_PORT = "127.0.0.1:0"
-_EXIT_INTERRUPTED = 130  # as shells report a process that Ctrl-C ended
+_EXIT_INTERRUPTED = 130  # the code that shells report for a process ended by Ctrl-C
 
 
 def serve_all(config: ServeConfig, leader_address: str | None = None) -> int:

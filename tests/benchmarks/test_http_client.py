@@ -27,7 +27,7 @@ def test_events_byte_by_byte():
 
 
 def streamed(answer, times=1):
-    """The events of a POST, so many times over one client, and the server."""
+    """Returns the events of a POST, sent `times` times over one client, and the server."""
 
     async def main():
         async with serving(answer) as server:

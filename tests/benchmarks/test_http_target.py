@@ -1,4 +1,4 @@
-"""What is asked of each kind of server, what is read from its chunks, and what its user is told."""
+"""Requests to each kind of server, the reading of its chunks, and messages for its user."""
 
 import asyncio
 
@@ -27,7 +27,7 @@ ANSWER = chunked(
 
 
 def asked(answer, model_list=None, job=JOB, **options):
-    """One job after the check: the record, the body it was sent with, what the server said."""
+    """Sends one job after the check; returns its record, its body and the server's description."""
     model_list = models("m", owned_by="jserve") if model_list is None else model_list
 
     async def main():

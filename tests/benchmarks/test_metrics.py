@@ -8,7 +8,7 @@ from benchmarks.serving.record import Record
 
 
 def record(sent, *chunks, tokens=None, told=None, end=None, **fields):
-    """Chunks are (seconds, text); `told` are the tokens of each, as the server told."""
+    """Makes a record of chunks (seconds, text); `told` has the tokens of each."""
     made = Record(sent_s=sent, output_tokens=tokens, **fields)
     for i, (at_s, text) in enumerate(chunks):
         made.arrive(at_s, text, 0 if told is None else told[i])

@@ -1,4 +1,4 @@
-"""The KV cache against a model of it: what is held, what the device is told, what still fits."""
+"""The KV cache against a model of it: held pages, deltas for the device, room."""
 
 from dataclasses import replace
 
@@ -62,7 +62,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(self.lengths))
     @rule(data=st.data())
     def enter_with_a_hit(self, data: st.DataObject) -> None:
-        """The full pages of another sequence, as far as every group has them."""
+        """Starts with the full pages of another sequence, as far as every group has them."""
         index = data.draw(st.sampled_from([i for i, n in enumerate(self.lengths) if n]))
         most = min(self.lengths[index] // size * size for size in self.sizes)
         whole = [n for n in range(most + 1) if all(n % size == 0 for size in self.sizes)]

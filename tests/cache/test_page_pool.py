@@ -1,4 +1,4 @@
-"""The page pool against a model of it, and what it refuses."""
+"""The page pool against a model of it, and its refusals."""
 
 import pytest
 from hypothesis import settings
@@ -12,7 +12,7 @@ PAGES = range(1, NUM_PAGES + 1)
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Random orders; the model is two lists, of free and of cached ids, and a count per used id.
+    """Random orders beside a model: lists of free and of cached ids, and a count per used id.
 
     The evictor gives the page that was cached last, so that its choice is seen to count.
     """

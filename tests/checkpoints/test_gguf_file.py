@@ -104,7 +104,7 @@ def test_names_are_those_of_the_gguf_package(arch: str) -> None:
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0, Kind.Q4_0])
 @pytest.mark.parametrize("arch", ["mixtral", "qwen3moe"])
 def test_each_expert_is_a_tensor(arch: str, kind: Kind, tmp_path: Path) -> None:
-    """One tensor holds all experts of a layer; whole blocks of every row, so it can be cut."""
+    """One tensor holds all experts of a layer; as whole blocks of every row it can be cut."""
     weights = tiny_weights(arch)
     file = GgufFile(write_gguf(tmp_path / "m.gguf", arch, weights, quantized=kind))
     assert {name: info.shape for name, info in file.tensors().items()} == {

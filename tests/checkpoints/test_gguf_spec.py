@@ -1,4 +1,4 @@
-"""The spec that GGUF metadata describes, and what is refused."""
+"""The spec that GGUF metadata describes, and metadata that is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def test_linear_scaling(tmp_path: Path) -> None:
 
 
 def transformers_factors(theta: float, dim: int, factor: float, high: float, old: int) -> Any:
-    """1 / what transformers multiplies frequencies by (_compute_llama3_parameters), in a loop."""
+    """Divisors of the frequencies, by transformers' `_compute_llama3_parameters` in a loop."""
     factors: list[float] = []
     for pair in range(dim // 2):
         freq = 1.0 / theta ** (2 * pair / dim)

@@ -1,4 +1,4 @@
-"""What the documentation tells people to run does run."""
+"""The commands and examples of the documentation run."""
 
 import re
 import shutil

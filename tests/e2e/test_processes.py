@@ -33,7 +33,7 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Its end is checked as well, after its tests: SIGTERM finishes what runs and ends all."""
+    """A process group; after its tests SIGTERM must finish what runs and end all processes."""
     with serving(CONFIG, tmp_path_factory.mktemp("group") / "log", *FLAGS) as running:
         yield running
         leader, follower = psutil.Process(running.engine_pid), _follower(running)
@@ -84,7 +84,7 @@ def test_killed_follower_takes_the_leader_along_and_both_come_back(group: Server
 
 
 def test_with_launchers_of_their_own(tmp_path: Path) -> None:
-    """As on several hosts: one's end is the other's, whichever; both launchers can be stopped."""
+    """Either launcher's end is the other's, as on several hosts; both can be stopped."""
     drain = ("--set=gateway.drain_s=0.3", "--set=engine.drain_timeout_s=0.2")
     flags = (*FLAGS, *drain, f"--leader_address=127.0.0.1:{free_port()}")
     follower = Server(CONFIG, tmp_path / "follower", *flags, "--role=follower", "--process=1")

@@ -35,7 +35,7 @@ def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_http(real_server: Server) -> None:
-    """All at once: whatever shares a batch, the answer is the same."""
+    """Sends all prompts at once: whatever shares a batch, the answer is the same."""
 
     def ask(case: dict[str, Any]) -> tuple[str, str, int]:
         if case["messages"]:
@@ -92,7 +92,7 @@ def test_grpc_client(real_server: Server) -> None:
 
 
 def test_command_line(real_server: Server) -> None:
-    """Starts with the programs that the server has compiled."""
+    """The command starts with the programs that the server has compiled."""
     (message,) = CHAT["messages"]
     done = subprocess.run(
         [

@@ -53,7 +53,7 @@ SCHEDULER = SchedulerConfig(decode_wait_s=0.0)  # whole decode runs, though a tu
 
 @dataclass
 class Outcome:
-    """Everything a sequence was told."""
+    """All updates of a sequence, merged."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -72,9 +72,9 @@ class Harness:
         backend: Backend | None = None,
         quantization: Quantization = Quantization.NONE,
         mesh_shape: tuple[int, int] = (1, 1),  # model × expert
-        cache_folder: Path | None = None,  # of compiled programs, for engines that share them
+        cache_folder: Path | None = None,  # holds compiled programs, for engines that share them
     ) -> None:
-        # What users get: the native kernels, where they are built.
+        # Users get the native kernels, where they are built.
         backend = backend or backend_for("cpu", jnp.dtype(jnp.float32), device_kind="cpu")
         devices = jax.devices()[: mesh_shape[0] * mesh_shape[1]]
         mesh = device_mesh(devices, model=mesh_shape[0], expert=mesh_shape[1])
@@ -113,7 +113,7 @@ class Harness:
         overlap: bool = True,
         scheduler: Scheduler | None = None,
     ) -> dict[str, Outcome]:
-        """Runs to the end; request i arrives before turn `arrivals[i]`.
+        """Runs requests to their end; request i arrives before turn `arrivals[i]`.
 
         With `overlap`, a step is planned while the one before it runs. `scheduler` replaces the
         engine's own.

@@ -1,4 +1,4 @@
-"""The engine's loop over the simulated device: what reaches the outbox, whatever happens."""
+"""The engine's loop over the simulated device: every update reaches the outbox."""
 
 import threading
 
@@ -27,7 +27,6 @@ class Breaking(SimulatedExecutor):
     fails_at = -1
 
     def submit(self, plan: StepPlan) -> object:
-        """See `Executor`."""
         if plan.step_id == self.fails_at:
             raise RuntimeError("the device is on fire")
         return super().submit(plan)
@@ -54,7 +53,7 @@ class Rig:
         )
 
     def taken(self) -> tuple[dict[str, SequenceUpdate], dict[str, Exception]]:
-        """Everything told so far, merged by sequence."""
+        """Updates posted so far, merged by sequence."""
         taken = self.outbox.take()
         merged: dict[str, SequenceUpdate] = {}
         for update in taken.updates:

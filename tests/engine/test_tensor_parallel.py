@@ -64,7 +64,7 @@ def test_every_kind_of_sampling_as_on_one_device() -> None:
 
 
 def _check_logprobs(found: Sequence[Any], expected: Sequence[Any]) -> None:
-    """The same tokens and ranks, and numbers that differ as their logits do."""
+    """Checks for the same tokens and ranks, and numbers that differ as their logits do."""
     assert [(e.token_id, e.rank) for e in found] == [(e.token_id, e.rank) for e in expected]
     for entry, other in zip(found, expected, strict=True):
         ids, values = zip(*entry.top, strict=True) if entry.top else ((), ())

@@ -1,4 +1,4 @@
-"""Chat templates: what Hugging Face's environment offers, and what a sandbox must refuse."""
+"""Chat templates: the means of Hugging Face's environment, and refusals of the sandbox."""
 
 import datetime
 import json

@@ -13,7 +13,7 @@ from jserve.core.errors import ConfigError
 from jserve.gateway.tokenizer import TextTokenizer
 from tests.gateway.tiny_tokenizers import BOS, END_OF_TURN, byte_level_json, sentencepiece_json
 
-BOS_ID = 1  # of the SentencePiece tokenizer
+BOS_ID = 1  # id in the SentencePiece tokenizer
 TOKENIZERS = [
     TextTokenizer(source)
     for source in (byte_level_json(), sentencepiece_json(), sentencepiece_json(strips=False))

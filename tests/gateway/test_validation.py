@@ -132,7 +132,7 @@ def test_normal_forms():
     assert resolve(top_k=10**6).top_k == INFO.vocab
     assert resolve(bad_token_ids=[4, 3, 4]).bad_token_ids == (4, 3)
     assert resolve(logit_bias={"9": 1, "8": -1}).logit_bias == ((8, -1.0), (9, 1.0))
-    assert resolve(temperature=1e-30).temperature == 0.01  # as vLLM
+    assert resolve(temperature=1e-30).temperature == 0.01  # vLLM does the same
     assert resolve(seed=5).seed == 5
 
 

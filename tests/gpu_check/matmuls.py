@@ -49,7 +49,7 @@ def _error(y: jax.Array, expected: np.ndarray) -> float:
 
 
 def quantized(case: Case, codes: jnp.dtype) -> tuple[float, str]:
-    """The relative error, and which number of rows changes bits if any does."""
+    """Relative error, and the number of rows that changes bits, if any does."""
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(case.rows, case.in_dim)), jnp.bfloat16)
     floats = [rng.normal(size=(out, case.in_dim)).astype(np.float32) for out in case.out_dims]

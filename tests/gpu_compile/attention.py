@@ -34,7 +34,7 @@ class Layer:
 
     @property
     def name(self) -> str:
-        """As the table prints it."""
+        """Name of the layer in the table."""
         step = f"mixed {self.tokens}" if self.tokens else "decode"
         return f"attention {self.model}, {step}, {self.slots} slots, pages {self.kv_dtype}"
 

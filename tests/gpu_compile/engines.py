@@ -46,7 +46,7 @@ class Engine:
     )
 
     def programs(self) -> tuple[Program, ...]:
-        """One to compile for each of its step programs."""
+        """A program to compile for each step program of the engine."""
         return tuple(self._program(program) for program in self.config.programs())
 
     def _program(self, program: StepProgram) -> Program:

@@ -71,9 +71,9 @@ class Compiled:
     """The compiler's report on a program."""
 
     kernels: tuple[Kernel, ...]  # but those that this process had compiled before
-    launches: int  # of Mosaic kernels
-    calls: int  # those, and other calls of libraries
-    captured: int  # of the calls, those inside a command buffer (CUDA graph)
+    launches: int  # launches of Mosaic kernels
+    calls: int  # launches, and other calls of libraries
+    captured: int  # calls inside a command buffer (CUDA graph)
     alias_bytes: int
     temp_bytes: int
     written: tuple[Op, ...]  # every operation of the scheduled program that writes memory
@@ -81,7 +81,7 @@ class Compiled:
 
 
 def h200(devices: int = 1) -> Mesh:
-    """A mesh of so many devices of one machine."""
+    """Makes a mesh of `devices` devices of one machine."""
     topology = topologies.get_topology_desc(
         topology_name="h200", platform="cuda", topology=f"1x1x{devices}", target_config=_TARGET
     )

@@ -49,7 +49,7 @@ GEMMA3_270M = ModelSpec(
 ODD = dataclasses.replace(
     SMOLLM2, layers=1, vocab=1003, model_dim=90, ffn_dim=211, q_heads=6, kv_heads=2, head_dim=22
 )
-# As many experts as let some have no rows and others several, with sizes that nothing divides.
+# Some of the experts have no rows and others several, with sizes that nothing divides.
 MIXTRAL = dataclasses.replace(
     ODD,
     family="mixtral",

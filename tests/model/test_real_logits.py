@@ -152,7 +152,7 @@ def _pieces(lengths: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
 
 @dataclass(frozen=True)
 class Measured:
-    """One model's logits by prompt, [positions, vocab], and what they should be."""
+    """One model's logits by prompt, [positions, vocab], and the logits of transformers."""
 
     name: str
     logits: dict[str, np.ndarray]

@@ -24,7 +24,7 @@ CHUNK = 16  # tokens of one step; a shorter chunk is padded
 
 @pytest.mark.parametrize("name", CASE_NAMES)
 def test_whole_prefill_without_pages(name: str) -> None:
-    """On one backend; the others run the layers below, and their rows do not depend on chunks."""
+    """One backend is enough; the others run the layers below, and rows do not depend on chunks."""
     case = Case.load(name, Backend.CPU)
     found = dense_logits(case.model)(case.params, jnp.asarray(case.token_ids))
     np.testing.assert_allclose(found, case.logits, rtol=0, atol=TOLERANCE)

@@ -180,7 +180,7 @@ def _logits(model: Model, params: dict[str, jax.Array]) -> np.ndarray:
 
 
 def test_experts_of_codes() -> None:
-    """The same model on one device and on eight, and transposed for TPUs."""
+    """A model is the same on one device and on eight, and transposed for TPUs."""
     quantized = Model(SPEC, jnp.float32, quantization=Quantization.INT8_CHANNEL)
     params = quantized.init(3)
     name = "model.layers.1.mlp.experts.down_proj.weight"

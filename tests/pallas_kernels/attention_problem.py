@@ -1,4 +1,4 @@
-"""One ragged batch with its memory, and what float64 NumPy says of it."""
+"""One ragged batch with its memory, and its results by float64 NumPy."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""JAX's Mosaic GPU interpreter, and what it lacks for wgmma as attention uses it.
+"""JAX's Mosaic GPU interpreter, with the forms of wgmma that attention uses and it lacks.
 
 JAX 0.10 interprets `wgmma` of two plain references only. Added here: a left operand in registers,
 a transposed right one, accumulators that begin with a value (`run_state`) and `layout_cast`,
@@ -121,7 +121,7 @@ def _operation(eqn: Any, values: list[Any]) -> Any:
 
 
 def _thread(jaxpr: Any, consts: Any, *args: Any) -> None:
-    """One warpgroup; its failure must not leave the others waiting for ever."""
+    """Runs one warpgroup, whose failure must not leave the others waiting for ever."""
     try:
         _evaluate(jaxpr, consts, *args)
     except BaseException:
@@ -277,7 +277,7 @@ def _begin(transforms: tuple[Any, ...], number: int) -> list[int]:
 
 
 def _whole_tiles(copy: Any) -> Any:
-    """A copy of the interpreter that refuses what begins inside a tile of shared memory."""
+    """Makes a copy refuse a view that begins inside a tile of shared memory."""
 
     def checked(*, src_transforms: Any, dst_transforms: Any, **others: Any) -> Any:
         both = src_transforms, dst_transforms

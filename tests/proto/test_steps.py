@@ -27,7 +27,7 @@ from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
 from tests.scheduler.test_properties import MODEL, Drill, Engine, engines
 
-MAX_BYTES = 4096  # of a step that admits nobody
+MAX_BYTES = 4096  # bytes of a step that admits nobody
 
 
 def _sent(message: group_pb2.Step) -> group_pb2.Step:

@@ -65,7 +65,7 @@ def _gemma3(**changes: Any) -> dict[str, Any]:
         attention_bias=False,
         **changes,
     )
-    # As on the hub: the activation has another name, tied embeddings are the default.
+    # The hub's form: the activation has another name, tied embeddings are the default.
     return {k: v for k, v in config.items() if k not in ("hidden_act", "tie_word_embeddings")}
 
 
@@ -221,7 +221,7 @@ CASES = (
         ),
     ),
     Case(
-        "gemma3_linear",  # as from 4B on: global layers scaled; the config form of transformers 5
+        "gemma3_linear",  # global layers are scaled from 4B on; the config form of transformers 5
         {k: v for k, v in _gemma3().items() if k != "rope_theta"}
         | {
             "layer_types": [

@@ -17,7 +17,7 @@ ERROR_RATIO = 3.0
 
 
 def differences(committed: Path, made: Path) -> list[str]:
-    """What differs, one line each; empty when the fixtures are reproduced."""
+    """Differences, one line each; none when the fixtures are reproduced."""
     files = {str(p.relative_to(committed)) for p in committed.rglob("*") if p.is_file()}
     new = {str(p.relative_to(made)) for p in made.rglob("*") if p.is_file()}
     found = [f"{name}: not made any more" for name in sorted(files - new)]

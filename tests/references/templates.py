@@ -8,7 +8,7 @@ from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 from weights import SMOLLM2, gguf_file, metadata
 
-# As Google publishes it with gemma-3-270m-it, its image branch left out.
+# Google publishes this with gemma-3-270m-it; its image branch is left out.
 # The GGUF file of the base model has no template.
 GEMMA3_TEMPLATE = """\
 {{ bos_token }}
@@ -51,7 +51,7 @@ GEMMA3_TEMPLATE = """\
 '}}
 {%- endif -%}
 """
-# What templates on the hub rely on: trimmed blocks, loop controls, namespaces, generation marks,
+# Templates on the hub rely on trimmed blocks, loop controls, namespaces, generation marks,
 # tojson that keeps characters and order, strftime_now, undefined variables, string methods.
 TRICKS_TEMPLATE = """\
 {# a comment #}
@@ -109,7 +109,7 @@ CHATS = (
 
 
 def render(template: str, messages: list[dict[str, Any]], **variables: Any) -> str:
-    """One conversation through transformers' own Jinja environment."""
+    """Renders one conversation through transformers' own Jinja environment."""
     rendered, _ = render_jinja_template([messages], chat_template=template, **variables)
     return rendered[0]
 

@@ -1,4 +1,4 @@
-"""Texts that are hard to tokenize, and what llama.cpp makes of them with both real vocabularies."""
+"""Texts that are hard to tokenize, and llama.cpp's tokens of them with both real vocabularies."""
 
 import gzip
 import json

@@ -106,7 +106,7 @@ class Rig:
         return plan, self.commit()
 
     def run(self, depth: int = 1) -> list[StepPlan]:
-        """Until nothing is left, with `depth` steps in flight."""
+        """Steps until nothing is left, with `depth` steps in flight."""
         num_before = len(self.executor.plans)
         self.pipeline.depth = depth
         while self.scheduler.has_work:

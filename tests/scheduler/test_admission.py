@@ -9,7 +9,7 @@ from jserve.scheduler.queue import RankedQueue
 from jserve.scheduler.sequence import Event, Sequence, SequenceView
 from tests.scheduler.rig import DECODE_4, MIXED_8, Rig, admitted, names
 
-# Who goes first.
+# Order of admission.
 
 
 def test_admission_is_by_priority_then_arrival() -> None:

@@ -111,7 +111,7 @@ class Drill:
         self.plans: list[StepPlan] = []
         self.requests: dict[str, Request] = {}  # live ones
         self.arrivals: dict[str, float] = {}
-        self.queue_s: dict[str, float] = {}  # of the live ones that were admitted
+        self.queue_s: dict[str, float] = {}  # queue times of live sequences that were admitted
         self.updates: dict[str, list[SequenceUpdate]] = {}
         self.num_done = 0
         self.num_in_flight_preemptions = 0
@@ -276,7 +276,7 @@ class Drill:
                 del self.queue_s[update.request_id]
                 self.num_done += 1
 
-    # What must hold.
+    # Invariants.
 
     def check_memory(self) -> None:
         """Every slot and page is free or has one owner."""

@@ -57,7 +57,7 @@ def test_missing_prompt_logprobs_are_an_error() -> None:
         rig.scheduler.commit(plan, replace(result, prompt_logprobs=None), 0.0)
 
 
-# What a device may and may not answer.
+# Results that a device may give, and others that it may not.
 
 
 def answer(plan: StepPlan, num_new: int, code: FinishCode = FinishCode.RUNNING) -> StepResult:

@@ -15,7 +15,7 @@ from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.simulated_model import SimulatedModel
 from tests.scheduler.rig import DECODE_2, DECODE_4, ENDLESS, MIXED_8, MIXED_32, Rig, admitted, names
 
-# What is refused.
+# Refusals.
 
 
 def test_a_prompt_that_leaves_no_room_for_a_token_is_refused() -> None:

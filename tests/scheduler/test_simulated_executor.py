@@ -88,7 +88,7 @@ def test_freezes_a_row_that_has_stopped() -> None:
     plan = StepPlan(1, DECODE, 4, (decode_chunk(3, max_new=4, pages=pages(2, first=1)),))
     result = executor.collect(executor.submit(plan))
     assert (result.num_new[0], result.finish[0]) == (1, FinishCode.STOP)
-    # What was planned without knowing yields nothing, and is no mistake.
+    # A plan made without knowing of the stop yields nothing, and is no mistake.
     plan = StepPlan(2, DECODE, 4, (decode_chunk(7, max_new=2, pages=pages(3, first=2)),))
     result = executor.collect(executor.submit(plan))
     assert result.num_new[0] == 0

@@ -105,7 +105,7 @@ def check(name: str, mesh_shape: tuple[int, int]) -> None:
 
 
 def _prompts(name: str) -> list[tuple[int, ...]]:
-    """One shorter and one longer than a sliding window and a chunk."""
+    """Two prompts, one shorter and one longer than a sliding window and a chunk."""
     rng = np.random.default_rng(2)
     vocab = CASES_BY_NAME[name].spec.vocab
     return [tuple(map(int, rng.integers(2, vocab, n))) for n in (5, 39)]

@@ -40,7 +40,7 @@ from jserve.pallas_kernels.backend import Backend
 from tests.compiled_hlo import copies_of
 
 ARCHITECTURES = Path(__file__).parents[1] / "fixtures" / "architectures"
-# The slices that hold so many chips.
+# Slices by their number of chips.
 _TOPOLOGIES = {
     "v5e": {1: "v5e:2x2", 4: "v5e:2x2", 8: "v5e:2x4"},
     "v5p": {1: "v5p:2x2x1", 4: "v5p:2x2x1", 8: "v5p:2x2x2"},
@@ -76,7 +76,7 @@ class Engine:
         )
 
     def model(self, mesh: Mesh) -> Model:
-        """In bfloat16, without weights."""
+        """Model in bfloat16, without weights."""
         spec = spec_from_hf(read_json(ARCHITECTURES / f"{self.architecture}.json"))
         if self.layers:
             spec = dataclasses.replace(
@@ -130,7 +130,7 @@ def compile_program(
 
 
 def compile_engine(generation: str, engine: Engine) -> list[dict[str, Any]]:
-    """Both programs of an engine on a generation of TPU, and what is wrong with each."""
+    """Compiles both programs of an engine for a generation of TPU, and lists their faults."""
     name = _TOPOLOGIES[generation][engine.chips]
     topology = topologies.get_topology_desc(topology_name=name, platform="tpu")
     config = engine.config()

@@ -71,7 +71,7 @@ def compile_grouped(generation: str, case: GroupedCase, dtype: jnp.dtype) -> dic
     def multiply(
         x: jax.Array, stacks: list[jax.Array], scales: list[jax.Array], sizes: jax.Array
     ) -> Any:
-        weights: Any = [stack.swapaxes(1, 2) for stack in stacks]  # as `matrices` keeps them
+        weights: Any = [stack.swapaxes(1, 2) for stack in stacks]  # the order that `matrices` keeps
         if dtype == jnp.int8:
             weights = list(map(ChannelStack, weights, scales))
         return grouped_matmul(x, weights, sizes, backend=Backend.TPU)
@@ -102,7 +102,7 @@ def _compiled(
     rows: int,
     launches: int,
 ) -> dict[str, object]:
-    """With what is wrong. Results may be held once more: experts' are scaled after the launch."""
+    """Reports faults of a program. Results of experts may be held twice: they are scaled last."""
     started = time.perf_counter()
     with jax.set_mesh(mesh):
         compiled = jax.jit(function).lower(*arguments).compile()

@@ -1,4 +1,4 @@
-"""Runs the quick part of a module of this folder: what `make test` compiles."""
+"""Runs the quick part of a module of this folder, which `make test` compiles."""
 
 import importlib.util
 import json

@@ -8,5 +8,5 @@ from tests.tpu_compile.quick import compile_quickly, needs_libtpu
 
 @needs_libtpu
 def test_pages_are_updated_in_place_by_one_launch() -> None:
-    programs = compile_quickly("programs")  # which fails where one is not
+    programs = compile_quickly("programs")  # fails where one is not
     assert {program["generation"] for program in programs} == {"v5e", "v5p", "v6e"}

@@ -1,4 +1,4 @@
-"""What the flags of the engine benchmarks name."""
+"""Flags of the engine benchmarks, and the configs that they name."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The peer transformers, as far as it goes without it."""
+"""The peer transformers, as far as a test goes without the package."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What `jserve plan` counts, beside numbers that are published of the models."""
+"""Counts of `jserve plan` beside numbers that are published of the models."""
 
 import subprocess
 import sys

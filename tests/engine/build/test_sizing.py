@@ -1,4 +1,4 @@
-"""How many pages an engine takes, from config or from what its programs were measured to need."""
+"""Number of pages that an engine takes, by config or by the measured need of its programs."""
 
 import math
 import threading

@@ -1,4 +1,4 @@
-"""What a leader's process makes of the other processes it starts, with stand-ins for those."""
+"""A leader's process and the processes it starts, which are stand-ins here."""
 
 import queue
 import sys

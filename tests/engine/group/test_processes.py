@@ -1,4 +1,4 @@
-"""Two processes that JAX joins: what each holds of a model, and what they agree on."""
+"""Two processes that JAX joins: their shares of a model, and the facts they agree on."""
 
 import subprocess
 import sys

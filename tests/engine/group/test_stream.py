@@ -32,7 +32,7 @@ def plan(position: int) -> StepPlan:
 
 
 class Losses:
-    """Where a callback about a lost peer leaves its words."""
+    """Keeps the words of a callback about a lost peer."""
 
     def __init__(self) -> None:
         self.heard = threading.Event()
@@ -118,7 +118,7 @@ def test_steps_come_in_order_and_end_with_a_stop() -> None:
 
 
 def test_a_leader_with_a_name_listens_on_all_its_interfaces() -> None:
-    """Its own name may be 127.0.1.1 to itself, where no other host would find it."""
+    """A host's own name may be 127.0.1.1 to itself, where no other host would find it."""
     assert bind_address("host0:8610") == "[::]:8610"
     assert bind_address("127.0.1.1:8610") == "127.0.1.1:8610"
     assert bind_address("[::1]:0") == "[::1]:0"
@@ -143,7 +143,7 @@ def test_a_process_that_differs_is_told_what_differs() -> None:
 
 
 def test_a_second_process_of_a_number_proves_that_the_first_is_lost() -> None:
-    """As after a host's sudden death, when nothing has broken the first one's connection yet."""
+    """The first one's connection may stand for a while after its host's sudden death."""
     with joined() as (followers, lost_follower, _, _):
         with pytest.raises(EngineError, match="process 1 had joined already"):
             join(followers, 1, Losses())
@@ -175,7 +175,7 @@ def test_the_leader_hears_why_a_follower_fails() -> None:
     with joined() as (followers, lost_follower, leader, _), ThreadPoolExecutor(1) as pool:
         telling = pool.submit(leader.failed, "no memory")
         assert lost_follower.heard.wait(5)
-        followers.close()  # as the leader's end would
+        followers.close()  # ends all streams, like the leader's end
         telling.result(5)
     assert lost_follower.reasons == ["process 1 of the engine ended: no memory"]
 

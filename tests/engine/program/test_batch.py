@@ -1,4 +1,4 @@
-"""Sections of the batch that no program reads yet, and the bounds of those that do."""
+"""Sections of the batch that no program reads yet, and the bounds of the others."""
 
 import dataclasses
 

@@ -25,7 +25,7 @@ PACKAGE = Path(jserve.__file__).parent
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The rooms that are traced, in a folder of their own."""
+    """A copy of the rooms that are traced."""
     for room in traced_sources(PACKAGE):
         shutil.copytree(room, tmp_path / "jserve" / room.relative_to(PACKAGE))
     return tmp_path / "jserve"

@@ -106,7 +106,7 @@ def test_devices_agree(params: Params, devices: int) -> None:
 def test_an_engine_loses_nothing_to_uneven_heads(
     params: Params, devices: int, tmp_path: Path
 ) -> None:
-    """Also where neighbours have copies of a KV head."""
+    """The same holds where neighbours have copies of a KV head."""
     # One layout is compiled once for both; the tokens of one device are those of several anyway.
     even = _served(params, devices, tmp_path)
     uneven = _served(_uneven(params), 2 * SPEC.kv_heads, tmp_path)

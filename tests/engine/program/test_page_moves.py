@@ -10,7 +10,7 @@ from jserve.engine.program.page_mover import PageMover
 from jserve.engine.program.page_moves import MOVE_SIZES, MoveProgram, compile_moves, lower_move
 from jserve.model.sharding import device_mesh, named_sharding
 
-SHAPE = (600, 2, 4, 16, 32)  # of one layer: 16 KiB a page
+SHAPE = (600, 2, 4, 16, 32)  # pages of one layer: 16 KiB a page
 LAYERS = 3
 OUT, IN, COPY = MoveKind
 
@@ -52,7 +52,7 @@ def test_moves_run_in_order_and_copy_values(devices: int) -> None:
         Move(COPY, 0, 10, 11),
     ]
     kv = mover.run(kv, moves)
-    assert mover.num_out == 2  # of 32 and 9 pages
+    assert mover.num_out == 2  # moves of 32 and 9 pages
     assert mover.land(1) == tuple(49 - n for n in range(32))
     assert mover.land(mover.num_out) == tuple(49 - n for n in range(32, 41))
     assert mover.land(mover.num_out) == ()

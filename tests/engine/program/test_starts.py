@@ -77,7 +77,7 @@ class Rig:
 
 
 def outcome(result: StepResult, row: int = 0) -> Yield:
-    """The outcome of a row, with log-probabilities as bits."""
+    """Outcome of a row, with log-probabilities as bits."""
     assert result.logprobs is not None
     return [
         (
@@ -120,7 +120,7 @@ def whole(rig: Rig, asked: Request, slot: int, pages: Sequence[int], runs: int) 
 
 
 def test_a_prefix_that_another_sequence_computed(rig: Rig) -> None:
-    """With penalties of its tokens, though they never pass the device as this sequence's."""
+    """Penalties count tokens of the prefix, though they never pass the device for this sequence."""
     prefix = prompt_of(1, 2 * PAGE)
     first, second = request("a", prefix + prompt_of(2, 5)), request("b", prefix + prompt_of(3, 9))
     alone = whole(rig, second, 3, range(20, 27), 4)

@@ -90,10 +90,11 @@ def test_refusals_keep_their_type():
                 with pytest.raises(Overloaded, match="queue of 8") as refused:
                     await collect(client.submit([request("one-too-many")]))
                 assert refused.value.retry_after_s == 1.0
-                loop.outbox.reject("r0", RequestError("no such adapter"))
+                names = [live.request.id for live in loop.sequences.waiting]
+                loop.outbox.reject(names[0], RequestError("no such adapter"))
                 with pytest.raises(RequestError, match="no such adapter"):
                     await collect(held[0])
-                loop.outbox.reject("r1", Unavailable("draining", retry_after_s=3))
+                loop.outbox.reject(names[1], Unavailable("draining", retry_after_s=3))
                 with pytest.raises(Unavailable, match="draining"):
                     await collect(held[1])
                 with pytest.raises(RequestError, match="in use"):
@@ -209,11 +210,13 @@ def test_gateway_that_reads_slowly_gets_merged_updates_and_slows_nobody():
             async with closing(await connect(server.port)) as quick:
                 stream = quick.submit([request("quick")])
                 await eventually(lambda: len(inbox._commands) == 2)
+                ids = [command.request.id for command in inbox._commands]
+                slow_id, quick_id = sorted(ids, key=lambda name: name.startswith("quick"))
                 num_steps = 3000
                 for step in range(num_steps):
-                    updates = [SequenceUpdate("slow", tuple(range(400)))]
+                    updates = [SequenceUpdate(slow_id, tuple(range(400)))]
                     if step == num_steps - 1:
-                        updates.append(SequenceUpdate("quick", (1,), FinishReason.STOP))
+                        updates.append(SequenceUpdate(quick_id, (1,), FinishReason.STOP))
                     outbox.post(updates, EngineStats(num_steps=step + 1))
                     if step % 100 == 0:
                         await asyncio.sleep(0.005)

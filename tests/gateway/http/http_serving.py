@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import httpx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from jserve.core.clock import WallClock
@@ -19,11 +20,14 @@ from jserve.gateway.http.server import HttpServer
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.tokenizer import TextTokenizer
+from tests.model_files import gpt2_alphabet
 
 T = TypeVar("T")
 
 END = 256  # the id of <|end|>, the one end-of-sequence token; ids below are bytes
 MODEL = "test/model"
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'boom' %}{{ raise_exception('no boom please') }}"
     "{% endif %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -32,22 +36,13 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer() -> TextTokenizer:
-    """One token per byte, ids in the order of byte-level BPE's alphabet, then <|end|>."""
-    # `byte_ids` must give ids equal to bytes, so that tests read: sort by the byte, not the symbol.
-    vocab = {symbol: byte for byte, symbol in enumerate(_symbols())}
+    """One token per byte, whose id is the byte, and then <|end|>."""
+    vocab = {symbol: byte for byte, symbol in enumerate(gpt2_alphabet())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
     return TextTokenizer(tokenizer.to_str())
-
-
-def _symbols() -> list[str]:
-    # GPT-2's map of bytes to printable symbols.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    shifted = {byte: 256 + i for i, byte in enumerate(others)}
-    return [chr(shifted.get(byte, byte)) for byte in range(256)]
 
 
 class Served:
@@ -160,3 +155,15 @@ def serving(
         served.assert_idle()
     finally:
         served.stop()
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    """Checks that an answer is an error in OpenAI's shape, and returns it."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    body = response.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    return body["error"]

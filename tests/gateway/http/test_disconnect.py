@@ -12,9 +12,8 @@ import openai
 import pytest
 
 from jserve.core.request import Request
-from tests.gateway.http.http_serving import Served, serving
+from tests.gateway.http.http_serving import COMPLETIONS, Served, serving
 
-COMPLETIONS = "/v1/completions"
 LONG = {"prompt": "a", "max_tokens": 4000}
 
 
@@ -183,7 +182,7 @@ def test_a_reader_that_stops_bounds_what_is_buffered() -> None:
             received += raw.recv(1 << 20)
         raw.close()
     tokens = [0, 0]
-    chunks = received.partition(b"\r\n\r\n")[2].split(b"\r\n")[1::2]  # of the body
+    chunks = received.partition(b"\r\n\r\n")[2].split(b"\r\n")[1::2]  # chunks of the body
     for event in b"".join(chunks).split(b"\n\n")[:-2]:
         choice = json.loads(event.removeprefix(b"data: "))["choices"][0]
         tokens[choice["index"]] += len(choice["logprobs"]["tokens"])

@@ -1,4 +1,4 @@
-"""Streams over a scripted ASGI server: what is sent, when it is closed, what is buffered."""
+"""Streams over a scripted ASGI server: their bytes, their end, their buffers."""
 
 import asyncio
 import json

@@ -16,9 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jserve.core.errors import ConfigError
 from jserve.gateway.http.server import HttpServer
-from tests.gateway.http.http_serving import MODEL, Served, serving
-
-COMPLETIONS = "/v1/completions"
+from tests.gateway.http.http_serving import COMPLETIONS, MODEL, Served, serving
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""OpenAI bodies: what is read, what is accepted without effect, what is refused by name."""
+"""OpenAI bodies: fields that are read, accepted without effect, or refused by name."""
 
 import math
 from typing import Any

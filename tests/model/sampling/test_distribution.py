@@ -132,7 +132,7 @@ def test_small_vocabulary(name):
 
 
 def _peaked(vocab: int) -> np.ndarray:
-    """Like a language model's: a few likely tokens, and a tail that holds a tenth of the mass."""
+    """Logits like a language model's: a few likely tokens, and a tail with a tenth of the mass."""
     rng = np.random.default_rng(3)
     logits = rng.normal(size=vocab)
     at = rng.choice(vocab, 40, replace=False)

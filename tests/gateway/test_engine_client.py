@@ -1,0 +1,84 @@
+"""Streams of an engine client: their updates, and those that come too late."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+import pytest
+
+from jserve.core.errors import RequestError
+from jserve.core.request import FinishReason, Request, SequenceUpdate
+from jserve.core.stats import EngineStats
+from jserve.gateway.engine_client import UpdateStream
+from jserve.gateway.fake_engine import FakeEngine
+from jserve.gateway.grpc_engine_client import GrpcEngineClient
+from jserve.proto import engine_pb2, engine_pb2_grpc
+from jserve.proto.convert import info_to_proto, stats_to_proto, updates_to_proto
+from tests.gateway.fixtures import INFO, closing
+
+
+def request(request_id: str) -> Request:
+    return Request(id=request_id, prompt=(7, 8))
+
+
+class LateEngine(engine_pb2_grpc.EngineServicer):
+    """Answers two submitted sequences at once, the first of which was aborted meanwhile."""
+
+    async def Session(  # noqa: N802  the name in the .proto
+        self, request_iterator: AsyncIterator[engine_pb2.SessionRequest], context: Any
+    ) -> None:
+        stats = stats_to_proto(EngineStats())
+        hello = engine_pb2.SessionResponse(hello=info_to_proto(INFO), stats=stats)
+        await context.write(hello)
+        names: list[str] = []
+        async for message in request_iterator:
+            if message.WhichOneof("kind") == "submit":
+                names.append(message.submit.id)
+            if len(names) == 2:
+                late, due = names
+                response = engine_pb2.SessionResponse(stats=stats)
+                updates = [
+                    SequenceUpdate(late, (1, 2), FinishReason.STOP),
+                    SequenceUpdate(due, (3,), FinishReason.STOP),
+                ]
+                updates_to_proto(updates, response)
+                await context.write(response)
+
+
+async def tokens_of(stream: UpdateStream) -> list[int]:
+    return [token async for update in stream for token in update.tokens]
+
+
+def test_a_late_update_does_not_reach_a_newer_sequence_of_the_same_id() -> None:
+    async def main() -> None:
+        server = grpc.aio.server()
+        engine_pb2_grpc.add_EngineServicer_to_server(LateEngine(), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            async with closing(GrpcEngineClient(f"127.0.0.1:{port}", reconnect_s=0.02)) as client:
+                client.start()
+                await asyncio.wait_for(client.wait_ready(), 5)
+                aborted = client.submit([request("same")])
+                aborted.close()
+                newer = client.submit([request("same")])
+                assert await asyncio.wait_for(tokens_of(newer), 5) == [3]
+                assert await tokens_of(aborted) == []
+        finally:
+            await server.stop(0)
+
+    asyncio.run(main())
+
+
+def test_the_id_of_a_live_sequence_is_refused() -> None:
+    async def main() -> None:
+        async with closing(FakeEngine(INFO, reply=lambda _: [5, 6])) as engine:
+            first = engine.submit([request("same")])
+            with pytest.raises(RequestError, match="'same' is in use"):
+                engine.submit([request("other"), request("same")])
+            assert await tokens_of(first) == [5, 6]
+            assert await tokens_of(engine.submit([request("same")])) == [5, 6]
+            assert await tokens_of(engine.submit([request("other")])) == [5, 6]
+
+    asyncio.run(main())
