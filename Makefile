@@ -10,6 +10,7 @@ PYTEST_ARGS ?=
 # Files of tests in so many processes, each of which takes what memory a model needs; in the order of
 # tests/conftest.py.
 PYTEST_WORKERS ?= --numprocesses=logical --maxprocesses=4 --dist=loadfile --no-loadscope-reorder
+pytest_args = $(PYTEST_WORKERS) --durations=30 $(PYTEST_ARGS)
 
 export PYTHONUNBUFFERED = 1
 bin := .venv/bin
@@ -30,11 +31,11 @@ serve: ## Serves CONFIG on HOST, HTTP_PORT and GRPC_PORT; LOCK=cuda or tpu for a
 		--grpc_port=$(GRPC_PORT) $(ARGS)
 
 test: check ## Runs every check and the test suite (PYTEST_ARGS=… for pytest)
-	@$(bin)/python -m pytest $(PYTEST_WORKERS) --durations=30 $(PYTEST_ARGS)
+	@scripts/test.sh $(bin)/python $(pytest_args)
 
 test-newest: ## Runs the suite with the newest JAX and the newest of all else on PYTHON (PYTHON=python3.13)
 	@scripts/bootstrap.sh newest .venv-newest
-	@.venv-newest/bin/python -m pytest $(PYTEST_WORKERS) --no-fold-skipped $(PYTEST_ARGS)
+	@scripts/test.sh .venv-newest/bin/python $(pytest_args) --no-fold-skipped
 
 check: ## Format, lint, types, import contracts
 	@$(MAKE) --no-print-directory --jobs=2 lint types contracts

@@ -18,3 +18,5 @@ NATIVE_MARKS = (
 _NATIVE = pytest.param(Backend.NATIVE, marks=NATIVE_MARKS)
 BACKENDS = [Backend.REFERENCE, Backend.CPU, _NATIVE]
 INVARIANT_BACKENDS = [Backend.CPU, _NATIVE]  # a row's bits depend on nothing but the row
+# For tests that take long: the backend that a CPU is served with. `make sweep` runs the other.
+SERVED_BACKENDS = [pytest.param(Backend.CPU, marks=pytest.mark.sweep), _NATIVE]

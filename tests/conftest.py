@@ -15,6 +15,9 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
+# XLA compiles in a quarter of the time, to code that is right and slow. Its bits are others.
+_UNOPTIMIZED = " --xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+
 # A loaded machine is slow, not wrong.
 settings.register_profile("jserve", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("jserve")
@@ -31,8 +34,26 @@ _FIRST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--unoptimized",
+        action="store_true",
+        help="run all tests but those marked 'optimized', with programs that XLA does not optimize",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets the flags of XLA before JAX reads them."""
+    if config.getoption("unoptimized"):
+        os.environ["XLA_FLAGS"] += _UNOPTIMIZED
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Orders whole files; no test depends on the order."""
+    if config.getoption("unoptimized"):
+        left_out = [item for item in items if item.get_closest_marker("optimized")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     root = Path(__file__).parent
 
     def place(item: pytest.Item) -> int:

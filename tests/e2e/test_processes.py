@@ -83,6 +83,7 @@ def test_killed_follower_takes_the_leader_along_and_both_come_back(group: Server
     assert _answers(group)[0]["text"] == before
 
 
+@pytest.mark.sweep
 def test_with_launchers_of_their_own(tmp_path: Path) -> None:
     """Either launcher's end is the other's, as on several hosts; both can be stopped."""
     drain = ("--set=gateway.drain_s=0.3", "--set=engine.drain_timeout_s=0.2")

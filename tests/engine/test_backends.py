@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from jserve.checkpoints.config import Quantization
-from jserve.core.model_spec import ModelSpec
 from jserve.core.request import Request, SamplingParams
 from jserve.engine.config import KVDtype
 from jserve.pallas_kernels.backend import Backend
-from tests.backends import INVARIANT_BACKENDS
+from tests.backends import NATIVE_MARKS
 from tests.engine.engine_harness import CONFIG, TINY, Harness
+
+pytestmark = pytest.mark.optimized
 
 SPEC = dataclasses.replace(TINY, model_dim=64, ffn_dim=96, head_dim=16, eos_token_ids=())
 # A dense layer and one of experts.
@@ -25,24 +26,31 @@ SPARSE = dataclasses.replace(
 )
 # Two sizes of mixed programs for one kind: rows of matmuls of codes depend on no number of rows in
 # the tests of kernels.
-KINDS = [
-    (SPARSE, Quantization.NONE, KVDtype.BFLOAT16, (8, 32)),
-    (SPEC, Quantization.INT4, KVDtype.FLOAT8, (32,)),
-]
-KIND_NAMES = ["experts, bfloat16 cache", "int4, 8-bit cache"]
+KINDS = {
+    "experts, bfloat16 cache": (SPARSE, Quantization.NONE, KVDtype.BFLOAT16, (8, 32)),
+    "int4, 8-bit cache": (SPEC, Quantization.INT4, KVDtype.FLOAT8, (32,)),
+}
+# An engine takes half a minute to compile. Each kind on one backend, each backend with one kind.
+SHOWN = {("experts, bfloat16 cache", Backend.CPU), ("int4, 8-bit cache", Backend.NATIVE)}
 
 
-@pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 @pytest.mark.parametrize(
-    ("spec", "quantization", "kv_dtype", "mixed_tokens"), KINDS, ids=KIND_NAMES
+    ("kind", "backend"),
+    [
+        pytest.param(
+            kind,
+            backend,
+            marks=(
+                *(NATIVE_MARKS if backend is Backend.NATIVE else ()),
+                *(() if (kind, backend) in SHOWN else (pytest.mark.sweep,)),
+            ),
+        )
+        for kind in KINDS
+        for backend in (Backend.CPU, Backend.NATIVE)
+    ],
 )
-def test_company_changes_nothing(
-    spec: ModelSpec,
-    quantization: Quantization,
-    kv_dtype: KVDtype,
-    mixed_tokens: tuple[int, ...],
-    backend: Backend,
-) -> None:
+def test_company_changes_nothing(kind: str, backend: Backend) -> None:
+    spec, quantization, kv_dtype, mixed_tokens = KINDS[kind]
     rng = np.random.default_rng(1)
     config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype, mixed_tokens=mixed_tokens)
     harness = Harness(spec, config, backend=backend, quantization=quantization)

@@ -8,6 +8,8 @@ from jserve.core.request import FinishReason, Request, SamplingParams
 from jserve.core.step import ProgramKind
 from tests.engine.engine_harness import CONFIG, TINY, Harness, Outcome
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture(scope="module")
 def harness() -> Harness:

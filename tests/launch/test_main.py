@@ -1,14 +1,51 @@
 """The command line before anything starts: help, and errors that say what to do."""
 
-import subprocess
+import contextlib
+import io
+import multiprocessing
+import multiprocessing.connection
 import sys
+from typing import NamedTuple
 
 import pytest
 
 
-def _jserve(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jserve", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+class _Done(NamedTuple):
+    """The end of a process."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+# A process of its own for each command line, as users have it; but one that is forked where the
+# imports are done, which take a second.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["jserve.launch.main"])
+
+
+def _jserve(*arguments: str) -> _Done:
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_command, args=(arguments, sender), daemon=True)
+    process.start()
+    sender.close()
+    assert receiver.poll(60), f"{arguments} does not end"
+    stdout, stderr = receiver.recv()
+    process.join(60)
+    assert process.exitcode is not None
+    return _Done(process.exitcode, stdout, stderr)
+
+
+def _command(arguments: tuple[str, ...], sender: multiprocessing.connection.Connection) -> None:
+    from jserve.launch.main import run
+
+    sys.argv = ["jserve", *arguments]
+    stdout, stderr = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            run()
+    finally:
+        sender.send((stdout.getvalue(), stderr.getvalue()))
 
 
 _TWO_PROCESSES = (

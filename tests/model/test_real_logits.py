@@ -25,7 +25,7 @@ from jserve.pallas_kernels.ragged_paged_attention.dispatch import (
     kv_pages_shape,
     ragged_paged_attention,
 )
-from tests.backends import INVARIANT_BACKENDS
+from tests.backends import SERVED_BACKENDS
 
 pytestmark = pytest.mark.network
 
@@ -164,7 +164,7 @@ class Measured:
         return sampled - self.exact[f"{prompt}_logits_float64"]
 
 
-@pytest.fixture(scope="module", params=INVARIANT_BACKENDS)
+@pytest.fixture(scope="module", params=SERVED_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
 

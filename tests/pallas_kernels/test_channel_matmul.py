@@ -129,6 +129,7 @@ def _check(x: jax.Array, weights: list[ChannelMatrix], backend: Backend) -> None
         assert (np.abs(y - a @ b.T) <= bound).all()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("backend", [Backend.CPU, Backend.TPU])
 @pytest.mark.parametrize("codes", CODES, ids=str)
 def test_a_row_does_not_depend_on_the_others(codes: jnp.dtype, backend: Backend) -> None:

@@ -30,6 +30,8 @@ from jserve.pallas_kernels.rms_norm import rms_norm
 from jserve.pallas_kernels.rotary import rotary
 from tests.compiled_hlo import narrow_dots
 
+pytestmark = pytest.mark.optimized
+
 BF16 = jnp.bfloat16
 array = jax.ShapeDtypeStruct
 

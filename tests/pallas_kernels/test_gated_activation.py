@@ -43,6 +43,7 @@ def test_agrees_with_float64(
     assert np.isnan(_run(backend, activation)(gate, up)[0, 0])
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 @pytest.mark.parametrize("activation", Activation)
 def test_tokens_past_the_count_change_nothing(activation: Activation, backend: Backend) -> None:

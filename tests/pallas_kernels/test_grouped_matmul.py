@@ -134,6 +134,7 @@ def test_tpu_means_what_the_reference_does(case: Case) -> None:
         np.testing.assert_allclose(y[:num_rows], other[:num_rows], rtol=0, atol=1e-3)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 @pytest.mark.parametrize(
     ("in_dim", "dtype"), [(90, jnp.float32), (576, jnp.bfloat16), (1536, jnp.float32)]

@@ -50,6 +50,7 @@ def test_agrees_with_float64(
 
 
 # On CPU bfloat16 is widened and multiplied as float32 (`test_cpu_dots`), so one shape shows it.
+@pytest.mark.optimized
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 @pytest.mark.parametrize(
     ("in_dim", "out_dims", "dtype"),
@@ -94,6 +95,7 @@ def test_panels_hold_the_weight_and_zeros(out_dim: int) -> None:
     np.testing.assert_array_equal(taken, weight[rows])
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 def test_rows_past_the_count_change_nothing(backend: Backend) -> None:
     x, weights = _problem(576, (192, 64), jnp.float32)

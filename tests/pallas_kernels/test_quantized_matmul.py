@@ -75,6 +75,7 @@ def test_agrees_with_float64(
         assert np.mean(error > 1e-4 * np.abs(expected).max()) < 1e-3
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("backend", "shape"),
     [

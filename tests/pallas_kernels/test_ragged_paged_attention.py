@@ -115,6 +115,7 @@ def test_pages_of_8_bits(name: str, backend: Backend) -> None:
     problem.check_pages(np.asarray(pages, np.float32))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 def test_chunks_and_neighbours_do_not_change_a_bit(backend: Backend) -> None:
     """The outputs of one prompt are bitwise the same alone, cut anywhere, and among others."""
@@ -141,6 +142,7 @@ def test_chunks_and_neighbours_do_not_change_a_bit(backend: Backend) -> None:
         np.testing.assert_array_equal(np.concatenate(parts), expected)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 def test_decode_rows_do_not_depend_on_the_batch(backend: Backend) -> None:
     """A decode row gives the same bits in a pure decode batch and among prompt chunks."""

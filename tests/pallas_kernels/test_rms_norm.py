@@ -36,6 +36,7 @@ def test_agrees_with_float64(shape: tuple[int, ...], offset: float, backend: Bac
     np.testing.assert_allclose(_run(backend, offset)(x, weight), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_does_not_depend_on_the_others(shape: tuple[int, ...], backend: Backend) -> None:

@@ -55,6 +55,7 @@ def test_the_dtype_is_kept(backend: Backend) -> None:
     np.testing.assert_allclose(np.asarray(turned_q, np.float32), exact, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 def test_tokens_past_the_count_change_nothing(backend: Backend) -> None:
     q, k, cos, sin = _problem(9, 3, 64)
@@ -67,6 +68,7 @@ def test_tokens_past_the_count_change_nothing(backend: Backend) -> None:
             np.testing.assert_array_equal(part[:count], all_tokens[:count])
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 @pytest.mark.parametrize("shape", [*SHAPES, (4, 2, 16)])
 def test_a_token_does_not_depend_on_the_others(

@@ -20,6 +20,8 @@ from jserve.pallas_kernels.backend import Backend
 from tests.compiled_hlo import narrow_dots
 from tests.engine.engine_harness import CONFIG, TINY
 
+pytestmark = pytest.mark.optimized
+
 SPARSE = dataclasses.replace(
     TINY, family="mixtral", experts=4, experts_per_token=2, expert_ffn_dim=64
 )

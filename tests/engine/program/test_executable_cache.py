@@ -20,6 +20,8 @@ from jserve.model.sharding import device_mesh
 from jserve.pallas_kernels.backend import Backend
 from tests.engine.engine_harness import CONFIG, TINY
 
+pytestmark = pytest.mark.optimized
+
 PACKAGE = Path(jserve.__file__).parent
 
 

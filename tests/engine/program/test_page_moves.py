@@ -10,6 +10,8 @@ from jserve.engine.program.page_mover import PageMover
 from jserve.engine.program.page_moves import MOVE_SIZES, MoveProgram, compile_moves, lower_move
 from jserve.model.sharding import device_mesh, named_sharding
 
+pytestmark = pytest.mark.optimized
+
 SHAPE = (600, 2, 4, 16, 32)  # pages of one layer: 16 KiB a page
 LAYERS = 3
 OUT, IN, COPY = MoveKind

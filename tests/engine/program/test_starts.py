@@ -22,8 +22,10 @@ from jserve.core.step import (
 )
 from jserve.engine.executor import DeviceExecutor
 from jserve.pallas_kernels.backend import Backend
-from tests.backends import INVARIANT_BACKENDS
+from tests.backends import SERVED_BACKENDS
 from tests.engine.engine_harness import CONFIG, TINY, Harness
+
+pytestmark = pytest.mark.optimized
 
 PAGE = CONFIG.page_size
 SMALL, LARGE, DECODE = CONFIG.programs()
@@ -45,7 +47,7 @@ def executor(backend: Backend) -> DeviceExecutor:
     return Harness(TINY, ENGINE, backend=backend).engine.executor
 
 
-@pytest.fixture(params=INVARIANT_BACKENDS)
+@pytest.fixture(params=SERVED_BACKENDS)
 def rig(request: pytest.FixtureRequest) -> "Rig":
     return Rig(executor(request.param))
 

@@ -23,6 +23,8 @@ from tests.model.sampling.sampling_reference import (
     truncated,
 )
 
+pytestmark = pytest.mark.optimized
+
 FEW = SamplerConfig(num_candidates=8, tile_rows=2)
 
 
@@ -60,7 +62,11 @@ def _run(vocab, order, num_rows, config, *, seed=0):
 # 1000 is no multiple of the block size, 1024 is.
 @pytest.mark.parametrize(
     ("config", "vocab", "sizes"),
-    [(FEW, 1000, (2, 64)), (FEW, 1024, (2, 3, 256)), (SamplerConfig(), 1024, (2, 64))],
+    [
+        (FEW, 1000, (2, 64)),
+        (SamplerConfig(), 1024, (3, 64)),
+        pytest.param(FEW, 1024, (2, 3, 256), marks=pytest.mark.sweep),
+    ],
     ids=str,
 )
 def test_bitwise_independent_of_batch_slot_and_row(config, vocab, sizes):

@@ -15,6 +15,8 @@ from jserve.model.sampling.state import SamplerState
 from jserve.model.sharding import device_mesh
 from tests.model.sampling.sampling_reference import build, requests_of_every_kind
 
+pytestmark = pytest.mark.optimized
+
 FEW = SamplerConfig(num_candidates=8, tile_rows=2)
 
 
