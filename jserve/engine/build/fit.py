@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from jserve.core.errors import ConfigError
 from jserve.engine.build.chips import Chip
-from jserve.engine.build.kv_budget import KVBudget, estimated_budget, host_pages, page_bytes
+from jserve.engine.build.kv_budget import KVBudget, estimated_budget, page_bytes, pages_in_kv_bytes
 from jserve.engine.build.shape import GRID, EngineShape, least_shape, with_pages
 from jserve.engine.config import EngineConfig
 from jserve.model.functional import Model
@@ -77,7 +77,7 @@ def _wanted_pages(model: Model, config: EngineConfig, least: EngineShape) -> int
         return config.num_pages
     if config.kv_bytes:
         page = page_bytes(model, config.page_size, least.kv_dtype, least.kv_heads)
-        return host_pages(
+        return pages_in_kv_bytes(
             kv_bytes=config.kv_bytes, page_bytes=page, other_bytes=0, available_bytes=None
         )
     return -(-(config.max_model_len or 1) // (config.page_size * GRID)) * GRID

@@ -144,7 +144,7 @@ def page_bytes(model: Model, page_size: int, kv_dtype: jnp.dtype, kv_heads: int)
     return layout.page_bytes
 
 
-def host_pages(
+def pages_in_kv_bytes(
     *, kv_bytes: int, page_bytes: int, other_bytes: int, available_bytes: int | None
 ) -> int:
     """Pages in `kv_bytes` of host memory, fewer if the host has less beside `other_bytes`.

@@ -9,9 +9,9 @@ from jserve.core.errors import ConfigError
 from jserve.engine.build.kv_budget import (
     budget_without_programs,
     host_available_bytes,
-    host_pages,
     measured_budget,
     page_bytes,
+    pages_in_kv_bytes,
 )
 from jserve.engine.build.shape import EngineShape, least_shape, with_pages
 from jserve.engine.config import EngineConfig
@@ -56,7 +56,7 @@ def _pages_in(
 ) -> int:
     budget = budget_without_programs(model, mesh, least)
     on_host = mesh.devices.flat[0].platform == "cpu"
-    return host_pages(
+    return pages_in_kv_bytes(
         kv_bytes=kv_bytes,
         page_bytes=page_bytes(model, config.page_size, least.kv_dtype, least.kv_heads),
         other_bytes=budget.params + budget.slots,

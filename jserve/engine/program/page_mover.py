@@ -11,7 +11,7 @@ import numpy as np
 
 from jserve.core.errors import EngineError
 from jserve.core.step import Move, MoveKind
-from jserve.engine.program.page_moves import MOVE_SIZES, MoveProgram, Pages
+from jserve.engine.program.page_moves import MOVE_SIZES, LayerPages, MoveProgram
 
 
 class HostArena:
@@ -21,7 +21,7 @@ class HostArena:
     taken by the system as pages are written.
     """
 
-    def __init__(self, layers: Pages, num_pages: int) -> None:
+    def __init__(self, layers: LayerPages, num_pages: int) -> None:
         self._shardings = [layer.sharding for layer in layers]
         self._shapes = [layer.shape[1:] for layer in layers]
         self._devices = [shard.device for shard in layers[0].addressable_shards]
@@ -33,14 +33,14 @@ class HostArena:
             for layer in layers
         ]
 
-    def write(self, ids: Sequence[int], payload: Pages) -> None:
+    def write(self, ids: Sequence[int], payload: LayerPages) -> None:
         """Stores the first rows of a payload as host pages `ids`. Waits for the copies."""
         for layer, shares in zip(payload, self._shares, strict=True):
             of_device = {shard.device: shard.data for shard in layer.addressable_shards}
             for device, share in zip(self._devices, shares, strict=True):
                 share[list(ids)] = np.asarray(of_device[device])[: len(ids)]
 
-    def payload(self, ids: Sequence[int], size: int) -> Pages:
+    def payload(self, ids: Sequence[int], size: int) -> LayerPages:
         """Host pages `ids` as the first of `size` rows on the devices."""
         layers = zip(self._shares, self._shardings, self._shapes, strict=True)
         return tuple(
@@ -68,7 +68,7 @@ class _Leaving(NamedTuple):
 
     group: int
     host_pages: tuple[int, ...]
-    payload: Pages
+    payload: LayerPages
 
 
 class _HostPage(enum.Enum):
@@ -83,7 +83,7 @@ class PageMover:
     def __init__(
         self,
         programs: Mapping[MoveProgram, jax.stages.Compiled],
-        kv: Sequence[Pages],
+        kv: Sequence[LayerPages],
         num_host_pages: int,
     ) -> None:
         self._programs = programs
@@ -98,7 +98,7 @@ class PageMover:
         """Runs of an OUT program so far: a mark for `land`."""
         return self._num_landed + len(self._leaving)
 
-    def run(self, kv: Sequence[Pages], moves: Iterable[Move]) -> tuple[Pages, ...]:
+    def run(self, kv: Sequence[LayerPages], moves: Iterable[Move]) -> tuple[LayerPages, ...]:
         """Starts the moves; returns the pages after them. Those given must not be used again."""
         after = list(kv)
         for (kind, group), found in groupby(moves, key=lambda move: (move.kind, move.group)):
@@ -116,7 +116,9 @@ class PageMover:
         landed, self._unreported = tuple(self._unreported), []
         return landed
 
-    def _run(self, program: MoveProgram, pages: Pages, part: list[tuple[int, int]]) -> Pages:
+    def _run(
+        self, program: MoveProgram, pages: LayerPages, part: list[tuple[int, int]]
+    ) -> LayerPages:
         call = self._programs[program]
         table = np.full((program.size, 2), -1, np.int32)
         used = table[: len(part)]

@@ -18,7 +18,8 @@ from jserve.engine.program.programs import signature
 
 MOVE_SIZES = (8, 32)  # moves that one run of a program makes at most
 
-Pages = tuple[jax.Array, ...]  # one array [pages, K|V, kv_heads, page, dim] per layer of a group
+# Of each layer of a group, one array [pages, K|V, kv_heads, page, dim].
+LayerPages = tuple[jax.Array, ...]
 
 
 class MoveProgram(NamedTuple):
@@ -29,25 +30,27 @@ class MoveProgram(NamedTuple):
     size: int  # moves that fit
 
 
-def copy_out(pages: Pages, table: jax.Array) -> Pages:
+def copy_out(pages: LayerPages, table: jax.Array) -> LayerPages:
     """The payload of an OUT: pages `table[:, 0]` in rows `table[:, 1]`. Ids below 0 are unused."""
     size = table.shape[0]
     payload = tuple(jnp.zeros((size, *layer.shape[1:]), layer.dtype) for layer in pages)
     return _copy(table, payload, lambda _: pages)
 
 
-def copy_in(pages: Pages, payload: Pages, table: jax.Array) -> Pages:
+def copy_in(pages: LayerPages, payload: LayerPages, table: jax.Array) -> LayerPages:
     """`pages` with rows `table[:, 0]` of a payload in pages `table[:, 1]`."""
     return _copy(table, pages, lambda _: payload)
 
 
-def copy_within(pages: Pages, table: jax.Array) -> Pages:
+def copy_within(pages: LayerPages, table: jax.Array) -> LayerPages:
     """`pages` with page `table[i, 0]` copied to `table[i, 1]`, in the order of i."""
     return _copy(table, pages, lambda copied: copied)
 
 
-def _copy(table: jax.Array, targets: Pages, sources: Callable[[Pages], Pages]) -> Pages:
-    def one(i: jax.Array, copied: Pages) -> Pages:
+def _copy(
+    table: jax.Array, targets: LayerPages, sources: Callable[[LayerPages], LayerPages]
+) -> LayerPages:
+    def one(i: jax.Array, copied: LayerPages) -> LayerPages:
         source, target = table[i, 0], table[i, 1]
         return tuple(
             lax.dynamic_update_slice_in_dim(
@@ -60,7 +63,7 @@ def _copy(table: jax.Array, targets: Pages, sources: Callable[[Pages], Pages]) -
     return lax.fori_loop(0, count, one, targets)
 
 
-def lower_move(program: MoveProgram, pages: Pages) -> jax.stages.Lowered:
+def lower_move(program: MoveProgram, pages: LayerPages) -> jax.stages.Lowered:
     """A copy as it is compiled; IN and COPY are given the pages and give them back."""
     shardings = tuple(layer.sharding for layer in pages)
     payload = tuple(
@@ -77,7 +80,7 @@ def lower_move(program: MoveProgram, pages: Pages) -> jax.stages.Lowered:
 
 
 def compile_moves(
-    kv: Sequence[Pages], cache: ExecutableCache | None
+    kv: Sequence[LayerPages], cache: ExecutableCache | None
 ) -> dict[MoveProgram, jax.stages.Compiled]:
     """Compiles or loads every copy."""
     made: dict[MoveProgram, jax.stages.Compiled] = {}
