@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 from jserve.cache.layout import kv_layout
 from jserve.core.errors import ConfigError
 from jserve.core.step import Program, ProgramKind
-from jserve.engine.build.shape import GRID, EngineShape, abstract_params, abstract_state
+from jserve.engine.build.shape import GRID, EngineShape, abstract_params
 from jserve.engine.config import EngineConfig, Platform
 from jserve.engine.program.executable_cache import ExecutableCache
 from jserve.engine.program.programs import compile_programs
+from jserve.engine.program.state import abstract_state
 from jserve.model.functional import Model
 from jserve.model.sharding import AnyMesh, vocab_axes
 
@@ -81,7 +82,7 @@ def budget_without_programs(model: Model, mesh: AnyMesh, shape: EngineShape) -> 
     heads = shape.kv_heads // mesh.size
     return KVBudget(
         params=_shard_bytes(abstract_params(model, mesh)),
-        slots=_shard_bytes(abstract_state(model, mesh, shape)._replace(kv={})),
+        slots=_shard_bytes(abstract_state(model, mesh, shape.state)._replace(kv={})),
         page=page_bytes(model, shape.batch.page_size, shape.kv_dtype, heads),
     )
 
@@ -98,7 +99,7 @@ def measured_budget(
     The largest program of each kind is compiled once with few pages; the cache keeps it for the
     next start. Raises ConfigError if the backend does not tell.
     """
-    params, state = abstract_params(model, mesh), abstract_state(model, mesh, least)
+    params, state = abstract_params(model, mesh), abstract_state(model, mesh, least.state)
     largest = [
         [program for program in config.programs() if program.kind is kind][-1]
         for kind in ProgramKind

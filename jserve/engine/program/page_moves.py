@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jserve.core.step import MoveKind
-from jserve.engine.program.executable_cache import ExecutableCache
+from jserve.engine.program.executable_cache import ExecutableCache, load_or_compile
 from jserve.engine.program.programs import signature
 
 MOVE_SIZES = (8, 32)  # moves that one run of a program makes at most
@@ -89,10 +89,6 @@ def compile_moves(
             for size in MOVE_SIZES:
                 program = MoveProgram(kind, group, size)
                 key = repr((program, [signature(layer) for layer in pages]))
-                call = cache.load(key) if cache else None
-                if call is None:
-                    call = lower_move(program, pages).compile()
-                    if cache:
-                        cache.store(key, call)
-                made[program] = call
+                lower = functools.partial(lower_move, program, pages)
+                made[program] = load_or_compile(cache, key, lower).call
     return made
