@@ -30,8 +30,9 @@ class BatchShape:
     processor_rows: int
     pages_per_slot: int
     page_groups: int = 1
-    # Sections of width 0 take no room in the buffer, and programs do not read them.
-    mask_rows: int = 0  # slots that get another mask in one step
+    # Sections of width 0 take no room in the buffer. No program reads the following ones yet:
+    # `make_step` refuses a shape that has one of them, or several page groups.
+    mask_rows: int = 0  # masks in one step
     has_row_limits: bool = False  # rows may be told to yield fewer tokens than the others
     has_adapters: bool = False
     decode_tokens: int = 1  # that a decode row computes: its last token and drafts after it

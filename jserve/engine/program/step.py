@@ -63,11 +63,27 @@ class _Rows(NamedTuple):
 
 
 def make_step(model: Model, mesh: Mesh, program: Program, shape: BatchShape):
-    """The program as `(params, state, buffer) -> (state, result)`, to be jitted."""
+    """The program as `(params, state, buffer) -> (state, result)`, to be jitted.
+
+    Raises ValueError for a shape with a feature that no program reads.
+    """
+    if unread := [name for name, found in _features(shape).items() if found]:
+        raise ValueError(f"the step programs do not implement {', '.join(unread)} of {shape}")
     if model.spec.experts and mesh.size > 1 and model.mesh != mesh:
         raise ValueError(f"experts are spread over {mesh}, but the model was made for {model.mesh}")
     step = mixed_step if program.kind is ProgramKind.MIXED else decode_step
     return functools.partial(step, model, mesh, program, shape)
+
+
+def _features(shape: BatchShape) -> dict[str, bool]:
+    """Whether `shape` has each of the features whose sections no program reads."""
+    return {
+        "mask_rows": shape.mask_rows > 0,
+        "has_row_limits": shape.has_row_limits,
+        "has_adapters": shape.has_adapters,
+        "decode_tokens": shape.decode_tokens > 1,
+        "page_groups": shape.page_groups > 1,
+    }
 
 
 def mixed_step(
@@ -127,7 +143,7 @@ def mixed_step(
     )
     last = jnp.clip(batch["row_first"] + batch["row_tokens"] - 1, 0, program.tokens - 1)
     state, tokens_new, finish, logprobs = _advance(model, mesh, params, state, hidden[last], rows)
-    outcome = {"tokens": tokens_new, "num_new": rows.samples, "finish": finish}
+    outcome = {"tokens": tokens_new[:, None], "num_new": rows.samples, "finish": finish}
     result = DeviceResult(
         result_layout(program, shape.decode_tokens).pack(outcome),
         jax.tree.map(lambda part: part[:, None], logprobs),

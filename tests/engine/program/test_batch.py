@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,6 +20,10 @@ from jserve.core.step import (
 )
 from jserve.engine.program.batch import BatchShape, layout, pack
 from jserve.engine.program.layout import result_layout
+from jserve.engine.program.step import make_step
+from jserve.model.functional import Model
+from jserve.model.sharding import device_mesh
+from tests.engine.engine_harness import TINY
 
 MIXED, DECODE = Program(ProgramKind.MIXED, 16, 4), Program(ProgramKind.DECODE, 4, 4, 8)
 PLAIN = BatchShape(num_slots=4, vocab=70, page_size=4, processor_rows=2, pages_per_slot=30)
@@ -74,6 +80,36 @@ def test_what_is_declared_packs_in_both_kinds_of_program() -> None:
             pack(plan, TWO_GROUPS, ())
         with pytest.raises(ValueError, match="2 drafts in a row; the buffer holds 0"):
             pack(dataclasses.replace(plan, masks=()), TWO_GROUPS, ())
+
+
+@pytest.mark.parametrize("program", [MIXED, DECODE])
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {"mask_rows": 3},
+        {"has_row_limits": True},
+        {"has_adapters": True},
+        {"decode_tokens": 4},
+        {"page_groups": 2},
+    ],
+    ids=lambda feature: next(iter(feature)),
+)
+def test_a_program_refuses_a_feature_that_it_does_not_read(
+    program: Program, feature: dict[str, int]
+) -> None:
+    mesh = device_mesh(jax.devices()[:1], model=1)
+    model = Model(TINY, jnp.float32)
+    make_step(model, mesh, program, PLAIN)
+    with pytest.raises(ValueError, match=f"do not implement {next(iter(feature))} of"):
+        make_step(model, mesh, program, dataclasses.replace(PLAIN, **feature))
+
+
+def test_a_result_of_another_shape_than_declared_is_refused() -> None:
+    parts = result_layout(DECODE)
+    values = parts.zeros()
+    assert parts.pack(values).shape == (parts.size,)
+    with pytest.raises(ValueError, match=r"tokens has shape \(8, 4\), not \(4, 8\)"):
+        parts.pack(values | {"tokens": values["tokens"].T})
 
 
 def test_an_adapter_that_the_buffer_has_no_room_for_is_refused() -> None:
