@@ -280,7 +280,8 @@ def _admit(split: ShardedSampler, state: DeviceState, batch: dict[str, jax.Array
     sampler = split.reset(state.sampler, kept)
     sampler = admit(sampler, slots, batch["admit_words"])
     sampler = admit_processors(sampler, batch["processor_slot"], batch["processor_words"])
-    sampler = split.restore(sampler, batch["history_slot"], batch["history_words"])
+    if batch["history_slot"].size:
+        sampler = split.restore(sampler, batch["history_slot"], batch["history_words"])
     return state._replace(
         active=state.active.at[slots].set(True, mode="drop"),
         lengths=state.lengths.at[slots].set(batch["admit_computed"], mode="drop"),

@@ -18,15 +18,17 @@ from jserve.core.step import (
     StepPlan,
     page_entries,
 )
+from jserve.engine.build.shape import least_shape
 from jserve.engine.program.batch import BatchShape, layout, pack
 from jserve.engine.program.layout import result_layout
 from jserve.engine.program.step import make_step
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh
-from tests.engine.engine_harness import TINY
+from tests.engine.engine_harness import CONFIG, TINY
 
 MIXED, DECODE = Program(ProgramKind.MIXED, 16, 4), Program(ProgramKind.DECODE, 4, 4, 8)
 PLAIN = BatchShape(num_slots=4, vocab=70, page_size=4, processor_rows=2, pages_per_slot=30)
+WITH_HISTORY = dataclasses.replace(PLAIN, history_rows=2)
 TWO_GROUPS = dataclasses.replace(PLAIN, page_groups=2)
 RICH = dataclasses.replace(
     TWO_GROUPS,
@@ -35,7 +37,16 @@ RICH = dataclasses.replace(
     has_adapters=True,
     decode_tokens=4,
 )
-LATER = ("mask_slot", "mask_words", "row_limit", "row_num_drafts", "row_drafts", "admit_adapter")
+LATER = (
+    "mask_slot",
+    "mask_words",
+    "row_limit",
+    "row_num_drafts",
+    "row_drafts",
+    "admit_adapter",
+    "history_slot",
+    "history_words",
+)
 
 
 def views(plan: StepPlan, shape: BatchShape) -> dict[str, np.ndarray]:
@@ -147,7 +158,7 @@ def test_rows_of_history_are_bounded_as_those_of_masks_are() -> None:
     )
     chunks = tuple(Chunk(slot, "a", 3, 1, (5,)) for slot in range(3))
     admissions = tuple(Admission(slot, asked, (6, 6, 5), num_computed=4) for slot in range(3))
-    found = views(StepPlan(0, MIXED, 1, chunks[:2], admissions[:2]), PLAIN)
+    found = views(StepPlan(0, MIXED, 1, chunks[:2], admissions[:2]), WITH_HISTORY)
     assert found["history_slot"].tolist() == [0, 1]
     assert found["processor_slot"].tolist() == [0, 1]
     words = found["history_words"][1]
@@ -155,4 +166,13 @@ def test_rows_of_history_are_bounded_as_those_of_masks_are() -> None:
     assert words[3:5].tolist() == [6, 70]  # the tokens before the chunk, then unused entries
     assert words[3 + 512 : 3 + 514].tolist() == [2, 0]
     with pytest.raises(ValueError, match="more than 2 processor rows"):
-        pack(StepPlan(0, MIXED, 1, chunks, admissions), PLAIN, ())
+        pack(StepPlan(0, MIXED, 1, chunks, admissions), WITH_HISTORY, ())
+    with pytest.raises(ValueError, match="more than 0 history rows"):
+        pack(StepPlan(0, MIXED, 1, chunks[:2], admissions[:2]), PLAIN, ())
+
+
+def test_only_an_engine_whose_sequences_can_start_with_pages_sends_history() -> None:
+    model, mesh = Model(TINY, jnp.float32), device_mesh(jax.devices()[:1], model=1)
+    assert least_shape(model, mesh, CONFIG).batch.history_rows == 0
+    moving = dataclasses.replace(CONFIG, host_pages=8)
+    assert least_shape(model, mesh, moving).batch.history_rows == CONFIG.processor_rows
