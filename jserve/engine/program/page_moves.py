@@ -17,6 +17,7 @@ from jserve.engine.program.executable_cache import ExecutableCache, load_or_comp
 from jserve.engine.program.programs import signature
 
 MOVE_SIZES = (8, 32)  # moves that one run of a program makes at most
+MAX_PAYLOADS = 2  # payloads of OUT and IN runs that lie on the device at once
 
 # Of each layer of a group, one array [pages, K|V, kv_heads, page, dim].
 LayerPages = tuple[jax.Array, ...]
@@ -37,9 +38,15 @@ def copy_out(pages: LayerPages, table: jax.Array) -> LayerPages:
     return _copy(table, payload, lambda _: pages)
 
 
-def copy_in(pages: LayerPages, payload: LayerPages, table: jax.Array) -> LayerPages:
-    """`pages` with rows `table[:, 0]` of a payload in pages `table[:, 1]`."""
-    return _copy(table, pages, lambda _: payload)
+def copy_in(
+    pages: LayerPages, payload: LayerPages, table: jax.Array
+) -> tuple[LayerPages, jax.Array]:
+    """`pages` with rows `table[:, 0]` of a payload in pages `table[:, 1]`; their number.
+
+    The pages are donated to the next program at once. The number is not: it is ready when the
+    payload has been read.
+    """
+    return _copy(table, pages, lambda _: payload), _num_used(table)
 
 
 def copy_within(pages: LayerPages, table: jax.Array) -> LayerPages:
@@ -59,8 +66,11 @@ def _copy(
             for to, layer in zip(copied, sources(copied), strict=True)
         )
 
-    count = jnp.sum(table[:, 0] >= 0, dtype=jnp.int32)
-    return lax.fori_loop(0, count, one, targets)
+    return lax.fori_loop(0, _num_used(table), one, targets)
+
+
+def _num_used(table: jax.Array) -> jax.Array:
+    return jnp.sum(table[:, 0] >= 0, dtype=jnp.int32)
 
 
 def lower_move(program: MoveProgram, pages: LayerPages) -> jax.stages.Lowered:
@@ -73,10 +83,10 @@ def lower_move(program: MoveProgram, pages: LayerPages) -> jax.stages.Lowered:
     table = jax.ShapeDtypeStruct((program.size, 2), jnp.int32)
     if program.kind is MoveKind.OUT:
         return jax.jit(copy_out, out_shardings=shardings).lower(pages, table)
-    jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
+    jit = functools.partial(jax.jit, donate_argnums=0)
     if program.kind is MoveKind.IN:
-        return jit(copy_in).lower(pages, payload, table)
-    return jit(copy_within).lower(pages, table)
+        return jit(copy_in, out_shardings=(shardings, None)).lower(pages, payload, table)
+    return jit(copy_within, out_shardings=shardings).lower(pages, table)
 
 
 def compile_moves(
