@@ -30,6 +30,9 @@ class EngineClient(Protocol):
     def submit(self, requests: Sequence[Request]) -> "UpdateStream":
         """Starts sequences that share one stream of updates, usually the choices of one prompt.
 
+        Each request has an id that was never used before, as `RequestPlane` makes them: what the
+        engine sent of an aborted sequence may still arrive under its id.
+
         Raises Unavailable at once when no engine is there. A refusal by the engine (Overloaded,
         RequestError) or its death (EngineError) is raised by the stream.
         """
