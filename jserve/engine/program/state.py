@@ -97,7 +97,7 @@ def lower_state(model: Model, mesh: Mesh, shape: StateShape) -> jax.stages.Lower
 
 
 def state_shardings(state: DeviceState, mesh: AnyMesh) -> DeviceState:
-    """Pages are split by KV heads, of which each device has as many, counts by token ids."""
+    """The sharding of every leaf: pages are split evenly by KV heads, counts by token ids."""
     heads = named_sharding(mesh, (None, None, "kv_heads", None, None))
     replicated = named_sharding(mesh, ())
     sampler = ShardedSampler(mesh, state.sampler.vocab).state_specs(state.sampler)
