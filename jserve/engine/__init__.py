@@ -1,1 +1,1 @@
-"""The device shell: batch packing, programs, device state, executor, loop, worker process."""
+"""What runs each step: job, inbox, loop, pipeline, executor; the rest is in its rooms."""

@@ -5,7 +5,12 @@ from jserve.engine.job import EngineJob
 
 # Sections whose values all processes of one engine must share, and fields that may differ.
 _SHARED = ("model.", "engine.", "platform.")
-_OWN = ("model.cache_dir", "engine.join_timeout_s", "engine.drain_timeout_s")
+_OWN = (
+    "model.cache_dir",
+    "engine.join_timeout_s",
+    "engine.drain_timeout_s",
+    "engine.step_log",  # the leader's alone: a follower writes none
+)
 
 
 def engine_job(

@@ -76,6 +76,7 @@ def _show(console: Console, config: ServeConfig, fit: MemoryFit) -> None:
         "slots": f"{_gib(need.slots)}  the state of {slots}",
         "temporaries": f"{_gib(need.temporaries)}  of {need.largest.name}, estimated",
         "programs": f"{_gib(need.code)}  their code, estimated",
+        **({"page moves": f"{_gib(need.moves)}  in flight"} if need.moves else {}),
         "KV pages": f"{_gib(shape.num_pages * need.page)}  {shape.num_pages} of "
         f"{shape.batch.page_size} tokens in {shape.kv_dtype}, {need.page / 2**20:.2f} MiB each",
         "left": f"{_gib(free)}  of {chip.usable_bytes / _GIB:.2f} GiB",

@@ -122,11 +122,11 @@ def logprobs_from_proto(message: types_pb2.TokenLogprobs) -> TokenLogprobs | Non
 
 
 def updates_to_proto(
-    updates: Iterable[SequenceUpdate], response: engine_pb2.SessionResponse
+    updates: Mapping[str, SequenceUpdate], response: engine_pb2.SessionResponse
 ) -> None:
-    """Appends the updates of a step to a message."""
-    for update in updates:
-        message = response.updates.add(request_id=update.request_id, tokens=update.tokens)
+    """Appends the updates of a step to a message, under the ids that they are given by."""
+    for request_id, update in updates.items():
+        message = response.updates.add(request_id=request_id, tokens=update.tokens)
         if update.finish is not None:
             message.finish = FINISH_TO_PROTO[update.finish]
         if update.queue_s is not None:

@@ -1,7 +1,9 @@
 """A device that is not there: runs plans on the hash model, and refuses plans that break the rules.
 
 It keeps what a real device keeps (slots, page tables, paged KV memory) and nothing else, so that
-a plan which is wrong gives wrong tokens, or a `PlanError`.
+a plan which is wrong gives wrong tokens, or a `PlanError`. A mask replaces a token that it forbids
+by the next one that it allows. Adapters, drafts and a second page group are refused: their effect
+on tokens is not simulated.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ from jserve.core.step import (
     Admission,
     Chunk,
     FinishCode,
+    MaskRow,
     Program,
     ProgramKind,
     RowLogprobs,
@@ -118,7 +121,16 @@ class SimulatedExecutor:
         pages = sum(len(new.ids) for chunk in chunks for new in chunk.pages)
         require(pages <= entries, f"{name}: {pages} new pages, more than {entries}")
         require(not any(chunk.drafts for chunk in chunks), f"{name}: drafts")
-        require({mask.slot for mask in plan.masks} <= slots, f"{name}: a mask without a row")
+        masked = {mask.slot for mask in plan.masks}
+        require(masked <= slots, f"{name}: a mask without a row")
+        require(len(masked) == len(plan.masks), f"{name}: a slot has two masks")
+        for mask in plan.masks:
+            self._check_mask(mask, name)
+
+    def _check_mask(self, mask: MaskRow, name: str) -> None:
+        words, vocab = mask.words, self._model.vocab
+        require(len(words) == -(-vocab // 32), f"{name}: a mask of {len(words)} words")
+        require(any(_allows(words, token) for token in range(vocab)), f"{name}: a mask of nothing")
 
     def _admit(self, plan: StepPlan) -> None:
         for admission in plan.admissions:
@@ -127,6 +139,7 @@ class SimulatedExecutor:
 
     def _new_slot(self, admission: Admission) -> _Slot:
         request = admission.request
+        require(not admission.adapter, f"{request.id}: adapter {admission.adapter}")
         context = request.prompt + admission.output
         require(all(0 <= t < self._model.vocab for t in context), f"{request.id}: bad token id")
         most = request.sampling.max_tokens
@@ -260,6 +273,9 @@ class SimulatedExecutor:
     def _sample(self, slot: _Slot, digest: int, row: int, outcome: "_Outcome") -> None:
         num_output = slot.num_computed - len(slot.request.prompt)
         token = self._model.sample(digest, slot.request, num_output)
+        if (mask := outcome.masks.get(row)) is not None:
+            while not _allows(mask, token):
+                token = (token + 1) % self._model.vocab
         sampling = slot.request.sampling
         code = FinishCode.RUNNING
         if token in slot.stops and num_output + 1 > sampling.min_tokens:
@@ -280,6 +296,12 @@ class _Outcome:
         self._landed = landed
         self.first_token = 0  # ragged index of the present row's first token
         self._plan = plan
+        of_slot = {mask.slot: mask.words for mask in plan.masks}
+        self.masks = {  # words by row
+            row: of_slot[chunk.slot]
+            for row, chunk in enumerate(plan.chunks if of_slot else ())
+            if chunk.slot in of_slot
+        }
         self._tokens = np.zeros((plan.program.rows, plan.program.steps), np.int32)
         self._num_new = np.zeros(plan.program.rows, np.int32)
         self._finish = np.zeros(plan.program.rows, np.int32)
@@ -314,6 +336,10 @@ class _Outcome:
             self._prompt_logprobs,
             self._landed,
         )
+
+
+def _allows(words: tuple[int, ...], token: int) -> bool:
+    return bool(words[token // 32] >> token % 32 & 1)
 
 
 def _no_logprobs(rows: int, steps: int) -> RowLogprobs:

@@ -130,7 +130,7 @@ class Harness:
                 scheduler.add(queue.popleft()[1], now_s)
             updates = pipeline.turn(lambda now_s=now_s: now_s)
             for update in updates or ():
-                _note(outcomes[update.request_id], update)
+                note(outcomes[update.request_id], update)
             if updates is None and not pipeline.num_in_flight and not queue:
                 break
         stats = scheduler.stats()
@@ -165,7 +165,8 @@ def greedy_tokens(
     return found
 
 
-def _note(outcome: Outcome, update: SequenceUpdate) -> None:
+def note(outcome: Outcome, update: SequenceUpdate) -> None:
+    """Adds an update to what its sequence was told before."""
     assert outcome.finish is None, "an update after the finish"
     outcome.tokens += update.tokens
     outcome.logprobs += update.logprobs or ()

@@ -1,12 +1,15 @@
 """The engine as a whole on a tiny model: what it generates, and what must not change it."""
 
+from collections import deque
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 
-from jserve.core.request import FinishReason, Request, SamplingParams
-from jserve.core.step import ProgramKind
-from tests.engine.engine_harness import CONFIG, TINY, Harness, Outcome
+from jserve.core.request import FinishReason, Request, SamplingParams, SequenceUpdate
+from jserve.core.step import ProgramKind, StepPlan
+from tests.engine.engine_harness import CONFIG, TINY, Harness, Outcome, note
 
 pytestmark = pytest.mark.optimized
 
@@ -219,31 +222,51 @@ def test_more_masks_than_one_step_carries(harness: Harness) -> None:
 
 
 def test_abort_frees_everything_at_once(harness: Harness) -> None:
-    scheduler, executor = harness.engine.scheduler, harness.engine.executor
+    """New sequences take slots and pages that a step in flight still writes."""
+    scheduler, executor = harness.scheduler_with(num_pages=13), harness.engine.executor
     for request in _requests(6):
         scheduler.add(request, 0.0)
-    plans = []
-    for _ in range(2):
-        plan = scheduler.plan(0.0)
-        assert plan is not None
-        plans.append((plan, executor.submit(plan)))
+    in_flight: deque[tuple[StepPlan, Any]] = deque()
+
+    def start() -> StepPlan | None:
+        plan = scheduler.plan(1.0)
+        if plan is not None:
+            in_flight.append((plan, executor.submit(plan)))
+        return plan
+
+    def finish() -> list[SequenceUpdate]:
+        plan, handle = in_flight.popleft()
+        return scheduler.commit(plan, executor.collect(handle), 1.0)
+
+    old = [start(), start()]
     for i in range(6):
         assert scheduler.abort(f"r{i}")
-    assert scheduler.stats().free_pages == CONFIG.num_pages
-    assert scheduler.stats().free_slots == CONFIG.num_slots
-    # New sequences take slots and pages that the steps in flight still name.
+    stats = scheduler.stats()
+    assert (stats.free_pages, stats.free_slots) == (13, CONFIG.num_slots)
     later = [Request(id=f"n{r.id}", prompt=r.prompt, sampling=r.sampling) for r in _requests(4)]
+    outcomes = {request.id: Outcome() for request in later}
     for request in later:
         scheduler.add(request, 1.0)
-    plan = scheduler.plan(1.0) if len(plans) < 2 else None
-    for planned, handle in plans:
-        assert scheduler.commit(planned, executor.collect(handle), 1.0) == []
-    assert plan is None
-    for request in later:
-        scheduler.abort(request.id)
-    outcomes = harness.run(later)
-    expected = _alone(harness, later)
-    assert outcomes == expected
+    assert finish() == []
+    new = [start(), start()]
+    assert _slots(new[:1]) & _slots(old[1:])
+    assert _pages(new) & _pages(old)
+    while in_flight:
+        for update in finish():
+            note(outcomes[update.request_id], update)
+        if len(in_flight) < 2:
+            start()
+    assert scheduler.stats().free_pages == 13
+    assert outcomes == _alone(harness, later)
+
+
+def _slots(plans: list[StepPlan | None]) -> set[int]:
+    return {chunk.slot for plan in plans if plan for chunk in plan.chunks}
+
+
+def _pages(plans: list[StepPlan | None]) -> set[int]:
+    chunks = (chunk for plan in plans if plan for chunk in plan.chunks)
+    return {page for chunk in chunks for new in chunk.pages for page in new.ids}
 
 
 def test_programs_update_memory_in_place(harness: Harness) -> None:

@@ -38,10 +38,10 @@ class LateEngine(engine_pb2_grpc.EngineServicer):
             if len(names) == 2:
                 late, due = names
                 response = engine_pb2.SessionResponse(stats=stats)
-                updates = [
-                    SequenceUpdate(late, (1, 2), FinishReason.STOP),
-                    SequenceUpdate(due, (3,), FinishReason.STOP),
-                ]
+                updates = {
+                    late: SequenceUpdate(late, (1, 2), FinishReason.STOP),
+                    due: SequenceUpdate(due, (3,), FinishReason.STOP),
+                }
                 updates_to_proto(updates, response)
                 await context.write(response)
 

@@ -13,11 +13,12 @@ from jserve.checkpoints.json_file import read_json
 from jserve.core.step import Program as StepProgram
 from jserve.core.step import ProgramKind
 from jserve.engine.build.kv_budget import estimated_temporary_bytes
-from jserve.engine.build.shape import abstract_params, abstract_state
+from jserve.engine.build.shape import abstract_params
 from jserve.engine.build.sizing import shape_engine
 from jserve.engine.config import EngineConfig, KVDtype
 from jserve.engine.program.kv_scales import lower_kv_scales
 from jserve.engine.program.programs import lower_step
+from jserve.engine.program.state import abstract_state
 from jserve.model.functional import Model
 from jserve.model.sharding import AnyMesh, abstract_mesh
 from jserve.pallas_kernels.backend import Backend
@@ -55,13 +56,13 @@ class Engine:
         def lower(mesh: Mesh) -> jax.stages.Lowered:
             model = self._model(mesh)
             shape = shape_engine(model, mesh, config, None)
-            params, state = abstract_params(model, mesh), abstract_state(model, mesh, shape)
+            params, state = abstract_params(model, mesh), abstract_state(model, mesh, shape.state)
             return lower_step(model, mesh, program, shape.batch, params, state)
 
         one = abstract_mesh(model=1)
         model = self._model(one)
         spec = model.spec
-        pages = abstract_state(model, one, shape_engine(model, one, config, None)).kv
+        pages = abstract_state(model, one, shape_engine(model, one, config, None).state).kv
         page_bytes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pages)]
         sizes = [leaf.size * leaf.dtype.itemsize for leaf in abstract_params(model, one).values()]
         watched = {size for size in (*page_bytes, *sizes) if size >= _LARGE_BYTES}

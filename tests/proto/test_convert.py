@@ -119,10 +119,10 @@ def test_floats_become_what_the_device_sees():
     assert got == struct.unpack("f", struct.pack("f", 0.7))[0] != 0.7
 
 
-@given(updates=st.lists(UPDATES, max_size=4))
+@given(updates=st.lists(UPDATES, max_size=4, unique_by=lambda update: update.request_id))
 def test_updates_survive(updates):
     response = engine_pb2.SessionResponse()
-    updates_to_proto(updates, response)
+    updates_to_proto({update.request_id: update for update in updates}, response)
     received = engine_pb2.SessionResponse.FromString(response.SerializeToString())
     assert [update_from_proto(message) for message in received.updates] == updates
 

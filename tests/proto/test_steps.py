@@ -41,6 +41,7 @@ def _shape(engine: Engine) -> BatchShape:
         engine.page_size,
         engine.max_processor_rows,
         pages_per_slot=engine.num_pages,
+        history_rows=engine.max_processor_rows,
     )
 
 

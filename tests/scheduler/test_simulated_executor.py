@@ -1,5 +1,7 @@
 """The simulated device: it must refuse every plan that would harm a real one."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -122,6 +124,10 @@ RULES = request("r", bad_token_ids=(1,))
 IN_A, IN_B = Admission(0, A), Admission(1, B)
 
 
+def masked_step(*masks: MaskRow) -> StepPlan:
+    return StepPlan(0, MIXED, 1, (prompt_chunk(A),), (IN_A,), masks=masks)
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
@@ -154,9 +160,13 @@ IN_A, IN_B = Admission(0, A), Admission(1, B)
         (first_step(prompt_chunk(B, slot=0), admissions=(IN_A,)), "holds a, not b"),
         (first_step(prompt_chunk(A, drafts=(1,)), admissions=(IN_A,)), "drafts"),
         (
-            StepPlan(0, MIXED, 1, (prompt_chunk(A),), (IN_A,), masks=(MaskRow(1, (0, 0)),)),
+            StepPlan(0, MIXED, 1, (prompt_chunk(A),), (IN_A,), masks=(MaskRow(1, (0, 1)),)),
             "a mask without a row",
         ),
+        (masked_step(MaskRow(0, (1, 0)), MaskRow(0, (1, 0))), "two masks"),
+        (masked_step(MaskRow(0, (1,))), "a mask of 1 words"),
+        (masked_step(MaskRow(0, (0, 1 << 18))), "a mask of nothing"),  # bit 50 is no token
+        (first_step(prompt_chunk(A), admissions=(Admission(0, A, adapter=7),)), "adapter 7"),
         (first_step(prompt_chunk(A, pages=pages(0)), admissions=(IN_A,)), "no page 0"),
         (first_step(prompt_chunk(A, pages=pages(5)), admissions=(IN_A,)), "no page 5"),
         (first_step(prompt_chunk(A, pages=pages(1, 1)), admissions=(IN_A,)), "a page twice"),
@@ -177,6 +187,27 @@ IN_A, IN_B = Admission(0, A), Admission(1, B)
 def test_refuses_a_wrong_plan(plan: StepPlan, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         device().submit(plan)
+
+
+def test_only_tokens_of_the_mask_are_sampled() -> None:
+    """In the step of the mask, in the row of its slot."""
+    allowed = (1 << 7 | 1 << 30, 1 << 17)  # 7, 30 and 49
+    executor = device()
+    plan = first_step(prompt_chunk(A), prompt_chunk(B, 1), admissions=(IN_A, IN_B))
+    free = device().submit(plan).tokens[:, 0].tolist()
+    result = executor.submit(dataclasses.replace(plan, masks=(MaskRow(1, allowed),)))
+    assert free[0] == result.tokens[0, 0]
+    assert free[1] not in (7, 30, 49)
+    assert result.tokens[1, 0] in (7, 30, 49)
+    executor.collect(result)
+    rows = (
+        decode_chunk(3, pages=pages(3, first=1), max_new=4),
+        decode_chunk(3, 1, "b", pages=pages(4, first=1), max_new=4),
+    )
+    mask = MaskRow(0, allowed)
+    result = executor.submit(StepPlan(1, DECODE, 4, rows, masks=(mask,)))
+    assert set(result.tokens[0].tolist()) <= {7, 30, 49}
+    assert not set(result.tokens[1].tolist()) <= {7, 30, 49}
 
 
 @pytest.mark.parametrize(

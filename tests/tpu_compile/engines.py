@@ -30,10 +30,11 @@ from jserve.core.step import Program
 from jserve.engine.build.chips import Chip, find_chip
 from jserve.engine.build.fit import fit_memory
 from jserve.engine.build.kv_budget import estimated_temporary_bytes
-from jserve.engine.build.shape import EngineShape, abstract_params, abstract_state
+from jserve.engine.build.shape import EngineShape, abstract_params
 from jserve.engine.config import EngineConfig, KVDtype
 from jserve.engine.program.kv_scales import lower_kv_scales
 from jserve.engine.program.programs import lower_step
+from jserve.engine.program.state import abstract_state
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh
 from jserve.pallas_kernels.backend import Backend
@@ -109,7 +110,7 @@ def compile_program(
     model: Model, mesh: Mesh, shape: EngineShape, program: Program
 ) -> dict[str, Any]:
     """The compiler's report on one program. Sizes are of one device."""
-    params, state = abstract_params(model, mesh), abstract_state(model, mesh, shape)
+    params, state = abstract_params(model, mesh), abstract_state(model, mesh, shape.state)
     started = time.perf_counter()
     with jax.set_mesh(mesh):
         compiled = lower_step(model, mesh, program, shape.batch, params, state).compile()

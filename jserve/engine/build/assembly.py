@@ -10,24 +10,17 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import Mesh
 
-import jserve
 from jserve.cache.kv_cache import KVCache
 from jserve.core.request import EngineInfo
 from jserve.core.step import Program
-from jserve.engine.build.shape import (
-    EngineShape,
-    abstract_params,
-    abstract_state,
-    make_state,
-)
+from jserve.engine.build.shape import EngineShape, abstract_params
 from jserve.engine.build.sizing import shape_engine
 from jserve.engine.config import EngineConfig
 from jserve.engine.executor import DeviceExecutor
 from jserve.engine.program.executable_cache import (
     ExecutableCache,
-    code_digest,
-    machine_key,
-    traced_sources,
+    load_or_compile,
+    open_cache,
 )
 from jserve.engine.program.kv_scales import lower_kv_scales
 from jserve.engine.program.page_mover import PageMover
@@ -38,7 +31,7 @@ from jserve.engine.program.programs import (
     compile_programs,
     signature,
 )
-from jserve.engine.program.state import DeviceState
+from jserve.engine.program.state import DeviceState, abstract_state, lower_state
 from jserve.engine.program.step import Params
 from jserve.model.functional import Model
 from jserve.pallas_kernels.backend import Backend
@@ -79,7 +72,9 @@ def build_engine(
 
     `load_params` returns arrays with the shardings of `model.sharding`.
     """
-    cache = _cache(cache_folder, model, mesh) if config.cache_executables and cache_folder else None
+    cache = None
+    if config.cache_executables and cache_folder:
+        cache = open_cache(cache_folder / "programs", model, mesh)
     shape = shape_engine(model, mesh, config, cache)
     counter = CompileCounter()
 
@@ -90,7 +85,7 @@ def build_engine(
             config.programs(),
             shape.batch,
             abstract_params(model, mesh),
-            abstract_state(model, mesh, shape),
+            abstract_state(model, mesh, shape.state),
             cache=cache,
             on_ready=on_program,
         )
@@ -145,41 +140,21 @@ def _idle_state(
     A small cached program makes the state on the device; for 8-bit pages another one measures
     their scales.
     """
-    abstract = abstract_state(model, mesh, shape)
+    abstract = abstract_state(model, mesh, shape.state)
     name = repr(("state", jax.tree.map(signature, abstract)))
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    make = jax.jit(lambda: make_state(model, shape), out_shardings=shardings)
-    idle = _compiled(name, make.lower, cache)
+    idle = load_or_compile(cache, name, lambda: lower_state(model, mesh, shape.state)).call
     if shape.kv_dtype.itemsize > 1:
         state = idle()
         return lambda params: state
     params = abstract_params(model, mesh)
     name = repr(("kv_scales", jax.tree.map(signature, params)))
-    measure = _compiled(name, lambda: lower_kv_scales(model, mesh, params), cache)
+    measure = load_or_compile(cache, name, lambda: lower_kv_scales(model, mesh, params)).call
 
     def measured(params: Params) -> DeviceState:
         scales = jax.block_until_ready(measure(params))  # in memory that the pages take after it
         return idle()._replace(kv_scales=scales)
 
     return measured
-
-
-def _compiled(
-    name: str, lower: Callable[[], jax.stages.Lowered], cache: ExecutableCache | None
-) -> jax.stages.Compiled:
-    program = cache.load(name) if cache else None
-    if program is None:
-        program = lower().compile()
-        if cache:
-            cache.store(name, program)
-    return program
-
-
-def _cache(folder: Path, model: Model, mesh: Mesh) -> ExecutableCache:
-    kind = (str(model.dtype), model.quantization.value)
-    sources = traced_sources(Path(jserve.__file__).parent)
-    key = repr((model.spec, kind, code_digest(sources), machine_key()))
-    return ExecutableCache(folder / "programs", key, list(mesh.devices.flat))
 
 
 def _side_by_side(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from jserve.core.errors import ConfigError
 from jserve.engine.build.chips import Chip
-from jserve.engine.build.kv_budget import KVBudget, estimated_budget, host_pages, page_bytes
+from jserve.engine.build.kv_budget import KVBudget, estimated_budget
 from jserve.engine.build.shape import GRID, EngineShape, least_shape, with_pages
 from jserve.engine.config import EngineConfig
 from jserve.model.functional import Model
@@ -45,7 +45,7 @@ def fit_memory(model: Model, mesh: AnyMesh, config: EngineConfig, chip: Chip) ->
     """
     least = least_shape(model, mesh, config)
     budget = estimated_budget(model, mesh, config, least, platform=chip.platform)
-    pages = _wanted_pages(model, config, least)
+    pages = _wanted_pages(config, budget)
     if budget.used(pages) > chip.usable_bytes:
         raise _too_large(budget, pages, chip)
     if not config.num_pages and not config.kv_bytes:
@@ -60,6 +60,7 @@ def _too_large(budget: KVBudget, num_pages: int, chip: Chip) -> ConfigError:
         "slots": budget.slots,
         f"temporaries ({budget.largest.name})": budget.temporaries,
         "code": budget.code,
+        "page moves": budget.moves,
         f"{num_pages} pages": num_pages * budget.page,
     }
     parts = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in consumers.items() if size)
@@ -71,13 +72,10 @@ def _too_large(budget: KVBudget, num_pages: int, chip: Chip) -> ConfigError:
     )
 
 
-def _wanted_pages(model: Model, config: EngineConfig, least: EngineShape) -> int:
+def _wanted_pages(config: EngineConfig, budget: KVBudget) -> int:
     """Pages requested by the config, or the minimum an engine needs."""
     if config.num_pages:
         return config.num_pages
     if config.kv_bytes:
-        page = page_bytes(model, config.page_size, least.kv_dtype, least.kv_heads)
-        return host_pages(
-            kv_bytes=config.kv_bytes, page_bytes=page, other_bytes=0, available_bytes=None
-        )
+        return budget.pages_in_kv_bytes(config.kv_bytes)
     return -(-(config.max_model_len or 1) // (config.page_size * GRID)) * GRID

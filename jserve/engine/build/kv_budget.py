@@ -17,10 +17,12 @@ from jax.sharding import Mesh
 from jserve.cache.layout import kv_layout
 from jserve.core.errors import ConfigError
 from jserve.core.step import Program, ProgramKind
-from jserve.engine.build.shape import GRID, EngineShape, abstract_params, abstract_state
+from jserve.engine.build.shape import GRID, EngineShape, abstract_params
 from jserve.engine.config import EngineConfig, Platform
 from jserve.engine.program.executable_cache import ExecutableCache
+from jserve.engine.program.page_moves import MAX_PAYLOADS, MOVE_SIZES
 from jserve.engine.program.programs import compile_programs
+from jserve.engine.program.state import abstract_state
 from jserve.model.functional import Model
 from jserve.model.sharding import AnyMesh, vocab_axes
 
@@ -43,6 +45,9 @@ class KVBudget:
       params: parameters.
       slots: the state of all slots, without pages.
       page: one page over all layers.
+      devices: devices that hold a share of every page.
+      local_devices: devices among them that belong to one process.
+      host_pages: pages that host memory holds beside those of the devices, for moves.
       temporaries: buffers of the program that needs most of them.
       code: code of all programs.
       largest: the program whose temporaries are counted; None while none are.
@@ -51,14 +56,22 @@ class KVBudget:
     params: int
     slots: int
     page: int
+    devices: int = 1
+    local_devices: int = 1
+    host_pages: int = 0
     temporaries: int = 0
     code: int = 0
     largest: Program | None = None
 
     @property
+    def moves(self) -> int:
+        """Payloads of page moves in flight; `PageMover` keeps to it."""
+        return MAX_PAYLOADS * MOVE_SIZES[-1] * self.page if self.host_pages else 0
+
+    @property
     def fixed(self) -> int:
         """Bytes used whatever the number of pages."""
-        return self.params + self.slots + self.temporaries + self.code
+        return self.params + self.slots + self.temporaries + self.code + self.moves
 
     def used(self, num_pages: int) -> int:
         """Bytes used with `num_pages` pages."""
@@ -70,19 +83,45 @@ class KVBudget:
         if pages <= 0:
             raise ConfigError(
                 f"no KV page fits: the device has {limit} bytes, parameters and slots take "
-                f"{self.params + self.slots}, the programs {self.temporaries + self.code}; "
-                "use more devices or a smaller model"
+                f"{self.params + self.slots}, the programs {self.temporaries + self.code}, page "
+                f"moves {self.moves}; use more devices or a smaller model"
+            )
+        return pages
+
+    def pages_in_kv_bytes(self, kv_bytes: int, available_bytes: int | None = None) -> int:
+        """Pages in `kv_bytes` over all devices. Raises ConfigError if not one fits.
+
+        `available_bytes` of host memory limit them where the devices are cores of the host.
+        """
+        if available_bytes is not None:
+            page = self.local_devices * self.page
+            taken = self.local_devices * self.fixed + self.host_pages * page
+            free = int(available_bytes * _HEADROOM) - taken
+            kv_bytes = min(kv_bytes, free * self.devices // self.local_devices)
+        page = self.devices * self.page
+        pages = kv_bytes // page
+        pages = pages // GRID * GRID or pages
+        if pages <= 0:
+            fewer = ", lower engine.host_pages" if self.host_pages else ""
+            raise ConfigError(
+                f"no KV page of {page} bytes fits in {kv_bytes} bytes; raise engine.kv_bytes"
+                f"{fewer} or free memory"
             )
         return pages
 
 
-def budget_without_programs(model: Model, mesh: AnyMesh, shape: EngineShape) -> KVBudget:
+def budget_without_programs(
+    model: Model, mesh: AnyMesh, config: EngineConfig, shape: EngineShape
+) -> KVBudget:
     """The exact part of a budget: what shapes alone tell of one device of the mesh."""
     heads = shape.kv_heads // mesh.size
     return KVBudget(
         params=_shard_bytes(abstract_params(model, mesh)),
-        slots=_shard_bytes(abstract_state(model, mesh, shape)._replace(kv={})),
+        slots=_shard_bytes(abstract_state(model, mesh, shape.state)._replace(kv={})),
         page=page_bytes(model, shape.batch.page_size, shape.kv_dtype, heads),
+        devices=mesh.size,
+        local_devices=mesh.size // config.num_processes,
+        host_pages=config.host_pages,
     )
 
 
@@ -98,7 +137,7 @@ def measured_budget(
     The largest program of each kind is compiled once with few pages; the cache keeps it for the
     next start. Raises ConfigError if the backend does not tell.
     """
-    params, state = abstract_params(model, mesh), abstract_state(model, mesh, least)
+    params, state = abstract_params(model, mesh), abstract_state(model, mesh, least.state)
     largest = [
         [program for program in config.programs() if program.kind is kind][-1]
         for kind in ProgramKind
@@ -113,7 +152,7 @@ def measured_budget(
         temporaries[program] = memory.temp_size_in_bytes
         code[program.kind] = memory.generated_code_size_in_bytes
     return _with_programs(
-        budget_without_programs(model, mesh, least),
+        budget_without_programs(model, mesh, config, least),
         temporaries,
         sum(code[program.kind] for program in config.programs()),
     )
@@ -125,7 +164,7 @@ def estimated_budget(
     """The budget with programs as estimated from shapes, from above."""
     programs = config.programs()
     return _with_programs(
-        budget_without_programs(model, mesh, least),
+        budget_without_programs(model, mesh, config, least),
         {program: estimated_temporary_bytes(model, mesh, program) for program in programs},
         len(programs) * estimated_code_bytes(model) if platform is Platform.TPU else 0,
     )
@@ -142,25 +181,6 @@ def page_bytes(model: Model, page_size: int, kv_dtype: jnp.dtype, kv_heads: int)
         model.spec, page_size=page_size, kv_heads=kv_heads, value_bytes=kv_dtype.itemsize
     )
     return layout.page_bytes
-
-
-def host_pages(
-    *, kv_bytes: int, page_bytes: int, other_bytes: int, available_bytes: int | None
-) -> int:
-    """Pages in `kv_bytes` of host memory, fewer if the host has less beside `other_bytes`.
-
-    Raises ConfigError if not one fits.
-    """
-    if available_bytes is not None:
-        kv_bytes = min(kv_bytes, int(available_bytes * _HEADROOM) - other_bytes)
-    pages = kv_bytes // page_bytes
-    pages = pages // GRID * GRID or pages
-    if pages <= 0:
-        raise ConfigError(
-            f"no KV page of {page_bytes} bytes fits in {kv_bytes} bytes; raise engine.kv_bytes "
-            "or free memory"
-        )
-    return int(pages)
 
 
 def host_available_bytes(

@@ -10,7 +10,7 @@ from jserve.cache.layout import KVLayout, kv_layout
 from jserve.core.errors import ConfigError
 from jserve.engine.config import EngineConfig
 from jserve.engine.program.batch import BatchShape
-from jserve.engine.program.state import DeviceState, init_state, state_shardings
+from jserve.engine.program.state import StateShape
 from jserve.model.functional import Model
 from jserve.model.sharding import AnyMesh, param_shardings, stored_kv_heads
 
@@ -33,6 +33,18 @@ class EngineShape:
         """Width of the page table; whole blocks, so that a block load never leaves it."""
         pages = -(-self.max_model_len // self.batch.page_size)
         return -(-pages // 128) * 128
+
+    @property
+    def state(self) -> StateShape:
+        """The part that fixes the state on the device."""
+        return StateShape(
+            self.layout,
+            self.kv_heads,
+            self.batch.num_slots,
+            self.num_pages,
+            self.pages_per_slot,
+            self.kv_dtype,
+        )
 
 
 def with_pages(least: EngineShape, config: EngineConfig, num_pages: int) -> EngineShape:
@@ -68,6 +80,7 @@ def least_shape(model: Model, mesh: AnyMesh, config: EngineConfig) -> EngineShap
         config.processor_rows,
         pages_per_slot=-(-max_model_len // config.page_size),
         page_groups=len(layout.groups),
+        history_rows=config.history_rows,
     )
     return EngineShape(batch, GRID, max_model_len, dtype, kv_heads, layout)
 
@@ -84,26 +97,3 @@ def abstract_params(model: Model, mesh: AnyMesh) -> dict[str, jax.ShapeDtypeStru
         name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=shardings[name])
         for name, spec in model.param_specs().items()
     }
-
-
-def make_state(model: Model, shape: EngineShape) -> DeviceState:
-    """The state of an idle engine."""
-    return init_state(
-        model,
-        shape.layout,
-        kv_heads=shape.kv_heads,
-        num_slots=shape.batch.num_slots,
-        num_pages=shape.num_pages,
-        pages_per_slot=shape.pages_per_slot,
-        kv_dtype=shape.kv_dtype,
-    )
-
-
-def abstract_state(model: Model, mesh: AnyMesh, shape: EngineShape) -> DeviceState:
-    """Shapes, types and shardings of `make_state`."""
-    state = jax.eval_shape(lambda: make_state(model, shape))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        state_shardings(state, mesh),
-    )

@@ -9,9 +9,7 @@ from jserve.core.errors import ConfigError
 from jserve.engine.build.kv_budget import (
     budget_without_programs,
     host_available_bytes,
-    host_pages,
     measured_budget,
-    page_bytes,
 )
 from jserve.engine.build.shape import EngineShape, least_shape, with_pages
 from jserve.engine.config import EngineConfig
@@ -37,7 +35,10 @@ def shape_engine(
     if config.num_pages:
         num_pages = config.num_pages
     elif config.kv_bytes:
-        num_pages = _pages_in(config.kv_bytes, model, mesh, config, least)
+        on_host = mesh.devices.flat[0].platform == "cpu"
+        num_pages = budget_without_programs(model, mesh, config, least).pages_in_kv_bytes(
+            config.kv_bytes, host_available_bytes() if on_host else None
+        )
     else:
         limit = device_limit_bytes() if device_limit_bytes else _device_limit(mesh)
         num_pages = measured_budget(model, mesh, config, least, cache).pages_within(limit)
@@ -49,19 +50,6 @@ def shape_engine(
             shape.max_model_len,
         )
     return shape
-
-
-def _pages_in(
-    kv_bytes: int, model: Model, mesh: Mesh, config: EngineConfig, least: EngineShape
-) -> int:
-    budget = budget_without_programs(model, mesh, least)
-    on_host = mesh.devices.flat[0].platform == "cpu"
-    return host_pages(
-        kv_bytes=kv_bytes,
-        page_bytes=page_bytes(model, config.page_size, least.kv_dtype, least.kv_heads),
-        other_bytes=budget.params + budget.slots,
-        available_bytes=host_available_bytes() if on_host else None,
-    )
 
 
 def _device_limit(mesh: Mesh) -> int:

@@ -108,6 +108,6 @@ def start_engine(
 
 
 def _mesh(config: EngineConfig) -> Mesh:
-    """As many of the devices as the engine is spread over. Raises ConfigError."""
+    """The mesh of the devices that the engine is spread over. Raises ConfigError for too few."""
     devices = engine_devices(config.tensor_parallel, config.num_processes)
     return device_mesh(devices, **config.mesh_axes)

@@ -1,6 +1,6 @@
 """A follower's end of `Group/Follow`: runs the leader's steps and never looks at a token.
 
-Part of an engine of several processes; like `session`, it knows gRPC.
+Part of an engine of several processes.
 """
 
 import queue

@@ -1,6 +1,6 @@
 """The leader's end of `Group/Follow`: gathers the other processes of an engine, tells them steps.
 
-Part of the worker process of an engine of several processes; like `session`, it knows gRPC.
+Part of the worker process of an engine of several processes.
 """
 
 import contextlib
@@ -135,7 +135,10 @@ class Followers(group_pb2_grpc.GroupServicer):
         return _difference(process, facts, self._facts)
 
     def _add(self, follower: _Follower) -> _Follower | None:
-        """Or returns the one that has joined as this process before, and must be lost."""
+        """Lets `follower` join; if one has joined as this process before, returns that instead.
+
+        The earlier one must be lost.
+        """
         with self._changed:
             if (earlier := self._joined.get(follower.process)) is not None:
                 return earlier

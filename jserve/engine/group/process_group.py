@@ -186,9 +186,9 @@ def _join(job: EngineJob, index: int, coordinator_address: str) -> None:
 def _start_followers(
     job: EngineJob, leader_address: str, on_exit: Callable[[int, str], None]
 ) -> list[subprocess.Popen[bytes]]:
-    """On this machine. They end when the thread that calls this does.
+    """Starts the followers on this machine. They end when the thread that calls this does.
 
-    `on_exit` gets the number of each and why it ended, from another thread.
+    `on_exit` gets the number of each follower and why it ended, from another thread.
     """
     children: list[subprocess.Popen[bytes]] = []
     for process in range(1, job.engine.num_processes):
@@ -213,7 +213,7 @@ def _start_followers(
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """At once, if it still runs."""
+    """Kills `child` if it still runs."""
     assert child.stdin is not None
     child.kill()
     child.wait()
@@ -221,7 +221,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _await_end(child: subprocess.Popen[bytes]) -> str:
-    """Returns why it ended. What else it tells, the leader learns from its stream."""
+    """Waits for `child` to end and returns why. Its progress reaches the leader by its stream."""
     assert child.stdout is not None
     reason = None
     with child.stdout as lines:
@@ -240,7 +240,7 @@ def _end_at_once(reason: str, report: _Report) -> None:
 
 
 def _end_later(timeout_s: float) -> None:
-    """After SIGTERM: the leader, which got one as well, still needs this process to drain."""
+    """Ends this process after `timeout_s`: until then a leader that drains still needs it."""
 
     def end() -> None:
         _log.warning("the leader has not ended; this process does", extra={"after_s": timeout_s})

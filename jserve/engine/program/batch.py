@@ -30,8 +30,11 @@ class BatchShape:
     processor_rows: int
     pages_per_slot: int
     page_groups: int = 1
-    # Sections of width 0 take no room in the buffer, and programs do not read them.
-    mask_rows: int = 0  # slots that get another mask in one step
+    # Sections of width 0 take no room in the buffer.
+    history_rows: int = 0  # rows of `history_*` in one step
+    # No program reads the following sections yet: `make_step` refuses a shape that has one of them,
+    # or several page groups.
+    mask_rows: int = 0  # masks in one step
     has_row_limits: bool = False  # rows may be told to yield fewer tokens than the others
     has_adapters: bool = False
     decode_tokens: int = 1  # that a decode row computes: its last token and drafts after it
@@ -85,8 +88,8 @@ def layout(program: Program, shape: BatchShape) -> Layout:
             "admit_words": (rows, SLOT_ROW_WORDS),
             "processor_slot": (processors,),
             "processor_words": (processors, processor_row_dtype(vocab).itemsize // 4),
-            "history_slot": (processors,),
-            "history_words": (processors, history_row_dtype(vocab).itemsize // 4),
+            "history_slot": (shape.history_rows,),
+            "history_words": (shape.history_rows, history_row_dtype(vocab).itemsize // 4),
         }
     return Layout(sections)
 

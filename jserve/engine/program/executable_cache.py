@@ -10,12 +10,16 @@ import logging
 import os
 import pickle
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import serialize_executable
+from jax.sharding import Mesh
+
+import jserve
+from jserve.model.functional import Model
 
 logger = logging.getLogger(__name__)
 
@@ -115,3 +119,37 @@ class ExecutableCache:
             Path(file.name).rename(self._path(name))
         except OSError as error:
             logger.warning("compiled program %s was not kept: %s", name, error)
+
+
+class Loaded(NamedTuple):
+    """A program that may be called."""
+
+    call: jax.stages.Compiled
+    cached: bool  # nothing was compiled
+
+
+def open_cache(folder: Path, model: Model, mesh: Mesh) -> ExecutableCache:
+    """The programs of `model` in `folder`, for the devices of `mesh`.
+
+    Programs trace more of the model than shapes show, so its key is that of every program.
+    """
+    traced = (model.spec, model.dtype, model.backend, model.quantization, model.mesh)
+    code = code_digest(traced_sources(Path(jserve.__file__).parent))
+    key = repr((*traced, mesh, code, machine_key()))
+    return ExecutableCache(folder, key, list(mesh.devices.flat))
+
+
+def load_or_compile(
+    cache: ExecutableCache | None, name: str, lower: Callable[[], jax.stages.Lowered]
+) -> Loaded:
+    """The program `name` from the cache, or compiled and kept there.
+
+    `name` tells the kind of program and all that `lower` depends on beside the model.
+    """
+    found = cache.load(name) if cache else None
+    if found is not None:
+        return Loaded(found, cached=True)
+    made = lower().compile()
+    if cache:
+        cache.store(name, made)
+    return Loaded(made, cached=False)

@@ -24,7 +24,7 @@ from jserve.model.sharding import AnyMesh, named_sharding, stored_kv_heads
 
 _TOKENS = 256
 # At most this is the root mean square of a head: there is room for values 56 times as large, and
-# those a five-hundredth as large are still normal numbers.
+# values down to 1/500 of it are still normal floats.
 _USUAL = 8.0
 _LARGEST = 224.0  # and this the largest value seen: others may be twice as large
 

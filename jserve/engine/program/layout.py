@@ -55,7 +55,10 @@ class Layout(Mapping[str, _Section]):
         }
 
     def pack(self, values: Mapping[str, jax.Array]) -> jax.Array:
-        """The device buffer of all sections, while tracing."""
+        """The device buffer of all sections, while tracing. Raises ValueError for a wrong shape."""
+        for name, part in self.items():
+            if values[name].shape != part.shape:
+                raise ValueError(f"{name} has shape {values[name].shape}, not {part.shape}")
         return jnp.concatenate([values[name].astype(jnp.int32).ravel() for name in self])
 
     def zeros(self) -> dict[str, jax.Array]:

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jserve.core.step import MoveKind
-from jserve.engine.program.executable_cache import ExecutableCache
+from jserve.engine.program.executable_cache import ExecutableCache, load_or_compile
 from jserve.engine.program.programs import signature
 
 MOVE_SIZES = (8, 32)  # moves that one run of a program makes at most
+MAX_PAYLOADS = 2  # payloads of OUT and IN runs that lie on the device at once
 
-Pages = tuple[jax.Array, ...]  # one array [pages, K|V, kv_heads, page, dim] per layer of a group
+# Of each layer of a group, one array [pages, K|V, kv_heads, page, dim].
+LayerPages = tuple[jax.Array, ...]
 
 
 class MoveProgram(NamedTuple):
@@ -29,25 +31,33 @@ class MoveProgram(NamedTuple):
     size: int  # moves that fit
 
 
-def copy_out(pages: Pages, table: jax.Array) -> Pages:
+def copy_out(pages: LayerPages, table: jax.Array) -> LayerPages:
     """The payload of an OUT: pages `table[:, 0]` in rows `table[:, 1]`. Ids below 0 are unused."""
     size = table.shape[0]
     payload = tuple(jnp.zeros((size, *layer.shape[1:]), layer.dtype) for layer in pages)
     return _copy(table, payload, lambda _: pages)
 
 
-def copy_in(pages: Pages, payload: Pages, table: jax.Array) -> Pages:
-    """`pages` with rows `table[:, 0]` of a payload in pages `table[:, 1]`."""
-    return _copy(table, pages, lambda _: payload)
+def copy_in(
+    pages: LayerPages, payload: LayerPages, table: jax.Array
+) -> tuple[LayerPages, jax.Array]:
+    """`pages` with rows `table[:, 0]` of a payload in pages `table[:, 1]`; their number.
+
+    The pages are donated to the next program at once. The number is not: it is ready when the
+    payload has been read.
+    """
+    return _copy(table, pages, lambda _: payload), _num_used(table)
 
 
-def copy_within(pages: Pages, table: jax.Array) -> Pages:
+def copy_within(pages: LayerPages, table: jax.Array) -> LayerPages:
     """`pages` with page `table[i, 0]` copied to `table[i, 1]`, in the order of i."""
     return _copy(table, pages, lambda copied: copied)
 
 
-def _copy(table: jax.Array, targets: Pages, sources: Callable[[Pages], Pages]) -> Pages:
-    def one(i: jax.Array, copied: Pages) -> Pages:
+def _copy(
+    table: jax.Array, targets: LayerPages, sources: Callable[[LayerPages], LayerPages]
+) -> LayerPages:
+    def one(i: jax.Array, copied: LayerPages) -> LayerPages:
         source, target = table[i, 0], table[i, 1]
         return tuple(
             lax.dynamic_update_slice_in_dim(
@@ -56,11 +66,14 @@ def _copy(table: jax.Array, targets: Pages, sources: Callable[[Pages], Pages]) -
             for to, layer in zip(copied, sources(copied), strict=True)
         )
 
-    count = jnp.sum(table[:, 0] >= 0, dtype=jnp.int32)
-    return lax.fori_loop(0, count, one, targets)
+    return lax.fori_loop(0, _num_used(table), one, targets)
 
 
-def lower_move(program: MoveProgram, pages: Pages) -> jax.stages.Lowered:
+def _num_used(table: jax.Array) -> jax.Array:
+    return jnp.sum(table[:, 0] >= 0, dtype=jnp.int32)
+
+
+def lower_move(program: MoveProgram, pages: LayerPages) -> jax.stages.Lowered:
     """A copy as it is compiled; IN and COPY are given the pages and give them back."""
     shardings = tuple(layer.sharding for layer in pages)
     payload = tuple(
@@ -70,14 +83,14 @@ def lower_move(program: MoveProgram, pages: Pages) -> jax.stages.Lowered:
     table = jax.ShapeDtypeStruct((program.size, 2), jnp.int32)
     if program.kind is MoveKind.OUT:
         return jax.jit(copy_out, out_shardings=shardings).lower(pages, table)
-    jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
+    jit = functools.partial(jax.jit, donate_argnums=0)
     if program.kind is MoveKind.IN:
-        return jit(copy_in).lower(pages, payload, table)
-    return jit(copy_within).lower(pages, table)
+        return jit(copy_in, out_shardings=(shardings, None)).lower(pages, payload, table)
+    return jit(copy_within, out_shardings=shardings).lower(pages, table)
 
 
 def compile_moves(
-    kv: Sequence[Pages], cache: ExecutableCache | None
+    kv: Sequence[LayerPages], cache: ExecutableCache | None
 ) -> dict[MoveProgram, jax.stages.Compiled]:
     """Compiles or loads every copy."""
     made: dict[MoveProgram, jax.stages.Compiled] = {}
@@ -86,10 +99,6 @@ def compile_moves(
             for size in MOVE_SIZES:
                 program = MoveProgram(kind, group, size)
                 key = repr((program, [signature(layer) for layer in pages]))
-                call = cache.load(key) if cache else None
-                if call is None:
-                    call = lower_move(program, pages).compile()
-                    if cache:
-                        cache.store(key, call)
-                made[program] = call
+                lower = functools.partial(lower_move, program, pages)
+                made[program] = load_or_compile(cache, key, lower).call
     return made

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jserve.core.step import Program
 from jserve.engine.program.batch import BatchShape, layout
-from jserve.engine.program.executable_cache import ExecutableCache
+from jserve.engine.program.executable_cache import ExecutableCache, load_or_compile
 from jserve.engine.program.state import DeviceState
 from jserve.engine.program.step import make_step
 from jserve.model.functional import Model
@@ -47,13 +47,10 @@ def compile_programs(
     def make(program: Program) -> CompiledProgram:
         started = time.perf_counter()
         # State shapes hold the number of pages, which may differ from start to start.
-        name = repr((program, shape, model.backend, jax.tree.map(signature, (params, state))))
-        call = cache.load(name) if cache else None
-        cached = call is not None
-        if call is None:
-            call = lower_step(model, mesh, program, shape, params, state).compile()
-            if cache:
-                cache.store(name, call)
+        name = repr((program, shape, jax.tree.map(signature, (params, state))))
+        call, cached = load_or_compile(
+            cache, name, lambda: lower_step(model, mesh, program, shape, params, state)
+        )
         ready = CompiledProgram(program, call, time.perf_counter() - started, cached)
         on_ready(ready)
         return ready

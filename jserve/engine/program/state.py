@@ -1,10 +1,12 @@
 """The state kept on the device between steps: KV memory and the state of every slot."""
 
+import functools
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from jserve.cache.layout import KVLayout, PageGroup
 from jserve.model.functional import Model
@@ -42,27 +44,33 @@ class DeviceState(NamedTuple):
     sampler: SamplerState
 
 
-def init_state(
-    model: Model,
-    layout: KVLayout,
-    *,
-    kv_heads: int,
-    num_slots: int,
-    num_pages: int,
-    pages_per_slot: int,
-    kv_dtype: jnp.dtype,
-) -> DeviceState:
-    """An empty engine; pure, so that it can be evaluated abstractly or jitted with shardings."""
-    spec = model.spec
+@dataclass(frozen=True, slots=True)
+class StateShape:
+    """The static sizes that, with the model, fix the state."""
+
+    layout: KVLayout
+    kv_heads: int  # stored in a page, copies included
+    num_slots: int
+    num_pages: int  # of each group
+    pages_per_slot: int
+    kv_dtype: jnp.dtype
+
+
+def init_state(model: Model, shape: StateShape) -> DeviceState:
+    """The state of an idle engine, whose 8-bit pages have no scales yet; called while tracing."""
+    spec, num_slots = model.spec, shape.num_slots
 
     def pages(group: PageGroup) -> tuple[jax.Array, ...]:
-        shape = kv_pages_shape(num_pages, group.page_size, kv_heads, spec.head_dim)
-        return tuple(jnp.zeros(shape, kv_dtype) for _ in group.layers)
+        size = kv_pages_shape(shape.num_pages, group.page_size, shape.kv_heads, spec.head_dim)
+        return tuple(jnp.zeros(size, shape.kv_dtype) for _ in group.layers)
+
+    def page_table(_: PageGroup) -> jax.Array:
+        return jnp.zeros((num_slots, shape.pages_per_slot), jnp.int32)
 
     return DeviceState(
-        kv=tuple(map(pages, layout.groups)),
-        kv_scales=jnp.ones((spec.layers, 2, kv_heads), jnp.float32),
-        page_tables=tuple(jnp.zeros((num_slots, pages_per_slot), jnp.int32) for _ in layout.groups),
+        kv=tuple(map(pages, shape.layout.groups)),
+        kv_scales=jnp.ones((spec.layers, 2, shape.kv_heads), jnp.float32),
+        page_tables=tuple(map(page_table, shape.layout.groups)),
         prompt_lens=jnp.zeros(num_slots, jnp.int32),
         lengths=jnp.zeros(num_slots, jnp.int32),
         last_tokens=jnp.zeros(num_slots, jnp.int32),
@@ -71,8 +79,25 @@ def init_state(
     )
 
 
+def abstract_state(model: Model, mesh: AnyMesh, shape: StateShape) -> DeviceState:
+    """Shapes, types and shardings of the state."""
+    state = jax.eval_shape(functools.partial(init_state, model, shape))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_shardings(state, mesh),
+    )
+
+
+def lower_state(model: Model, mesh: Mesh, shape: StateShape) -> jax.stages.Lowered:
+    """The program of `init_state`: without arguments, it makes the state on its devices."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, mesh, shape))
+    make = jax.jit(functools.partial(init_state, model, shape), out_shardings=shardings)
+    return make.lower()
+
+
 def state_shardings(state: DeviceState, mesh: AnyMesh) -> DeviceState:
-    """Pages are split by KV heads, of which each device has as many, counts by token ids."""
+    """The sharding of every leaf: pages are split evenly by KV heads, counts by token ids."""
     heads = named_sharding(mesh, (None, None, "kv_heads", None, None))
     replicated = named_sharding(mesh, ())
     sampler = ShardedSampler(mesh, state.sampler.vocab).state_specs(state.sampler)

@@ -59,15 +59,31 @@ class _Rows(NamedTuple):
     live: jax.Array  # [rows] the slot runs
     samples: jax.Array  # [rows] and yields a token
     lengths: jax.Array  # [rows] tokens in KV memory after this step
-    num_used: jax.Array  # rows before it may sample, those after it do not
+    num_sampling: jax.Array  # only rows < num_sampling can sample
 
 
 def make_step(model: Model, mesh: Mesh, program: Program, shape: BatchShape):
-    """The program as `(params, state, buffer) -> (state, result)`, to be jitted."""
+    """The program as `(params, state, buffer) -> (state, result)`, to be jitted.
+
+    Raises ValueError for a shape with a feature that no program reads.
+    """
+    if unread := [name for name, found in _features(shape).items() if found]:
+        raise ValueError(f"the step programs do not implement {', '.join(unread)} of {shape}")
     if model.spec.experts and mesh.size > 1 and model.mesh != mesh:
         raise ValueError(f"experts are spread over {mesh}, but the model was made for {model.mesh}")
     step = mixed_step if program.kind is ProgramKind.MIXED else decode_step
     return functools.partial(step, model, mesh, program, shape)
+
+
+def _features(shape: BatchShape) -> dict[str, bool]:
+    """Whether `shape` has each of the features whose sections no program reads."""
+    return {
+        "mask_rows": shape.mask_rows > 0,
+        "has_row_limits": shape.has_row_limits,
+        "has_adapters": shape.has_adapters,
+        "decode_tokens": shape.decode_tokens > 1,
+        "page_groups": shape.page_groups > 1,
+    }
 
 
 def mixed_step(
@@ -86,9 +102,9 @@ def mixed_step(
     slots = batch["row_slot"]
     row = jnp.arange(program.rows)
     decode = row < batch["num_decode"]
-    held = jnp.clip(slots, 0, shape.num_slots - 1)
-    live = (row < batch["num_rows"]) & state.active[held]
-    starts = jnp.where(decode, state.lengths[held], batch["row_start"])
+    safe_slots = jnp.clip(slots, 0, shape.num_slots - 1)
+    live = (row < batch["num_rows"]) & state.active[safe_slots]
+    starts = jnp.where(decode, state.lengths[safe_slots], batch["row_start"])
     q_lens = jnp.where(live, batch["row_tokens"], 0)
 
     token = jnp.arange(program.tokens)
@@ -96,22 +112,22 @@ def mixed_step(
     offset = token - batch["row_first"][owner]
     token_live = (offset >= 0) & (offset < q_lens[owner])
     positions = jnp.where(token_live, starts[owner] + offset, 0)
-    tokens = jnp.where(decode[owner], state.last_tokens[held][owner], batch["tokens"])
+    tokens = jnp.where(decode[owner], state.last_tokens[safe_slots][owner], batch["tokens"])
 
     state = state._replace(
         sampler=sampler.count_chunk(
             state.sampler,
             slots[owner],
             tokens,
-            positions < state.prompt_lens[held][owner],
+            positions < state.prompt_lens[safe_slots][owner],
             token_live & ~decode[owner],
         )
     )
     samples = live & (batch["row_max_new"] > 0)
-    num_used = jnp.where(jnp.any(samples), batch["num_rows"], 0)
-    rows = _Rows(slots, live, samples, starts + q_lens, num_used)
+    num_sampling = jnp.where(jnp.any(samples), batch["num_rows"], 0)
+    rows = _Rows(slots, live, samples, starts + q_lens, num_sampling)
     ragged = make_ragged_batch(
-        state.page_tables[0][held],
+        state.page_tables[0][safe_slots],
         jnp.where(live, rows.lengths, 0),
         batch["row_first"],
         q_lens,
@@ -127,7 +143,7 @@ def mixed_step(
     )
     last = jnp.clip(batch["row_first"] + batch["row_tokens"] - 1, 0, program.tokens - 1)
     state, tokens_new, finish, logprobs = _advance(model, mesh, params, state, hidden[last], rows)
-    outcome = {"tokens": tokens_new, "num_new": rows.samples, "finish": finish}
+    outcome = {"tokens": tokens_new[:, None], "num_new": rows.samples, "finish": finish}
     result = DeviceResult(
         result_layout(program, shape.decode_tokens).pack(outcome),
         jax.tree.map(lambda part: part[:, None], logprobs),
@@ -150,11 +166,11 @@ def decode_step(
     state = _grow_tables(state, batch)
     slots = batch["row_slot"]
     row = jnp.arange(program.rows)
-    held = jnp.clip(slots, 0, shape.num_slots - 1)
-    tables = state.page_tables[0][held]
+    safe_slots = jnp.clip(slots, 0, shape.num_slots - 1)
+    tables = state.page_tables[0][safe_slots]
 
     def running(state: DeviceState) -> jax.Array:
-        return (row < batch["num_rows"]) & state.active[held]
+        return (row < batch["num_rows"]) & state.active[safe_slots]
 
     def more(carry: _Carry) -> jax.Array:
         n, state, *_ = carry
@@ -163,7 +179,7 @@ def decode_step(
     def decode(carry: _Carry) -> _Carry:
         n, state, outcome, logprobs = carry
         live = running(state)
-        starts = state.lengths[held]
+        starts = state.lengths[safe_slots]
         rows = _Rows(slots, live, live, starts + 1, batch["num_rows"])
         positions = jnp.where(live, starts, 0)
         ragged = make_ragged_batch(
@@ -178,7 +194,7 @@ def decode_step(
             live,
             page_size=shape.page_size,
         )
-        tokens = state.last_tokens[held]
+        tokens = state.last_tokens[safe_slots]
         state, hidden = _layers(
             model, mesh, params, state, tokens, positions, ragged, batch["num_rows"], prompts=False
         )
@@ -229,20 +245,20 @@ def _advance(
     model: Model, mesh: Mesh, params: Params, state: DeviceState, hidden: jax.Array, rows: _Rows
 ) -> tuple[DeviceState, jax.Array, jax.Array, Logprobs]:
     """From the hidden states of the rows to their tokens, verdicts and the state after them."""
-    logits = model.logits(params, hidden, rows.num_used)
+    logits = model.logits(params, hidden, rows.num_sampling)
     config = sampler_config(model.backend, rows.slots.shape[0])
     sampler = ShardedSampler(mesh, model.spec.vocab, config)
     sampled = sampler.sample(logits, state.sampler, rows.slots, rows.lengths, rows.samples)
     lengths = rows.lengths + 1  # with the sampled token
     finish = stop_code(state.sampler, rows.slots, sampled.tokens, lengths, rows.samples)
     # Out of range, so that the scatters below drop what must not change.
-    nowhere = state.lengths.shape[0]
-    ran = jnp.where(rows.live, rows.slots, nowhere)
-    chose = jnp.where(rows.samples, rows.slots, nowhere)
+    drop_index = state.lengths.shape[0]
+    live_slots = jnp.where(rows.live, rows.slots, drop_index)
+    sampling_slots = jnp.where(rows.samples, rows.slots, drop_index)
     state = state._replace(
-        lengths=state.lengths.at[ran].set(rows.lengths, mode="drop"),
-        last_tokens=state.last_tokens.at[chose].set(sampled.tokens, mode="drop"),
-        active=state.active.at[chose].set(finish == FinishCode.RUNNING, mode="drop"),
+        lengths=state.lengths.at[live_slots].set(rows.lengths, mode="drop"),
+        last_tokens=state.last_tokens.at[sampling_slots].set(sampled.tokens, mode="drop"),
+        active=state.active.at[sampling_slots].set(finish == FinishCode.RUNNING, mode="drop"),
         sampler=sampler.observe(state.sampler, rows.slots, sampled.tokens, rows.samples),
     )
     return state, sampled.tokens, finish, sampled.logprobs
@@ -264,7 +280,8 @@ def _admit(split: ShardedSampler, state: DeviceState, batch: dict[str, jax.Array
     sampler = split.reset(state.sampler, kept)
     sampler = admit(sampler, slots, batch["admit_words"])
     sampler = admit_processors(sampler, batch["processor_slot"], batch["processor_words"])
-    sampler = split.restore(sampler, batch["history_slot"], batch["history_words"])
+    if batch["history_slot"].size:
+        sampler = split.restore(sampler, batch["history_slot"], batch["history_words"])
     return state._replace(
         active=state.active.at[slots].set(True, mode="drop"),
         lengths=state.lengths.at[slots].set(batch["admit_computed"], mode="drop"),

@@ -1,14 +1,15 @@
 """The engine's side of `Engine/Session`: commands into an Inbox, events of an Outbox to gateways.
 
-Part of the worker process: the only modules of the engine that know gRPC are this one and the
-worker's.
+Part of the worker process. Of the engine's modules, this one and `group`'s leader and follower know
+gRPC.
 """
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
@@ -41,16 +42,22 @@ _OPTIONS = (
 class _Session:
     """One gateway: what it runs, and what it has not been told yet. Owned by the event loop."""
 
-    live: set[str] = field(default_factory=set[str])
+    live: set["_Sequence"] = field(default_factory=set["_Sequence"])
+    # Both by the gateway's id.
     updates: dict[str, SequenceUpdate] = field(default_factory=dict[str, SequenceUpdate])
     rejections: list[tuple[str, JserveError]] = field(default_factory=list[tuple[str, JserveError]])
     unsent: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False  # the gateway has ended its half of the stream
 
-    def post(self, update: SequenceUpdate) -> None:
+    def post(self, request_id: str, update: SequenceUpdate) -> None:
         """Keeps an update; a gateway that reads slowly gets those of a sequence merged."""
-        unsent = self.updates.get(update.request_id)
-        self.updates[update.request_id] = update if unsent is None else unsent.then(update)
+        unsent = self.updates.get(request_id)
+        self.updates[request_id] = update if unsent is None else unsent.then(update)
+
+    def drop(self, request_id: str) -> None:
+        """Forgets what is unsent of a sequence."""
+        self.updates.pop(request_id, None)
+        self.rejections = [kept for kept in self.rejections if kept[0] != request_id]
 
     def take(self, stats: EngineStats) -> engine_pb2.SessionResponse:
         """One message with everything unsent."""
@@ -59,10 +66,22 @@ class _Session:
             stats=stats_to_proto(stats),
             rejections=[rejection_to_proto(*rejection) for rejection in self.rejections],
         )
-        updates_to_proto(self.updates.values(), response)
+        updates_to_proto(self.updates, response)
         self.updates.clear()
         self.rejections.clear()
         return response
+
+
+class _Sequence(NamedTuple):
+    """A submitted sequence that has not ended.
+
+    The loop may post of it after its gateway has aborted it, and used the id again. So each has an
+    id of its own in the engine.
+    """
+
+    session: _Session
+    request_id: str  # the gateway's
+    engine_id: str
 
 
 class EngineSessions(engine_pb2_grpc.EngineServicer):
@@ -72,7 +91,9 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         self._info = info
         self._inbox = inbox
         self._outbox = outbox
-        self._owners: dict[str, _Session] = {}  # by live request id
+        self._by_request_id: dict[str, _Sequence] = {}
+        self._by_engine_id: dict[str, _Sequence] = {}
+        self._serial = itertools.count()
         self._sessions: set[_Session] = set()
         self._stats = EngineStats(free_slots=info.num_slots, free_pages=info.num_pages)
 
@@ -96,9 +117,9 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         finally:
             reading.cancel()
             self._sessions.discard(session)
-            for request_id in session.live:
-                del self._owners[request_id]
-            self._inbox.put(*map(Abort, session.live))
+            self._inbox.put(*(Abort(sequence.engine_id) for sequence in session.live))
+            for sequence in list(session.live):
+                self._forget(sequence)
 
     async def _read(
         self, requests: AsyncIterator[engine_pb2.SessionRequest], session: _Session
@@ -114,41 +135,45 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
 
     def _command(self, message: engine_pb2.SessionRequest, session: _Session) -> Command | None:
         if message.WhichOneof("kind") == "abort":
-            if message.abort not in session.live:
+            session.drop(message.abort)
+            sequence = self._by_request_id.get(message.abort)
+            if sequence is None or sequence.session is not session:
                 return None  # finished meanwhile, or another gateway's
-            self._forget(message.abort, session)
-            return Abort(message.abort)
+            self._forget(sequence)
+            return Abort(sequence.engine_id)
         request = request_from_proto(message.submit)
-        if request.id in self._owners:
+        if request.id in self._by_request_id or request.id in session.updates:
             error = RequestError(f"request id {request.id!r} is in use", param="request_id")
             session.rejections.append((request.id, error))
             session.unsent.set()
             return None
-        session.live.add(request.id)
-        self._owners[request.id] = session
-        return Submit(request)
+        sequence = _Sequence(session, request.id, f"{request.id}#{next(self._serial)}")
+        session.live.add(sequence)
+        self._by_request_id[request.id] = self._by_engine_id[sequence.engine_id] = sequence
+        return Submit(replace(request, id=sequence.engine_id))
 
     def deliver(self) -> None:
         """Sorts the events of the outbox by gateway; on the event loop."""
         events = self._outbox.take()
         self._stats = events.stats
         for update in events.updates:
-            session = self._owners.get(update.request_id)
-            if session is not None:
-                session.post(update)
+            sequence = self._by_engine_id.get(update.request_id)
+            if sequence is not None:
+                sequence.session.post(sequence.request_id, update)
                 if update.finish is not None:
-                    self._forget(update.request_id, session)
-        for request_id, error in events.rejections:
-            session = self._owners.get(request_id)
-            if session is not None:
-                session.rejections.append((request_id, error))
-                self._forget(request_id, session)
+                    self._forget(sequence)
+        for engine_id, error in events.rejections:
+            sequence = self._by_engine_id.get(engine_id)
+            if sequence is not None:
+                sequence.session.rejections.append((sequence.request_id, error))
+                self._forget(sequence)
         for session in self._sessions:  # sessions without an update get the stats
             session.unsent.set()
 
-    def _forget(self, request_id: str, session: _Session) -> None:
-        session.live.discard(request_id)
-        self._owners.pop(request_id, None)
+    def _forget(self, sequence: _Sequence) -> None:
+        sequence.session.live.discard(sequence)
+        del self._by_request_id[sequence.request_id]
+        del self._by_engine_id[sequence.engine_id]
 
 
 class SessionServer:

@@ -53,8 +53,8 @@ def _model(architecture: str) -> Model:
 @pytest.mark.parametrize("architecture", PARAMETERS)
 def test_a_model_has_the_published_number_of_parameters(architecture: str) -> None:
     model = _model(architecture)
-    shape = least_shape(model, abstract_mesh(model=1), EngineConfig())
-    need = budget_without_programs(model, abstract_mesh(model=1), shape)
+    mesh, config = abstract_mesh(model=1), EngineConfig()
+    need = budget_without_programs(model, mesh, config, least_shape(model, mesh, config))
     assert need.params == 2 * PARAMETERS[architecture]
 
 
@@ -81,6 +81,16 @@ def test_what_does_not_fit_is_refused_with_what_is_missing() -> None:
     # 16 GiB of pages by themselves are more than one chip of eight has left.
     with pytest.raises(ConfigError, match=r"pages 15\.6"):
         _plan("llama31_8b.py:v5e-8", "llama-3.1-8b", "engine.num_pages=8000")
+
+
+def test_moves_in_flight_are_counted() -> None:
+    plain = _plan("llama31_8b.py:h200", "llama-3.1-8b")
+    moving = _plan("llama31_8b.py:h200", "llama-3.1-8b", "engine.host_pages=1000")
+    assert moving.budget.fixed == plain.budget.fixed + 64 * plain.budget.page
+    assert moving.shape.num_pages <= plain.shape.num_pages - 64
+    assert moving.used_bytes <= moving.chip.usable_bytes
+    with pytest.raises(ConfigError, match=r"page moves 0\.\d\d"):
+        _plan("llama31_8b.py:v5e-8", "llama-3.1-8b", "engine.num_pages=8000", "engine.host_pages=1")
 
 
 def test_the_command_prints_the_plan_without_weights() -> None:

@@ -11,7 +11,8 @@ import pytest
 from jserve.core.errors import ConfigError
 from jserve.engine.build import assembly
 from jserve.engine.build.assembly import build_engine
-from jserve.engine.build.kv_budget import page_bytes
+from jserve.engine.build.kv_budget import KVBudget, budget_without_programs, page_bytes
+from jserve.engine.build.shape import least_shape
 from jserve.engine.build.sizing import shape_engine
 from jserve.engine.config import EngineConfig
 from jserve.engine.program.executable_cache import ExecutableCache
@@ -35,6 +36,29 @@ def test_kv_bytes_are_filled_to_whole_grids() -> None:
         **SMALL, kv_bytes=300 * page_bytes(MODEL, 8, MODEL.dtype, MODEL.spec.kv_heads)
     )
     assert shape_engine(MODEL, MESH, config, None).num_pages == 256
+
+
+def test_host_memory_also_holds_what_pages_leave_it_for() -> None:
+    """Pages of the devices, those of the host, and the payloads between them."""
+    page = page_bytes(MODEL, 8, MODEL.dtype, MODEL.spec.kv_heads)
+    config = EngineConfig(**SMALL, host_pages=500)
+    least = least_shape(MODEL, MESH, config)
+    plain = budget_without_programs(MODEL, MESH, EngineConfig(**SMALL), least)
+    budget = budget_without_programs(MODEL, MESH, config, least)
+    assert budget.fixed == plain.fixed + 64 * page
+    room = math.ceil((plain.fixed + 1000 * page) / 0.9)
+    assert plain.pages_in_kv_bytes(1 << 40, room) == 960  # whole grids
+    assert budget.pages_in_kv_bytes(1 << 40, room) == 384  # of 436
+    assert budget.pages_in_kv_bytes(100 * page, room) == 64
+    with pytest.raises(ConfigError, match=r"lower engine\.host_pages"):
+        budget.pages_in_kv_bytes(1 << 40, room - 500 * page)
+
+
+def test_a_process_counts_its_own_devices() -> None:
+    budget = KVBudget(params=1000, slots=0, page=10, devices=4, local_devices=2)
+    assert budget.pages_in_kv_bytes(40 * 63) == 63
+    available = math.ceil((2 * 1000 + 2 * 10 * 63) / 0.9)
+    assert budget.pages_in_kv_bytes(1 << 40, available) == 63
 
 
 def test_the_device_is_filled_but_not_overfilled(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,11 +18,17 @@ from jserve.core.step import (
     StepPlan,
     page_entries,
 )
+from jserve.engine.build.shape import least_shape
 from jserve.engine.program.batch import BatchShape, layout, pack
 from jserve.engine.program.layout import result_layout
+from jserve.engine.program.step import make_step
+from jserve.model.functional import Model
+from jserve.model.sharding import device_mesh
+from tests.engine.engine_harness import CONFIG, TINY
 
 MIXED, DECODE = Program(ProgramKind.MIXED, 16, 4), Program(ProgramKind.DECODE, 4, 4, 8)
 PLAIN = BatchShape(num_slots=4, vocab=70, page_size=4, processor_rows=2, pages_per_slot=30)
+WITH_HISTORY = dataclasses.replace(PLAIN, history_rows=2)
 TWO_GROUPS = dataclasses.replace(PLAIN, page_groups=2)
 RICH = dataclasses.replace(
     TWO_GROUPS,
@@ -29,7 +37,16 @@ RICH = dataclasses.replace(
     has_adapters=True,
     decode_tokens=4,
 )
-LATER = ("mask_slot", "mask_words", "row_limit", "row_num_drafts", "row_drafts", "admit_adapter")
+LATER = (
+    "mask_slot",
+    "mask_words",
+    "row_limit",
+    "row_num_drafts",
+    "row_drafts",
+    "admit_adapter",
+    "history_slot",
+    "history_words",
+)
 
 
 def views(plan: StepPlan, shape: BatchShape) -> dict[str, np.ndarray]:
@@ -76,6 +93,36 @@ def test_what_is_declared_packs_in_both_kinds_of_program() -> None:
             pack(dataclasses.replace(plan, masks=()), TWO_GROUPS, ())
 
 
+@pytest.mark.parametrize("program", [MIXED, DECODE])
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {"mask_rows": 3},
+        {"has_row_limits": True},
+        {"has_adapters": True},
+        {"decode_tokens": 4},
+        {"page_groups": 2},
+    ],
+    ids=lambda feature: next(iter(feature)),
+)
+def test_a_program_refuses_a_feature_that_it_does_not_read(
+    program: Program, feature: dict[str, int]
+) -> None:
+    mesh = device_mesh(jax.devices()[:1], model=1)
+    model = Model(TINY, jnp.float32)
+    make_step(model, mesh, program, PLAIN)
+    with pytest.raises(ValueError, match=f"do not implement {next(iter(feature))} of"):
+        make_step(model, mesh, program, dataclasses.replace(PLAIN, **feature))
+
+
+def test_a_result_of_another_shape_than_declared_is_refused() -> None:
+    parts = result_layout(DECODE)
+    values = parts.zeros()
+    assert parts.pack(values).shape == (parts.size,)
+    with pytest.raises(ValueError, match=r"tokens has shape \(8, 4\), not \(4, 8\)"):
+        parts.pack(values | {"tokens": values["tokens"].T})
+
+
 def test_an_adapter_that_the_buffer_has_no_room_for_is_refused() -> None:
     asked = Request(id="b", prompt=(1, 2), sampling=SamplingParams(max_tokens=9))
     chunk = Chunk(0, "b", 0, 2, (1, 2), pages=(NewPages(0, 0, (9,)),))
@@ -111,7 +158,7 @@ def test_rows_of_history_are_bounded_as_those_of_masks_are() -> None:
     )
     chunks = tuple(Chunk(slot, "a", 3, 1, (5,)) for slot in range(3))
     admissions = tuple(Admission(slot, asked, (6, 6, 5), num_computed=4) for slot in range(3))
-    found = views(StepPlan(0, MIXED, 1, chunks[:2], admissions[:2]), PLAIN)
+    found = views(StepPlan(0, MIXED, 1, chunks[:2], admissions[:2]), WITH_HISTORY)
     assert found["history_slot"].tolist() == [0, 1]
     assert found["processor_slot"].tolist() == [0, 1]
     words = found["history_words"][1]
@@ -119,4 +166,13 @@ def test_rows_of_history_are_bounded_as_those_of_masks_are() -> None:
     assert words[3:5].tolist() == [6, 70]  # the tokens before the chunk, then unused entries
     assert words[3 + 512 : 3 + 514].tolist() == [2, 0]
     with pytest.raises(ValueError, match="more than 2 processor rows"):
-        pack(StepPlan(0, MIXED, 1, chunks, admissions), PLAIN, ())
+        pack(StepPlan(0, MIXED, 1, chunks, admissions), WITH_HISTORY, ())
+    with pytest.raises(ValueError, match="more than 0 history rows"):
+        pack(StepPlan(0, MIXED, 1, chunks[:2], admissions[:2]), PLAIN, ())
+
+
+def test_only_an_engine_whose_sequences_can_start_with_pages_sends_history() -> None:
+    model, mesh = Model(TINY, jnp.float32), device_mesh(jax.devices()[:1], model=1)
+    assert least_shape(model, mesh, CONFIG).batch.history_rows == 0
+    moving = dataclasses.replace(CONFIG, host_pages=8)
+    assert least_shape(model, mesh, moving).batch.history_rows == CONFIG.processor_rows

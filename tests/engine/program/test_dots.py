@@ -9,11 +9,12 @@ import pytest
 from jserve.checkpoints.config import Quantization
 from jserve.core.model_spec import ModelSpec
 from jserve.core.step import ProgramKind
-from jserve.engine.build.shape import abstract_params, abstract_state
+from jserve.engine.build.shape import abstract_params
 from jserve.engine.build.sizing import shape_engine
 from jserve.engine.config import KVDtype
 from jserve.engine.program.kv_scales import lower_kv_scales
 from jserve.engine.program.programs import lower_step
+from jserve.engine.program.state import abstract_state
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh
 from jserve.pallas_kernels.backend import Backend
@@ -43,7 +44,7 @@ def test_programs_multiply_float32(
     model = Model(spec, jnp.dtype(jnp.bfloat16), Backend.CPU, quantization, mesh)
     config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype, mixed_tokens=(32,))
     shape = shape_engine(model, mesh, config, None)
-    params, state = abstract_params(model, mesh), abstract_state(model, mesh, shape)
+    params, state = abstract_params(model, mesh), abstract_state(model, mesh, shape.state)
     for program in config.programs():
         lowered = lower_step(model, mesh, program, shape.batch, params, state)
         # Compiling takes long: once, of the program that has every op. Each op is compiled alone

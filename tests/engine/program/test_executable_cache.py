@@ -1,6 +1,10 @@
 """The key of compiled programs: whatever they are made from changes it."""
 
+import dataclasses
+import importlib
+import inspect
 import os
+import pkgutil
 import re
 import shutil
 from pathlib import Path
@@ -10,11 +14,21 @@ import jax.numpy as jnp
 import pytest
 
 import jserve
-from jserve.core.step import ProgramKind
-from jserve.engine.build.shape import abstract_params, abstract_state, least_shape
-from jserve.engine.program.executable_cache import code_digest, machine_key, traced_sources
+import jserve.engine.program
+from jserve.checkpoints.config import Quantization
+from jserve.core.step import MoveKind, ProgramKind
+from jserve.engine.build.shape import abstract_params, least_shape
+from jserve.engine.program.executable_cache import (
+    code_digest,
+    load_or_compile,
+    machine_key,
+    open_cache,
+    traced_sources,
+)
 from jserve.engine.program.kv_scales import lower_kv_scales
+from jserve.engine.program.page_moves import MoveProgram, lower_move
 from jserve.engine.program.programs import lower_step
+from jserve.engine.program.state import abstract_state, lower_state
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh
 from jserve.pallas_kernels.backend import Backend
@@ -62,21 +76,75 @@ def test_all_that_is_traced_is_digested() -> None:
     mesh = device_mesh(jax.devices()[:1], model=1, expert=1)
     model = Model(TINY, jnp.float32, Backend.CPU, mesh=mesh)
     params, shape = abstract_params(model, mesh), least_shape(model, mesh, CONFIG)
-    state = abstract_state(model, mesh, shape)
+    state = abstract_state(model, mesh, shape.state)
     programs = {program.kind: program for program in CONFIG.programs()}
     assert programs.keys() == set(ProgramKind)
-    lowered = [
-        lower_step(model, mesh, program, shape.batch, params, state)
-        for program in programs.values()
-    ]
-    lowered.append(lower_kv_scales(model, mesh, params))
+    lowered = {
+        lower_step: [
+            lower_step(model, mesh, program, shape.batch, params, state)
+            for program in programs.values()
+        ],
+        lower_state: [lower_state(model, mesh, shape.state)],
+        lower_kv_scales: [lower_kv_scales(model, mesh, params)],
+        lower_move: [lower_move(MoveProgram(kind, 0, 8), state.kv[0]) for kind in MoveKind],
+    }
+    assert set(lowered) == _functions_that_lower()
     rooms = traced_sources(PACKAGE)
-    for part in lowered:
+    for part in (part for parts in lowered.values() for part in parts):
         text = part.as_text(debug_info=True)
         files = {Path(name) for name in re.findall(r'"(/[^"]+\.py)"', text)}
         own = {file for file in files if file.is_relative_to(PACKAGE)}
-        assert len(own) > 5
+        assert own
         assert [file for file in own if not any(map(file.is_relative_to, rooms))] == []
+
+
+def _functions_that_lower() -> set[object]:
+    """The function of each kind of program: `lower_*` in the room that is digested."""
+    room = jserve.engine.program
+    return {
+        value
+        for module in pkgutil.iter_modules(room.__path__, f"{room.__name__}.")
+        for name, value in vars(importlib.import_module(module.name)).items()
+        if name.startswith("lower_")
+    }
+
+
+def test_an_engine_traces_nothing_elsewhere() -> None:
+    room = PACKAGE / "engine" / "program"
+    files = [file for file in (PACKAGE / "engine").rglob("*.py") if room not in file.parents]
+    assert [file for file in files if re.search(r"\bjit\b", file.read_text())] == []
+
+
+ONE = device_mesh(jax.devices()[:1], model=1, expert=1)
+MODEL = {
+    "spec": TINY,
+    "dtype": jnp.float32,
+    "backend": Backend.CPU,
+    "quantization": Quantization.INT8,
+    "mesh": ONE,
+}
+
+
+@pytest.mark.parametrize(
+    ("argument", "other"),
+    [
+        ("spec", dataclasses.replace(TINY, rope_theta=5e5)),
+        ("dtype", jnp.bfloat16),
+        ("backend", Backend.NATIVE),  # its int8 weights have the shapes of the other
+        ("quantization", Quantization.NONE),
+        ("mesh", None),
+    ],
+)
+def test_a_program_is_not_loaded_for_another_model(
+    tmp_path: Path, argument: str, other: object
+) -> None:
+    assert MODEL.keys() == inspect.signature(Model).parameters.keys()
+    mine, same = (open_cache(tmp_path, Model(**MODEL), ONE) for _ in range(2))
+    others = open_cache(tmp_path, Model(**MODEL | {argument: other}), ONE)
+    lowered = jax.jit(lambda x: x + 1).lower(jnp.int32(1))
+    assert not load_or_compile(mine, "kv_scales", lambda: lowered).cached
+    assert load_or_compile(same, "kv_scales", lambda: lowered).cached
+    assert others.load("kv_scales") is None
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")

@@ -7,7 +7,13 @@ import pytest
 from jserve.core.errors import EngineError
 from jserve.core.step import Move, MoveKind
 from jserve.engine.program.page_mover import PageMover
-from jserve.engine.program.page_moves import MOVE_SIZES, MoveProgram, compile_moves, lower_move
+from jserve.engine.program.page_moves import (
+    MAX_PAYLOADS,
+    MOVE_SIZES,
+    MoveProgram,
+    compile_moves,
+    lower_move,
+)
 from jserve.model.sharding import device_mesh, named_sharding
 
 pytestmark = pytest.mark.optimized
@@ -75,3 +81,50 @@ def test_a_page_on_its_way_is_awaited_and_one_that_never_left_is_an_error() -> N
     assert mover.land(mover.num_out) == (2,)
     with pytest.raises(EngineError, match="host page 3 is to be copied in, but was never written"):
         mover.run(kv, [Move(IN, 0, 3, 8)])
+
+
+class Watched:
+    """A result of an IN run that tells how many were not waited for."""
+
+    num_running = 0
+
+    def __init__(self) -> None:
+        Watched.num_running += 1
+
+    def block_until_ready(self) -> None:
+        Watched.num_running -= 1
+
+
+def test_few_payloads_lie_on_the_device_at_once() -> None:
+    """However many pages a plan swaps out and in."""
+    kv = (pages(1),)
+    live: list[int] = []
+    arriving: list[int] = []
+
+    def watched(program: MoveProgram, call):
+        def run(*arguments):
+            shape = (program.size, *SHAPE[1:])
+            arrays = [array for array in jax.live_arrays() if array.shape == shape]
+            buffers = {array.unsafe_buffer_pointer() for array in arrays}
+            live.append(len(buffers) // LAYERS + (program.kind is OUT))
+            if program.kind is OUT:
+                return call(*arguments)
+            arriving.append(Watched.num_running + 1)
+            return call(*arguments)[0], Watched()
+
+        return run
+
+    programs = {
+        program: watched(program, call) for program, call in compile_moves(kv, None).items()
+    }
+    mover = PageMover(programs, kv, num_host_pages=320)
+    before = np.asarray(kv[0][0])
+    kv = mover.run(kv, [Move(OUT, 0, 1 + n, n) for n in range(320)])
+    assert len(live) == mover.num_out == 10
+    assert max(live) == MAX_PAYLOADS
+    kv = mover.run(kv, [Move(IN, 0, n, 599 - n) for n in range(160)])
+    assert max(arriving) <= MAX_PAYLOADS
+    assert len(arriving) == 5
+    assert max(live) == MAX_PAYLOADS
+    assert sorted(mover.land(mover.num_out)) == list(range(320))
+    np.testing.assert_array_equal(np.asarray(kv[0][0])[440:], before[160:0:-1])

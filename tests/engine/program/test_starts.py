@@ -21,6 +21,7 @@ from jserve.core.step import (
     StepResult,
 )
 from jserve.engine.executor import DeviceExecutor
+from jserve.engine.program.batch import layout
 from jserve.pallas_kernels.backend import Backend
 from tests.backends import SERVED_BACKENDS
 from tests.engine.engine_harness import CONFIG, TINY, Harness
@@ -72,10 +73,14 @@ class Rig:
         steps: int = 1,
         admissions: Sequence[Admission] = (),
         moves: Sequence[Move] = (),
+        with_history: bool = True,
     ) -> StepResult:
         plan = StepPlan(self._step, program, steps, chunks, tuple(admissions), moves=tuple(moves))
         self._step += 1
-        return self._executor.collect(self._executor.submit(plan))
+        batch = self._executor.pack(plan)
+        if not with_history:
+            layout(program, self._executor._shape).views(batch.buffer)["history_words"].fill(0)
+        return self._executor.collect(self._executor.submit_batch(plan, batch))
 
 
 def outcome(result: StepResult, row: int = 0) -> Yield:
@@ -124,16 +129,23 @@ def whole(rig: Rig, asked: Request, slot: int, pages: Sequence[int], runs: int) 
 def test_a_prefix_that_another_sequence_computed(rig: Rig) -> None:
     """Penalties count tokens of the prefix, though they never pass the device for this sequence."""
     prefix = prompt_of(1, 2 * PAGE)
-    first, second = request("a", prefix + prompt_of(2, 5)), request("b", prefix + prompt_of(3, 9))
+    # Half of the tokens that may be sampled are in the prefix.
+    few = dataclasses.replace(
+        PENALTIES, repetition_penalty=20.0, allowed_token_ids=(*prefix[:6], 2, 3, 4, 6, 7, 8)
+    )
+    first = request("a", prefix + prompt_of(2, 5))
+    second = request("b", prefix + prompt_of(3, 9), few)
     alone = whole(rig, second, 3, range(20, 27), 4)
     whole(rig, first, 0, (1, 2, 3, 4), 1)
     hit = Admission(1, second, num_computed=2 * PAGE)
     chunk = prompt_chunk(second, 1, (1, 2, *range(9, 14)), start=2 * PAGE)
     shared = outcome(rig.run(LARGE, chunk, admissions=[hit]))
     assert shared + decode(rig, 1, len(second.prompt), 4) == alone
-    # Without the history the answer is another one, so the case can tell.
-    free = request("c", second.prompt, dataclasses.replace(PENALTIES, repetition_penalty=1.0))
-    assert whole(rig, free, 3, range(20, 27), 4) != alone
+    # With the same penalties but an empty history the answer is another one: the case can tell.
+    hit = Admission(2, second, num_computed=2 * PAGE)
+    chunk = prompt_chunk(second, 2, (1, 2, *range(30, 35)), start=2 * PAGE)
+    forgetful = outcome(rig.run(LARGE, chunk, admissions=[hit], with_history=False))
+    assert forgetful + decode(rig, 2, len(second.prompt), 4) != alone
 
 
 def test_a_start_with_more_pages_than_a_step_computes(rig: Rig) -> None:

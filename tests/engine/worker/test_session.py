@@ -14,11 +14,11 @@ from jserve.core.errors import ConfigError, EngineError, Overloaded, RequestErro
 from jserve.core.request import FinishReason, Request, SamplingParams, SequenceUpdate
 from jserve.core.stats import EngineStats
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
-from jserve.engine.worker.session import serve_sessions
+from jserve.engine.worker.session import _Session, serve_sessions
 from jserve.gateway import grpc_engine_client
 from jserve.gateway.grpc_engine_client import GrpcEngineClient
 from jserve.proto import engine_pb2, engine_pb2_grpc
-from jserve.proto.convert import request_to_proto
+from jserve.proto.convert import request_to_proto, update_from_proto
 from tests.gateway.fixtures import INFO, LoopThread, closing, eventually
 
 
@@ -90,11 +90,11 @@ def test_refusals_keep_their_type():
                 with pytest.raises(Overloaded, match="queue of 8") as refused:
                     await collect(client.submit([request("one-too-many")]))
                 assert refused.value.retry_after_s == 1.0
-                names = [live.request.id for live in loop.sequences.waiting]
-                loop.outbox.reject(names[0], RequestError("no such adapter"))
+                first, second = (added.request.id for added in loop.sequences.waiting[:2])
+                loop.outbox.reject(first, RequestError("no such adapter"))
                 with pytest.raises(RequestError, match="no such adapter"):
                     await collect(held[0])
-                loop.outbox.reject(names[1], Unavailable("draining", retry_after_s=3))
+                loop.outbox.reject(second, Unavailable("draining", retry_after_s=3))
                 with pytest.raises(Unavailable, match="draining"):
                     await collect(held[1])
                 with pytest.raises(RequestError, match="in use"):
@@ -123,6 +123,55 @@ def test_abort_reaches_the_engine_and_so_does_a_lost_gateway():
             await server.stop()
 
     asyncio.run(main())
+
+
+def test_an_aborted_id_that_is_used_again_gets_nothing_of_its_past():
+    """The loop posts the end of the first `a` before it knows of the abort."""
+
+    async def main():
+        inbox, outbox = Inbox(), Outbox()
+        server = await serve_sessions("127.0.0.1:0", INFO, inbox, outbox)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            call = engine_pb2_grpc.EngineStub(channel).Session()
+            await call.read()
+            deliver = outbox._wake
+            outbox.attach(lambda: None)  # what is posted is delivered when the test says so
+            await call.write(engine_pb2.SessionRequest(submit=request_to_proto(request("a"))))
+            await eventually(lambda: len(inbox._commands) == 1)
+            (first,) = inbox.drain()
+            outbox.post([SequenceUpdate(first.request.id, (7,), FinishReason.STOP)], EngineStats())
+            outbox.reject(first.request.id, RequestError("late"))
+            await call.write(engine_pb2.SessionRequest(abort="a"))
+            await call.write(engine_pb2.SessionRequest(submit=request_to_proto(request("a"))))
+            await eventually(lambda: len(inbox._commands) == 2)
+            abort, second = inbox.drain()
+            assert abort == Abort(first.request.id)
+            deliver()
+            outbox.post([SequenceUpdate(second.request.id, (8,))], EngineStats())
+            end = SequenceUpdate(second.request.id, (9,), FinishReason.LENGTH)
+            outbox.post([end], EngineStats())
+            deliver()
+            updates = []
+            while not updates or not updates[-1].finish:
+                message = await asyncio.wait_for(call.read(), 5)
+                assert not message.rejections
+                updates += map(update_from_proto, message.updates)
+            assert merged(updates) == SequenceUpdate("a", (8, 9), FinishReason.LENGTH)
+            call.cancel()
+        await server.stop()
+
+    asyncio.run(main())
+
+
+def test_unsent_updates_of_an_aborted_sequence_are_dropped():
+    session = _Session()
+    session.post("a", SequenceUpdate("a#0", (1,), FinishReason.STOP))
+    session.post("b", SequenceUpdate("b#1", (2,)))
+    session.rejections.append(("a", RequestError("late")))
+    session.drop("a")
+    response = session.take(EngineStats())
+    assert [update.request_id for update in response.updates] == ["b"]
+    assert not response.rejections
 
 
 def test_engine_death_is_told_at_once_and_a_new_engine_is_found():
@@ -207,16 +256,15 @@ def test_gateway_that_reads_slowly_gets_merged_updates_and_slows_nobody():
             for name in ("slow",):
                 submit = engine_pb2.SessionRequest(submit=request_to_proto(request(name)))
                 await call.write(submit)
-            async with closing(await connect(server.port)) as quick:
-                stream = quick.submit([request("quick")])
+            async with closing(await connect(server.port)) as client:
+                stream = client.submit([request("quick")])
                 await eventually(lambda: len(inbox._commands) == 2)
-                ids = [command.request.id for command in inbox._commands]
-                slow_id, quick_id = sorted(ids, key=lambda name: name.startswith("quick"))
+                slow, quick = (command.request.id for command in inbox.drain())
                 num_steps = 3000
                 for step in range(num_steps):
-                    updates = [SequenceUpdate(slow_id, tuple(range(400)))]
+                    updates = [SequenceUpdate(slow, tuple(range(400)))]
                     if step == num_steps - 1:
-                        updates.append(SequenceUpdate(quick_id, (1,), FinishReason.STOP))
+                        updates.append(SequenceUpdate(quick, (1,), FinishReason.STOP))
                     outbox.post(updates, EngineStats(num_steps=step + 1))
                     if step % 100 == 0:
                         await asyncio.sleep(0.005)
