@@ -25,9 +25,14 @@ def free_port() -> int:
 
 
 def user_environment() -> dict[str, str]:
-    """The environment without what the tests set for JAX in their own process."""
-    names = os.environ.keys() - {"XLA_FLAGS"}
-    return {name: os.environ[name] for name in names if not name.startswith("JAX_")}
+    """The environment without what the tests set for JAX in their own process.
+
+    With `--unoptimized` servers do not optimize either.
+    """
+    environment = {name: text for name, text in os.environ.items() if not name.startswith("JAX_")}
+    flags = environment["XLA_FLAGS"].split()
+    environment["XLA_FLAGS"] = " ".join(flag for flag in flags if "device_count" not in flag)
+    return environment
 
 
 # Becomes `python ARGUMENTS` that ends with the tests: a run that is killed leaves no server behind.

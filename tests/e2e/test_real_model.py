@@ -15,7 +15,7 @@ import pytest
 from jserve.proto import inference_pb2, inference_pb2_grpc, types_pb2
 from tests.e2e.server import REPOSITORY, Server, events, serving, user_environment
 
-pytestmark = pytest.mark.network
+pytestmark = [pytest.mark.network, pytest.mark.optimized]
 
 CONFIG = "configs/smollm2_135m.py"
 MAX_TOKENS = 64

@@ -12,7 +12,7 @@ from jserve.pallas_kernels.ragged_paged_attention.dispatch import (
     kv_pages_shape,
     ragged_paged_attention,
 )
-from tests.backends import INVARIANT_BACKENDS
+from tests.backends import SERVED_BACKENDS
 from tests.model.model_harness import CASE_NAMES, Case, dense_logits
 
 TOLERANCE = 1e-4
@@ -30,7 +30,7 @@ def test_whole_prefill_without_pages(name: str) -> None:
     np.testing.assert_allclose(found, case.logits, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
+@pytest.mark.parametrize("backend", SERVED_BACKENDS)
 @pytest.mark.parametrize("name", [name for name in CASE_NAMES if name not in SAME_MODEL])
 def test_chunks_and_decode_through_pages(name: str, backend: Backend) -> None:
     """A prompt in uneven chunks, then one token at a time, as one row of a padded batch."""

@@ -140,13 +140,15 @@ def _peaked(vocab: int) -> np.ndarray:
     return np.float32(logits)
 
 
+# Draws take longer than compilation.
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("vocab", "params"),
     [
         (49152, {"top_k": 50, "top_p": 0.9}),
-        (49152, {"top_p": 0.85}),  # the candidates hold the nucleus
-        (8192, {"temperature": 0.8}),
-        (8192, {"top_p": 0.97}),  # they do not
+        pytest.param(49152, {"top_p": 0.85}, marks=pytest.mark.sweep),  # within the candidates
+        pytest.param(8192, {"temperature": 0.8}, marks=pytest.mark.sweep),
+        (8192, {"top_p": 0.97}),  # a nucleus beyond the candidates
     ],
     ids=str,
 )
@@ -156,6 +158,7 @@ def test_large_vocabulary(vocab, params):
     _check(counts, distribution(logits, SamplingParams(**params)))
 
 
+@pytest.mark.optimized
 def test_many_tokens_that_are_each_too_rare_for_float32_uniforms():
     # A tail of 2**13 tokens of 1e-7 each: with 23-bit uniforms they would almost never win.
     vocab = 1 << 13

@@ -37,7 +37,9 @@ def _spread(sampler: ShardedSampler, state: SamplerState) -> SamplerState:
 
 # Shares in blocks of 64 ids and not, that begin inside of a word of the mask, that hold fewer ids
 # than there are candidates or alternatives.
-@pytest.mark.parametrize(("model", "expert", "vocab"), [(2, 1, 2048), (4, 2, 104)])
+@pytest.mark.parametrize(
+    ("model", "expert", "vocab"), [pytest.param(2, 1, 2048, marks=pytest.mark.sweep), (4, 2, 104)]
+)
 def test_as_one_device_samples(model: int, expert: int, vocab: int) -> None:
     devices = jax.devices()
     state, logits, positions = _state(vocab)
