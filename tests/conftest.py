@@ -25,6 +25,7 @@ settings.load_profile("jserve")
 # The longest come first, so that the processes of a parallel run end together. The first of all
 # compiles the programs of the servers that the rest of e2e starts.
 _FIRST = (
+    "e2e/test_real_model.py",
     "e2e/test_clients.py",
     "engine",
     "model",

@@ -1,7 +1,7 @@
 """A tiny engine in this process: real scheduler, real programs, no wire."""
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jax
@@ -47,6 +47,7 @@ CONFIG = EngineConfig(
     decode_rows=(4,),
     decode_steps=4,
 )
+MOVING = replace(CONFIG, host_pages=12)  # the same with moves of pages, and so with histories
 
 SCHEDULER = SchedulerConfig(decode_wait_s=0.0)  # whole decode runs, though a turn is a second
 

@@ -1,6 +1,7 @@
 """The engine as a whole on a tiny model: what it generates, and what must not change it."""
 
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,14 +10,14 @@ import pytest
 
 from jserve.core.request import FinishReason, Request, SamplingParams, SequenceUpdate
 from jserve.core.step import ProgramKind, StepPlan
-from tests.engine.engine_harness import CONFIG, TINY, Harness, Outcome, note
+from tests.engine.engine_harness import CONFIG, MOVING, TINY, Harness, Outcome, note
 
 pytestmark = pytest.mark.optimized
 
 
 @pytest.fixture(scope="module")
-def harness() -> Harness:
-    return Harness()
+def harness(programs_folder: Path) -> Harness:
+    return Harness(config=MOVING, cache_folder=programs_folder)
 
 
 def _prompt(seed: int, length: int) -> tuple[int, ...]:

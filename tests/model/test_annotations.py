@@ -11,6 +11,8 @@ from jserve.model.functional import Model
 from jserve.model.sampling.sharded_vocab import argmax
 from tests.model.model_harness import dense_attend
 
+pytestmark = pytest.mark.optimized  # the part of the suite that checks annotations
+
 SPEC = ModelSpec(
     family="llama",
     vocab=32,

@@ -74,10 +74,10 @@ def logits(model: Model, params: dict[str, jax.Array], tokens: np.ndarray) -> np
 @pytest.mark.parametrize(
     ("backend", "tied"),
     [
-        (Backend.REFERENCE, True),
-        (Backend.CPU, True),
         pytest.param(Backend.NATIVE, True, marks=NATIVE_MARKS),
         (Backend.CPU, False),
+        pytest.param(Backend.CPU, True, marks=pytest.mark.sweep),
+        pytest.param(Backend.REFERENCE, True, marks=pytest.mark.sweep),
         pytest.param(Backend.REFERENCE, False, marks=pytest.mark.sweep),
         pytest.param(Backend.NATIVE, False, marks=(*NATIVE_MARKS, pytest.mark.sweep)),
     ],

@@ -40,6 +40,11 @@ _PACKED = _packed()
 _NARROW_PAGES = ("mixed", "window", "dim_64")
 
 
+def _is_deep(case: Case, backend: Backend) -> bool:
+    """The reference is for readers, and simple: a few cases show that it is right."""
+    return backend is Backend.REFERENCE and case.name not in _NARROW_PAGES
+
+
 @functools.cache
 def _compiled(window: int, prompts: bool, backend: Backend):
     return jax.jit(
@@ -54,8 +59,22 @@ def _run(problem: Problem, backend: Backend) -> tuple[np.ndarray, np.ndarray, Ra
     return np.asarray(out), np.asarray(pages), batch
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", _PACKED, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        pytest.param(
+            case,
+            backend,
+            marks=(
+                *(NATIVE_MARKS if backend is Backend.NATIVE else ()),
+                *((pytest.mark.sweep,) if _is_deep(case, backend) else ()),
+            ),
+            id=f"{case.name}-{backend}",
+        )
+        for case in _PACKED
+        for backend in (Backend.REFERENCE, Backend.CPU, Backend.NATIVE)
+    ],
+)
 def test_agrees_with_float64(case: Case, backend: Backend) -> None:
     problem = Problem(case)
     out, pages, batch = _run(problem, backend)

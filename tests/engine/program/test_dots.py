@@ -8,7 +8,6 @@ import pytest
 
 from jserve.checkpoints.config import Quantization
 from jserve.core.model_spec import ModelSpec
-from jserve.core.step import ProgramKind
 from jserve.engine.build.shape import abstract_params
 from jserve.engine.build.sizing import shape_engine
 from jserve.engine.config import KVDtype
@@ -20,8 +19,6 @@ from jserve.model.sharding import device_mesh
 from jserve.pallas_kernels.backend import Backend
 from tests.compiled_hlo import narrow_dots
 from tests.engine.engine_harness import CONFIG, TINY
-
-pytestmark = pytest.mark.optimized
 
 SPARSE = dataclasses.replace(
     TINY, family="mixtral", experts=4, experts_per_token=2, expert_ffn_dim=64
@@ -40,19 +37,30 @@ SPARSE = dataclasses.replace(
 def test_programs_multiply_float32(
     spec: ModelSpec, quantization: Quantization, kv_dtype: KVDtype
 ) -> None:
+    for lowered in _lowered(spec, quantization, kv_dtype).values():
+        assert not narrow_dots(lowered, compile=False)
+
+
+@pytest.mark.sweep
+def test_the_program_with_every_op_multiplies_float32_once_it_is_compiled() -> None:
+    """Ops are compiled one by one in `test_cpu_dots`."""
+    programs = _lowered(SPARSE, Quantization.NONE, KVDtype.BFLOAT16)
+    assert not narrow_dots(programs["mixed[32]"])
+
+
+def _lowered(
+    spec: ModelSpec, quantization: Quantization, kv_dtype: KVDtype
+) -> dict[str, jax.stages.Lowered]:
+    """The programs of an engine by name."""
     mesh = device_mesh(jax.devices()[:1], model=1)
     model = Model(spec, jnp.dtype(jnp.bfloat16), Backend.CPU, quantization, mesh)
     config = dataclasses.replace(CONFIG, kv_dtype=kv_dtype, mixed_tokens=(32,))
     shape = shape_engine(model, mesh, config, None)
     params, state = abstract_params(model, mesh), abstract_state(model, mesh, shape.state)
-    for program in config.programs():
-        lowered = lower_step(model, mesh, program, shape.batch, params, state)
-        # Compiling takes long: once, of the program that has every op. Each op is compiled alone
-        # in the tests of kernels.
-        compiles = (spec, quantization) == (
-            SPARSE,
-            Quantization.NONE,
-        ) and program.kind is ProgramKind.MIXED
-        assert not narrow_dots(lowered, compile=compiles)
+    programs = {
+        program.name: lower_step(model, mesh, program, shape.batch, params, state)
+        for program in config.programs()
+    }
     if kv_dtype is KVDtype.FLOAT8:
-        assert not narrow_dots(lower_kv_scales(model, mesh, params), compile=False)
+        programs["kv_scales"] = lower_kv_scales(model, mesh, params)
+    return programs

@@ -1,8 +1,8 @@
 """Sequences that start with computed pages, on a real engine: no bit differs from a whole run."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,13 @@ from jserve.core.step import (
 )
 from jserve.engine.executor import DeviceExecutor
 from jserve.engine.program.batch import layout
-from jserve.pallas_kernels.backend import Backend
 from tests.backends import SERVED_BACKENDS
-from tests.engine.engine_harness import CONFIG, TINY, Harness
+from tests.engine.engine_harness import CONFIG, MOVING, TINY, Harness
 
 pytestmark = pytest.mark.optimized
 
 PAGE = CONFIG.page_size
 SMALL, LARGE, DECODE = CONFIG.programs()
-ENGINE = dataclasses.replace(CONFIG, host_pages=12)
 PENALTIES = SamplingParams(
     max_tokens=40,
     temperature=1.0,
@@ -43,14 +41,15 @@ PENALTIES = SamplingParams(
 )
 
 
-@functools.cache
-def executor(backend: Backend) -> DeviceExecutor:
-    return Harness(TINY, ENGINE, backend=backend).engine.executor
+@pytest.fixture(scope="module", params=SERVED_BACKENDS)
+def executor(request: pytest.FixtureRequest, programs_folder: Path) -> DeviceExecutor:
+    harness = Harness(TINY, MOVING, backend=request.param, cache_folder=programs_folder)
+    return harness.engine.executor
 
 
-@pytest.fixture(params=SERVED_BACKENDS)
-def rig(request: pytest.FixtureRequest) -> "Rig":
-    return Rig(executor(request.param))
+@pytest.fixture
+def rig(executor: DeviceExecutor) -> "Rig":
+    return Rig(executor)
 
 
 Yield = list[tuple[int, float, bytes]]  # tokens with their logprobs and those of the best

@@ -97,25 +97,34 @@ def test_only_tokens_of_the_exact_support_are_drawn_and_greedy_takes_the_best():
             assert tokens[i] == np.argmax(processed(logits[i], p, prompts[i], outputs[i]))
 
 
+def _tokens(logits, params):
+    """Samples from each row in the slot of its index.
+
+    Vocabulary, rows and slots are those of other tests, whose program is compiled anyway.
+    """
+    rows = np.zeros((64, 1000), np.float32)
+    rows[: len(logits)] = logits
+    sampled = draw(
+        jnp.asarray(rows),
+        build(params, 1000, num_slots=64),
+        jnp.arange(64, dtype=jnp.int32),
+        jnp.full(64, 9, jnp.int32),
+        jnp.arange(64) < len(logits),
+        config=FEW,
+    )
+    return sampled.tokens[: len(logits)].tolist()
+
+
 def test_greedy_ties_take_the_lowest_id_also_between_zeros_of_both_signs():
-    logits = np.full((4, 640), -1.0, np.float32)
-    logits[0, [600, 70, 130]] = 5.0
-    logits[1, [639, 64]] = [0.0, -0.0]
-    logits[2, [3, 639]] = [-0.0, 0.0]
+    logits = np.full((4, 1000), -1.0, np.float32)
+    logits[0, [960, 70, 130]] = 5.0
+    logits[1, [999, 64]] = [0.0, -0.0]
+    logits[2, [3, 999]] = [-0.0, 0.0]
     logits[3, :] = 1.0
     # The third request is random, so that the general case runs as well.
     for third in ({"temperature": 0.0}, {"top_k": 3}):
         kinds = [{"temperature": 0.0}, {"temperature": 0.0}, {"temperature": 0.0}, third]
-        state = build([SamplingParams(**k) for k in kinds], 640)
-        tokens = draw(
-            jnp.asarray(logits),
-            state,
-            jnp.arange(4, dtype=jnp.int32),
-            jnp.full(4, 9, jnp.int32),
-            jnp.ones(4, bool),
-            config=FEW,
-        ).tokens
-        assert tokens[:3].tolist() == [70, 64, 3]
+        assert _tokens(logits, [SamplingParams(**k) for k in kinds])[:3] == [70, 64, 3]
 
 
 def test_masks_that_leave_nothing_choose_token_zero():
@@ -123,16 +132,7 @@ def test_masks_that_leave_nothing_choose_token_zero():
         SamplingParams(allowed_token_ids=(5,), logit_bias=((5, -float("inf")),), temperature=t)
         for t in (0.0, 1.0)
     ] * 2
-    state = build(params, 640)
-    tokens = draw(
-        jnp.ones((4, 640)),
-        state,
-        jnp.arange(4, dtype=jnp.int32),
-        jnp.full(4, 9, jnp.int32),
-        jnp.ones(4, bool),
-        config=FEW,
-    ).tokens
-    assert tokens.tolist() == [0, 0, 0, 0]
+    assert _tokens(np.ones((4, 1000)), params) == [0, 0, 0, 0]
 
 
 def _keep(x, k, p, min_p, temperature, num_candidates):
