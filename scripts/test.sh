@@ -10,7 +10,7 @@ python=$1
 shift
 
 no_tests=5  # pytest's exit status; one part may have none of the tests that were asked for
-"$python" -m pytest "$@" -m "optimized and not sweep"
+"$python" -m pytest "$@" --optimized
 first=$?
 "$python" -m pytest "$@" --unoptimized --jaxtyping-packages=
 second=$?

@@ -37,9 +37,12 @@ _FIRST = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
+        "--optimized", action="store_true", help="only the tests that are marked 'optimized'"
+    )
+    parser.addoption(
         "--unoptimized",
         action="store_true",
-        help="run all tests but those marked 'optimized', with programs that XLA does not optimize",
+        help="all tests but those marked 'optimized', with programs that XLA does not optimize",
     )
 
 
@@ -49,12 +52,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XLA_FLAGS"] += _UNOPTIMIZED
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves out files without a marked test, since importing them all takes long."""
+    if config.getoption("optimized") and collection_path.suffix == ".py":
+        return "mark.optimized" not in collection_path.read_text() or None
+    return None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Orders whole files; no test depends on the order."""
-    if config.getoption("unoptimized"):
-        left_out = [item for item in items if item.get_closest_marker("optimized")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+    """Selects one part of the suite, and orders whole files; no test depends on the order."""
+    for part, wanted in (("optimized", True), ("unoptimized", False)):
+        if config.getoption(part):
+            marked = {item for item in items if item.get_closest_marker("optimized")}
+            config.hook.pytest_deselected(items=[it for it in items if (it in marked) != wanted])
+            items[:] = [item for item in items if (item in marked) == wanted]
     root = Path(__file__).parent
 
     def place(item: pytest.Item) -> int:

@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.e2e.server import REPOSITORY
+from tests.e2e.server import REPOSITORY, user_environment
 
 NOTEBOOK = REPOSITORY / "examples" / "jserve_colab.ipynb"
 PARAMETERS = """
@@ -19,8 +19,10 @@ MAX_TOKENS = 8
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
 def test_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith(("JAX_", "XLA_"))]:
+    environment = user_environment()
+    for name in os.environ.keys() - environment.keys():
         monkeypatch.delenv(name)
+    monkeypatch.setenv("XLA_FLAGS", environment["XLA_FLAGS"])
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (parameters,) = [
         cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])

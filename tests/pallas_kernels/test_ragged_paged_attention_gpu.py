@@ -200,6 +200,7 @@ def test_chunks_and_neighbours_do_not_change_a_bit() -> None:
 
 
 @needs_gpu_interpreter
+@pytest.mark.sweep  # chunks and their neighbours, above, go through the same two routines
 def test_decode_rows_are_the_same_in_a_window_and_in_a_mixed_step() -> None:
     case = Case("mixed", 4, 2, 64, 64, (40, 200), ((11, 20),), idle_rows=2, padding=38)
     mixed = _problem(case, seed=5, spare_pages=_PAGES - 6)  # arrays as those of random batches
