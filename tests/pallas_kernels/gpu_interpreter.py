@@ -12,6 +12,7 @@ rows of a copy that begins inside one would be zeros. The interpreter knows noth
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ from jax._src.state import types as state_types
 # This module replaces private parts of JAX, which differ from version to version.
 needs_gpu_interpreter = pytest.mark.skipif(
     not jax.__version__.startswith("0.10."),
-    reason=f"tests/pallas_kernels/gpu_interpreter.py knows jax._src of JAX 0.10, not of {jax.__version__}",
+    reason=f"{Path(__file__).name} knows jax._src of JAX 0.10, not of {jax.__version__}",
 )
 
 mlir.register_lowering(gpu_core.layout_cast_p, lambda ctx, x, *, new_layout: [x], platform="cpu")

@@ -1,5 +1,8 @@
 """Tests of refusals, of how steps are made, and of how sequences end."""
 
+import math
+from typing import Any
+
 import pytest
 
 from jserve.core.errors import (
@@ -314,9 +317,18 @@ def test_a_step_must_hold_a_token_for_every_slot() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"max_queue": 0}, {"decode_steps": 0}, {"headroom_pages": -1}], ids=str
+    "values",
+    [
+        {"max_queue": 0},
+        {"decode_steps": 0},
+        {"headroom_pages": -1},
+        {"decode_wait_s": math.inf},
+        {"decode_wait_s": math.nan},
+        {"max_retry_after_s": math.inf},
+    ],
+    ids=str,
 )
-def test_config_values_are_checked(values: dict[str, int]) -> None:
+def test_config_values_are_checked(values: dict[str, Any]) -> None:
     [name] = values
     with pytest.raises(ConfigError, match=f"scheduler.{name} is"):
         SchedulerConfig(**values)

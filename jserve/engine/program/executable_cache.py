@@ -23,6 +23,8 @@ from jserve.model.functional import Model
 
 logger = logging.getLogger(__name__)
 
+_DIGEST_BYTES = hashlib.sha256().digest_size  # at the start of an entry: the digest of the rest
+
 
 def traced_sources(package: Path) -> list[Path]:
     """The rooms of the `jserve` folder `package` that a compiled program is made from.
@@ -102,7 +104,11 @@ class ExecutableCache:
         if not path.is_file():
             return None
         try:
-            payload, in_tree, out_tree = pickle.loads(path.read_bytes())  # noqa: S301 - see above
+            stored = path.read_bytes()
+            digest, entry = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
+            if hashlib.sha256(entry).digest() != digest:
+                raise ValueError("its bytes have changed")  # XLA would crash on them, or worse
+            payload, in_tree, out_tree = pickle.loads(entry)  # noqa: S301 - see above
             return serialize_executable.deserialize_and_load(
                 payload, in_tree, out_tree, execution_devices=self._devices
             )
@@ -112,11 +118,17 @@ class ExecutableCache:
 
     def store(self, name: str, compiled: jax.stages.Compiled) -> None:
         """Keeps a program. A full disk costs the next start its time, not this one its service."""
+        entry = pickle.dumps(serialize_executable.serialize(compiled))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
-                pickle.dump(serialize_executable.serialize(compiled), file)
-            Path(file.name).rename(self._path(name))
+                try:
+                    file.write(hashlib.sha256(entry).digest() + entry)
+                    file.flush()
+                    Path(file.name).rename(self._path(name))
+                except OSError:
+                    Path(file.name).unlink(missing_ok=True)
+                    raise
         except OSError as error:
             logger.warning("compiled program %s was not kept: %s", name, error)
 

@@ -147,6 +147,38 @@ def test_a_program_is_not_loaded_for_another_model(
     assert others.load("kv_scales") is None
 
 
+def test_an_entry_with_a_changed_bit_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """XLA may crash on a program that is not what it wrote."""
+    cache = open_cache(tmp_path, Model(**MODEL), ONE)
+    lowered = jax.jit(lambda x: x + 1).lower(jnp.int32(1))
+    load_or_compile(cache, "program", lambda: lowered)
+    (entry,) = tmp_path.iterdir()
+    whole = entry.read_bytes()
+    for place in (0, len(whole) // 2, len(whole) - 1):
+        entry.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        assert cache.load("program") is None
+        assert "is unreadable and is made again" in caplog.text
+        caplog.clear()
+    assert not load_or_compile(cache, "program", lambda: lowered).cached
+    assert load_or_compile(cache, "program", lambda: lowered).cached
+
+
+def test_what_cannot_be_stored_leaves_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = open_cache(tmp_path, Model(**MODEL), ONE)
+    lowered = jax.jit(lambda x: x + 1).lower(jnp.int32(1))
+    load_or_compile(cache, "program", lambda: lowered)
+    (entry,) = tmp_path.iterdir()
+    entry.unlink()
+    entry.mkdir()  # in the way of the rename, as a full disk is in that of the bytes
+    assert not load_or_compile(cache, "program", lambda: lowered).cached
+    assert list(tmp_path.iterdir()) == [entry]
+    assert "was not kept" in caplog.text
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
 def test_the_key_counts_usable_cores() -> None:
     usable = os.sched_getaffinity(0)
