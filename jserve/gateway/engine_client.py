@@ -32,9 +32,9 @@ class EngineClient(Protocol):
     def submit(self, requests: Sequence[Request]) -> "UpdateStream":
         """Starts sequences that share one stream of updates, usually the choices of one prompt.
 
-        Raises at once Unavailable when no engine is there, and RequestError when the id of a live
-        sequence is given again. A refusal by the engine (Overloaded, RequestError) or its death
-        (EngineError) is raised by the stream.
+        Raises at once Unavailable when no engine is there, and RequestError when an id is that of a
+        live sequence or is given twice. A refusal by the engine (Overloaded, RequestError) or its
+        death (EngineError) is raised by the stream.
         """
         ...
 
@@ -133,11 +133,14 @@ class LiveStreams:
     ) -> tuple[UpdateStream, list[Request]]:
         """Starts the stream that `requests` share; returns it, and them as the engine gets them.
 
-        Raises RequestError when the id of a live sequence is given again.
+        Raises RequestError, and starts nothing, when an id is that of a live sequence or is given
+        twice.
         """
+        ids: set[str] = set()
         for request in requests:
-            if request.id in self._names:
+            if request.id in self._names or request.id in ids:
                 raise RequestError(f"request id {request.id!r} is in use", param="request_id")
+            ids.add(request.id)
         stream = UpdateStream(client, [request.id for request in requests])
         named = [replace(it, id=f"{it.id}.{next(self._serial)}") for it in requests]
         for request, sent in zip(requests, named, strict=True):

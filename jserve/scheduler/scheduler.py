@@ -215,9 +215,10 @@ class Scheduler:
             _collect_prompt_logprobs(step, result.prompt_logprobs)
         tokens: list[list[int]] = result.tokens.tolist()
         num_new: list[int] = result.num_new.tolist()
+        codes: list[int] = result.finish.tolist()
+        _check_rows(num_new, codes)
         is_decode = plan.program.kind is ProgramKind.DECODE
         self._planner.pace.committed(step.planned_s, now_s, max(num_new) if is_decode else 0)
-        codes: list[int] = result.finish.tolist()
         updates: list[SequenceUpdate] = []
         num_output = 0
         chunks = plan.chunks
@@ -234,6 +235,11 @@ class Scheduler:
             num_output += num
             finish = _FINISH_REASONS[codes[row]]
             if finish is not None:
+                if num > chunks[row].max_new:
+                    raise EngineError(
+                        f"request {seq.id}: the device gave {num} tokens, at most "
+                        f"{chunks[row].max_new} were planned"
+                    )
                 self._end(seq)
                 self._counters.num_finished += 1
                 self._finish_rate.record(now_s)
@@ -275,6 +281,18 @@ def _with_limit(request: Request, max_total: int) -> Request:
     if request.sampling.max_tokens == most:
         return request
     return replace(request, sampling=replace(request.sampling, max_tokens=most))
+
+
+def _check_rows(num_new: list[int], codes: list[int]) -> None:
+    """Raises EngineError for what no row may yield; for all rows at once, since it runs per step.
+
+    Tokens past those planned are found row by row, where a count differs from the plan.
+    """
+    if min(num_new) < 0:
+        raise EngineError(f"the device gave a row of {min(num_new)} tokens")
+    if min(codes) < 0 or max(codes) >= len(_FINISH_REASONS):
+        code = next(code for code in codes if not 0 <= code < len(_FINISH_REASONS))
+        raise EngineError(f"the device gave a row the finish code {code}")
 
 
 def _full_update(

@@ -86,9 +86,13 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.num_free == free - cost
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data(), num_tokens=st.integers(0, 40))
-    def grow(self, data: st.DataObject, num_tokens: int) -> None:
-        index = data.draw(st.integers(0, len(self.held) - 1))
+    @rule(data=st.data(), sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4))
+    def grow(self, data: st.DataObject, sizes: list[int]) -> None:
+        """Grows several times: one draw in six would seldom come to a second growth."""
+        for num_tokens in sizes:
+            self.grow_once(data.draw(st.integers(0, len(self.held) - 1)), num_tokens)
+
+    def grow_once(self, index: int, num_tokens: int) -> None:
         pages, free = self.held[index], self.cache.num_free
         missing = self.cache.missing(pages, num_tokens)
         held = sum(map(len, self.device[index]))
@@ -156,6 +160,15 @@ TestKVCache = CacheMachine.TestCase
 TestKVCache.settings = settings(
     max_examples=80, stateful_step_count=30, deadline=None, derandomize=True
 )
+
+
+def test_the_group_with_the_least_room_limits_what_pages_hold() -> None:
+    cache = KVCache(layout(3, 5), 10)
+    pages, _ = cache.adopt(NO_HIT)
+    assert cache.grow(pages, 7) == (NewPages(0, 0, (1, 2, 3)), NewPages(1, 0, (4, 5)))
+    assert pages.capacity == 9
+    assert cache.grow(pages, 10) == (NewPages(0, 3, (6,)),)
+    assert pages.capacity == 10
 
 
 def test_nothing_is_found_yet() -> None:

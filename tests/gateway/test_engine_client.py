@@ -10,7 +10,7 @@ import pytest
 from jserve.core.errors import RequestError
 from jserve.core.request import FinishReason, Request, SequenceUpdate
 from jserve.core.stats import EngineStats
-from jserve.gateway.engine_client import UpdateStream
+from jserve.gateway.engine_client import LiveStreams, UpdateStream
 from jserve.gateway.fake_engine import FakeEngine
 from jserve.gateway.grpc_engine_client import GrpcEngineClient
 from jserve.proto import engine_pb2, engine_pb2_grpc
@@ -23,7 +23,7 @@ def request(request_id: str) -> Request:
 
 
 class LateEngine(engine_pb2_grpc.EngineServicer):
-    """Answers two submitted sequences at once, the first of which was aborted meanwhile."""
+    """Answers two submitted sequences in turn, the first of which was aborted meanwhile."""
 
     async def Session(  # noqa: N802  the name in the .proto
         self, request_iterator: AsyncIterator[engine_pb2.SessionRequest], context: Any
@@ -37,13 +37,13 @@ class LateEngine(engine_pb2_grpc.EngineServicer):
                 names.append(message.submit.id)
             if len(names) == 2:
                 late, due = names
-                response = engine_pb2.SessionResponse(stats=stats)
-                updates = {
-                    late: SequenceUpdate(late, (1, 2), FinishReason.STOP),
-                    due: SequenceUpdate(due, (3,), FinishReason.STOP),
-                }
-                updates_to_proto(updates, response)
-                await context.write(response)
+                for update in (
+                    SequenceUpdate(late, (1, 2), FinishReason.STOP),
+                    SequenceUpdate(due, (3,), FinishReason.STOP),
+                ):
+                    response = engine_pb2.SessionResponse(stats=stats)
+                    updates_to_proto({update.request_id: update}, response)
+                    await context.write(response)
 
 
 async def tokens_of(stream: UpdateStream) -> list[int]:
@@ -80,5 +80,28 @@ def test_the_id_of_a_live_sequence_is_refused() -> None:
             assert await tokens_of(first) == [5, 6]
             assert await tokens_of(engine.submit([request("same")])) == [5, 6]
             assert await tokens_of(engine.submit([request("other")])) == [5, 6]
+
+    asyncio.run(main())
+
+
+def test_an_id_given_twice_at_once_is_refused_and_starts_nothing() -> None:
+    async def main() -> None:
+        async with closing(FakeEngine(INFO, reply=lambda _: [5, 6])) as engine:
+            with pytest.raises(RequestError, match="'same' is in use"):
+                engine.submit([request("other"), request("same"), request("same")])
+            both = engine.submit([request("other"), request("same")])
+            assert sorted(await tokens_of(both)) == [5, 5, 6, 6]
+
+    asyncio.run(main())
+
+
+def test_a_refused_group_leaves_no_live_sequence() -> None:
+    async def main() -> None:
+        streams = LiveStreams()
+        async with closing(FakeEngine(INFO, reply=lambda _: [5])) as engine:
+            with pytest.raises(RequestError, match="'same' is in use"):
+                streams.open(engine, [request("same"), request("same")])
+        assert len(streams) == 0
+        assert streams.close("same") is None
 
     asyncio.run(main())

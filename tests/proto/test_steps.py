@@ -1,5 +1,7 @@
 """Steps between processes: the very buffer of the leader, rebuilt from little."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,6 +27,7 @@ from jserve.proto import group_pb2
 from jserve.proto.steps import StepReader, StepWriter
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
+from tests.scheduler.rig import Rig
 from tests.scheduler.test_properties import MODEL, Drill, Engine, engines
 
 MAX_BYTES = 4096  # bytes of a step that admits nobody
@@ -74,6 +77,19 @@ def test_preempted_aborted_and_logged_sequences_are_among_them() -> None:
     assert any(admission.output for plan in drill.plans for admission in plan.admissions)
     assert any(chunk.prompt_targets for plan in drill.plans for chunk in plan.chunks)
     _check(drill.plans, programs, _shape(drill.engine))
+
+
+def test_the_checksum_tells_plans_apart_that_differ_only_in_moves() -> None:
+    rig = Rig()
+    rig.add("a")
+    plan, shape = rig.plan(), BatchShape(4, rig.model.vocab, 4, 2, pages_per_slot=25)
+    there = (Move(MoveKind.COPY, 0, 1, 2),)
+    elsewhere = (Move(MoveKind.COPY, 0, 1, 3),)
+    checksums = {
+        pack(replace(plan, moves=moves), shape, ()).checksum
+        for moves in ((), there, elsewhere, there + elsewhere, elsewhere + there)
+    }
+    assert len(checksums) == 5
 
 
 def test_a_step_of_256_rows_takes_less_than_4_kb() -> None:

@@ -234,6 +234,24 @@ def test_ranks_that_change_at_every_event_lose_nobody(depth: int) -> None:
     assert rig.scheduler.stats().free_pages == 9
 
 
+def test_a_first_output_ranks_a_sequence_again_that_was_preempted_meanwhile() -> None:
+    def those_with_output_last(view: SequenceView, now_s: float) -> tuple[float, ...]:
+        return (view.event is Event.FIRST_OUTPUT,)
+
+    policy = Policy(rank=those_with_output_last, victim=last_in_rank)
+    rig = Rig(SchedulerConfig(headroom_pages=0), num_pages=4, policy=policy)
+    rig.add("a", prompt=3, max_tokens=9)
+    rig.add("b", prompt=12, max_tokens=4)
+    rig.add("c", prompt=12, max_tokens=4)
+    assert names(rig.plan()) == ["a", "b"]
+    assert names(rig.plan()) == ["a"]  # b lacks a page for its first token, which is in flight
+    assert [seq.id for seq in rig.scheduler.audit().waiting] == ["b", "c"]
+    rig.commit()
+    after = rig.scheduler.audit()
+    assert [seq.id for seq in after.waiting] == ["c", "b"]
+    assert after.problems == ()
+
+
 def test_the_policy_chooses_the_victim() -> None:
     def first_behind(running: RankedQueue, for_seq: Sequence) -> Sequence:
         behind = [seq for seq in running if seq.rank > for_seq.rank]

@@ -113,6 +113,7 @@ class Drill:
         self.arrivals: dict[str, float] = {}
         self.queue_s: dict[str, float] = {}  # queue times of live sequences that were admitted
         self.updates: dict[str, list[SequenceUpdate]] = {}
+        self.turns: list[tuple[int, ...]] = []  # prompts with their whole answers, the latest
         self.num_done = 0
         self.num_in_flight_preemptions = 0
         self.num_leaving_aborts = 0  # of sequences with a page on its way to the host
@@ -173,16 +174,21 @@ class Drill:
         names = [name for name in map(str, range(12)) if name not in self.requests]
         self.num_requests += 1
         rules = pick.random() < 0.2
+        name = pick.choice(names) if names else f"n{self.num_requests}"
         # Where pages are kept, a few prompts begin alike.
         tokens = random.Random(pick.randrange(3)) if self.keeps else pick
+        prompt = tuple(
+            tokens.randrange(MODEL.vocab)
+            for _ in range(pick.choice((1, 2, 3, 4, 5, 6, 7, 15, self.engine.max_model_len - 1)))
+        )
+        if self.keeps and self.turns and pick.random() < 0.3:
+            # The next turn of a chat: the stop token of the last one is part of it.
+            more = [pick.randrange(MODEL.vocab) for _ in range(pick.choice((1, 1, 2, 4)))]
+            turn = (*pick.choice(self.turns), *more)
+            prompt = turn if len(turn) < self.engine.max_model_len else prompt
         return Request(
-            id=pick.choice(names) if names else f"n{self.num_requests}",
-            prompt=tuple(
-                tokens.randrange(MODEL.vocab)
-                for _ in range(
-                    pick.choice((1, 2, 3, 4, 5, 6, 7, 15, self.engine.max_model_len - 1))
-                )
-            ),
+            id=name,
+            prompt=prompt,
             sampling=SamplingParams(
                 seed=pick.randrange(1 << 40),
                 max_tokens=pick.choice((1, 2, 6, 20, 25, 30, 60)),
@@ -297,6 +303,7 @@ class Drill:
         output, finish = MODEL.generate(request, self.engine.max_model_len)
         assert [token for update in updates for token in update.tokens] == output
         assert updates[-1].finish is finish
+        self.turns = [*self.turns[-6:], (*request.prompt, *output)]
         digest, of_prompt = EMPTY_DIGEST, [None]
         for token, following in zip(request.prompt, request.prompt[1:], strict=False):
             digest = extend(digest, token)

@@ -117,6 +117,33 @@ def test_running_past_the_limit_is_an_error() -> None:
         scheduler.commit(plan, answer(plan, 1), 0.0)
 
 
+@pytest.mark.parametrize(
+    ("num_new", "code", "message"),
+    [
+        (9, FinishCode.LENGTH, "gave 9 tokens, at most 8"),
+        (9, FinishCode.STOP, "gave 9 tokens, at most 8"),
+        (9, FinishCode.RUNNING, "past the limit"),
+        (-1, FinishCode.RUNNING, "a row of -1 tokens"),
+        (-1, FinishCode.STOP, "a row of -1 tokens"),
+        (1, -1, "finish code -1"),
+        (1, 3, "finish code 3"),
+    ],
+)
+def test_what_no_row_may_yield_is_an_error(num_new: int, code: int, message: str) -> None:
+    rig = Rig()
+    rig.add("a", max_tokens=20)
+    rig.step()
+    plan = rig.scheduler.plan(0.0)
+    assert plan is not None
+    assert plan.chunks[0].max_new == 8
+    result = answer(plan, num_new)
+    result.finish[0] = code
+    result = replace(result, tokens=np.full((plan.program.rows, 15), 7, np.int32))
+    with pytest.raises(EngineError, match=message):
+        rig.scheduler.commit(plan, result, 0.0)
+    assert rig.scheduler.stats().num_finished == 0
+
+
 def test_the_cache_learns_which_host_pages_landed() -> None:
     cache = KVCache(single_group(4), 100)
     told: list[tuple[int, ...]] = []

@@ -177,6 +177,21 @@ def test_decode_runs_hold_an_arrival_up_no_longer_than_configured(
     assert rig.plan().num_steps == steps  # twice as many of 50 ms fit
 
 
+def test_a_slow_mixed_step_does_not_shorten_the_runs_after_it() -> None:
+    rig = Rig(SchedulerConfig(decode_wait_s=0.25))
+    rig.add("a", max_tokens=40)
+    rig.step()
+    for _ in range(3):
+        plan = rig.plan()
+        rig.now_s += plan.num_steps * 0.05
+        rig.commit()
+    rig.add("b", max_tokens=1)
+    assert rig.plan().program.kind is ProgramKind.MIXED
+    rig.now_s += 5.0
+    rig.commit()
+    assert rig.plan().num_steps == 2  # as before: prompts say nothing of decodes
+
+
 def test_short_pages_shorten_the_run_before_they_preempt() -> None:
     rig = Rig(num_pages=4)
     rig.add("a", prompt=3, max_tokens=9)

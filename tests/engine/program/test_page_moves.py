@@ -72,6 +72,26 @@ def test_moves_run_in_order_and_copy_values(devices: int) -> None:
         np.testing.assert_array_equal(now[141:], was[141:])
 
 
+def test_moves_of_one_kind_stay_in_the_memory_of_their_group() -> None:
+    first = pages(1)
+    second = tuple(-layer for layer in first)
+    before = [np.asarray(group[0]) for group in (first, second)]
+    kv = (first, second)
+    mover = PageMover(compile_moves(kv, None), kv, num_host_pages=2)
+    kv = mover.run(
+        kv,
+        [
+            *(Move(COPY, group, 5 + group, 10 + group) for group in range(2)),
+            *(Move(OUT, group, 7, group) for group in range(2)),
+            *(Move(IN, group, group, 20 + group) for group in range(2)),
+        ],
+    )
+    for group, was in enumerate(before):
+        expected = was.copy()
+        expected[10 + group], expected[20 + group] = was[5 + group], was[7]
+        np.testing.assert_array_equal(np.asarray(kv[group][0]), expected)
+
+
 def test_a_page_on_its_way_is_awaited_and_one_that_never_left_is_an_error() -> None:
     kv = (pages(1),)
     mover = PageMover(compile_moves(kv, None), kv, num_host_pages=4)
