@@ -183,6 +183,7 @@ class LLM:
             engine=self._engine,
             config=config.gateway,
             clock=WallClock(),
+            bounds_choices=False,
         )
         self._serial = itertools.count()
         self._loop = _LoopThread()
@@ -200,7 +201,8 @@ class LLM:
 
         `sampling` is one for all prompts, or one for each; its fields that are None take the
         model's defaults. Options (`n`, `stop`, `echo`, …) are those of a served request. Raises
-        RequestError, before anything runs, when a prompt, a field or an option is wrong.
+        RequestError, before anything runs, when a prompt, a field or an option is wrong, and
+        TypeError when there is no such option.
         """
         wanted = _prompts(prompts)
         if sampling is None or isinstance(sampling, SamplingFields):
@@ -270,6 +272,11 @@ class LLM:
         sampling: Sequence[SamplingFields],
         options: RequestOptions,
     ) -> list[GenerationRequest]:
+        if unknown := options.keys() - RequestOptions.__annotations__.keys():
+            raise TypeError(
+                f"{', '.join(sorted(unknown))}: no such option; options are "
+                f"{', '.join(RequestOptions.__annotations__)}, and SamplingFields holds the rest"
+            )
         generations: list[GenerationRequest] = []
         for prompt, fields in zip(prompts, sampling, strict=True):
             if isinstance(prompt, str):

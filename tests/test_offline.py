@@ -90,13 +90,20 @@ def test_options_of_a_served_request_are_options_here(llm: LLM) -> None:
     (prompt_only,) = llm.generate("options", scored, echo=True, use_tqdm=False)
     assert (prompt_only.text, prompt_only.token_ids) == ("options", ())
     assert len(prompt_only.prompt_logprobs or ()) == len("options")
-    with pytest.raises(RequestError, match="n must be from 1 to"):
+    with pytest.raises(RequestError, match="n must be at least 1"):
         llm.generate("options", GREEDY, n=0, use_tqdm=False)
 
 
-def test_more_choices_than_the_queue_holds(llm: LLM) -> None:
+def test_an_unknown_option_is_a_type_error(llm: LLM) -> None:
+    with pytest.raises(TypeError, match="max_tokens: no such option; options are stop, n, "):
+        llm.generate("hi", GREEDY, use_tqdm=False, max_tokens=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="stpo"):
+        list(llm.stream("hi", GREEDY, stpo="a"))  # type: ignore[call-arg]
+
+
+def test_more_choices_than_the_engine_holds(llm: LLM) -> None:
     fields = SamplingFields(temperature=1.0, max_tokens=4, seed=5, ignore_eos=True)
-    n = llm.info.max_queue + 3
+    n = llm.info.num_slots + llm.info.max_queue + 1
     found = llm.generate(["many", "more"], fields, n=n, use_tqdm=False)
     assert [len(completion.token_ids) for completion in found] == [4] * (2 * n)
     assert llm.generate(["many", "more"], fields, n=n, use_tqdm=False) == found
