@@ -4,9 +4,10 @@ import asyncio
 import itertools
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeVar, Unpack
 
 import jax
@@ -191,7 +192,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: PromptLike | Sequence[PromptLike],
+        prompts: PromptLike | Iterable[PromptLike],
         sampling: SamplingFields | Sequence[SamplingFields] | None = None,
         *,
         use_tqdm: bool = True,
@@ -278,11 +279,11 @@ class LLM:
                 f"{', '.join(RequestOptions.__annotations__)}, and SamplingFields holds the rest"
             )
         generations: list[GenerationRequest] = []
-        for prompt, fields in zip(prompts, sampling, strict=True):
+        for index, (prompt, fields) in enumerate(zip(prompts, sampling, strict=True)):
             if isinstance(prompt, str):
                 ids = await self._plane.text_prompt(prompt)
             else:
-                ids = self._plane.token_prompt(prompt)
+                ids = self._plane.token_prompt(_token_ids(prompt, index))
             name = f"offline-{next(self._serial)}"
             generations.append(self._plane.prepare(id=name, prompt=ids, sampling=fields, **options))
         return generations
@@ -321,12 +322,40 @@ def _pin(config: PlatformConfig) -> None:
         )
 
 
-def _prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
+def _prompts(prompts: PromptLike | Iterable[PromptLike]) -> list[PromptLike]:
     """Returns one prompt or several as a list."""
     if isinstance(prompts, str):
         return [prompts]
-    ids = [item for item in prompts if isinstance(item, int)]
-    return [ids] if ids else [item for item in prompts if not isinstance(item, int)]
+    try:
+        items: list[Any] = list(prompts)  # once: it may be a generator
+    except TypeError:
+        raise RequestError(
+            f"prompts is {prompts!r}; give a text, token ids, or several of these", param="prompt"
+        ) from None
+    are_ids = [isinstance(item, Integral) for item in items]
+    if len(set(are_ids)) > 1:
+        index = are_ids.index(not are_ids[0])
+        kinds = "a prompt", "a token id"
+        raise RequestError(
+            f"prompts[{index}] is {kinds[are_ids[index]]}, but prompts[0] is {kinds[are_ids[0]]}; "
+            "put the token ids of a prompt into a list of their own",
+            param="prompt",
+        )
+    return [_token_ids(items, 0)] if any(are_ids) else items
+
+
+def _token_ids(prompt: Iterable[Any], index: int) -> list[Any]:
+    """The ids of prompt number `index` with NumPy's integers as Python's; they are not checked."""
+    try:
+        return [
+            int(item) if isinstance(item, Integral) and not isinstance(item, bool) else item
+            for item in prompt
+        ]
+    except TypeError:
+        raise RequestError(
+            f"prompts[{index}] is {prompt!r}; a prompt is a text or a list of token ids",
+            param="prompt",
+        ) from None
 
 
 def _completion(prompt: PromptLike, deltas: Sequence[OutputDelta]) -> Completion:

@@ -6,6 +6,7 @@ import itertools
 import time
 from concurrent.futures import Future
 
+import numpy as np
 import pytest
 
 from jserve.config import load
@@ -48,6 +49,28 @@ def test_token_ids_are_a_prompt(llm: LLM) -> None:
     by_text = llm.generate("ids", GREEDY, use_tqdm=False)
     by_ids = llm.generate(list(b"ids"), GREEDY, use_tqdm=False)  # the tokenizer is byte-level
     assert by_ids[0].token_ids == by_text[0].token_ids
+
+
+def test_no_prompt_is_dropped(llm: LLM) -> None:
+    texts = ["one", "two"]
+    by_list = llm.generate(texts, GREEDY, use_tqdm=False)
+    assert llm.generate((text for text in texts), GREEDY, use_tqdm=False) == by_list
+    ids = np.array([list(text.encode()) for text in texts])
+    found = [
+        llm.generate(ids, GREEDY, use_tqdm=False),
+        llm.generate(ids[0], GREEDY, use_tqdm=False),
+    ]
+    assert [it.token_ids for it in found[0]] == [it.token_ids for it in by_list]
+    assert found[1][0].token_ids == by_list[0].token_ids
+    for prompts, message in (
+        (["ab", 5, "cd"], r"prompts\[1\] is a token id, but prompts\[0\] is a prompt"),
+        ([5, "ab"], r"prompts\[1\] is a prompt"),
+        (["ab", None], r"prompts\[1\] is None; a prompt is"),
+        (None, "prompts is None; give a text"),
+        ([True, 5], "prompt holds True"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            llm.generate(prompts, GREEDY, use_tqdm=False)  # type: ignore[arg-type]
 
 
 def test_choices_differ_and_a_seed_repeats_them(llm: LLM) -> None:
