@@ -17,7 +17,7 @@ from jserve.checkpoints.locate import text_assets_from_config
 from jserve.checkpoints.tensor_source import Progress
 from jserve.config import ServeConfig
 from jserve.core.clock import WallClock
-from jserve.core.errors import ConfigError, RequestError
+from jserve.core.errors import ConfigError, EngineError, RequestError
 from jserve.core.request import EngineInfo, FinishReason, Request, TokenLogprobs
 from jserve.core.stats import EngineStats
 from jserve.engine.build.assembly import Engine
@@ -59,7 +59,8 @@ class InProcessEngine:
     """An `EngineClient` whose engine steps on the client's own event loop, only inside `drive`.
 
     It takes any number of sequences and lets them into the engine's queue as that has room, so
-    nothing is refused as Overloaded.
+    nothing is refused as Overloaded. A step that fails ends it: what is known of pages and slots
+    may be wrong then, so later sequences are refused.
     """
 
     def __init__(self, engine: Engine, step_log: StepLog | None) -> None:
@@ -81,8 +82,11 @@ class InProcessEngine:
         )
         self._streams = LiveStreams()
         self._backlog: dict[str, Request] = {}  # by name; they wait for room in the engine
+        self._failure: Exception | None = None  # of the step that ended the engine
 
     def submit(self, requests: Sequence[Request]) -> UpdateStream:
+        if self._failure is not None:
+            raise _engine_failed(self._failure) from self._failure
         stream, named = self._streams.open(self, requests)
         self._backlog.update((request.id, request) for request in named)
         return stream
@@ -95,18 +99,29 @@ class InProcessEngine:
     async def drive(self, work: Coroutine[Any, Any, T]) -> T:
         """Steps the engine until `work`, which waits for its answers, is done.
 
-        Raises what `work` or a step raises.
+        Raises what `work` raises; if a step fails, that is EngineError from each of its streams.
         """
         task = asyncio.create_task(work)
         try:
             while not task.done():
                 if self._streams:
-                    self._step()
+                    try:
+                        self._step()
+                    except Exception as error:
+                        self._fail(error)
                 await asyncio.sleep(0)  # readers take the updates
             return task.result()
         finally:
             task.cancel()
             await asyncio.wait([task])
+
+    def _fail(self, error: Exception) -> None:
+        self.ready = False
+        self._failure = error
+        self._backlog.clear()
+        failed = _engine_failed(error)
+        failed.__cause__ = error
+        self._streams.fail_all(failed)
 
     def _step(self) -> None:
         if self._backlog:
@@ -306,11 +321,16 @@ class LLM:
                 for _ in range(min(len(generations), most)):
                     workers.create_task(work())
         except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+            error = errors.exceptions[0]
+            raise error from error.__cause__  # without the group
 
 
 async def _next(deltas: AsyncIterator[OutputDelta]) -> OutputDelta | None:
     return await anext(deltas, None)
+
+
+def _engine_failed(error: Exception) -> EngineError:
+    return EngineError(f"the engine failed: {error}; make a new LLM")
 
 
 def _pin(config: PlatformConfig) -> None:

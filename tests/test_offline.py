@@ -5,17 +5,25 @@ import dataclasses
 import itertools
 import time
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from jserve.cache.kv_cache import KVCache
+from jserve.cache.layout import single_group
 from jserve.config import load
-from jserve.core.errors import ConfigError, PromptTooLong, RequestError
-from jserve.core.request import FinishReason
+from jserve.core.errors import ConfigError, EngineError, PromptTooLong, RequestError
+from jserve.core.request import EngineInfo, FinishReason
+from jserve.core.step import Program, ProgramKind, StepPlan, StepResult
 from jserve.engine.config import Platform
 from jserve.gateway.request_plane import GenerationRequest, OutputStream
 from jserve.gateway.validation import SamplingFields
 from jserve.offline import LLM
+from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.scheduler import Scheduler
+from jserve.scheduler.simulated_executor import SimulatedExecutor
+from jserve.scheduler.simulated_model import SimulatedModel
 
 GREEDY = SamplingFields(temperature=0, max_tokens=12)
 
@@ -197,6 +205,70 @@ def test_wrong_requests_are_refused_before_anything_runs(llm: LLM) -> None:
         llm.generate("", use_tqdm=False)
     assert llm.generate([], use_tqdm=False) == []
     assert llm.stats.num_running == 0
+
+
+class Breaking(SimulatedExecutor):
+    """Fails once, in the part of a step that is named."""
+
+    breaks_in = ""
+
+    def submit(self, plan: StepPlan) -> StepResult:
+        self._break("submit")
+        return super().submit(plan)
+
+    def collect(self, handle: StepResult) -> StepResult:
+        self._break("collect")
+        return super().collect(handle)
+
+    def _break(self, part: str) -> None:
+        if self.breaks_in == part:
+            self.breaks_in = ""
+            raise RuntimeError("the device is gone")
+
+
+@pytest.mark.parametrize("part", ["submit", "collect"])
+def test_a_failed_step_ends_the_engine_with_one_error(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = (Program(ProgramKind.MIXED, 64, 8), Program(ProgramKind.DECODE, 8, 8, 8))
+    executor = Breaking(programs, model=SimulatedModel(), num_slots=8, num_pages=200, page_size=4)
+    scheduler = Scheduler(
+        SchedulerConfig(max_queue=4),
+        cache=KVCache(single_group(4), 200),
+        num_slots=8,
+        max_model_len=200,
+        programs=programs,
+    )
+    info = EngineInfo(
+        model="simulated",
+        vocab=256,
+        max_model_len=200,
+        num_slots=8,
+        num_pages=200,
+        page_size=4,
+        max_queue=4,
+        eos_token_ids=(0,),
+    )
+    engine = SimpleNamespace(
+        info=info, scheduler=scheduler, executor=executor, num_compiles=lambda: 0
+    )
+    monkeypatch.setattr("jserve.offline.start_engine", lambda *_, **__: engine)
+    llm = LLM(load("configs/tiny_random.py"))
+    fields = SamplingFields(max_tokens=8, ignore_eos=True)
+    held = llm.stream("held", SamplingFields(max_tokens=100, ignore_eos=True))
+    next(held)
+    executor.breaks_in = part
+    message = "^the engine failed: the device is gone; make a new LLM$"
+    with pytest.raises(EngineError, match=message) as failed:
+        llm.generate(["more than slots and queue"] * 30, fields, use_tqdm=False)
+    assert isinstance(failed.value.__cause__, RuntimeError)
+    for _ in range(2):
+        with pytest.raises(EngineError, match=message):
+            llm.generate("again", fields, use_tqdm=False)
+    with pytest.raises(EngineError, match=message):
+        list(llm.stream("again", fields))
+    with pytest.raises(EngineError, match=message):
+        list(held)
 
 
 def test_another_backend_than_the_running_one_is_refused() -> None:
