@@ -14,6 +14,7 @@ from typing import Any
 from jserve.checkpoints.config import ModelConfig
 from jserve.control.config import ControlConfig
 from jserve.core.errors import ConfigError
+from jserve.core.field_types import check_types, type_name
 from jserve.core.logs import LogConfig
 from jserve.engine.config import EngineConfig, PlatformConfig
 from jserve.gateway.config import GatewayConfig
@@ -73,19 +74,6 @@ def override(config: ServeConfig, overrides: Sequence[str]) -> ServeConfig:
     return config
 
 
-def check_types(config: Any, prefix: str = "") -> None:
-    """Raises ConfigError when a value, at any depth, is not of its field's declared type."""
-    hints = typing.get_type_hints(type(config))
-    for item in dataclasses.fields(config):
-        name, value = prefix + item.name, getattr(config, item.name)
-        if not _is_instance(value, hints[item.name]):
-            raise ConfigError(
-                f"{name} is {value!r}, but must be of type {_type_name(hints[item.name])}"
-            )
-        if dataclasses.is_dataclass(value):
-            check_types(value, f"{name}.")
-
-
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Every leaf by its dotted name, in order of declaration: what `--set` can reach."""
     leaves: dict[str, Any] = {}
@@ -118,7 +106,7 @@ def _replace(config: Any, path: list[str], text: str, full_name: str) -> Any:
         parsed = _parse(text, hint)
     except ValueError as error:
         raise ConfigError(
-            f"--set {full_name}={text}: not of type {_type_name(hint)}: {error}"
+            f"--set {full_name}={text}: not of type {type_name(hint)}: {error}"
         ) from None
     return dataclasses.replace(config, **{path[0]: parsed})
 
@@ -150,33 +138,6 @@ def _parse(text: str, hint: Any) -> Any:
     if hint in (float, str, Path):
         return hint(text)
     raise ValueError("set it in the config file instead")
-
-
-def _is_instance(value: Any, hint: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_is_instance(value, arg) for arg in args)
-    if origin is typing.Literal:
-        return value in args
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if args[-1] is Ellipsis:
-            return all(_is_instance(item, args[0]) for item in value)
-        return len(value) == len(args) and all(map(_is_instance, value, args))
-    if origin is not None:
-        return isinstance(value, origin)
-    if hint is Any:
-        return True
-    if isinstance(value, bool):  # a bool is an int to Python, but a mistake in a config
-        return hint is bool
-    if hint is float:
-        return isinstance(value, int | float)
-    return isinstance(value, hint)
-
-
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
 def _fields_hint(message: str) -> str:

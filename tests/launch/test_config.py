@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from jserve.checkpoints.config import Dtype, Quantization
-from jserve.config import ServeConfig, check_types, flatten, load, override
+from jserve.config import ServeConfig, flatten, load, override
 from jserve.core.errors import ConfigError
+from jserve.core.field_types import check_types
 from jserve.core.logs import LogFormat
 
 CONFIGS = Path(__file__).parents[2] / "configs"
