@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import re
 import runpy
+import traceback
 import types
 import typing
 from collections.abc import Sequence
@@ -46,18 +47,18 @@ def load(path: str, overrides: Sequence[str] = ()) -> ServeConfig:
     """Runs `get_config()` of a Python file and applies overrides like `engine.num_slots=8`.
 
     `path` may end in `:variant`, which is then the argument of get_config. Raises ConfigError
-    naming the file, field and remedy when anything is wrong.
+    naming the file, line, field and remedy when anything is wrong.
     """
     path, colon, variant = path.partition(":")
     if not Path(path).is_file():
         raise ConfigError(f"--config: there is no file {path}")
-    get_config = runpy.run_path(path).get("get_config")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        config = None if get_config is None else get_config(*([variant] if colon else []))
+    except Exception as error:
+        raise ConfigError(f"{_place(path, error)}: {_describe(error)}") from error
     if get_config is None:
         raise ConfigError(f"{path} defines no get_config()")
-    try:
-        config = get_config(*([variant] if colon else []))
-    except TypeError as error:  # an unknown field, in a constructor's own words
-        raise ConfigError(f"{path}: {error}{_fields_hint(str(error))}") from error
     if not isinstance(config, ServeConfig):
         raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not ServeConfig")
     check_types(config)
@@ -138,6 +139,49 @@ def _parse(text: str, hint: Any) -> Any:
     if hint in (float, str, Path):
         return hint(text)
     raise ValueError("set it in the config file instead")
+
+
+def _place(path: str, error: Exception) -> str:
+    """Where in the config file `error` was raised, as path:line if the line is known."""
+    if isinstance(error, SyntaxError) and error.filename == path:
+        return f"{path}:{error.lineno}"
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [line for frame, line in frames if frame.f_code.co_filename == path]
+    return f"{path}:{lines[-1]}" if lines else path
+
+
+def _describe(error: Exception) -> str:
+    """What a config file did wrong; where it used a field of an earlier version, the new name."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if frame.f_code.co_name == "__setattr__":  # a frozen dataclass; its own words may mislead
+        owner, name = frame.f_locals.get("self"), frame.f_locals.get("name")
+        if dataclasses.is_dataclass(owner) and isinstance(name, str):
+            return _describe_field(owner, name) or (
+                f"{type(owner).__name__}.{name} cannot be assigned; give it to the constructor "
+                "or to dataclasses.replace"
+            )
+    if isinstance(error, AttributeError) and dataclasses.is_dataclass(error.obj):
+        described = _describe_field(error.obj, error.name)
+        if described:
+            return described
+    if isinstance(error, TypeError) and (hint := _fields_hint(str(error))):
+        return f"{error}{hint}"  # an unknown field, in a constructor's own words
+    text = error.msg if isinstance(error, SyntaxError) else error
+    return f"{type(error).__name__}: {text}"
+
+
+def _describe_field(owner: Any, name: str) -> str:
+    """What is wrong with field `name` of a dataclass if it has none of that name."""
+    names = [item.name for item in dataclasses.fields(owner)]
+    if name in names:
+        return ""
+    kind = owner if isinstance(owner, type) else type(owner)
+    return (
+        f"{kind.__name__} has no field {name!r}; {_renamed(name, names)}"
+        f"its fields are {', '.join(names)}"
+    )
 
 
 def _fields_hint(message: str) -> str:
