@@ -162,10 +162,12 @@ def _describe(error: Exception) -> str:
                 f"{type(owner).__name__}.{name} cannot be assigned; give it to the constructor "
                 "or to dataclasses.replace"
             )
-    if isinstance(error, AttributeError) and dataclasses.is_dataclass(error.obj):
-        described = _describe_field(error.obj, error.name)
-        if described:
-            return described
+    if (
+        isinstance(error, AttributeError)
+        and dataclasses.is_dataclass(error.obj)
+        and (described := _describe_field(error.obj, error.name or ""))
+    ):
+        return described
     if isinstance(error, TypeError) and (hint := _fields_hint(str(error))):
         return f"{error}{hint}"  # an unknown field, in a constructor's own words
     text = error.msg if isinstance(error, SyntaxError) else error

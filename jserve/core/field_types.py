@@ -10,7 +10,7 @@ from jserve.core.errors import ConfigError
 
 def check_types(config: Any, prefix: str = "") -> None:
     """Raises ConfigError when a value, at any depth, is not of its field's declared type."""
-    hints = typing.get_type_hints(type(config))
+    hints = typing.get_type_hints(config.__class__)
     for item in dataclasses.fields(config):
         name, value = prefix + item.name, getattr(config, item.name)
         if not _is_instance(value, hints[item.name]):
@@ -35,9 +35,10 @@ def _is_instance(value: Any, hint: Any) -> bool:
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
+        items = typing.cast(tuple[Any, ...], value)
         if args[-1] is Ellipsis:
-            return all(_is_instance(item, args[0]) for item in value)
-        return len(value) == len(args) and all(map(_is_instance, value, args))
+            return all(_is_instance(item, args[0]) for item in items)
+        return len(items) == len(args) and all(map(_is_instance, items, args))
     if origin is not None:
         return isinstance(value, origin)
     if hint is Any:
