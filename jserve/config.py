@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import re
 import runpy
+import traceback
 import types
 import typing
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from jserve.checkpoints.config import ModelConfig
 from jserve.control.config import ControlConfig
 from jserve.core.errors import ConfigError
+from jserve.core.field_types import check_types, type_name
 from jserve.core.logs import LogConfig
 from jserve.engine.config import EngineConfig, PlatformConfig
 from jserve.gateway.config import GatewayConfig
@@ -45,18 +47,18 @@ def load(path: str, overrides: Sequence[str] = ()) -> ServeConfig:
     """Runs `get_config()` of a Python file and applies overrides like `engine.num_slots=8`.
 
     `path` may end in `:variant`, which is then the argument of get_config. Raises ConfigError
-    naming the file, field and remedy when anything is wrong.
+    naming the file, line, field and remedy when anything is wrong.
     """
     path, colon, variant = path.partition(":")
     if not Path(path).is_file():
         raise ConfigError(f"--config: there is no file {path}")
-    get_config = runpy.run_path(path).get("get_config")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        config = None if get_config is None else get_config(*([variant] if colon else []))
+    except Exception as error:
+        raise ConfigError(f"{_place(path, error)}: {_describe(error)}") from error
     if get_config is None:
         raise ConfigError(f"{path} defines no get_config()")
-    try:
-        config = get_config(*([variant] if colon else []))
-    except TypeError as error:  # an unknown field, in a constructor's own words
-        raise ConfigError(f"{path}: {error}{_fields_hint(str(error))}") from error
     if not isinstance(config, ServeConfig):
         raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not ServeConfig")
     check_types(config)
@@ -71,19 +73,6 @@ def override(config: ServeConfig, overrides: Sequence[str]) -> ServeConfig:
             raise ConfigError(f"--set {assignment}: write section.field=value")
         config = _replace(config, name.strip().split("."), text.strip(), name.strip())
     return config
-
-
-def check_types(config: Any, prefix: str = "") -> None:
-    """Raises ConfigError when a value, at any depth, is not of its field's declared type."""
-    hints = typing.get_type_hints(type(config))
-    for item in dataclasses.fields(config):
-        name, value = prefix + item.name, getattr(config, item.name)
-        if not _is_instance(value, hints[item.name]):
-            raise ConfigError(
-                f"{name} is {value!r}, but must be of type {_type_name(hints[item.name])}"
-            )
-        if dataclasses.is_dataclass(value):
-            check_types(value, f"{name}.")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -118,7 +107,7 @@ def _replace(config: Any, path: list[str], text: str, full_name: str) -> Any:
         parsed = _parse(text, hint)
     except ValueError as error:
         raise ConfigError(
-            f"--set {full_name}={text}: not of type {_type_name(hint)}: {error}"
+            f"--set {full_name}={text}: not of type {type_name(hint)}: {error}"
         ) from None
     return dataclasses.replace(config, **{path[0]: parsed})
 
@@ -152,31 +141,49 @@ def _parse(text: str, hint: Any) -> Any:
     raise ValueError("set it in the config file instead")
 
 
-def _is_instance(value: Any, hint: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return any(_is_instance(value, arg) for arg in args)
-    if origin is typing.Literal:
-        return value in args
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if args[-1] is Ellipsis:
-            return all(_is_instance(item, args[0]) for item in value)
-        return len(value) == len(args) and all(map(_is_instance, value, args))
-    if origin is not None:
-        return isinstance(value, origin)
-    if hint is Any:
-        return True
-    if isinstance(value, bool):  # a bool is an int to Python, but a mistake in a config
-        return hint is bool
-    if hint is float:
-        return isinstance(value, int | float)
-    return isinstance(value, hint)
+def _place(path: str, error: Exception) -> str:
+    """Where in the config file `error` was raised, as path:line if the line is known."""
+    if isinstance(error, SyntaxError) and error.filename == path:
+        return f"{path}:{error.lineno}"
+    frames = traceback.walk_tb(error.__traceback__)
+    lines = [line for frame, line in frames if frame.f_code.co_filename == path]
+    return f"{path}:{lines[-1]}" if lines else path
 
 
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+def _describe(error: Exception) -> str:
+    """What a config file did wrong; where it used a field of an earlier version, the new name."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    if frame.f_code.co_name == "__setattr__":  # a frozen dataclass; its own words may mislead
+        owner, name = frame.f_locals.get("self"), frame.f_locals.get("name")
+        if dataclasses.is_dataclass(owner) and isinstance(name, str):
+            return _describe_field(owner, name) or (
+                f"{type(owner).__name__}.{name} cannot be assigned; give it to the constructor "
+                "or to dataclasses.replace"
+            )
+    if (
+        isinstance(error, AttributeError)
+        and dataclasses.is_dataclass(error.obj)
+        and (described := _describe_field(error.obj, error.name or ""))
+    ):
+        return described
+    if isinstance(error, TypeError) and (hint := _fields_hint(str(error))):
+        return f"{error}{hint}"  # an unknown field, in a constructor's own words
+    text = error.msg if isinstance(error, SyntaxError) else error
+    return f"{type(error).__name__}: {text}"
+
+
+def _describe_field(owner: Any, name: str) -> str:
+    """What is wrong with field `name` of a dataclass if it has none of that name."""
+    names = [item.name for item in dataclasses.fields(owner)]
+    if name in names:
+        return ""
+    kind = owner if isinstance(owner, type) else type(owner)
+    return (
+        f"{kind.__name__} has no field {name!r}; {_renamed(name, names)}"
+        f"its fields are {', '.join(names)}"
+    )
 
 
 def _fields_hint(message: str) -> str:

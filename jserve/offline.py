@@ -4,9 +4,10 @@ import asyncio
 import itertools
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypeVar, Unpack
 
 import jax
@@ -16,7 +17,7 @@ from jserve.checkpoints.locate import text_assets_from_config
 from jserve.checkpoints.tensor_source import Progress
 from jserve.config import ServeConfig
 from jserve.core.clock import WallClock
-from jserve.core.errors import ConfigError, RequestError
+from jserve.core.errors import ConfigError, EngineError, RequestError
 from jserve.core.request import EngineInfo, FinishReason, Request, TokenLogprobs
 from jserve.core.stats import EngineStats
 from jserve.engine.build.assembly import Engine
@@ -58,7 +59,8 @@ class InProcessEngine:
     """An `EngineClient` whose engine steps on the client's own event loop, only inside `drive`.
 
     It takes any number of sequences and lets them into the engine's queue as that has room, so
-    nothing is refused as Overloaded.
+    nothing is refused as Overloaded. A step that fails ends it: what is known of pages and slots
+    may be wrong then, so later sequences are refused.
     """
 
     def __init__(self, engine: Engine, step_log: StepLog | None) -> None:
@@ -80,8 +82,11 @@ class InProcessEngine:
         )
         self._streams = LiveStreams()
         self._backlog: dict[str, Request] = {}  # by name; they wait for room in the engine
+        self._failure: Exception | None = None  # of the step that ended the engine
 
     def submit(self, requests: Sequence[Request]) -> UpdateStream:
+        if self._failure is not None:
+            raise _engine_failed(self._failure) from self._failure
         stream, named = self._streams.open(self, requests)
         self._backlog.update((request.id, request) for request in named)
         return stream
@@ -94,18 +99,29 @@ class InProcessEngine:
     async def drive(self, work: Coroutine[Any, Any, T]) -> T:
         """Steps the engine until `work`, which waits for its answers, is done.
 
-        Raises what `work` or a step raises.
+        Raises what `work` raises; if a step fails, that is EngineError from each of its streams.
         """
         task = asyncio.create_task(work)
         try:
             while not task.done():
                 if self._streams:
-                    self._step()
+                    try:
+                        self._step()
+                    except Exception as error:
+                        self._fail(error)
                 await asyncio.sleep(0)  # readers take the updates
             return task.result()
         finally:
             task.cancel()
             await asyncio.wait([task])
+
+    def _fail(self, error: Exception) -> None:
+        self.ready = False
+        self._failure = error
+        self._backlog.clear()
+        failed = _engine_failed(error)
+        failed.__cause__ = error
+        self._streams.fail_all(failed)
 
     def _step(self) -> None:
         if self._backlog:
@@ -183,6 +199,7 @@ class LLM:
             engine=self._engine,
             config=config.gateway,
             clock=WallClock(),
+            bounds_choices=False,
         )
         self._serial = itertools.count()
         self._loop = _LoopThread()
@@ -190,7 +207,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: PromptLike | Sequence[PromptLike],
+        prompts: PromptLike | Iterable[PromptLike],
         sampling: SamplingFields | Sequence[SamplingFields] | None = None,
         *,
         use_tqdm: bool = True,
@@ -200,7 +217,8 @@ class LLM:
 
         `sampling` is one for all prompts, or one for each; its fields that are None take the
         model's defaults. Options (`n`, `stop`, `echo`, …) are those of a served request. Raises
-        RequestError, before anything runs, when a prompt, a field or an option is wrong.
+        RequestError, before anything runs, when a prompt, a field or an option is wrong, and
+        TypeError when there is no such option.
         """
         wanted = _prompts(prompts)
         if sampling is None or isinstance(sampling, SamplingFields):
@@ -270,12 +288,17 @@ class LLM:
         sampling: Sequence[SamplingFields],
         options: RequestOptions,
     ) -> list[GenerationRequest]:
+        if unknown := options.keys() - RequestOptions.__annotations__.keys():
+            raise TypeError(
+                f"{', '.join(sorted(unknown))}: no such option; options are "
+                f"{', '.join(RequestOptions.__annotations__)}, and SamplingFields holds the rest"
+            )
         generations: list[GenerationRequest] = []
-        for prompt, fields in zip(prompts, sampling, strict=True):
+        for index, (prompt, fields) in enumerate(zip(prompts, sampling, strict=True)):
             if isinstance(prompt, str):
                 ids = await self._plane.text_prompt(prompt)
             else:
-                ids = self._plane.token_prompt(prompt)
+                ids = self._plane.token_prompt(_token_ids(prompt, index))
             name = f"offline-{next(self._serial)}"
             generations.append(self._plane.prepare(id=name, prompt=ids, sampling=fields, **options))
         return generations
@@ -298,11 +321,16 @@ class LLM:
                 for _ in range(min(len(generations), most)):
                     workers.create_task(work())
         except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+            error = errors.exceptions[0]
+            raise error from error.__cause__  # without the group
 
 
 async def _next(deltas: AsyncIterator[OutputDelta]) -> OutputDelta | None:
     return await anext(deltas, None)
+
+
+def _engine_failed(error: Exception) -> EngineError:
+    return EngineError(f"the engine failed: {error}; make a new LLM")
 
 
 def _pin(config: PlatformConfig) -> None:
@@ -314,12 +342,40 @@ def _pin(config: PlatformConfig) -> None:
         )
 
 
-def _prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
+def _prompts(prompts: PromptLike | Iterable[PromptLike]) -> list[PromptLike]:
     """Returns one prompt or several as a list."""
     if isinstance(prompts, str):
         return [prompts]
-    ids = [item for item in prompts if isinstance(item, int)]
-    return [ids] if ids else [item for item in prompts if not isinstance(item, int)]
+    try:
+        items: list[Any] = list(prompts)  # once: it may be a generator
+    except TypeError:
+        raise RequestError(
+            f"prompts is {prompts!r}; give a text, token ids, or several of these", param="prompt"
+        ) from None
+    are_ids = [isinstance(item, Integral) for item in items]
+    if len(set(are_ids)) > 1:
+        index = are_ids.index(not are_ids[0])
+        kinds = "a prompt", "a token id"
+        raise RequestError(
+            f"prompts[{index}] is {kinds[are_ids[index]]}, but prompts[0] is {kinds[are_ids[0]]}; "
+            "put the token ids of a prompt into a list of their own",
+            param="prompt",
+        )
+    return [_token_ids(items, 0)] if any(are_ids) else items
+
+
+def _token_ids(prompt: Iterable[Any], index: int) -> list[Any]:
+    """The ids of prompt number `index` with NumPy's integers as Python's; they are not checked."""
+    try:
+        return [
+            int(item) if isinstance(item, Integral) and not isinstance(item, bool) else item
+            for item in prompt
+        ]
+    except TypeError:
+        raise RequestError(
+            f"prompts[{index}] is {prompt!r}; a prompt is a text or a list of token ids",
+            param="prompt",
+        ) from None
 
 
 def _completion(prompt: PromptLike, deltas: Sequence[OutputDelta]) -> Completion:

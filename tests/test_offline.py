@@ -5,16 +5,25 @@ import dataclasses
 import itertools
 import time
 from concurrent.futures import Future
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from jserve.cache.kv_cache import KVCache
+from jserve.cache.layout import single_group
 from jserve.config import load
-from jserve.core.errors import ConfigError, PromptTooLong, RequestError
-from jserve.core.request import FinishReason
+from jserve.core.errors import ConfigError, EngineError, PromptTooLong, RequestError
+from jserve.core.request import EngineInfo, FinishReason
+from jserve.core.step import Program, ProgramKind, StepPlan, StepResult
 from jserve.engine.config import Platform
 from jserve.gateway.request_plane import GenerationRequest, OutputStream
 from jserve.gateway.validation import SamplingFields
 from jserve.offline import LLM
+from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.scheduler import Scheduler
+from jserve.scheduler.simulated_executor import SimulatedExecutor
+from jserve.scheduler.simulated_model import SimulatedModel
 
 GREEDY = SamplingFields(temperature=0, max_tokens=12)
 
@@ -48,6 +57,28 @@ def test_token_ids_are_a_prompt(llm: LLM) -> None:
     by_text = llm.generate("ids", GREEDY, use_tqdm=False)
     by_ids = llm.generate(list(b"ids"), GREEDY, use_tqdm=False)  # the tokenizer is byte-level
     assert by_ids[0].token_ids == by_text[0].token_ids
+
+
+def test_no_prompt_is_dropped(llm: LLM) -> None:
+    texts = ["one", "two"]
+    by_list = llm.generate(texts, GREEDY, use_tqdm=False)
+    assert llm.generate((text for text in texts), GREEDY, use_tqdm=False) == by_list
+    ids = np.array([list(text.encode()) for text in texts])
+    found = [
+        llm.generate(ids, GREEDY, use_tqdm=False),
+        llm.generate(ids[0], GREEDY, use_tqdm=False),
+    ]
+    assert [it.token_ids for it in found[0]] == [it.token_ids for it in by_list]
+    assert found[1][0].token_ids == by_list[0].token_ids
+    for prompts, message in (
+        (["ab", 5, "cd"], r"prompts\[1\] is a token id, but prompts\[0\] is a prompt"),
+        ([5, "ab"], r"prompts\[1\] is a prompt"),
+        (["ab", None], r"prompts\[1\] is None; a prompt is"),
+        (None, "prompts is None; give a text"),
+        ([True, 5], "prompt holds True"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            llm.generate(prompts, GREEDY, use_tqdm=False)  # type: ignore[arg-type]
 
 
 def test_choices_differ_and_a_seed_repeats_them(llm: LLM) -> None:
@@ -90,13 +121,20 @@ def test_options_of_a_served_request_are_options_here(llm: LLM) -> None:
     (prompt_only,) = llm.generate("options", scored, echo=True, use_tqdm=False)
     assert (prompt_only.text, prompt_only.token_ids) == ("options", ())
     assert len(prompt_only.prompt_logprobs or ()) == len("options")
-    with pytest.raises(RequestError, match="n must be from 1 to"):
+    with pytest.raises(RequestError, match="n must be at least 1"):
         llm.generate("options", GREEDY, n=0, use_tqdm=False)
 
 
-def test_more_choices_than_the_queue_holds(llm: LLM) -> None:
+def test_an_unknown_option_is_a_type_error(llm: LLM) -> None:
+    with pytest.raises(TypeError, match="max_tokens: no such option; options are stop, n, "):
+        llm.generate("hi", GREEDY, use_tqdm=False, max_tokens=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="stpo"):
+        list(llm.stream("hi", GREEDY, stpo="a"))  # type: ignore[call-arg]
+
+
+def test_more_choices_than_the_engine_holds(llm: LLM) -> None:
     fields = SamplingFields(temperature=1.0, max_tokens=4, seed=5, ignore_eos=True)
-    n = llm.info.max_queue + 3
+    n = llm.info.num_slots + llm.info.max_queue + 1
     found = llm.generate(["many", "more"], fields, n=n, use_tqdm=False)
     assert [len(completion.token_ids) for completion in found] == [4] * (2 * n)
     assert llm.generate(["many", "more"], fields, n=n, use_tqdm=False) == found
@@ -167,6 +205,70 @@ def test_wrong_requests_are_refused_before_anything_runs(llm: LLM) -> None:
         llm.generate("", use_tqdm=False)
     assert llm.generate([], use_tqdm=False) == []
     assert llm.stats.num_running == 0
+
+
+class Breaking(SimulatedExecutor):
+    """Fails once, in the part of a step that is named."""
+
+    breaks_in = ""
+
+    def submit(self, plan: StepPlan) -> StepResult:
+        self._break("submit")
+        return super().submit(plan)
+
+    def collect(self, handle: StepResult) -> StepResult:
+        self._break("collect")
+        return super().collect(handle)
+
+    def _break(self, part: str) -> None:
+        if self.breaks_in == part:
+            self.breaks_in = ""
+            raise RuntimeError("the device is gone")
+
+
+@pytest.mark.parametrize("part", ["submit", "collect"])
+def test_a_failed_step_ends_the_engine_with_one_error(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = (Program(ProgramKind.MIXED, 64, 8), Program(ProgramKind.DECODE, 8, 8, 8))
+    executor = Breaking(programs, model=SimulatedModel(), num_slots=8, num_pages=200, page_size=4)
+    scheduler = Scheduler(
+        SchedulerConfig(max_queue=4),
+        cache=KVCache(single_group(4), 200),
+        num_slots=8,
+        max_model_len=200,
+        programs=programs,
+    )
+    info = EngineInfo(
+        model="simulated",
+        vocab=256,
+        max_model_len=200,
+        num_slots=8,
+        num_pages=200,
+        page_size=4,
+        max_queue=4,
+        eos_token_ids=(0,),
+    )
+    engine = SimpleNamespace(
+        info=info, scheduler=scheduler, executor=executor, num_compiles=lambda: 0
+    )
+    monkeypatch.setattr("jserve.offline.start_engine", lambda *_, **__: engine)
+    llm = LLM(load("configs/tiny_random.py"))
+    fields = SamplingFields(max_tokens=8, ignore_eos=True)
+    held = llm.stream("held", SamplingFields(max_tokens=100, ignore_eos=True))
+    next(held)
+    executor.breaks_in = part
+    message = "^the engine failed: the device is gone; make a new LLM$"
+    with pytest.raises(EngineError, match=message) as failed:
+        llm.generate(["more than slots and queue"] * 30, fields, use_tqdm=False)
+    assert isinstance(failed.value.__cause__, RuntimeError)
+    for _ in range(2):
+        with pytest.raises(EngineError, match=message):
+            llm.generate("again", fields, use_tqdm=False)
+    with pytest.raises(EngineError, match=message):
+        list(llm.stream("again", fields))
+    with pytest.raises(EngineError, match=message):
+        list(held)
 
 
 def test_another_backend_than_the_running_one_is_refused() -> None:

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 
 from jserve.core.errors import ConfigError
+from jserve.core.field_types import check_types
 from jserve.core.step import Program, ProgramKind
 
 _AT_LEAST = {
@@ -84,6 +85,7 @@ class EngineConfig:
     step_log: str | None = None  # file to append a JSON line per step to; see docs/extending.md
 
     def __post_init__(self) -> None:
+        check_types(self, "engine.")  # or the comparisons would fail without the name
         if self.num_slots < 2:
             raise ConfigError(f"engine.num_slots is {self.num_slots}; at least 2 are needed")
         if self.page_size < 1 or self.page_size & (self.page_size - 1):

@@ -56,13 +56,19 @@ class StepLog:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises ConfigError if `path` cannot be opened."""
+        """Raises ConfigError if `path` cannot be opened, or is a pipe, say, that could block."""
         try:
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
+            if path.exists() and not path.is_file():
+                raise ConfigError(f"engine.step_log is {str(path)!r}, which is no regular file")
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(
-                f"engine.step_log is {str(path)!r}, which cannot be opened: {error.strerror}"
+                f"engine.step_log is {str(path)!r}, which cannot be opened: {reason}"
             ) from error
+        size = os.fstat(self._file).st_size
+        # A process that was killed, or a full disk, may have left a part of a line.
+        self._is_torn = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"
         self._close = weakref.finalize(self, os.close, self._file)
         self._path = path
         self._committed_s = float("-inf")  # time of the previous commit
@@ -101,10 +107,27 @@ class StepLog:
         self._close()
 
     def _append(self, line: bytes) -> None:
-        if os.write(self._file, line) != len(line):
+        if self._is_torn:
+            line = b"\n" + line
+        written = os.write(self._file, line)
+        if written != len(line):
+            end = os.lseek(self._file, 0, os.SEEK_CUR)
+            if end == os.fstat(self._file).st_size:  # or another process has appended meanwhile
+                os.ftruncate(self._file, end - written)
             raise OSError(errno.ENOSPC, "only a part of a line was written")
+        self._is_torn = False
 
 
 def open_step_log(config: EngineConfig) -> StepLog | None:
     """The log that `config` asks for. Raises ConfigError if its file cannot be opened."""
-    return None if config.step_log is None else StepLog(Path(config.step_log).expanduser())
+    if config.step_log is None:
+        return None
+    if not config.step_log:
+        raise ConfigError("engine.step_log is empty; name a file, or write None for no log")
+    try:
+        path = Path(config.step_log).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"engine.step_log is {config.step_log!r}, whose home folder is not known"
+        ) from error
+    return StepLog(path)

@@ -146,13 +146,16 @@ class RequestPlane:
         engine: EngineClient,
         config: GatewayConfig,
         clock: Clock,
+        bounds_choices: bool = True,
     ) -> None:
+        """Without `bounds_choices`, `n` is as large as the caller likes: `engine` refuses none."""
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.defaults = defaults
         self.engine = engine
         self.config = config
         self.clock = clock
+        self._bounds_choices = bounds_choices
         self.draining = False
         self._live: set[OutputStream] = set()
         self._idle = asyncio.Event()
@@ -252,6 +255,7 @@ class RequestPlane:
         ever seen (its context length is not known yet).
         """
         info, config = self.info, self.config
+        most_choices = min(config.max_choices, info.num_slots + info.max_queue)
         ids = check_prompt(prompt.ids, info)
         echoes = boolean("echo", options.get("echo"), default=False)
         prompt_only = (
@@ -277,7 +281,7 @@ class RequestPlane:
                 options.get("n"),
                 1,
                 1,
-                min(config.max_choices, info.num_slots + info.max_queue),
+                most_choices if self._bounds_choices else None,
             ),
             priority=integer(
                 "priority", options.get("priority"), 0, -_PRIORITY_LIMIT, _PRIORITY_LIMIT

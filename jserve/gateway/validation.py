@@ -151,14 +151,17 @@ def number(
 
 
 def integer(
-    name: str, value: Any, default: int, low: int, high: int, high_name: str | None = None
+    name: str, value: Any, default: int, low: int, high: int | None, high_name: str | None = None
 ) -> int:
-    """An integer in [low, high]; `high_name` names the bound in the message."""
+    """An integer in [low, high], None: without end; `high_name` names the bound in the message."""
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestError(f"{name} must be an integer, not {_show(value)}", param=name)
-    if not low <= value <= high:
+    if high is None:
+        if value < low:
+            raise RequestError(f"{name} must be at least {low}, not {_show(value)}", param=name)
+    elif not low <= value <= high:
         bound = f"{high_name} ({high})" if high_name else high
         raise RequestError(f"{name} must be from {low} to {bound}, not {_show(value)}", param=name)
     return value

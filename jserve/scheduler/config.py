@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from jserve.core.errors import ConfigError
+from jserve.core.field_types import check_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,7 @@ class SchedulerConfig:
     max_retry_after_s: float = 30.0  # longest wait that a refused client is told
 
     def __post_init__(self) -> None:
+        check_types(self, "scheduler.")  # or the comparisons would fail without the name
         _at_least("max_queue", self.max_queue, 1)
         _at_least("step_tokens", self.step_tokens, 1)
         _at_least("decode_steps", self.decode_steps, 1)

@@ -1,7 +1,9 @@
 """The step log against the plans that ran, and when the disk is full."""
 
+import errno
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,12 +175,59 @@ def test_a_log_goes_on_where_another_process_ended(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(path)] == [0, 0]
 
 
-def test_a_full_disk_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_is_one_warning_and_leaves_whole_lines(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, write, disk_bytes = tmp_path / "steps", os.write, 500
+
+    def write_to_small_disk(file: int, data: bytes) -> int:
+        left = disk_bytes - os.fstat(file).st_size
+        if not left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data[:left])
+
+    monkeypatch.setattr("jserve.engine.step_log.os.write", write_to_small_disk)
     with caplog.at_level(logging.WARNING):
-        ran = run(StepLog(Path("/dev/full")), {"a": 10}, max_tokens=20)
+        ran = run(StepLog(path), {"a": 10}, max_tokens=20)
     assert len(ran.results) > 5
     assert len(caplog.records) == 1
-    assert "/dev/full ends here: No space left" in caplog.text
+    assert f"{path} ends here: only a part of a line" in caplog.text
+    monkeypatch.undo()
+    before = len(lines(path))
+    assert before > 0
+    run(StepLog(path), {"a": 3}, max_tokens=1)
+    assert len(lines(path)) == before + 1
+
+
+def test_a_torn_line_stays_alone(tmp_path: Path) -> None:
+    path = tmp_path / "steps"
+    path.write_text('{"step": 0}\n{"st')
+    run(StepLog(path), {"a": 3}, max_tokens=3)
+    first, torn, *added = path.read_text().splitlines()
+    assert (first, torn) == ('{"step": 0}', '{"st')
+    assert [json.loads(line)["step"] for line in added] == list(range(len(added)))
+    assert added
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "engine.step_log is empty"),
+        ("~nosuchuser/x", "engine.step_log is '~nosuchuser/x'"),
+        ("a\0b", "engine.step_log is .* cannot be opened"),
+        ("x" * 5000, "cannot be opened: File name too long"),
+        ("/dev/null", "is no regular file"),
+    ],
+)
+def test_a_wrong_name_is_a_config_error(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        open_step_log(EngineConfig(step_log=name))
+
+
+def test_a_pipe_without_a_reader_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="is no regular file"):
+        StepLog(tmp_path / "pipe")
 
 
 def test_the_config_names_the_file(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from jserve.checkpoints.config import Dtype, Quantization
-from jserve.config import ServeConfig, check_types, flatten, load, override
+from jserve.config import ServeConfig, flatten, load, override
 from jserve.core.errors import ConfigError
+from jserve.core.field_types import check_types
 from jserve.core.logs import LogFormat
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -189,6 +190,62 @@ def test_a_renamed_field_is_told_its_new_name(
     body = f"from jserve.{section}.config import {name}\ndef get_config(): return {name}({old}=4)\n"
     with pytest.raises(ConfigError, match=f"{old} is now called {new}"):
         load(_file(tmp_path, body))
+
+
+HEAD = """import dataclasses
+from jserve.checkpoints.config import ModelConfig
+from jserve.config import ServeConfig, load
+from jserve.engine.config import EngineConfig
+from jserve.scheduler.config import SchedulerConfig
+MODEL = ModelConfig(name="x", source="x")
+def get_config(): return dataclasses.replace(ServeConfig(model=MODEL), **changes())
+"""
+RENAMED = "window_rows is now called decode_rows"
+
+
+@pytest.mark.parametrize(
+    ("body", "line", "message"),
+    [
+        ("ENGINE = EngineConfig(window_rows=(4, 32))", 8, RENAMED),
+        ("def changes(): return ServeConfig(model=MODEL).engine.window_rows", 8, RENAMED),
+        ("def changes(): ServeConfig(model=MODEL).engine.window_rows = (4,)", 8, RENAMED),
+        ("def changes():\n  dataclasses.replace(EngineConfig(), window_rows=(4,))", 9, RENAMED),
+        (
+            "def changes(): EngineConfig().num_slots = 4",
+            8,
+            r"EngineConfig\.num_slots cannot be assigned; give it to the constructor",
+        ),
+        ("def changes(: pass", 8, "SyntaxError: "),
+        ("import nothing_of_this_name", 8, "ModuleNotFoundError: No module named 'nothing"),
+        ("def changes(): return {}['key']", 8, "KeyError: 'key'"),
+        ("EngineConfig(num_slots=1)", 8, "engine.num_slots is 1; at least 2"),
+        ("load('nothing.py')", 8, "there is no file nothing.py"),
+    ],
+)
+def test_an_error_while_a_file_runs_names_its_line(
+    tmp_path: Path, body: str, line: int, message: str
+) -> None:
+    path = _file(tmp_path, HEAD + body)
+    with pytest.raises(ConfigError, match=f"^{path}:{line}: .*{message}"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("EngineConfig(num_slots='8')", "engine.num_slots is '8', but must be of type int"),
+        ("EngineConfig(page_size=None)", "engine.page_size is None, but must be of type int"),
+        ("EngineConfig(decode_rows='4')", "engine.decode_rows is '4', but must be of type tuple"),
+        ("EngineConfig(host_pages='4')", "engine.host_pages is '4', but must be"),
+        ("SchedulerConfig(max_queue='8')", "scheduler.max_queue is '8', but must be of type int"),
+        ("SchedulerConfig(max_queue=None)", "scheduler.max_queue is None, but must be"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_found_before_it_is_compared(
+    tmp_path: Path, call: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(_file(tmp_path, HEAD + call))
 
 
 def test_flatten_names_every_leaf() -> None:

@@ -1,0 +1,50 @@
+"""Whether the values of a config's fields are of their declared types."""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from jserve.core.errors import ConfigError
+
+
+def check_types(config: Any, prefix: str = "") -> None:
+    """Raises ConfigError when a value, at any depth, is not of its field's declared type."""
+    hints = typing.get_type_hints(config.__class__)
+    for item in dataclasses.fields(config):
+        name, value = prefix + item.name, getattr(config, item.name)
+        if not _is_instance(value, hints[item.name]):
+            raise ConfigError(
+                f"{name} is {value!r}, but must be of type {type_name(hints[item.name])}"
+            )
+        if dataclasses.is_dataclass(value):
+            check_types(value, f"{name}.")
+
+
+def type_name(hint: Any) -> str:
+    """A declared type as its file writes it."""
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def _is_instance(value: Any, hint: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(_is_instance(value, arg) for arg in args)
+    if origin is typing.Literal:
+        return value in args
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        items = typing.cast(tuple[Any, ...], value)
+        if args[-1] is Ellipsis:
+            return all(_is_instance(item, args[0]) for item in items)
+        return len(items) == len(args) and all(map(_is_instance, items, args))
+    if origin is not None:
+        return isinstance(value, origin)
+    if hint is Any:
+        return True
+    if isinstance(value, bool):  # a bool is an int to Python, but a mistake in a config
+        return hint is bool
+    if hint is float:
+        return isinstance(value, int | float)
+    return isinstance(value, hint)
