@@ -62,7 +62,9 @@ def load(path: str, overrides: Sequence[str] = ()) -> ServeConfig:
     if not isinstance(config, ServeConfig):
         raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not ServeConfig")
     check_types(config)
-    return override(config, overrides)
+    config = override(config, overrides)
+    check_types(config)
+    return config
 
 
 def override(config: ServeConfig, overrides: Sequence[str]) -> ServeConfig:

@@ -1,6 +1,7 @@
 """Whether the values of a config's fields are of their declared types."""
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -9,7 +10,10 @@ from jserve.core.errors import ConfigError
 
 
 def check_types(config: Any, prefix: str = "") -> None:
-    """Raises ConfigError when a value, at any depth, is not of its field's declared type."""
+    """Raises ConfigError when a value, at any depth, is not of its field's declared type.
+
+    Limits and times that are not finite are refused, too: they would end the loop that uses them.
+    """
     hints = typing.get_type_hints(config.__class__)
     for item in dataclasses.fields(config):
         name, value = prefix + item.name, getattr(config, item.name)
@@ -17,6 +21,8 @@ def check_types(config: Any, prefix: str = "") -> None:
             raise ConfigError(
                 f"{name} is {value!r}, but must be of type {type_name(hints[item.name])}"
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{name} is {value}; it must be finite")
         if dataclasses.is_dataclass(value):
             check_types(value, f"{name}.")
 

@@ -141,6 +141,15 @@ def test_a_source_of_several_types_can_be_set_to_a_path() -> None:
     assert load(TINY, ["model.source=/models/x.gguf"]).model.source == "/models/x.gguf"
 
 
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize(
+    "name", ["scheduler.decode_wait_s", "engine.join_timeout_s", "gateway.drain_s"]
+)
+def test_a_limit_that_is_not_finite_is_refused(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} is {value}\b.*finite"):
+        load(TINY, [f"{name}={value}"])
+
+
 def test_a_value_out_of_range_is_refused_by_its_own_package() -> None:
     with pytest.raises(ConfigError, match="num_slots"):
         load(TINY, ["engine.num_slots=0"])
