@@ -1,7 +1,6 @@
 """The engine's own knobs. Plain data, no JAX. None means: derived from the model or the machine."""
 
 import enum
-import math
 from dataclasses import dataclass
 
 from jserve.core.errors import ConfigError
@@ -103,10 +102,9 @@ class EngineConfig:
             )
         for name, least in _AT_LEAST.items():
             value: float | None = getattr(self, name)
-            if value is not None and not least <= value < math.inf:  # false for NaN, too
+            if value is not None and value < least:
                 raise ConfigError(
-                    f"engine.{name} is {value}; it must be finite and at least "
-                    f"{least}{_or_none(name)}"
+                    f"engine.{name} is {value}; it must be at least {least}{_or_none(name)}"
                 )
         for name in ("expert_parallel", "num_processes"):
             if self.tensor_parallel % (value := getattr(self, name)):

@@ -1,6 +1,5 @@
 """The settings of the scheduler. Plain data."""
 
-import math
 from dataclasses import dataclass
 
 from jserve.core.errors import ConfigError
@@ -44,5 +43,5 @@ class SchedulerConfig:
 
 
 def _at_least(name: str, value: float | None, least: int) -> None:
-    if value is not None and not least <= value < math.inf:  # false for NaN, too
-        raise ConfigError(f"scheduler.{name} is {value}; it must be at least {least}, and finite")
+    if value is not None and value < least:
+        raise ConfigError(f"scheduler.{name} is {value}; it must be at least {least}")
