@@ -153,7 +153,7 @@ def _place(path: str, error: Exception) -> str:
 
 
 def _describe(error: Exception) -> str:
-    """What a config file did wrong; where it used a field of an earlier version, the new name."""
+    """Says what a config file did wrong, and the new name of a field of an earlier version."""
     if isinstance(error, ConfigError):
         return str(error)
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
@@ -177,7 +177,7 @@ def _describe(error: Exception) -> str:
 
 
 def _describe_field(owner: Any, name: str) -> str:
-    """What is wrong with field `name` of a dataclass if it has none of that name."""
+    """Says which fields a dataclass has, if it has none called `name`; else an empty text."""
     names = [item.name for item in dataclasses.fields(owner)]
     if name in names:
         return ""

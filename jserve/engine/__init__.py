@@ -1,1 +1,1 @@
-"""What runs each step: job, inbox, loop, pipeline, executor; the rest is in its rooms."""
+"""The parts that run each step: job, inbox, loop, pipeline, executor; the rest is in its rooms."""

@@ -19,6 +19,7 @@ from jserve.checkpoints.config import Quantization
 from jserve.core.step import MoveKind, ProgramKind
 from jserve.engine.build.shape import abstract_params, least_shape
 from jserve.engine.program.executable_cache import (
+    ExecutableCache,
     code_digest,
     load_or_compile,
     machine_key,
@@ -141,40 +142,45 @@ def test_a_program_is_not_loaded_for_another_model(
     assert MODEL.keys() == inspect.signature(Model).parameters.keys()
     mine, same = (open_cache(tmp_path, Model(**MODEL), ONE) for _ in range(2))
     others = open_cache(tmp_path, Model(**MODEL | {argument: other}), ONE)
-    lowered = jax.jit(lambda x: x + 1).lower(jnp.int32(1))
-    assert not load_or_compile(mine, "kv_scales", lambda: lowered).cached
-    assert load_or_compile(same, "kv_scales", lambda: lowered).cached
+    assert not load_or_compile(mine, "kv_scales", _lowered).cached
+    assert load_or_compile(same, "kv_scales", _lowered).cached
     assert others.load("kv_scales") is None
+
+
+def _lowered() -> jax.stages.Lowered:
+    return jax.jit(lambda x: x + 1).lower(jnp.int32(1))
+
+
+def _with_an_entry(folder: Path) -> tuple[ExecutableCache, Path]:
+    """A cache in `folder`, and the file of its one program."""
+    cache = open_cache(folder, Model(**MODEL), ONE)
+    load_or_compile(cache, "program", _lowered)
+    (entry,) = folder.iterdir()
+    return cache, entry
 
 
 def test_an_entry_with_a_changed_bit_is_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """XLA may crash on a program that is not what it wrote."""
-    cache = open_cache(tmp_path, Model(**MODEL), ONE)
-    lowered = jax.jit(lambda x: x + 1).lower(jnp.int32(1))
-    load_or_compile(cache, "program", lambda: lowered)
-    (entry,) = tmp_path.iterdir()
+    cache, entry = _with_an_entry(tmp_path)
     whole = entry.read_bytes()
     for place in (0, len(whole) // 2, len(whole) - 1):
         entry.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
         assert cache.load("program") is None
         assert "is unreadable and is made again" in caplog.text
         caplog.clear()
-    assert not load_or_compile(cache, "program", lambda: lowered).cached
-    assert load_or_compile(cache, "program", lambda: lowered).cached
+    assert not load_or_compile(cache, "program", _lowered).cached
+    assert load_or_compile(cache, "program", _lowered).cached
 
 
 def test_what_cannot_be_stored_leaves_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache = open_cache(tmp_path, Model(**MODEL), ONE)
-    lowered = jax.jit(lambda x: x + 1).lower(jnp.int32(1))
-    load_or_compile(cache, "program", lambda: lowered)
-    (entry,) = tmp_path.iterdir()
+    cache, entry = _with_an_entry(tmp_path)
     entry.unlink()
     entry.mkdir()  # in the way of the rename, as a full disk is in that of the bytes
-    assert not load_or_compile(cache, "program", lambda: lowered).cached
+    assert not load_or_compile(cache, "program", _lowered).cached
     assert list(tmp_path.iterdir()) == [entry]
     assert "was not kept" in caplog.text
 

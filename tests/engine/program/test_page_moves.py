@@ -116,7 +116,7 @@ class Watched:
 
 
 def test_few_payloads_lie_on_the_device_at_once() -> None:
-    """However many pages a plan swaps out and in."""
+    """The bound holds for any number of pages that a plan swaps out and in."""
     kv = (pages(1),)
     live: list[int] = []
     arriving: list[int] = []
