@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Float32, Int
 
 from jserve.pallas_kernels.backend import Backend, implementations
-from jserve.pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu
+from jserve.pallas_kernels.grouped_matmul import cpu, reference, tpu
 from jserve.pallas_kernels.matmul.dispatch import wants_panels
 from jserve.pallas_kernels.matmul.panels import PanelMatrix
 from jserve.pallas_kernels.native import calls
@@ -20,6 +20,8 @@ _log = logging.getLogger(__name__)
 def _on_gpu(
     x: jax.Array, weights: Sequence[jax.Array], group_sizes: jax.Array
 ) -> tuple[jax.Array, ...]:
+    from jserve.pallas_kernels.grouped_matmul import gpu  # Mosaic takes half a second to import
+
     fit = all(gpu.fits(weight.shape[1], weight.shape[2], weight.dtype) for weight in weights)
     if not fit or x.dtype != jnp.bfloat16:
         _log.warning(

@@ -1,6 +1,7 @@
 """The one entry to quantized matmuls: contract, validation, choice of backend."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jaxtyping import Float, Float32, Int
 from jserve.pallas_kernels.backend import Backend, implementations
 from jserve.pallas_kernels.matmul import cpu
 from jserve.pallas_kernels.native import calls
-from jserve.pallas_kernels.quantized_matmul import gpu, reference, tpu
+from jserve.pallas_kernels.quantized_matmul import reference, tpu
 from jserve.pallas_kernels.quantized_matmul.channels import ChannelMatrix
 from jserve.pallas_kernels.quantized_matmul.matrix import QuantizedMatrix, dequantize
 from jserve.pallas_kernels.quantized_matmul.reference import rounded
@@ -49,8 +50,19 @@ def has_kernel(backend: Backend, out_dim: int, in_dim: int, dtype: jnp.dtype) ->
 
     Without one, XLA converts the weight to floats before it multiplies.
     """
-    fits = {Backend.TPU: tpu.fits, Backend.GPU: gpu.fits}.get(backend)
-    return fits is not None and fits(out_dim, in_dim, dtype)
+    kernels = _kernels(backend)
+    return kernels is not None and kernels.fits(out_dim, in_dim, dtype)
+
+
+def _kernels(backend: Backend) -> Any:
+    """The module with the accelerator's kernel."""
+    if backend is Backend.TPU:
+        return tpu
+    if backend is Backend.GPU:
+        from jserve.pallas_kernels.quantized_matmul import gpu  # Mosaic imports in half a second
+
+        return gpu
+    return None
 
 
 def _channel_matmul(
@@ -60,8 +72,7 @@ def _channel_matmul(
     backend: Backend,
 ) -> tuple[jax.Array, ...]:
     if all(has_kernel(backend, *weight.shape, x.dtype) for weight in weights):
-        kernel = tpu.channel_matmul if backend is Backend.TPU else gpu.channel_matmul
-        return kernel(x, weights, num_rows)
+        return _kernels(backend).channel_matmul(x, weights, num_rows)
     return _CHANNELS[backend](x, weights, num_rows)
 
 

@@ -1,6 +1,7 @@
 """The one entry to ragged paged attention: contract, validation, choice of backend."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,15 +9,22 @@ from jaxtyping import Float, Float32
 
 from jserve.pallas_kernels.backend import Backend, implementations
 from jserve.pallas_kernels.native import calls
-from jserve.pallas_kernels.ragged_paged_attention import cpu, gpu, reference, tpu
+from jserve.pallas_kernels.ragged_paged_attention import cpu, reference, tpu
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch
+
+
+def _on_gpu(*args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
+    from jserve.pallas_kernels.ragged_paged_attention import gpu  # Mosaic imports in half a second
+
+    return gpu.ragged_paged_attention(*args, **kwargs)
+
 
 _IMPLEMENTATIONS = implementations(
     reference.ragged_paged_attention,
     cpu=cpu.ragged_paged_attention,
     native=calls.ragged_paged_attention,
     tpu=tpu.ragged_paged_attention,
-    gpu=gpu.ragged_paged_attention,
+    gpu=_on_gpu,
 )
 
 
