@@ -9,6 +9,9 @@ cd "$(dirname "$0")/.."
 python=$1
 shift
 
+# A run starts some sixty processes. Without the bytecode of the first, each would compile jserve anew.
+unset PYTHONDONTWRITEBYTECODE
+
 no_tests=5  # pytest's exit status; one part may have none of the tests that were asked for
 "$python" -m pytest "$@" --optimized
 first=$?

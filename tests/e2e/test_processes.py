@@ -37,7 +37,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serving(CONFIG, tmp_path_factory.mktemp("group") / "log", *FLAGS) as running:
         yield running
         leader, follower = psutil.Process(running.engine_pid), _follower(running)
-        reader = start_reader(running, 200)
+        reader = start_reader(running, 40)
         running.process.send_signal(signal.SIGTERM)
         assert running.wait(30) == 0
         reader.join(10)
@@ -70,6 +70,7 @@ def test_the_tokens_of_one_process(server: Server, group: Server) -> None:
     assert "over 2 processes" in group.output
 
 
+@pytest.mark.sweep
 def test_killed_follower_takes_the_leader_along_and_both_come_back(group: Server) -> None:
     before = _answers(group)[0]["text"]
     leader, follower = psutil.Process(group.engine_pid), _follower(group)

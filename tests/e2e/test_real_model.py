@@ -62,6 +62,7 @@ def test_http_stream(real_server: Server) -> None:
     assert text == PROMPT["text"]
 
 
+@pytest.mark.sweep  # `test_clients` has all clients, with a tiny model
 def test_openai_client(real_server: Server) -> None:
     with openai.OpenAI(base_url=f"{real_server.url}/v1", api_key="unused", max_retries=0) as client:
         model = client.models.list().data[0].id
@@ -74,6 +75,7 @@ def test_openai_client(real_server: Server) -> None:
         assert text == CONVERSATION["text"]
 
 
+@pytest.mark.sweep
 def test_grpc_client(real_server: Server) -> None:
     sampling = types_pb2.SamplingParams(**GREEDY)
     messages = [inference_pb2.ChatMessage(**message) for message in CONVERSATION["messages"]]

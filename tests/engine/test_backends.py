@@ -9,10 +9,11 @@ from jserve.checkpoints.config import Quantization
 from jserve.core.request import Request, SamplingParams
 from jserve.engine.config import KVDtype
 from jserve.pallas_kernels.backend import Backend
-from tests.backends import NATIVE_MARKS
+from tests.backends import INVARIANT_BACKENDS
 from tests.engine.engine_harness import CONFIG, TINY, Harness
 
-pytestmark = pytest.mark.optimized
+# An engine takes half a minute to compile; `test_generation` has a dense one on the native kernels.
+pytestmark = [pytest.mark.optimized, pytest.mark.sweep]
 
 SPEC = dataclasses.replace(TINY, model_dim=64, ffn_dim=96, head_dim=16, eos_token_ids=())
 # A dense layer and one of experts.
@@ -28,25 +29,10 @@ KINDS = {
     "experts, bfloat16 cache": (SPARSE, Quantization.NONE, KVDtype.BFLOAT16),
     "int4, 8-bit cache": (SPEC, Quantization.INT4, KVDtype.FLOAT8),
 }
-# An engine takes half a minute to compile; `test_generation` has a dense one on the native kernels.
-SHOWN = {("experts, bfloat16 cache", Backend.CPU)}
 
 
-@pytest.mark.parametrize(
-    ("kind", "backend"),
-    [
-        pytest.param(
-            kind,
-            backend,
-            marks=(
-                *(NATIVE_MARKS if backend is Backend.NATIVE else ()),
-                *(() if (kind, backend) in SHOWN else (pytest.mark.sweep,)),
-            ),
-        )
-        for kind in KINDS
-        for backend in (Backend.CPU, Backend.NATIVE)
-    ],
-)
+@pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_company_changes_nothing(kind: str, backend: Backend) -> None:
     spec, quantization, kv_dtype = KINDS[kind]
     rng = np.random.default_rng(1)

@@ -74,6 +74,7 @@ def _check_logprobs(found: Sequence[Any], expected: Sequence[Any]) -> None:
         np.testing.assert_allclose(entry.logprob, other.logprob, rtol=0, atol=1e-5)
 
 
+@pytest.mark.sweep
 def test_a_family_gives_the_tokens_of_one_device() -> None:
     """Experts beside dense layers, over both axes; `make sharding` takes every family and mesh."""
     check("qwen3_moe, dense layers", (2, 4))

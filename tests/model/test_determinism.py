@@ -12,7 +12,7 @@ from jserve.core.model_spec import ModelSpec, RopeScaling, RopeScalingKind
 from jserve.model.context import StepContext
 from jserve.model.functional import Model
 from jserve.pallas_kernels.backend import Backend
-from tests.backends import INVARIANT_BACKENDS
+from tests.backends import INVARIANT_BACKENDS, NATIVE_MARKS
 
 pytestmark = pytest.mark.optimized
 
@@ -97,17 +97,25 @@ def rowwise_attend(
     return jnp.tanh(q * k) + v, kv
 
 
-@pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 @pytest.mark.parametrize(
-    ("name", "sizes"),
+    ("name", "backend", "sizes"),
     [
         # One row takes other routines than several. Layers of experts are those of qwen3_moe, too.
-        *((name, (1, 16) if name == "smollm2" else (1,)) for name in SPECS if name != "mixtral"),
-        *(pytest.param(name, SIZES, marks=pytest.mark.sweep) for name in SPECS),
+        ("smollm2", Backend.CPU, (1, 16)),
+        ("dynamic", Backend.CPU, (1,)),
+        *(
+            pytest.param(name, Backend.NATIVE, (1, 16), marks=NATIVE_MARKS)
+            for name in ("smollm2", "gemma3", "qwen3_moe", "dynamic")
+        ),
+        *(
+            pytest.param(name, backend, SIZES, marks=(*marks, pytest.mark.sweep))
+            for name in SPECS
+            for backend, marks in ((Backend.CPU, ()), (Backend.NATIVE, NATIVE_MARKS))
+        ),
     ],
 )
 def test_rows_do_not_depend_on_the_batch(
-    name: str, sizes: tuple[int, ...], backend: Backend
+    name: str, backend: Backend, sizes: tuple[int, ...]
 ) -> None:
     model = Model(SPECS[name], jnp.float32, backend)
     params = model.init(0)

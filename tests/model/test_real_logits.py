@@ -169,7 +169,11 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
 
 
-@pytest.fixture(scope="module", params=["smollm2_135m", "gemma3_270m"])
+# SmolLM2's greedy texts are those of transformers in `tests/e2e/test_real_model.py`, too.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("smollm2_135m", marks=pytest.mark.sweep), "gemma3_270m"],
+)
 def runner(request: pytest.FixtureRequest, backend: Backend) -> tuple[str, Runner]:
     return request.param, Runner(request.param, backend)
 

@@ -54,7 +54,11 @@ def test_agrees_with_float64(
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
 @pytest.mark.parametrize(
     ("in_dim", "out_dims", "dtype"),
-    [*((*shape, jnp.float32) for shape in SHAPES), (*SHAPES[1], jnp.bfloat16)],
+    [
+        *((*shape, jnp.float32) for shape in SHAPES if shape != SHAPES[1]),
+        (*SHAPES[1], jnp.bfloat16),
+        pytest.param(*SHAPES[1], jnp.float32, marks=pytest.mark.sweep),
+    ],
 )
 def test_a_row_does_not_depend_on_the_others(
     in_dim: int, out_dims: tuple[int, ...], dtype: jnp.dtype, backend: Backend

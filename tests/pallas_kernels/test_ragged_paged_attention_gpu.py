@@ -101,7 +101,7 @@ def _check(problem: Problem, out: np.ndarray, pages: np.ndarray) -> None:
 
 
 # Chunks that start inside of blocks are in the random batches and among the chunks below.
-_SHOWN = ("decode", "window", "narrow_256")
+_SHOWN = ("window",)
 
 
 @needs_gpu_interpreter

@@ -6,7 +6,6 @@ for the real chips; `tests/tpu_compile` does.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -56,19 +55,10 @@ def _check(problem: Problem, out: np.ndarray, pages: np.ndarray, atol: float) ->
     problem.check_pages(pages)
 
 
-def _sweep(values: Iterable[Any], kept: Sequence[str]) -> list[Any]:
-    """Leaves values of other names to `make sweep`: the interpreter takes seconds for each.
-
-    The kept ones have both routines, a window, idle rows, padding, and tiles that hang over into
-    other rows. Together with the random batches they have every head dim and page size of CASES.
-    """
-    return [
-        pytest.param(value, marks=() if str(name) in kept else pytest.mark.sweep, id=str(name))
-        for value, name in ((value, getattr(value, "name", value)) for value in values)
-    ]
-
-
-@pytest.mark.parametrize("case", _sweep(CASES, ("mixed", "window", "short_prompts")))
+# The interpreter takes seconds for each case. The random batches have both routines, a window, idle
+# rows, padding, and tiles that hang over into other rows.
+@pytest.mark.sweep
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_agrees_with_float64(case: Case) -> None:
     # The bound of every backend: roundings of float32 sums over some hundred weighted values.
     problem = Problem(case)
@@ -76,7 +66,14 @@ def test_agrees_with_float64(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", _sweep(("short_prompts", "dim_64", "dim_128", "dim_256"), ("dim_128", "dim_256"))
+    "name",
+    [
+        "dim_128",
+        *(
+            pytest.param(name, marks=pytest.mark.sweep)
+            for name in ("short_prompts", "dim_64", "dim_256")
+        ),
+    ],
 )
 def test_bfloat16(name: str) -> None:
     """Weights are rounded to bfloat16 before they meet V, and so is the result: 2⁻⁹ each."""
@@ -87,7 +84,8 @@ def test_bfloat16(name: str) -> None:
     _check(problem, *_run(problem, jnp.bfloat16, jnp.bfloat16), atol=2**-8 * largest)
 
 
-@pytest.mark.parametrize("name", _sweep(("mixed", "wide_page", "wider_page"), ("wider_page",)))
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", ["mixed", "wide_page", "wider_page"])
 def test_pages_of_bfloat16(name: str) -> None:
     """Float32 queries over K and V that bfloat16 holds exactly lose nothing."""
     (case,) = (case for case in CASES if case.name == name)

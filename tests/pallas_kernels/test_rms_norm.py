@@ -11,6 +11,7 @@ from jserve.pallas_kernels.rms_norm import rms_norm
 from tests.backends import BACKENDS, INVARIANT_BACKENDS
 
 SHAPES = [(16,), (24,), (576,), (4096,), (3, 64), (16, 128), (5, 90)]
+_SHOWN = ((576,), (3, 64), (5, 90))  # of rows alone: one norm a token, one a head, odd sizes
 
 
 def _run(backend: Backend, offset: float = 1.0):
@@ -38,7 +39,13 @@ def test_agrees_with_float64(shape: tuple[int, ...], offset: float, backend: Bac
 
 @pytest.mark.optimized
 @pytest.mark.parametrize("backend", INVARIANT_BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(shape, marks=() if shape in _SHOWN else pytest.mark.sweep, id=str(shape))
+        for shape in SHAPES
+    ],
+)
 def test_a_row_does_not_depend_on_the_others(shape: tuple[int, ...], backend: Backend) -> None:
     x, weight = _problem(shape)
     run = _run(backend)

@@ -334,17 +334,19 @@ def cut(
     )
 
 
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(engine=engines(), seed=st.integers(0, 1 << 32), depth=st.sampled_from((1, 2, 2, 3)))
+def test_random_load_loses_nothing(engine: Engine, seed: int, depth: int) -> None:
+    Drill(engine, seed, depth).run(500)
+
+
+@pytest.mark.sweep
 @settings(
     max_examples=220, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
-@given(
-    engine=engines(),
-    seed=st.integers(0, 1 << 32),
-    depth=st.sampled_from((1, 2, 2, 3)),
-    num_ops=st.integers(450, 550),
-)
-def test_random_load_loses_nothing(engine: Engine, seed: int, depth: int, num_ops: int) -> None:
-    Drill(engine, seed, depth).run(num_ops)
+@given(engine=engines(), seed=st.integers(0, 1 << 32), depth=st.sampled_from((1, 2, 2, 3)))
+def test_100_000_orders(engine: Engine, seed: int, depth: int) -> None:
+    Drill(engine, seed, depth).run(500)
 
 
 def sharing(engine: Engine, seed: int) -> SharingCache:

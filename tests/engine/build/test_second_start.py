@@ -41,7 +41,8 @@ print(json.dumps({"compiled": compiled, "cached": cached, "converted": bool(phas
 def test_compiles_and_converts_nothing(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "llama.gguf", "llama", tiny_weights("llama"))
     command = [sys.executable, "-c", _START, str(source), str(tmp_path / "cache")]
-    quickly = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_backend_optimization_level=0"
+    quickly = os.environ | {"XLA_FLAGS": flags}
     first, second = (
         json.loads(subprocess.run(command, check=True, capture_output=True, env=quickly).stdout)
         for _ in range(2)

@@ -31,7 +31,7 @@ SPARSE = dataclasses.replace(
         (TINY, Quantization.NONE, KVDtype.BFLOAT16),
         (TINY, Quantization.FP8, KVDtype.FLOAT8),
         (SPARSE, Quantization.NONE, KVDtype.BFLOAT16),
-        (SPARSE, Quantization.INT8_CHANNEL, KVDtype.BFLOAT16),
+        pytest.param(SPARSE, Quantization.INT8_CHANNEL, KVDtype.BFLOAT16, marks=pytest.mark.sweep),
     ],
 )
 def test_programs_multiply_float32(

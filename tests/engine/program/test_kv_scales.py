@@ -102,7 +102,8 @@ def test_devices_agree(params: Params, devices: int) -> None:
     np.testing.assert_array_equal(_measured(params, devices), expected)
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2 * SPEC.kv_heads, marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize("devices", [1, 2 * SPEC.kv_heads])
 def test_an_engine_loses_nothing_to_uneven_heads(
     params: Params, devices: int, tmp_path: Path
 ) -> None:

@@ -142,14 +142,14 @@ def _peaked(vocab: int) -> np.ndarray:
 
 # Draws take longer than compilation.
 @pytest.mark.optimized
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("vocab", "params"),
     [
         (49152, {"top_k": 50, "top_p": 0.9}),
-        pytest.param(49152, {"top_p": 0.85}, marks=pytest.mark.sweep),  # within the candidates
-        pytest.param(8192, {"temperature": 0.8}, marks=pytest.mark.sweep),
-        # A nucleus beyond the candidates; the small vocabulary has one, too.
-        pytest.param(8192, {"top_p": 0.97}, marks=pytest.mark.sweep),
+        (49152, {"top_p": 0.85}),  # within the candidates
+        (8192, {"temperature": 0.8}),
+        (8192, {"top_p": 0.97}),  # beyond the candidates
     ],
     ids=str,
 )
