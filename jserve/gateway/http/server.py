@@ -8,16 +8,17 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from jserve.core.errors import ConfigError
+from jserve.gateway.http.upgrade import PlainHttpProtocol
 
 _IDLE_S = 75.0  # a kept-alive connection without a request; load balancers close theirs at 60
 _MAX_HEAD_BYTES = 64 << 10  # request line and headers
 _BACKLOG = 4096  # connections that the kernel holds until they are accepted
 
 
-class _Protocol(HttpToolsProtocol):
+class _Protocol(PlainHttpProtocol):
     """Uvicorn's protocol; bounds the head of a request and tells all requests of a lost client."""
 
     _head_bytes: int | None = None  # bytes of the incoming head; None between heads
