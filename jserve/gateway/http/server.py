@@ -10,6 +10,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from jserve.core.addresses import host_and_port
 from jserve.core.errors import ConfigError
 from jserve.gateway.http.upgrade import PlainHttpProtocol
 
@@ -116,7 +117,8 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        message = f"cannot listen for HTTP on {host}:{port}: {error}; choose another http_port"
+        address = host_and_port(host, port)
+        message = f"cannot listen for HTTP on {address}: {error}; choose another http_port"
         raise ConfigError(message) from error
     listener.setblocking(False)
     return listener
