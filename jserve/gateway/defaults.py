@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from jserve.core.errors import ConfigError
+from jserve.core.request import SamplingParams
 from jserve.gateway.config import GatewayConfig
 
 
@@ -20,24 +21,47 @@ class SamplingDefaults:
     max_tokens: int | None = None  # None: the rest of the context
 
 
+_BOUNDS = {it.name: it.metadata["bounds"] for it in fields(SamplingParams) if it.metadata}
+_NO_LIMIT = -1  # of max_tokens, in the configs of other servers
+
+
 def sampling_defaults(
     generation_config: Mapping[str, Any], config: GatewayConfig
 ) -> SamplingDefaults:
     """Reads Hugging Face's generation_config.json; `config.default_*` come first.
 
-    `do_sample: false` makes greedy the default. Raises ConfigError for a value of a wrong type.
+    `do_sample: false` makes greedy the default. Values that switch a rule off are taken as in
+    Hugging Face and vLLM: null, top_k 0 or -1, max_new_tokens -1. Raises ConfigError for a value
+    that a request could not have either.
     """
-    given = {it.name: getattr(config, f"default_{it.name}") for it in fields(SamplingDefaults)}
-    greedy = generation_config.get("do_sample") is False
     values: dict[str, Any] = {}
-    for name, ours in given.items():
-        theirs = "max_new_tokens" if name == "max_tokens" else name
-        value = generation_config.get(theirs) if ours is None else ours
-        if ours is None and greedy and name == "temperature":
-            value = 0.0
+    for item in fields(SamplingDefaults):
+        theirs = "max_new_tokens" if item.name == "max_tokens" else item.name
+        value, source = getattr(config, f"default_{item.name}"), f"gateway.default_{item.name}"
         if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            raise ConfigError(f"generation config: {theirs} must be a number ≥ 0, not {value!r}")
-        values[name] = int(value) if name in ("top_k", "max_tokens") else float(value)
+            value, source = generation_config.get(theirs), f"generation config: {theirs}"
+            if item.name == "temperature" and generation_config.get("do_sample") is False:
+                value = 0.0
+        if value is not None:
+            values[item.name] = _checked(source, item.name, value)
     return SamplingDefaults(**values)
+
+
+def _checked(source: str, name: str, value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{source} must be a number, not {value!r}")
+    if name == "max_tokens":
+        low, high, above_low = 1, 2**31 - 1, False
+        if value == _NO_LIMIT:
+            return None
+    else:
+        bounds = _BOUNDS[name]
+        low, high, above_low = bounds.low, bounds.high, bounds.above_low
+    if not low <= value <= high or (above_low and value == low):  # NaN fails as well
+        least = f"above {low:g}" if above_low else f"at least {low:g}"
+        raise ConfigError(f"{source} must be {least} and at most {high:g}, not {value!r}")
+    if name not in ("top_k", "max_tokens"):
+        return float(value)
+    if value != int(value):
+        raise ConfigError(f"{source} must be a whole number, not {value!r}")
+    return max(int(value), 0)

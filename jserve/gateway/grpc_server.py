@@ -8,6 +8,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from jserve.core.addresses import host_and_port
 from jserve.core.errors import ConfigError, Unauthenticated
 from jserve.gateway.api_keys import ApiKeyCheck
 from jserve.gateway.config import GatewayConfig
@@ -118,7 +119,7 @@ class GrpcServer:
         reflection.enable_server_reflection(
             (_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME), self._server
         )
-        self._address = f"{config.host}:{config.grpc_port}"
+        self._address = host_and_port(config.host, config.grpc_port)
         self.port = 0  # set by `start`
 
     async def start(self) -> None:

@@ -84,13 +84,15 @@ class OutputProcessor:
         self._fed_chars = 0
         self._head = ""  # text before the output
         prompt = generation.prompt
-        decoded = generation.echo and prompt.text is None
         self._detokenizer = tokenizer.detokenizer(
-            skip_special_tokens=generation.skip_special_tokens,
-            prompt=() if decoded else prompt.ids,
+            skip_special_tokens=generation.skip_special_tokens, prompt=prompt.ids
         )
-        if generation.echo:
-            self._head = self._detokenizer.push(prompt.ids) if decoded else prompt.text or ""
+        if generation.echo and prompt.text is None:
+            # The prompt is echoed as it was given, its special tokens too. A character that it
+            # leaves unfinished is completed by the output.
+            self._head = tokenizer.detokenizer(skip_special_tokens=False).push(prompt.ids)
+        elif generation.echo:
+            self._head = prompt.text or ""
 
     def feed(self, update: SequenceUpdate) -> OutputDelta:
         """Returns the delta for an update; it may finish though the update does not."""

@@ -47,6 +47,7 @@ class RequestOptions(TypedDict, total=False):
     echo: bool | None  # the text of each choice starts with the prompt's text
     skip_special_tokens: bool | None
     include_stop_str_in_output: bool | None
+    default_max_tokens: int | None  # where neither request nor gateway config says max_tokens
 
 
 class OutputStream:
@@ -265,11 +266,15 @@ class RequestPlane:
         )
         if prompt_only:
             sampling = replace(sampling, max_tokens=1)
+        defaults = self.defaults
+        fallback = options.get("default_max_tokens")
+        if fallback is not None and config.default_max_tokens is None:
+            defaults = replace(defaults, max_tokens=fallback)
         return GenerationRequest(
             id=check_request_id(id, config.max_request_id_chars),
             prompt=Prompt(ids, prompt.text),
             sampling=resolve_sampling(
-                sampling, defaults=self.defaults, info=info, prompt_tokens=len(ids)
+                sampling, defaults=defaults, info=info, prompt_tokens=len(ids)
             ),
             stop=check_stop(
                 options.get("stop"),

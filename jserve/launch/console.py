@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
 
+from jserve.core.addresses import host_and_port
 from jserve.proto.engine_status import Ready
 
 if TYPE_CHECKING:  # the launcher starts the engine before it spends time on this import
@@ -43,24 +44,26 @@ def show_summary(console: Console, plane: "RequestPlane", ready: Ready) -> None:
     sampling = ", ".join(f"{name} {value}" for name, value in asdict(defaults).items() if value)
     # An address that means "every interface" is no address to send to.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)  # noqa: S104
-    host = f"[{host}]" if ":" in host else host
-    url = f"http://{host}:{config.http_port}"
+    url = f"http://{host_and_port(host, config.http_port)}"
     rows = {
         "model": plane.model_name,
         **ready.summary,
         "defaults": sampling,
         "start": phases,
         "HTTP": url,
-        "gRPC": f"{host}:{config.grpc_port}",
+        "gRPC": host_and_port(host, config.grpc_port),
     }
     console.table("jserve is ready", {name: value for name, value in rows.items() if value})
-    question = "What is the capital of France?"
+    # Questions whose greedy answer is no near tie, so that 4-bit weights answer them as well.
     if plane.chat_template is not None:
-        path, body = "chat/completions", {"messages": [{"role": "user", "content": question}]}
+        path, body = (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "What is 2+2?"}]},
+        )
     else:
-        path, body = "completions", {"prompt": "The capital of France is"}
+        path, body = "completions", {"prompt": "1, 2, 3, 4,"}
     key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys else ""
-    data = json.dumps({"model": plane.model_name, **body, "max_tokens": 32})
+    data = json.dumps({"model": plane.model_name, **body, "max_tokens": 32, "temperature": 0})
     console.text(
         f"\nTry:\n  curl {url}/v1/{path}{key} \\\n"
         f"    -H 'Content-Type: application/json' \\\n    -d '{data}'\n"

@@ -16,6 +16,7 @@ from jserve.core import logs
 from jserve.core.errors import ConfigError, JserveError
 from jserve.engine.build import platform
 from jserve.engine.config import PlatformConfig
+from jserve.gateway.addresses import check_addresses
 
 _CONFIG = flags.DEFINE_string("config", None, "A Python file that defines get_config().")
 _SET = flags.DEFINE_multi_string(
@@ -128,7 +129,10 @@ def _load_config() -> ServeConfig:
         for name, flag in (("host", _HOST), ("http_port", _HTTP_PORT), ("grpc_port", _GRPC_PORT))
         if flag.value is not None
     }
-    return dataclasses.replace(config, gateway=dataclasses.replace(config.gateway, **given))
+    gateway = dataclasses.replace(config.gateway, **given)
+    # `[::1]`, as a URL has it, is the address ::1.
+    gateway = dataclasses.replace(gateway, host=gateway.host.strip("[]"))
+    return dataclasses.replace(config, gateway=gateway)
 
 
 def _serve(arguments: Sequence[str]) -> int:
@@ -136,6 +140,10 @@ def _serve(arguments: Sequence[str]) -> int:
         raise app.UsageError(f"serve takes no arguments, got {' '.join(arguments)}")
     config = _load_config()
     _check_processes(config)
+    if _ROLE.value in ("all", "gateway"):
+        check_addresses(config.gateway)
+    if _ROLE.value in ("engine", "gateway"):
+        _check_engine_address(_ENGINE_ADDRESS.value)
     logs.configure(config.log)
     platform.raise_file_limit()
     if _ROLE.value == "engine":
@@ -184,6 +192,16 @@ def _check_leader_address(address: str) -> None:
             f"--leader_address is {address!r}: followers dial it, so give the name or address by "
             "which they reach the leader's host, and a port, for example host0:8610; the leader "
             "listens on all its interfaces"
+        )
+
+
+def _check_engine_address(address: str) -> None:
+    """Raises ConfigError unless it is a host and a port."""
+    host, _, port = address.rpartition(":")
+    is_port = port.isdecimal() and int(port) < 1 << 16
+    if not (host and is_port) and not address.startswith("unix:"):
+        raise ConfigError(
+            f"--engine_address is {address!r}; write HOST:PORT, for example 127.0.0.1:8600"
         )
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import enum
+import errno
 import logging
 import signal
 import socket
@@ -13,6 +14,7 @@ import uvloop
 
 from jserve.config import ServeConfig, flatten
 from jserve.control.engine_process import EngineProcess
+from jserve.core.addresses import host_and_port
 from jserve.core.clock import WallClock
 from jserve.core.errors import ConfigError
 from jserve.engine.job import COMMAND, encode_job
@@ -228,8 +230,10 @@ def _require_free_port(host: str, port: int, flag: str) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
+            wrong_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
             raise ConfigError(
-                f"{host}:{port} cannot be opened ({error.strerror}); choose another with {flag}"
+                f"{host_and_port(host, port)} cannot be opened ({error.strerror}); "
+                f"choose another with {'--host' if wrong_host else flag}"
             ) from None
 
 

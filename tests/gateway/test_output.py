@@ -127,6 +127,9 @@ def test_echo_puts_the_prompt_first():
     thumb = TOKENIZER.encode("x👍")
     asked = generation(echo=True, prompt=Prompt(tuple(thumb[:3])))
     assert text_of(feed(asked, updates([*thumb[3:], *ids], [1]))) == "x👍Hello"
+    # The prompt as it was given: special tokens are text there, as in vLLM.
+    asked = generation(echo=True, prompt=Prompt((*ids, END)))
+    assert text_of(feed(asked, updates([END, *ids], [1]))) == f"Hello{END_OF_TURN}Hello"
 
 
 def test_prompt_only_shows_no_output():

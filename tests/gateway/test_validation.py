@@ -208,3 +208,61 @@ def test_generation_config_gives_the_defaults():
     assert sampling_defaults({"do_sample": False, "temperature": 0.6}, config).temperature == 0
     with pytest.raises(ConfigError, match="top_p"):
         sampling_defaults({"top_p": "x"}, config)
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "value"),
+    [
+        # Each of these switches its rule off, in transformers or in vLLM.
+        ({"top_k": -1}, "top_k", 0),
+        ({"top_k": 0}, "top_k", 0),
+        ({"top_k": None}, "top_k", 0),
+        ({"top_p": None}, "top_p", 1.0),
+        ({"min_p": None}, "min_p", 0.0),
+        ({"temperature": None}, "temperature", 1.0),
+        ({"repetition_penalty": None}, "repetition_penalty", 1.0),
+        ({"max_new_tokens": None}, "max_tokens", None),
+        ({"max_new_tokens": -1}, "max_tokens", None),
+        ({"top_k": 50.0}, "top_k", 50),
+        ({"max_new_tokens": 2048.0}, "max_tokens", 2048),
+        ({"top_p": 1}, "top_p", 1.0),
+        ({"temperature": 0}, "temperature", 0.0),
+    ],
+)
+def test_neutral_values_of_a_generation_config(given, field, value):
+    defaults = sampling_defaults(given, GatewayConfig())
+    assert getattr(defaults, field) == value
+    assert resolve(defaults=defaults).max_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"top_k": -2},
+        {"top_k": 1.5},
+        {"top_k": True},
+        {"top_k": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"temperature": float("inf")},
+        {"temperature": -1},
+        {"repetition_penalty": 0},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": "many"},
+    ],
+)
+def test_impossible_values_of_a_generation_config_are_named(given):
+    ((name, value),) = given.items()
+    with pytest.raises(ConfigError, match=f"generation config: {name}"):
+        sampling_defaults(given, GatewayConfig())
+    ours = "max_tokens" if name == "max_new_tokens" else name
+    config = replace(GatewayConfig(), **{f"default_{ours}": value})
+    with pytest.raises(ConfigError, match=f"gateway.default_{ours}"):
+        sampling_defaults({}, config)
+
+
+@pytest.mark.parametrize("top_k", [-1, 0])
+def test_a_configs_own_top_k_may_be_off(top_k):
+    config = replace(GatewayConfig(), default_top_k=top_k)
+    assert sampling_defaults({"top_k": 40}, config).top_k == 0

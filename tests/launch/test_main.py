@@ -48,6 +48,7 @@ def _command(arguments: tuple[str, ...], sender: multiprocessing.connection.Conn
         sender.send((stdout.getvalue(), stderr.getvalue()))
 
 
+_TINY = ("--config=configs/tiny_random.py",)
 _TWO_PROCESSES = (
     "--config=configs/tiny_random.py",
     "--set=engine.tensor_parallel=2",
@@ -79,6 +80,13 @@ def test_help_lists_commands_and_flags() -> None:
         (["--config=configs/tiny_random.py", "--set=engine.num_processes=2"], "must divide"),
         ([*_TWO_PROCESSES, "--leader_address=0.0.0.0:8610"], "for example host0:8610"),
         ([*_TWO_PROCESSES, "--leader_address=:8610"], "for example host0:8610"),
+        ([*_TINY, "--http_port=99999"], "gateway.http_port is 99999; ports are"),
+        ([*_TINY, "--grpc_port=-1"], "gateway.grpc_port is -1; ports are"),
+        ([*_TINY, "--http_port=8123", "--grpc_port=8123"], "are both 8123"),
+        ([*_TINY, "--host=192.0.2.1"], "choose another with --host"),
+        ([*_TINY, "--host="], "gateway.host is empty"),
+        ([*_TINY, "--role=gateway", "--engine_address=a:99999"], "write HOST:PORT"),
+        ([*_TINY, "--role=gateway", "--engine_address=a"], "write HOST:PORT"),
         (["convert", ".", "."], "exists already"),
         (["plan", "--config=configs/tiny_random.py"], "platform.chip is not set"),
         (["plan", "--config=configs/llama33_70b.py"], "--architecture=config.json"),

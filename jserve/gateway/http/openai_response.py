@@ -61,6 +61,23 @@ def finish_json(delta: OutputDelta) -> Json:
     return {"finish_reason": finish, "stop_reason": delta.stop_reason}
 
 
+def spelled(token_id: int, tokens: TokenText) -> str:
+    """The token as every logprobs object of OpenAI's API writes it.
+
+    A token that is no text of its own, such as half a character, is written by its bytes, so that
+    different ones are never spelled alike.
+    """
+    raw = tokens.token_bytes(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return _by_bytes(raw)
+
+
+def _by_bytes(raw: bytes) -> str:
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
 def chat_logprobs(entries: Iterable[TokenLogprobs], tokens: TokenText) -> Json:
     return {"content": [_chat_position(entry, tokens) for entry in entries], "refusal": None}
 
@@ -72,7 +89,7 @@ def _chat_position(entry: TokenLogprobs, tokens: TokenText) -> Json:
 
 def _chat_token(token_id: int, logprob: float, tokens: TokenText) -> Json:
     return {
-        "token": tokens.token_text(token_id),
+        "token": spelled(token_id, tokens),
         "logprob": max(logprob, _LEAST_LOGPROB),
         "bytes": list(tokens.token_bytes(token_id)),
     }
@@ -81,6 +98,8 @@ def _chat_token(token_id: int, logprob: float, tokens: TokenText) -> Json:
 class CompletionLogprobs:
     """Builds the `logprobs` of one completion choice, in one go or chunk by chunk.
 
+    Each of `tokens` is a key of its `top_logprobs` and has its own log-probability there: clients
+    look the token up to learn whether it was the best.
     `text_offset` counts the characters before each token, over the bytes of all tokens so far; a
     token that continues a character has that character's offset. Owned by one choice.
     """
@@ -96,7 +115,7 @@ class CompletionLogprobs:
         offsets: list[int] = []
         for token_id in token_ids:
             raw = self._tokens.token_bytes(token_id)
-            texts.append(self._tokens.token_text(token_id))
+            texts.append(spelled(token_id, self._tokens))
             continues = raw[:1] != b"" and raw[0] & 0xC0 == 0x80
             offsets.append(max(self._offset - continues, 0))
             self._offset += sum(byte & 0xC0 != 0x80 for byte in raw)
@@ -113,18 +132,15 @@ class CompletionLogprobs:
 
     def _alternatives(self, entry: TokenLogprobs) -> dict[str, float]:
         # Best first; of ids with the same text the best counts. The token itself is always there.
+        own = spelled(entry.token_id, self._tokens)
         found: dict[str, float] = {}
-        for token_id, logprob in (*entry.top[: self._top], (entry.token_id, entry.logprob)):
-            found.setdefault(self._key(token_id), max(logprob, _LEAST_LOGPROB))
+        for token_id, logprob in entry.top[: self._top]:
+            key = spelled(token_id, self._tokens)
+            if key == own and token_id != entry.token_id:
+                key = _by_bytes(self._tokens.token_bytes(token_id))
+            found.setdefault(key, max(logprob, _LEAST_LOGPROB))
+        found[own] = max(entry.logprob, _LEAST_LOGPROB)
         return found
-
-    def _key(self, token_id: int) -> str:
-        text = self._tokens.token_text(token_id)
-        if "\ufffd" not in text:
-            return text
-        # OpenAI's notation keeps tokens of half a character apart.
-        raw = self._tokens.token_bytes(token_id)
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def prompt_logprobs_json(

@@ -26,6 +26,10 @@ from jserve.gateway.http.openai_shape import ChatShape, CompletionShape, Shape
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import GenerationRequest, Prompt, RequestPlane
 
+# OpenAI's default of completions, and vLLM's, whatever the generation config says; a chat goes on
+# until the model ends it.
+_COMPLETION_TOKENS = 16
+
 
 def json_response(value: Mapping[str, Any]) -> Response:
     """Responds with `value` and status 200."""
@@ -128,6 +132,7 @@ class OpenAIRoutes:
                 echo=echo,
                 skip_special_tokens=asked.skip_special_tokens,
                 include_stop_str_in_output=asked.include_stop_str_in_output,
+                default_max_tokens=None if isinstance(asked, ChatRequest) else _COMPLETION_TOKENS,
             )
             for i, prompt in enumerate(prompts)
         )

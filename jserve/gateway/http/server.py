@@ -8,16 +8,18 @@ from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+from jserve.core.addresses import host_and_port
 from jserve.core.errors import ConfigError
+from jserve.gateway.http.upgrade import PlainHttpProtocol
 
 _IDLE_S = 75.0  # a kept-alive connection without a request; load balancers close theirs at 60
 _MAX_HEAD_BYTES = 64 << 10  # request line and headers
 _BACKLOG = 4096  # connections that the kernel holds until they are accepted
 
 
-class _Protocol(HttpToolsProtocol):
+class _Protocol(PlainHttpProtocol):
     """Uvicorn's protocol; bounds the head of a request and tells all requests of a lost client."""
 
     _head_bytes: int | None = None  # bytes of the incoming head; None between heads
@@ -115,7 +117,8 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         listener.close()
-        message = f"cannot listen for HTTP on {host}:{port}: {error}; choose another http_port"
+        address = host_and_port(host, port)
+        message = f"cannot listen for HTTP on {address}: {error}; choose another http_port"
         raise ConfigError(message) from error
     listener.setblocking(False)
     return listener

@@ -13,7 +13,7 @@ from jserve.core.clock import WallClock
 from jserve.core.request import EngineInfo
 from jserve.gateway.chat import ChatTemplate
 from jserve.gateway.config import GatewayConfig
-from jserve.gateway.defaults import SamplingDefaults
+from jserve.gateway.defaults import sampling_defaults
 from jserve.gateway.fake_engine import FakeEngine, Reply, echo
 from jserve.gateway.http.app import make_app
 from jserve.gateway.http.server import HttpServer
@@ -83,7 +83,10 @@ class Served:
 
     async def _start(self) -> None:
         self.plane = RequestPlane(
-            defaults=SamplingDefaults(), engine=self.engine, clock=self.clock, **self._parts
+            defaults=sampling_defaults({}, self._parts["config"]),
+            engine=self.engine,
+            clock=self.clock,
+            **self._parts,
         )
         app = make_app(self.plane, self.metrics, version="1.2.3")
         self.server = HttpServer(app, host="127.0.0.1", port=0, drain_s=1.0)

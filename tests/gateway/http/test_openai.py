@@ -183,8 +183,13 @@ def test_echo_and_logprobs(client: openai.OpenAI) -> None:
     assert logprobs.token_logprobs == [None, *[-0.5] * 7]
     assert logprobs.text_offset == [0, 1, 1, 2, 3, 4, 5, 5]
     assert logprobs.top_logprobs[3] == {"b": -0.5, "c": -1.0}
-    # Half a character is named by its bytes.
+    # Half a character is named by its bytes, in both lists.
+    assert logprobs.tokens[:3] == ["a", "bytes:\\xc3", "bytes:\\xb1"]
     assert logprobs.top_logprobs[1] == {"bytes:\\xc3": -0.5, "bytes:\\xc4": -1.0}
+    for token, top, logprob in zip(
+        logprobs.tokens[1:], logprobs.top_logprobs[1:], logprobs.token_logprobs[1:], strict=True
+    ):
+        assert top[token] == logprob
 
 
 def test_echo_alone_scores_the_prompt(client: openai.OpenAI) -> None:
@@ -207,6 +212,9 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
     raw = b"".join(bytes(entry.bytes or ()) for entry in logprobs.content)
     assert raw == TEXT.encode()[:4]
     assert [top.token for top in logprobs.content[0].top_logprobs] == ["G", "H", "I"]
+    for entry in logprobs.content:
+        assert entry.token == entry.top_logprobs[0].token
+    assert [entry.token for entry in logprobs.content][2:] == ["bytes:\\xc3", "bytes:\\xbc"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -56,14 +56,48 @@ def test_text_offsets_count_whole_characters(text: str, cuts: list[int], split: 
 def test_top_logprobs_hold_the_token_itself_and_keep_the_best_of_equal_texts() -> None:
     tokens = Bytes([b"a", b"b", b"b", b"\xf0", b"\x9f"])
     built = CompletionLogprobs(tokens, top=2).add(
-        [0, 3], [entry(0, (1, -0.1), (2, -0.2)), entry(3, (3, -0.3), (4, -0.4))]
+        [0, 3], [entry(0, (1, -0.1), (2, -0.2)), entry(3, (3, -1.0), (4, -1.4))]
     )
     assert built["top_logprobs"] == [
         {"b": -0.1, "a": -1.0},
-        {"bytes:\\xf0": -0.3, "bytes:\\x9f": -0.4},
+        {"bytes:\\xf0": -1.0, "bytes:\\x9f": -1.4},
     ]
     fewer = CompletionLogprobs(tokens, top=0).add([0], [entry(0, (1, -0.1))])
     assert fewer["top_logprobs"] == [{"a": -1.0}]
+
+
+TOKENS = st.lists(st.binary(max_size=4), min_size=2, max_size=8)
+
+
+@given(tokens=TOKENS, data=st.data())
+def test_a_token_is_the_key_of_its_own_logprob(tokens: list[bytes], data: st.DataObject) -> None:
+    """Whatever bytes tokens have and however many are alike: what evaluation harnesses read."""
+    chosen = data.draw(st.integers(0, len(tokens) - 1))
+    ranked = data.draw(st.permutations(range(len(tokens))))
+    rank = ranked.index(chosen) + 1
+    top = tuple((token_id, -float(place)) for place, token_id in enumerate(ranked[:5], 1))
+    position = TokenLogprobs(chosen, -float(rank), rank, top)
+    built = CompletionLogprobs(Bytes(tokens), top=5).add([chosen], [position])
+    (token,), (best,), (logprob,) = (
+        built[name] for name in ("tokens", "top_logprobs", "token_logprobs")
+    )
+    assert best[token] == logprob == -rank
+    if tokens.count(tokens[chosen]) == 1 or not token.startswith("bytes:"):
+        greedy = max(best, key=lambda key: best[key]) == token  # as lm-eval has it
+        assert greedy == (rank == 1)
+    content = chat_logprobs([position], Bytes(tokens))["content"][0]
+    assert content["token"] == token
+    assert [it["token"] for it in content["top_logprobs"] if it["logprob"] == -rank] == [token] * (
+        rank <= 5
+    )
+
+
+def test_different_parts_of_a_character_read_differently() -> None:
+    halves = Bytes([b"\xf0\x9f", b"\xa6", b"\xa9", "\ufffd".encode()])
+    built = CompletionLogprobs(halves, top=0).add(range(4), [entry(i) for i in range(4)])
+    assert built["tokens"] == ["bytes:\\xf0\\x9f", "bytes:\\xa6", "bytes:\\xa9", "\ufffd"]
+    chat = chat_logprobs([entry(i) for i in range(4)], halves)
+    assert [it["token"] for it in chat["content"]] == built["tokens"]
 
 
 def test_impossible_tokens_stay_json() -> None:
