@@ -43,7 +43,7 @@ SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 
 def by_characters(oracle: Tokenizer, ids: list[int]) -> str:
-    """The library's decode, one token, one whole character of bytes, or one wrong byte at a time."""
+    """The library's decode, by one token, one character of bytes or one wrong byte."""
     ids = [i for i in ids if oracle.id_to_token(i) is not None]
     names = [oracle.id_to_token(i) for i in ids]
     text, at = "", 0
