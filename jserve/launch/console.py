@@ -59,7 +59,7 @@ def show_summary(console: Console, plane: "RequestPlane", ready: Ready) -> None:
         path, body = "chat/completions", {"messages": [{"role": "user", "content": question}]}
     else:
         path, body = "completions", {"prompt": "The capital of France is"}
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.has_keys else ""
     data = json.dumps({"model": plane.model_name, **body, "max_tokens": 32})
     console.text(
         f"\nTry:\n  curl {url}/v1/{path}{key} \\\n"
