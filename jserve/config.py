@@ -15,7 +15,7 @@ from typing import Any
 from jserve.checkpoints.config import ModelConfig
 from jserve.control.config import ControlConfig
 from jserve.core.errors import ConfigError
-from jserve.core.field_types import check_types, type_name
+from jserve.core.field_types import check_types, is_secret, type_name
 from jserve.core.logs import LogConfig
 from jserve.engine.config import EngineConfig, PlatformConfig
 from jserve.gateway.config import GatewayConfig
@@ -72,7 +72,9 @@ def override(config: ServeConfig, overrides: Sequence[str]) -> ServeConfig:
     for assignment in overrides:
         name, equals, text = assignment.partition("=")
         if not equals:
-            raise ConfigError(f"--set {assignment}: write section.field=value")
+            # What follows the name, after a space or a colon, may be a key.
+            name = re.split(r"[^\w.]", assignment.strip())[0]
+            raise ConfigError(f"--set {name}: write section.field=value")
         config = _replace(config, name.strip().split("."), text.strip(), name.strip())
     return config
 
@@ -108,6 +110,8 @@ def _replace(config: Any, path: list[str], text: str, full_name: str) -> Any:
     try:
         parsed = _parse(text, hint)
     except ValueError as error:
+        if is_secret(hint):
+            raise ConfigError(f"--set {full_name}: {error}") from None
         raise ConfigError(
             f"--set {full_name}={text}: not of type {type_name(hint)}: {error}"
         ) from None
@@ -122,7 +126,10 @@ def _parse(text: str, hint: Any) -> Any:
             return None
         return _parse(text, next(arg for arg in args if arg is not type(None)))
     if origin is tuple:
-        items = [item.strip() for item in text.strip("()[]").split(",") if item.strip()]
+        items = _items(text)
+        if is_secret(hint) and not all(items or [text]):
+            raise ValueError("a key is empty; is a variable unset? Write () for no keys")
+        items = [item for item in items if item]
         if args[-1] is not Ellipsis and len(items) != len(args):
             raise ValueError(f"{len(args)} items are needed")
         kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
@@ -141,6 +148,16 @@ def _parse(text: str, hint: Any) -> Any:
     if hint in (float, str, Path):
         return hint(text)
     raise ValueError("set it in the config file instead")
+
+
+def _items(text: str) -> list[str]:
+    """The items of `a,b`, `(a, b)` or `('a', 'b')`; empty ones, too, but not after a last comma."""
+    inner = text.strip("()[]")
+    items = [item.strip() for item in inner.split(",")] if inner.strip() else []
+    if inner != text and items and not items[-1]:
+        items.pop()
+    quoted = re.compile(r"""(['"])(.*)\1""")
+    return [match[2] if (match := quoted.fullmatch(item)) else item for item in items]
 
 
 def _place(path: str, error: Exception) -> str:

@@ -14,14 +14,18 @@ from jserve.checkpoints.gguf_header import GgufHeader, read_header
 from jserve.checkpoints.gguf_tokenizer import adds_bos, end_token_ids, tokenizer_json
 from jserve.checkpoints.hf_config import eos_token_ids
 from jserve.checkpoints.json_file import read_json
+from jserve.checkpoints.special_tokens import (
+    TOKENIZER_CONFIG,
+    mark_special,
+    named_tokens,
+    read_tokenizer_config,
+)
 from jserve.core.errors import ConfigError
 
 TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 CONFIG = "config.json"
-_NAMES = ("bos", "eos", "unk", "pad")
 _GGUF_NAMES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _GGUF_SAMPLING = {
     "general.sampling.temp": "temperature",
@@ -36,8 +40,8 @@ _GGUF_SAMPLING = {
 class TextAssets:
     """A model's tokenizer, chat template and defaults.
 
-    `special_tokens` are the texts of bos_token, eos_token, unk_token and pad_token, as chat
-    templates see them. `add_bos` None leaves it to the tokenizer's post-processor.
+    `special_tokens` are the texts of bos_token, eos_token, unk_token, pad_token and the like, as
+    chat templates see them. `add_bos` None leaves it to the tokenizer's post-processor.
     `generation_config` is Hugging Face's, as far as given.
     """
 
@@ -149,13 +153,9 @@ def _from_gguf(header: GgufHeader) -> TextAssets:
 
 def _from_folder(folder: Path) -> TextAssets:
     tokenizer = _read_tokenizer(folder)
-    config = _optional_json(folder / TOKENIZER_CONFIG)
+    config = read_tokenizer_config(folder)
     generation = _optional_json(folder / GENERATION_CONFIG)
-    special = {
-        f"{name}_token": text
-        for name in _NAMES
-        if (text := _token_text(config.get(f"{name}_token"))) is not None
-    }
+    special = named_tokens(config)
     ids = _token_ids(folder / TOKENIZER, tokenizer)
     bos = special.get("bos_token")
     if bos is not None and bos not in ids:
@@ -166,7 +166,7 @@ def _from_folder(folder: Path) -> TextAssets:
     if special.get("eos_token") in ids:
         ends[ids[special["eos_token"]]] = None
     return TextAssets(
-        tokenizer_json=tokenizer,
+        tokenizer_json=mark_special(tokenizer, config, ids),
         chat_template=_chat_template(folder, config),
         special_tokens=special,
         bos_token_id=ids[bos] if bos is not None else None,
@@ -213,13 +213,6 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if template is not None and not isinstance(template, str):
         raise ConfigError(f"{folder / TOKENIZER_CONFIG}: chat_template must be text")
     return template
-
-
-def _token_text(value: Any) -> str | None:
-    """A token as tokenizer_config.json has it: its text, or an object with `content`."""
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

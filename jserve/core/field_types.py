@@ -7,6 +7,7 @@ import typing
 from typing import Any
 
 from jserve.core.errors import ConfigError
+from jserve.core.secret import Secret
 
 
 def check_types(config: Any, prefix: str = "") -> None:
@@ -18,8 +19,9 @@ def check_types(config: Any, prefix: str = "") -> None:
     for item in dataclasses.fields(config):
         name, value = prefix + item.name, getattr(config, item.name)
         if not _is_instance(value, hints[item.name]):
+            shown = "<secret>" if is_secret(hints[item.name]) else repr(value)
             raise ConfigError(
-                f"{name} is {value!r}, but must be of type {type_name(hints[item.name])}"
+                f"{name} is {shown}, but must be of type {type_name(hints[item.name])}"
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{name} is {value}; it must be finite")
@@ -30,6 +32,11 @@ def check_types(config: Any, prefix: str = "") -> None:
 def type_name(hint: Any) -> str:
     """A declared type as its file writes it."""
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def is_secret(hint: Any) -> bool:
+    """Whether values of a declared type must not be shown."""
+    return hint is Secret or any(map(is_secret, typing.get_args(hint)))
 
 
 def _is_instance(value: Any, hint: Any) -> bool:

@@ -1,6 +1,10 @@
 """Settings of the request plane. Plain data."""
 
 from dataclasses import dataclass
+from typing import Any
+
+from jserve.core.errors import ConfigError
+from jserve.core.secret import Secret
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,7 +18,9 @@ class GatewayConfig:
     http_port: int = 8000
     grpc_port: int = 8500
     served_model_name: str = ""  # empty: the engine's name of the model
-    api_keys: tuple[str, ...] = ()  # empty: everybody may ask
+    api_keys: tuple[str | Secret, ...] = ()  # without a file, too: everybody may ask
+    api_keys_file: str | None = None  # TOML: [keys.NAME] with the key or its SHA-256, and rights
+    open: bool = False  # other machines may ask without a key
     cors_origins: tuple[str, ...] = ()  # empty: no CORS headers
 
     # Bounds of one request. The engine has its own bounds of context and queue.
@@ -40,3 +46,44 @@ class GatewayConfig:
     grpc_keepalive_s: float = 60.0  # pings to idle clients
     reconnect_s: float = 0.25  # pause between attempts to reach the engine
     drain_s: float = 30.0  # time for requests to finish after SIGTERM
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "api_keys", _secrets(self.api_keys))
+        if self.api_keys_file is not None and not str(self.api_keys_file).strip():
+            raise ConfigError(
+                "gateway.api_keys_file is empty; is a variable unset? Leave it out to have no file"
+            )
+
+    @property
+    def keys(self) -> tuple[Secret, ...]:
+        """`api_keys`, each of which is a Secret once the config is made."""
+        return tuple(key for key in self.api_keys if isinstance(key, Secret))
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether callers need a key."""
+        return bool(self.api_keys) or self.api_keys_file is not None
+
+
+def check_key(name: str, key: str) -> None:
+    """Raises ConfigError for a key that every caller has, or that no header can carry."""
+    if not key.strip():
+        raise ConfigError(
+            f"{name}: a key is empty; is a variable unset? Leave the keys out to have none"
+        )
+    if key != key.strip() or not key.isprintable():
+        raise ConfigError(
+            f"{name}: a key begins or ends with a space or has control characters, which no header "
+            "keeps"
+        )
+
+
+def _secrets(keys: Any) -> tuple[Secret, ...]:
+    if not isinstance(keys, tuple) or not all(isinstance(key, str | Secret) for key in keys):
+        raise ConfigError(
+            "gateway.api_keys is <secret>, but must be a tuple of texts, for example ('key',)"
+        )
+    secrets = tuple(key if isinstance(key, Secret) else Secret(key) for key in keys)
+    for secret in secrets:
+        check_key("gateway.api_keys", secret.reveal())
+    return secrets

@@ -1,9 +1,10 @@
-"""Detokenizes incrementally: never half a character, and in sum what a whole decode gives.
+"""Detokenizes incrementally: never half a character, and every character once it is complete.
 
 Two kinds of tokenizer exist in practice. Byte-level BPE maps every token to bytes; the bytes of
 all tokens together are UTF-8. SentencePiece maps tokens to text and falls back to byte tokens
-`<0x41>`; a run of those is text if the *whole* run is UTF-8, else one U+FFFD per byte. So a run
-is held back until it ends, which costs one token of delay after a rare character.
+`<0x41>`, whose neighbours join to characters. A byte that belongs to no character becomes one
+U+FFFD, as in SentencePiece itself. `tokenizers` replaces every byte of a run as soon as one is
+wrong; its answer is not known before the run ends, so no character of it could be streamed.
 """
 
 import codecs
@@ -24,8 +25,17 @@ Fragment = bytes | str | int
 _SUPPORTED = re.compile(r"ByteLevel( Fuse)?|(Replace ?)*(ByteFallback ?)?(Fuse( Strip)?)?")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_PER_BYTE = "jserve.replace_each_byte"  # name of an error handler of `codecs`
 _TAIL_TOKENS = 16  # end of a prompt searched for an unfinished character; 3 bytes are enough
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")
+
+
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return _REPLACEMENT * (error.end - error.start), error.end
+
+
+codecs.register_error(_PER_BYTE, _replace_each_byte)
 
 
 class Detokenizer(Protocol):
@@ -89,6 +99,7 @@ class Fragments:
     tokenizer: Tokenizer
     spec: DecoderSpec
     special: frozenset[int]
+    added: frozenset[int] = frozenset()  # added tokens, whose text no byte table applies to
     _known: dict[int, Fragment] = field(default_factory=dict[int, Fragment])
     _bytes: dict[str, int] = field(default_factory=_byte_of_char)
 
@@ -110,9 +121,11 @@ class Fragments:
         if token is None:
             return b""
         if self.spec.byte_level:
+            if token_id in self.added:
+                return token.encode()
             try:
                 return bytes(self._bytes[char] for char in token)
-            except KeyError:  # an added token is text already
+            except KeyError:  # a word that no text yields; `tokenizers` takes it as it is
                 return token.encode()
         for pattern, content in self.spec.replaces:
             token = token.replace(pattern, content)
@@ -148,37 +161,34 @@ class ByteFallbackDetokenizer:
     ) -> None:
         self._fragments = fragments
         self._skipped = fragments.special if skip_special_tokens else frozenset[int]()
-        self._run = bytearray()
+        self._decoder = _utf8_decoder(errors=_PER_BYTE)
+        self._in_run = False  # the last fragment was a byte
         self._strip = "" if prompt else fragments.spec.strip_start
-        self._prime(prompt[-_TAIL_TOKENS:])
+        self.push(prompt[-_TAIL_TOKENS:])  # the decoder keeps the prompt's unfinished character
 
     def push(self, ids: Iterable[int]) -> str:
-        of, skipped, run = self._fragments.of, self._skipped, self._run
+        of, skipped, decode = self._fragments.of, self._skipped, self._decoder.decode
         parts: list[str] = []
         for token_id in ids:
             if token_id in skipped:
                 continue
             fragment = of(token_id)
             if isinstance(fragment, int):
-                run.append(fragment)
-                continue
-            if isinstance(fragment, bytes):
-                continue
-            if run:
-                parts.append(self._close_run())
-            parts.append(fragment)
+                self._in_run = True
+                parts.append(decode(bytes((fragment,))))
+            elif isinstance(fragment, str):
+                if self._in_run:
+                    parts.append(self._end_run())
+                parts.append(fragment)
         return self._stripped("".join(parts))
 
     def flush(self) -> str:
-        return self._stripped(self._close_run())
+        return self._stripped(self._end_run())
 
-    def _close_run(self) -> str:
-        run = bytes(self._run)
-        self._run.clear()
-        try:
-            return run.decode()
-        except UnicodeDecodeError:
-            return _REPLACEMENT * len(run)
+    def _end_run(self) -> str:
+        """Replaces the bytes of a character that no byte continues any more."""
+        self._in_run = False
+        return self._decoder.decode(b"", final=True)
 
     def _stripped(self, text: str) -> str:
         while self._strip and text:
@@ -187,10 +197,3 @@ class ByteFallbackDetokenizer:
             else:
                 text, self._strip = text[1:], self._strip[1:]
         return text
-
-    def _prime(self, tail: tuple[int, ...]) -> None:
-        """Takes over the bytes of an unfinished character at the end of the prompt."""
-        self.push(tail)
-        decoder = _utf8_decoder(errors="replace")
-        decoder.decode(bytes(self._run))
-        self._run[:] = decoder.getstate()[0]

@@ -10,7 +10,7 @@ from grpc_reflection.v1alpha import reflection
 
 from jserve.core.addresses import host_and_port
 from jserve.core.errors import ConfigError, Unauthenticated
-from jserve.gateway.api_keys import ApiKeyCheck
+from jserve.gateway.api_keys import ApiKeys
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.grpc_errors import abort
 from jserve.gateway.grpc_service import InferenceService
@@ -68,8 +68,8 @@ class HealthService(health_pb2_grpc.HealthServicer):
 class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
     """Lets in calls with metadata `authorization: Bearer <key>`; health checks are open."""
 
-    def __init__(self, api_keys: tuple[str, ...]) -> None:
-        self._keys = ApiKeyCheck(api_keys)
+    def __init__(self, keys: ApiKeys) -> None:
+        self._keys = keys
 
     async def intercept_service(
         self,
@@ -81,10 +81,8 @@ class ApiKeyInterceptor(grpc.aio.ServerInterceptor):
         method: str = handler_call_details.method
         if handler is None or method.startswith(f"/{_HEALTH_SERVICE}/"):
             return handler
-        given = dict(handler_call_details.invocation_metadata).get("authorization", "")
-        if self._keys.allows(given.encode() if isinstance(given, str) else given):
-            return handler
-        return _refusal(handler)
+        grant = self._keys.find_in(handler_call_details.invocation_metadata)
+        return _refusal(handler) if grant is None else handler
 
 
 def _refusal(handler: Any) -> Any:
@@ -110,7 +108,9 @@ class GrpcServer:
 
     def __init__(self, plane: RequestPlane, metrics: GatewayMetrics) -> None:
         config = plane.config
-        interceptors = [ApiKeyInterceptor(config.api_keys)] if config.api_keys else []
+        # Who calls: `keys.find_in(context.invocation_metadata())`.
+        self.keys = ApiKeys.from_config(config) if config.has_keys else None
+        interceptors = [ApiKeyInterceptor(self.keys)] if self.keys is not None else []
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(config))
         inference_pb2_grpc.add_InferenceServicer_to_server(
             InferenceService(plane, metrics), self._server

@@ -53,6 +53,7 @@ class TextTokenizer:
             self._tokenizer,
             DecoderSpec.from_tokenizer(self._tokenizer),
             frozenset(token_id for token_id, token in added.items() if token.special),
+            frozenset(added),
         )
 
     def encode(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]:
@@ -103,8 +104,9 @@ class TextTokenizer:
         return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Returns the text of a whole sequence."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """Returns the text of a whole sequence, which a stream of it gives in pieces."""
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
+        return detokenizer.push(ids) + detokenizer.flush()
 
     def detokenizer(
         self, *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()

@@ -62,7 +62,7 @@ def show_summary(console: Console, plane: "RequestPlane", ready: Ready) -> None:
         )
     else:
         path, body = "completions", {"prompt": "1, 2, 3, 4,"}
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.api_keys else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.has_keys else ""
     data = json.dumps({"model": plane.model_name, **body, "max_tokens": 32, "temperature": 0})
     console.text(
         f"\nTry:\n  curl {url}/v1/{path}{key} \\\n"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import ipaddress
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -140,11 +141,16 @@ def _serve(arguments: Sequence[str]) -> int:
         raise app.UsageError(f"serve takes no arguments, got {' '.join(arguments)}")
     config = _load_config()
     _check_processes(config)
+    logs.configure(config.log)
     if _ROLE.value in ("all", "gateway"):
+        from jserve.launch.exposure import check_exposure, warn_of_keys_in, with_keys_of
+
         check_addresses(config.gateway)
+        config = with_keys_of(os.environ, config)
+        check_exposure(config.gateway)
+        warn_of_keys_in(_SET.value)
     if _ROLE.value in ("engine", "gateway"):
         _check_engine_address(_ENGINE_ADDRESS.value)
-    logs.configure(config.log)
     platform.raise_file_limit()
     if _ROLE.value == "engine":
         platform.pin(config.platform)

@@ -238,10 +238,9 @@ def _require_free_port(host: str, port: int, flag: str) -> None:
 
 
 def _log_config(config: ServeConfig) -> None:
-    """Logs the resolved config once; of secrets only their number."""
+    """Logs the resolved config once."""
     leaves = {
         name: value.value if isinstance(value, enum.Enum) else value
         for name, value in flatten(config).items()
     }
-    leaves["gateway.api_keys"] = f"<{len(config.gateway.api_keys)}>"
     _log.info("config", extra=leaves)

@@ -20,6 +20,7 @@ from jserve.checkpoints.text_assets import (
     save_text_assets,
 )
 from jserve.core.errors import ConfigError
+from jserve.gateway.tokenizer import TextTokenizer
 from tests.model_files import byte_level_metadata, tiny_weights, write_gguf
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -246,3 +247,19 @@ def test_the_byte_level_tokenizer_of_random_weights() -> None:
     assert all(ours.decode([token_id]) for token_id in range(301, 400))
     with pytest.raises(ConfigError, match="256 or more"):
         byte_level_assets(255, ())
+
+
+def test_an_added_token_of_a_gguf_file_is_its_own_text() -> None:
+    metadata = byte_level_metadata()
+    tokens = metadata["tokenizer.ggml.tokens"]
+    names = ["café", "<naïve Ġ>"]
+    count = len(tokens)
+    metadata["tokenizer.ggml.tokens"] = [*tokens, *names]
+    types = metadata["tokenizer.ggml.token_type"]
+    metadata["tokenizer.ggml.token_type"] = [*types, 4, 3]  # user-defined, control
+    ours = TextTokenizer(tokenizer_json(header(metadata)))
+    text = f"un {names[0]}, {names[1]}é"
+    ids = ours.encode(text)
+    assert {count, count + 1} < set(ids)
+    assert ours.decode(ids, skip_special_tokens=False) == text  # as llama.cpp's token_to_piece
+    assert ours.decode(ids) == "un café, é"

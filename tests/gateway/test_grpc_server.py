@@ -82,6 +82,21 @@ def test_api_key_guards_everything_but_health():
     asyncio.run(main())
 
 
+def test_keys_of_a_file_guard_calls(tmp_path):
+    path = tmp_path / "keys.toml"
+    path.write_text("[keys.team]\nkey = 'one'\n")
+    path.chmod(0o600)
+
+    async def main():
+        async with serving(api_keys_file=str(path)) as (stub, _, _, _):
+            models = inference_pb2.ListModelsRequest()
+            error = await failure(stub.ListModels(models))
+            assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert await stub.ListModels(models, metadata=(("authorization", "Bearer one"),))
+
+    asyncio.run(main())
+
+
 def test_message_over_the_limit_is_refused():
     async def main():
         async with serving(max_body_bytes=10_000) as (stub, _, _, _):

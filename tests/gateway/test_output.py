@@ -1,12 +1,13 @@
 """OutputProcessor: text, stop strings, usage, log-probabilities, however updates are cut."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from jserve.core.request import FinishReason, SamplingParams, SequenceUpdate, TokenLogprobs
 from jserve.gateway.output import GenerationRequest, OutputDelta, OutputProcessor, Prompt
 from jserve.gateway.tokenizer import TextTokenizer
-from tests.gateway.tiny_tokenizers import END_OF_TURN, byte_level_json
+from tests.gateway.tiny_tokenizers import END_OF_TURN, byte_level_json, sentencepiece_json
 
 TOKENIZER = TextTokenizer(byte_level_json())
 END = TOKENIZER.token_id(END_OF_TURN)
@@ -34,9 +35,11 @@ def updates(ids, sizes, finish=FinishReason.LENGTH, logprobs=False) -> list[Sequ
     return cut
 
 
-def feed(asked: GenerationRequest, updates: list[SequenceUpdate]) -> list[OutputDelta]:
+def feed(
+    asked: GenerationRequest, updates: list[SequenceUpdate], tokenizer: TextTokenizer = TOKENIZER
+) -> list[OutputDelta]:
     """Feeds updates up to the delta that finishes, as `OutputStream` does."""
-    choice = OutputProcessor(asked, 0, TOKENIZER)
+    choice = OutputProcessor(asked, 0, tokenizer)
     deltas = []
     for update in updates:
         deltas.append(choice.feed(update))
@@ -118,6 +121,28 @@ def test_stop_string_can_be_included():
     ids = TOKENIZER.encode("Hello, world! and more")
     asked = generation(stop=("wor",), include_stop_str_in_output=True)
     assert text_of(feed(asked, updates(ids, [1] * 20))) == "Hello, wor"
+
+
+SENTENCEPIECE = TextTokenizer(sentencepiece_json())
+NEWLINE = SENTENCEPIECE.token_id("<0x0A>")
+
+
+@pytest.mark.parametrize(("stop", "used"), [("\n", 1), ("\n\n", 2), ("\n\n\n", 3)])
+def test_stop_string_of_byte_tokens_ends_at_the_token_that_completes_it(stop, used):
+    asked = generation(prompt=Prompt((NEWLINE,) * 4), stop=(stop,), sampling={"logprobs": 0})
+    deltas = feed(asked, updates([NEWLINE] * 40, [1] * 40, logprobs=True), SENTENCEPIECE)
+    assert (text_of(deltas), ids_of(deltas)) == ("", [NEWLINE] * used)
+    assert sum(len(delta.logprobs) for delta in deltas) == used
+    assert (deltas[-1].finish, deltas[-1].stop_reason) == (FinishReason.STOP, stop)
+
+
+def test_byte_tokens_stream_and_a_cut_spoils_only_its_own_character():
+    half = [SENTENCEPIECE.token_id(f"<0x{byte:02X}>") for byte in "éé".encode()[:3]]
+    deltas = feed(generation(), updates([NEWLINE, NEWLINE, *half], [1] * 5), SENTENCEPIECE)
+    assert [delta.text for delta in deltas] == ["\n", "\n", "", "é", "\ufffd"]
+    asked = generation(prompt=Prompt(tuple(half)), echo=True, prompt_only=True)
+    (delta,) = feed(asked, updates([9], [1]), SENTENCEPIECE)
+    assert delta.text == "é\ufffd"
 
 
 def test_echo_puts_the_prompt_first():

@@ -78,6 +78,8 @@ def test_help_lists_commands_and_flags() -> None:
             "engine.num_processes is 1",
         ),
         (["--config=configs/tiny_random.py", "--set=engine.num_processes=2"], "must divide"),
+        (["--config=configs/tiny_random.py", "--host=0.0.0.0"], "gateway.open=true"),
+        (["--config=configs/tiny_random.py", "--set=gateway.api_keys="], "a key is empty"),
         ([*_TWO_PROCESSES, "--leader_address=0.0.0.0:8610"], "for example host0:8610"),
         ([*_TWO_PROCESSES, "--leader_address=:8610"], "for example host0:8610"),
         ([*_TINY, "--http_port=99999"], "gateway.http_port is 99999; ports are"),

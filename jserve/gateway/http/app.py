@@ -10,7 +10,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from jserve.core.errors import EngineError, JserveError
-from jserve.gateway.http.edge import ApiKeys, Edge
+from jserve.gateway.api_keys import ApiKeys
+from jserve.gateway.http.edge import Edge, RequireKey
 from jserve.gateway.http.errors import error_response, unrouted
 from jserve.gateway.http.event_stream import ClientGone
 from jserve.gateway.http.openai_routes import OpenAIRoutes
@@ -43,8 +44,8 @@ def make_app(plane: RequestPlane, metrics: GatewayMetrics, *, version: str) -> A
             Exception: _on_bug,
         },
     )
-    if config.api_keys:
-        app = ApiKeys(app, config)
+    if config.has_keys:
+        app = RequireKey(app, ApiKeys.from_config(config))
     if config.cors_origins:
         app = CORSMiddleware(
             app,

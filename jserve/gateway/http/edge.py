@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jserve.core.errors import Unauthenticated
-from jserve.gateway.api_keys import ApiKeyCheck
+from jserve.gateway.api_keys import ApiKeys
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.http.errors import error_response
 from jserve.gateway.metrics import GatewayMetrics
@@ -71,19 +71,22 @@ class Edge:
         )
 
 
-class ApiKeys:
-    """Requires `Authorization: Bearer <key>` with a known key; probes are open."""
+class RequireKey:
+    """Requires `Authorization: Bearer <key>` with a known key; probes are open.
 
-    def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
+    `scope["api_key"]` is the key's `KeyGrant`.
+    """
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
-        self._keys = ApiKeyCheck(config.api_keys)
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _OPEN_PATHS or self._allows(scope):
-            await self._app(scope, receive, send)
-            return
-        error = Unauthenticated("the API key is missing or wrong; send Authorization: Bearer <key>")
-        await error_response(error)(scope, receive, send)
-
-    def _allows(self, scope: Scope) -> bool:
-        return self._keys.allows(dict(scope["headers"]).get(b"authorization", b""))
+        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            scope["api_key"] = self._keys.find(given)
+            if scope["api_key"] is None:
+                message = "the API key is missing or wrong; send Authorization: Bearer <key>"
+                await error_response(Unauthenticated(message))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

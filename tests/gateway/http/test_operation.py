@@ -7,6 +7,7 @@ import re
 import resource
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -133,6 +134,15 @@ def test_api_keys() -> None:
             pytest.raises(openai.AuthenticationError),
         ):
             client.models.list()
+
+
+def test_keys_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text("[keys.team]\nkey = 'one'\n")
+    path.chmod(0o600)
+    with serving(api_keys_file=str(path)) as served, httpx.Client(base_url=served.url) as http:
+        assert http.get("/v1/models").status_code == 401
+        assert http.get("/v1/models", headers={"authorization": "Bearer one"}).status_code == 200
 
 
 def test_cors(served: Served) -> None:
