@@ -8,12 +8,13 @@ engine's modules, this one, `session_server` and `group`'s leader and follower k
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import grpc
 
+from jserve.core.clock import Clock, WallClock
 from jserve.core.errors import JserveError, RequestError
 from jserve.core.request import EngineInfo, SequenceUpdate
 from jserve.core.request_check import check_request
@@ -50,6 +51,7 @@ class _Session:
     # Both by the gateway's id.
     updates: dict[str, SequenceUpdate] = field(default_factory=dict[str, SequenceUpdate])
     rejections: list[tuple[str, JserveError]] = field(default_factory=list[tuple[str, JserveError]])
+    heartbeat: engine_pb2.Heartbeat | None = None  # due since the last message
     unsent: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False  # the gateway has ended its half of the stream
 
@@ -69,10 +71,12 @@ class _Session:
         response = engine_pb2.SessionResponse(
             stats=stats_to_proto(stats),
             rejections=[rejection_to_proto(*rejection) for rejection in self.rejections],
+            heartbeat=self.heartbeat,
         )
         updates_to_proto(self.updates, response)
         self.updates.clear()
         self.rejections.clear()
+        self.heartbeat = None
         return response
 
 
@@ -92,9 +96,19 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
     """Routes commands and events between any number of gateways and one engine loop."""
 
     def __init__(
-        self, info: EngineInfo, inbox: Inbox, outbox: Outbox, token: str | None = None
+        self,
+        info: EngineInfo,
+        inbox: Inbox,
+        outbox: Outbox,
+        token: str | None = None,
+        *,
+        clock: Clock | None = None,
+        is_compiling: Callable[[], bool] = lambda: False,
     ) -> None:
         """With a `token`, only a gateway that holds it is served."""
+        self._clock = clock or WallClock()
+        self._is_compiling = is_compiling
+        self._changed_s = self._clock.now_s()  # when the number of steps last changed
         self._info = info
         self._token = token
         self._inbox = inbox
@@ -173,6 +187,8 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
     def deliver(self) -> None:
         """Sorts the events of the outbox by gateway; on the event loop."""
         events = self._outbox.take()
+        if events.stats.num_steps != self._stats.num_steps:
+            self._changed_s = self._clock.now_s()
         self._stats = events.stats
         for update in events.updates:
             sequence = self._by_engine_id.get(update.request_id)
@@ -186,6 +202,18 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
                 sequence.session.rejections.append((sequence.request_id, error))
                 self._forget(sequence)
         for session in self._sessions:  # sessions without an update get the stats
+            session.unsent.set()
+
+    def beat(self) -> None:
+        """Tells every gateway how far the loop is, though it may stand still; on the event loop."""
+        heartbeat = engine_pb2.Heartbeat(
+            num_steps=self._stats.num_steps,
+            unchanged_s=self._clock.now_s() - self._changed_s,
+            num_running=self._stats.num_running,
+            compiling=self._is_compiling(),
+        )
+        for session in self._sessions:
+            session.heartbeat = heartbeat
             session.unsent.set()
 
     def _forget(self, sequence: _Sequence) -> None:

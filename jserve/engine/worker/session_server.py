@@ -16,7 +16,7 @@ from jserve.core.request import EngineInfo
 from jserve.engine.inbox import Inbox, Outbox
 from jserve.engine.worker.session import EngineSessions
 from jserve.proto import engine_pb2_grpc
-from jserve.proto.limits import MAX_SESSION_MESSAGE_BYTES
+from jserve.proto.limits import HEARTBEAT_S, MAX_SESSION_MESSAGE_BYTES
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_SESSION_MESSAGE_BYTES),
@@ -30,9 +30,15 @@ class SessionServer:
     """The listening socket of an engine. Owned by the event loop it was started on."""
 
     def __init__(
-        self, server: grpc.aio.Server, outbox: Outbox, address: str, claim: BinaryIO | None
+        self,
+        server: grpc.aio.Server,
+        outbox: Outbox,
+        address: str,
+        claim: BinaryIO | None,
+        beating: asyncio.Task[None],
     ) -> None:
         self._server = server
+        self._beating = beating
         self._outbox = outbox
         self._claim = claim
         self.address = address  # where it listens: the port, or the name of the socket, is chosen
@@ -45,6 +51,7 @@ class SessionServer:
     async def stop(self, grace_s: float = 0.0) -> None:
         """Takes no more gateways, waits `grace_s` for the present ones to go, drops the rest."""
         await self._server.stop(grace_s)
+        self._beating.cancel()
         self._outbox.detach()
         path = socket_path(self.address)
         if path is not None:
@@ -54,7 +61,13 @@ class SessionServer:
 
 
 async def serve_sessions(
-    address: str, info: EngineInfo, inbox: Inbox, outbox: Outbox, token: str | None = None
+    address: str,
+    info: EngineInfo,
+    inbox: Inbox,
+    outbox: Outbox,
+    token: str | None = None,
+    *,
+    is_compiling: Callable[[], bool] = lambda: False,
 ) -> SessionServer:
     """Listens until stopped. The loop may post at any time.
 
@@ -74,7 +87,7 @@ async def serve_sessions(
     if path is not None:
         path, claim = _claimed(path, is_folder=address.endswith("/"))
         address, token = f"{UNIX}{path}", None
-    sessions = EngineSessions(info, inbox, outbox, token)
+    sessions = EngineSessions(info, inbox, outbox, token, is_compiling=is_compiling)
     server = grpc.aio.server(options=_OPTIONS)
     engine_pb2_grpc.add_EngineServicer_to_server(sessions, server)
     try:
@@ -86,7 +99,14 @@ async def serve_sessions(
     await server.start()
     if path is None:
         address = f"{address.rpartition(':')[0]}:{bound}"
-    return SessionServer(server, outbox, address, claim)
+    beating = asyncio.create_task(_beat(sessions))
+    return SessionServer(server, outbox, address, claim, beating)
+
+
+async def _beat(sessions: EngineSessions) -> None:
+    while True:
+        await asyncio.sleep(HEARTBEAT_S)
+        sessions.beat()
 
 
 def _claimed(path: Path, *, is_folder: bool) -> tuple[Path, BinaryIO | None]:

@@ -54,7 +54,9 @@ async def _serve(
     thread = threading.Thread(
         target=_run_loop, args=(loop, events, ended), name="engine-loop", daemon=True
     )
-    server = await serve_sessions(address, engine.info, inbox, outbox, token)
+    server = await serve_sessions(
+        address, engine.info, inbox, outbox, token, is_compiling=engine.is_compiling
+    )
     thread.start()
     asked = asyncio.Event()
     events.add_signal_handler(signal.SIGTERM, asked.set)
