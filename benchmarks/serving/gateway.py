@@ -39,7 +39,6 @@ class Ports:
 
     http: int
     grpc: int
-    engine: int
 
 
 def target_of(arguments: argparse.Namespace, ports: Ports) -> Target:
@@ -51,8 +50,14 @@ def target_of(arguments: argparse.Namespace, ports: Ports) -> Target:
 
 def measure(arguments: argparse.Namespace, step_ms: float, logs: Path) -> dict[str, Any]:
     """Starts engine and gateway, puts the load on them, stops them."""
-    ports = Ports(free_port(), free_port(), free_port())
-    address = f"127.0.0.1:{ports.engine}"
+    with tempfile.TemporaryDirectory(prefix="jserve-") as folder:  # its mode is 0700
+        return _measure(arguments, step_ms, logs, f"unix:{folder}/engine.sock")
+
+
+def _measure(
+    arguments: argparse.Namespace, step_ms: float, logs: Path, address: str
+) -> dict[str, Any]:
+    ports = Ports(free_port(), free_port())
     engine = [
         *(sys.executable, "-m", "benchmarks.serving.simulated_engine", "--address", address),
         *("--slots", str(arguments.streams), "--step_ms", str(step_ms)),

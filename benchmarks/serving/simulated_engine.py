@@ -1,6 +1,9 @@
 """An engine process without a model, behind jserve's own `Engine/Session` socket.
 
-    python -m benchmarks.serving.simulated_engine --address 127.0.0.1:8600 --slots 1000 --step_ms 50
+    python -m benchmarks.serving.simulated_engine --address unix:/private/folder/engine.sock
+
+The folder must have mode 0700. Over TCP (--address 127.0.0.1:8600) gateway and engine find their
+token in JSERVE_ENGINE_TOKEN.
 
 Every step gives each running sequence `tokens_per_step` tokens, which repeat its prompt. What a
 gateway sees (the messages, one for all sequences per step) is what a real engine sends.
@@ -8,6 +11,7 @@ gateway sees (the messages, one for all sequences per step) is what a real engin
 
 import argparse
 import asyncio
+import os
 import signal
 import threading
 import time
@@ -15,7 +19,7 @@ import time
 from jserve.core.errors import JserveError
 from jserve.core.request import EngineInfo
 from jserve.engine.inbox import Inbox, Outbox, Submit
-from jserve.engine.worker.session import serve_sessions
+from jserve.engine.worker.session_server import serve_sessions
 from jserve.gateway.fake_engine import ScriptedSequences
 
 
@@ -68,7 +72,8 @@ async def serve(arguments: argparse.Namespace) -> None:
         eos_token_ids=(),
     )
     stepping = SteppingThread(info, arguments.step_ms / 1e3, arguments.tokens_per_step)
-    server = await serve_sessions(arguments.address, info, stepping.inbox, stepping.outbox)
+    token = os.environ.get("JSERVE_ENGINE_TOKEN")
+    server = await serve_sessions(arguments.address, info, stepping.inbox, stepping.outbox, token)
     stepping.start()
     asked = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
@@ -81,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--address", default="127.0.0.1:8600")
+    parser.add_argument("--address", required=True, help="unix:/folder/name or host:port")
     parser.add_argument("--slots", type=int, default=1000)
     parser.add_argument("--step_ms", type=float, default=50, help="0: as fast as it can")
     parser.add_argument("--tokens_per_step", type=int, default=1)

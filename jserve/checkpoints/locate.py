@@ -6,6 +6,7 @@ from pathlib import Path
 from jserve.checkpoints.config import ModelConfig, PypiFile, Quantization, RandomWeights
 from jserve.checkpoints.fetch import fetch
 from jserve.checkpoints.native_folder import FORMAT, is_native
+from jserve.checkpoints.temporary import remove_abandoned
 from jserve.checkpoints.tensor_source import Progress
 from jserve.checkpoints.text_assets import TextAssets, byte_level_assets, load_text_assets
 from jserve.core.errors import ConfigError
@@ -56,6 +57,13 @@ def text_assets_from_config(config: ModelConfig, progress: Progress) -> TextAsse
         return byte_level_assets(spec.vocab, spec.eos_token_ids)
     native = native_path(config, source)
     return load_text_assets(native if is_native(native) else source)
+
+
+def remove_abandoned_files(config: ModelConfig) -> None:
+    """Removes what interrupted conversions and downloads, of any model, left in the cache."""
+    cache = _cache_dir(config)
+    for folder in (cache / "models", *cache.glob("files/*")):
+        remove_abandoned(folder)
 
 
 def _cache_dir(config: ModelConfig) -> Path:

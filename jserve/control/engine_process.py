@@ -36,12 +36,15 @@ class EngineProcess:
         config: ControlConfig,
         clock: Clock,
         on_status: Callable[[EngineStatus], None],
+        on_death: Callable[[], None] = lambda: None,
     ) -> None:
+        """`on_death` is called whenever an engine has ended without being asked to."""
         self._command = list(command)
         self._payload = payload
         self._config = config
         self._clock = clock
         self._on_status = on_status
+        self._on_death = on_death
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
         self._failure: Failed | None = None
@@ -65,6 +68,7 @@ class EngineProcess:
             code = await self._run_once()
             if self._stopping.is_set():
                 return
+            self._on_death()
             lived_s = 0.0
             if self._ready_at_s is not None:
                 was_ready, lived_s = True, self._clock.now_s() - self._ready_at_s

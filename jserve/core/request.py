@@ -80,6 +80,10 @@ class Request:
 
     `choice` is folded into the sampling key, so the choices of one seed differ. Smaller
     `priority` is served first; among equals the earlier arrival is.
+
+    `output` are tokens that an engine which is gone has generated; the sequence goes on after
+    them, exactly as it would have there. They count as output for limits, penalties and the
+    sampling key, and are not sent again, nor are log-probabilities of the prompt.
     """
 
     id: str  # unique among live requests
@@ -87,6 +91,9 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     choice: int = 0
     priority: int = 0
+    output: tuple[int, ...] = ()  # fewer than sampling.max_tokens
+    resumed: bool = False  # an engine had accepted it before: it is never refused for a full queue
+    deadline_s: float | None = None  # seconds from now; dropped when they have passed
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,3 +152,4 @@ class EngineInfo:
     page_size: int
     max_queue: int
     eos_token_ids: tuple[int, ...]
+    numerics: str = ""  # digest of all that tokens depend on: engines of the same give the same

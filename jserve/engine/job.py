@@ -3,7 +3,7 @@
 import pickle
 import struct
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from jserve.checkpoints.config import ModelConfig
@@ -19,7 +19,8 @@ COMMAND = (sys.executable, "-m", "jserve.engine.worker.child")
 class EngineJob:
     """Configs of one engine process, and its part.
 
-    It listens for gateways on `address`, `host:port` (port 0: any). In an engine of several
+    It listens for gateways on `address`, with `token` if that is a TCP address; see
+    `engine.worker.session_server`. In an engine of several
     processes `process` is its number and `leader_address` is where the followers find process 0;
     see `engine.group`. With `only_prepare` it completes the model's files and ends.
     """
@@ -33,6 +34,7 @@ class EngineJob:
     fields: dict[str, str]
     drain_s: float  # longest time from SIGTERM to the end of the last request
     address: str = ""
+    token: str | None = field(default=None, repr=False)
     process: int = 0
     leader_address: str | None = None
     only_prepare: bool = False

@@ -8,7 +8,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from jserve.core.addresses import check_engine_address, socket_path
 from jserve.core.errors import EngineError, Overloaded, Unavailable
+from jserve.core.private_path import why_folder_not_private
 from jserve.core.request import EngineInfo, Request
 from jserve.core.stats import EngineStats
 from jserve.gateway.engine_client import LiveStreams, UpdateStream
@@ -21,6 +23,15 @@ from jserve.proto.convert import (
     update_from_proto,
 )
 from jserve.proto.limits import MAX_SESSION_MESSAGE_BYTES
+from jserve.proto.session_auth import (
+    NONCE_KEY,
+    Side,
+    is_proof,
+    new_nonce,
+    nonce_of,
+    proof,
+    proof_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,24 +43,32 @@ _OPTIONS = (
 )
 _RETRY_AFTER_S = 2.0  # an engine that restarts from a warm cache takes a few seconds
 _HELLO_TIMEOUT_S = 5.0
+_CLOSED = "the engine closed the session"
 _SLACK = 64  # room for aborts that the engine has not seen yet
 
 
 class GrpcEngineClient:
     """An `EngineClient` over gRPC, owned by one event loop; `start` connects and reconnects.
 
-    The address may be told later, and again after each restart of the engine: `connect_to`.
+    The address may be told later, and again after each restart of the engine: `connect_to`. Only an
+    engine that others cannot stand in for is talked to: behind a Unix socket in a folder of this
+    user's, or over TCP with a proof that it holds `token`.
     """
 
-    def __init__(self, address: str | None, *, reconnect_s: float) -> None:
+    def __init__(
+        self, address: str | None, *, reconnect_s: float, token: str | None = None
+    ) -> None:
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
-        self._address = ""
+        self._address: str | None = None
+        self._token = token
         self._located = asyncio.Event()
+        self._attempt: asyncio.Task[str] | None = None
         self._reconnect_s = reconnect_s
         self._streams = LiveStreams()
         self._outgoing: asyncio.Queue[engine_pb2.SessionRequest] | None = None
         self._connected = asyncio.Event()
+        self._last_reason = ""  # for which no connection was made; logged when it changes
         self._task: asyncio.Task[None] | None = None
         if address is not None:
             self.connect_to(address)
@@ -62,10 +81,22 @@ class GrpcEngineClient:
         """Begins to connect; returns at once."""
         self._task = asyncio.get_running_loop().create_task(self._stay_connected())
 
-    def connect_to(self, address: str) -> None:
-        """The next connection goes to `address`; one that stands is kept until it breaks."""
+    def connect_to(self, address: str | None) -> None:
+        """Connects to `address`, and drops a connection to another; None: the engine is gone.
+
+        Raises ConfigError for an address that anybody might listen on.
+        """
+        if address is not None:
+            check_engine_address(address, has_token=self._token is not None)
+        if address == self._address:
+            return
         self._address = address
-        self._located.set()
+        if self._attempt is not None:
+            self._attempt.cancel()
+        if address is None:
+            self._located.clear()
+        else:
+            self._located.set()
 
     async def wait_ready(self) -> None:
         """Returns once the engine has introduced itself."""
@@ -103,41 +134,66 @@ class GrpcEngineClient:
         try:
             while True:
                 await self._located.wait()
-                # A fresh channel has no back-off of gRPC's and no stale socket.
-                async with grpc.aio.insecure_channel(self._address, _OPTIONS) as channel:
-                    try:
-                        await self._session(engine_pb2_grpc.EngineStub(channel))
-                        reason = "the engine closed the session"
-                    except TimeoutError:
-                        reason = "the process that listens there does not answer"
-                    except grpc.aio.AioRpcError as error:
-                        reason = f"{error.code().name}: {error.details()}"
+                assert self._address is not None
+                address = self._address
+                self._attempt = asyncio.create_task(self._connect(address))
+                await asyncio.wait({self._attempt})
+                if self._attempt.cancelled():
+                    reason = "the engine is gone, or elsewhere"
+                else:
+                    reason = self._attempt.result()
                 if self._outgoing is not None:
-                    logger.warning("lost the engine at %s: %s", self._address, reason)
+                    logger.warning("lost the engine at %s: %s", address, reason)
+                elif reason != self._last_reason:
+                    logger.info("cannot reach the engine at %s: %s", address, reason)
+                self._last_reason = reason
                 self._disconnect()
-                await asyncio.sleep(self._reconnect_s)
+                if address == self._address:
+                    await asyncio.sleep(self._reconnect_s)
         finally:
+            if self._attempt is not None:
+                self._attempt.cancel()
+                await asyncio.wait({self._attempt})
             self._disconnect()
 
-    async def _session(self, stub: Any) -> None:
-        """Serves one connection until it ends."""
-        call = stub.Session()
+    async def _connect(self, address: str) -> str:
+        """Serves one connection until it ends; returns why it did."""
+        path = socket_path(address)
+        if path is not None and (reason := why_folder_not_private(path.parent)):
+            return f"{path.parent}: {reason}; only a folder of mode 0700 is trusted"
+        # A fresh channel has no back-off of gRPC's and no stale socket.
+        async with grpc.aio.insecure_channel(address, _OPTIONS) as channel:
+            try:
+                token = None if path is not None else self._token
+                return await self._session(engine_pb2_grpc.EngineStub(channel), address, token)
+            except TimeoutError:
+                return "the process that listens there does not answer"
+            except grpc.aio.AioRpcError as error:
+                return f"{error.code().name}: {error.details()}"
+
+    async def _session(self, stub: Any, address: str, token: str | None) -> str:
+        nonce = new_nonce()
+        call = stub.Session() if token is None else stub.Session(metadata=((NONCE_KEY, nonce),))
         writing = None
         try:
             messages = aiter(call)
             # After a crash another process may hold the port until the new one is known.
             async with asyncio.timeout(_HELLO_TIMEOUT_S):
+                if token is not None and not await _is_known(call, token, nonce):
+                    return "the process that listens there does not hold the engine's token"
                 hello = await anext(messages, None)
             if hello is None:
-                return
+                return _CLOSED
             self.info = info_from_proto(hello.hello)
             self.stats = stats_from_proto(hello.stats)
             self._outgoing = asyncio.Queue()
             self._connected.set()
-            logger.info("connected to the engine at %s: %s", self._address, self.info)
+            self._last_reason = ""
+            logger.info("connected to the engine at %s: %s", address, self.info)
             writing = asyncio.create_task(_write(call, self._outgoing))
             async for message in messages:
                 self._dispatch(message)
+            return _CLOSED
         finally:
             if writing is not None:
                 writing.cancel()
@@ -166,3 +222,16 @@ async def _write(call: Any, outgoing: asyncio.Queue[engine_pb2.SessionRequest]) 
             await call.write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return  # the reading side reports why
+
+
+async def _is_known(call: Any, token: str, nonce: str) -> bool:
+    """Whether the engine has proved that it holds `token`; if so, proves the same to it."""
+    metadata = await call.initial_metadata()
+    engine_nonce = nonce_of(metadata)
+    if engine_nonce is None or not is_proof(
+        proof_of(metadata), token, Side.ENGINE, nonce, engine_nonce
+    ):
+        return False
+    own = proof(token, Side.GATEWAY, nonce, engine_nonce)
+    await call.write(engine_pb2.SessionRequest(proof=own))
+    return True

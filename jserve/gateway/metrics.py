@@ -1,6 +1,7 @@
 """Counters of the gateway, for all front ends: requests, tokens, latencies, HTTP exchanges."""
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from jserve.core.clock import Clock
@@ -54,6 +55,10 @@ class GatewayMetrics:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     in_flight: int = 0  # generations that run
+    # For which the engine has had work and has ended no step.
+    seconds_since_step: Callable[[], float] = lambda: 0.0
+    # Engine processes that had to be started again, by reason.
+    engine_restarts: dict[str, int] = field(default_factory=lambda: {"crash": 0, "hang": 0})
     finished: dict[str, int] = field(default_factory=dict[str, int])  # by reason
     http_requests: dict[Labels, int] = field(default_factory=dict[Labels, int])
     http_duration_s: dict[Labels, Histogram] = field(default_factory=dict[Labels, Histogram])
@@ -72,6 +77,9 @@ class GatewayMetrics:
 
     def count_finish(self, reason: str) -> None:
         self.finished[reason] = self.finished.get(reason, 0) + 1
+
+    def count_restart(self, reason: str) -> None:
+        self.engine_restarts[reason] = self.engine_restarts.get(reason, 0) + 1
 
     def count_http(self, route: str, method: str, status: int, duration_s: float) -> None:
         key = (route, method, str(status))

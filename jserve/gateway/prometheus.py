@@ -75,6 +75,11 @@ class MetricsCollector(Collector):
         own = (
             ("requests_in_flight", "Generations of this gateway.", self._metrics.in_flight),
             ("engine_ready", "Whether the engine takes requests.", float(self._engine.ready)),
+            (
+                "seconds_since_step",
+                "Seconds for which the engine has had work and has ended no step.",
+                self._metrics.seconds_since_step(),
+            ),
         )
         for name, text, value in own:
             yield self._family(GaugeMetricFamily, f"jserve_{name}", text, {}, value)
@@ -98,6 +103,14 @@ class MetricsCollector(Collector):
             for reason, count in sorted(metrics.finished.items()):
                 family.add_metric([*self._labels.values(), reason], count)
             yield family
+
+        text = "Engine processes that had to be started again, by reason."
+        restarts = CounterMetricFamily(
+            "jserve_engine_restarts", text, labels=[*self._labels, "reason"]
+        )
+        for reason, count in sorted(metrics.engine_restarts.items()):
+            restarts.add_metric([*self._labels.values(), reason], count)
+        yield restarts
 
     def _family(
         self,

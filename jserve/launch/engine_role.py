@@ -7,7 +7,9 @@ from jserve.launch.jobs import engine_job
 from jserve.proto.engine_status import EngineStatus, PhaseProgress, PhaseStarted, Ready
 
 
-def serve_engine(config: ServeConfig, address: str, leader_address: str | None = None) -> int:
+def serve_engine(
+    config: ServeConfig, address: str, token: str | None, leader_address: str | None = None
+) -> int:
     """Serves in this process until SIGTERM, with progress in the terminal; the exit code."""
     console = Console()
 
@@ -22,5 +24,5 @@ def serve_engine(config: ServeConfig, address: str, leader_address: str | None =
             case _:
                 pass
 
-    run_engine(engine_job(config, address, leader_address=leader_address), show)
+    run_engine(engine_job(config, address, token=token, leader_address=leader_address), show)
     return 0

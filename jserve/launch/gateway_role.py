@@ -32,11 +32,13 @@ def load_text(config: ServeConfig, console: Console) -> TextModel:
 class Gateway:
     """Both front ends and the connection to the engine. Owned by one event loop."""
 
-    def __init__(self, config: GatewayConfig, text: TextModel) -> None:
+    def __init__(
+        self, config: GatewayConfig, text: TextModel, engine_token: str | None = None
+    ) -> None:
         """Binds the HTTP port; ConfigError if it is taken."""
         clock = WallClock()
         self._config = config
-        self._engine = GrpcEngineClient(None, reconnect_s=config.reconnect_s)
+        self._engine = GrpcEngineClient(None, reconnect_s=config.reconnect_s, token=engine_token)
         self.plane = RequestPlane(
             tokenizer=text.tokenizer,
             chat_template=text.chat_template,
@@ -58,8 +60,8 @@ class Gateway:
         self._engine.start()
         return self
 
-    def connect_to(self, engine_address: str) -> None:
-        """Tells where the engine is; again whenever it has been started anew."""
+    def connect_to(self, engine_address: str | None) -> None:
+        """Tells where the engine is, again whenever it has been started anew; None: it is gone."""
         self._engine.connect_to(engine_address)
 
     async def until_ready(self) -> None:

@@ -14,7 +14,12 @@ _OWN = (
 
 
 def engine_job(
-    config: ServeConfig, address: str = "", *, process: int = 0, leader_address: str | None = None
+    config: ServeConfig,
+    address: str = "",
+    *,
+    token: str | None = None,
+    process: int = 0,
+    leader_address: str | None = None,
 ) -> EngineJob:
     """The job of one engine process; see `EngineJob` for the arguments."""
     return EngineJob(
@@ -30,6 +35,7 @@ def engine_job(
         },
         drain_s=config.drain_s,
         address=address,
+        token=token,
         process=process,
         leader_address=leader_address,
     )

@@ -14,10 +14,12 @@ from jserve import config as config_lib
 from jserve.checkpoints.config import Dtype, Quantization
 from jserve.config import ServeConfig
 from jserve.core import logs
+from jserve.core.addresses import check_engine_address
 from jserve.core.errors import ConfigError, JserveError
 from jserve.engine.build import platform
 from jserve.engine.config import PlatformConfig
 from jserve.gateway.addresses import check_addresses
+from jserve.launch.engine_link import read_token
 
 _CONFIG = flags.DEFINE_string("config", None, "A Python file that defines get_config().")
 _SET = flags.DEFINE_multi_string(
@@ -34,7 +36,16 @@ _HOST = flags.DEFINE_string("host", None, "Where the gateway listens; gateway.ho
 _HTTP_PORT = flags.DEFINE_integer("http_port", None, "gateway.http_port of the config.")
 _GRPC_PORT = flags.DEFINE_integer("grpc_port", None, "gateway.grpc_port of the config.")
 _ENGINE_ADDRESS = flags.DEFINE_string(
-    "engine_address", "127.0.0.1:8600", "Where --role=engine listens and --role=gateway connects."
+    "engine_address",
+    "127.0.0.1:8600",
+    "Where --role=engine listens and --role=gateway connects: host:port on loopback, with a token, "
+    "or unix:/folder/name in a folder of mode 0700.",
+)
+_ENGINE_TOKEN_FILE = flags.DEFINE_string(
+    "engine_token_file",
+    None,
+    "A file of mode 0600 with the token, at least 32 bytes, that gateway and engine share when "
+    "they talk over TCP; - reads it from standard input. Else it is read from JSERVE_ENGINE_TOKEN.",
 )
 _LEADER_ADDRESS = flags.DEFINE_string(
     "leader_address",
@@ -72,8 +83,14 @@ _MODEL_FLAGS = (_CONFIG, _SET)
 _GATEWAY_FLAGS = (_HOST, _HTTP_PORT, _GRPC_PORT)
 _FLAGS_OF: Mapping[str, Sequence[flags.FlagHolder[Any]]] = {
     "serve --role=all": (*_MODEL_FLAGS, _ROLE, *_GATEWAY_FLAGS, _LEADER_ADDRESS),
-    "serve --role=gateway": (*_MODEL_FLAGS, _ROLE, *_GATEWAY_FLAGS, _ENGINE_ADDRESS),
-    "serve --role=engine": (*_MODEL_FLAGS, _ROLE, _ENGINE_ADDRESS, _LEADER_ADDRESS),
+    "serve --role=gateway": (
+        *(*_MODEL_FLAGS, _ROLE, *_GATEWAY_FLAGS),
+        *(_ENGINE_ADDRESS, _ENGINE_TOKEN_FILE),
+    ),
+    "serve --role=engine": (
+        *(*_MODEL_FLAGS, _ROLE),
+        *(_ENGINE_ADDRESS, _ENGINE_TOKEN_FILE, _LEADER_ADDRESS),
+    ),
     "serve --role=follower": (*_MODEL_FLAGS, _ROLE, _LEADER_ADDRESS, _PROCESS),
     "convert": (_FORMAT, _DTYPE, _QUANTIZATION),
     "generate": (*_MODEL_FLAGS, _MAX_TOKENS, _TEMPERATURE, _SEED, _CHAT),
@@ -149,18 +166,20 @@ def _serve(arguments: Sequence[str]) -> int:
         config = with_keys_of(os.environ, config)
         check_exposure(config.gateway)
         warn_of_keys_in(_SET.value)
-    if _ROLE.value in ("engine", "gateway"):
-        _check_engine_address(_ENGINE_ADDRESS.value)
     platform.raise_file_limit()
+    token = None
+    if _ROLE.value in ("engine", "gateway"):
+        token = read_token(_ENGINE_TOKEN_FILE.value, os.environ)
+        check_engine_address(_ENGINE_ADDRESS.value, has_token=token is not None)
     if _ROLE.value == "engine":
         platform.pin(config.platform)
         from jserve.launch.engine_role import serve_engine  # JAX starts here
 
-        return serve_engine(config, _ENGINE_ADDRESS.value, _LEADER_ADDRESS.value)
+        return serve_engine(config, _ENGINE_ADDRESS.value, token, _LEADER_ADDRESS.value)
     from jserve.launch.serve import serve_all, serve_follower, serve_gateway
 
     if _ROLE.value == "gateway":
-        return serve_gateway(config, _ENGINE_ADDRESS.value)
+        return serve_gateway(config, _ENGINE_ADDRESS.value, token)
     if _ROLE.value == "follower":
         assert _PROCESS.value is not None
         assert _LEADER_ADDRESS.value is not None
@@ -198,16 +217,6 @@ def _check_leader_address(address: str) -> None:
             f"--leader_address is {address!r}: followers dial it, so give the name or address by "
             "which they reach the leader's host, and a port, for example host0:8610; the leader "
             "listens on all its interfaces"
-        )
-
-
-def _check_engine_address(address: str) -> None:
-    """Raises ConfigError unless it is a host and a port."""
-    host, _, port = address.rpartition(":")
-    is_port = port.isdecimal() and int(port) < 1 << 16
-    if not (host and is_port) and not address.startswith("unix:"):
-        raise ConfigError(
-            f"--engine_address is {address!r}; write HOST:PORT, for example 127.0.0.1:8600"
         )
 
 

@@ -20,6 +20,7 @@ from jserve.core.errors import ConfigError
 from jserve.engine.job import COMMAND, encode_job
 from jserve.gateway.config import GatewayConfig
 from jserve.launch.console import Console, show_summary
+from jserve.launch.engine_link import private_socket_folder
 from jserve.launch.jobs import engine_job
 from jserve.proto.engine_status import (
     EngineStatus,
@@ -31,8 +32,6 @@ from jserve.proto.engine_status import (
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-# The engine binds a port that is free at that moment, after every restart anew, and tells which.
-_ANY_LOOPBACK_PORT = "127.0.0.1:0"
 _EXIT_INTERRUPTED = 130  # the code that shells report for a process ended by Ctrl-C
 
 
@@ -41,12 +40,18 @@ def serve_all(config: ServeConfig, leader_address: str | None = None) -> int:
 
     `leader_address` is where the other processes of the engine find it, if they run elsewhere.
     """
-    return _run(lambda drain: _serve_all(config, leader_address, drain))
+
+    async def body(drain: asyncio.Event) -> int:
+        # The engine listens on a socket of a new name after every restart, and tells which.
+        with private_socket_folder() as address:
+            return await _serve_all(config, address, leader_address, drain)
+
+    return _run(body)
 
 
-def serve_gateway(config: ServeConfig, engine_address: str) -> int:
-    """Serves with an engine that runs elsewhere; returns the exit code."""
-    return _run(lambda drain: _serve_gateway(config, engine_address, drain))
+def serve_gateway(config: ServeConfig, engine_address: str, token: str | None) -> int:
+    """Serves with an engine that runs elsewhere, which holds `token`; returns the exit code."""
+    return _run(lambda drain: _serve_gateway(config, engine_address, token, drain))
 
 
 def serve_follower(config: ServeConfig, process: int, leader_address: str) -> int:
@@ -86,13 +91,19 @@ class _StartUp:
         self.prepared: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._address: str | None = None
-        self._on_address: Callable[[str], None] | None = None
+        self._on_address: Callable[[str | None], None] | None = None
 
-    def follow(self, on_address: Callable[[str], None]) -> None:
-        """Calls back with the address of the engine, now if there is one, and after restarts."""
+    def follow(self, on_address: Callable[[str | None], None]) -> None:
+        """Calls back with the engine's address, now and after restarts; None when it has died."""
         self._on_address = on_address
         if self._address is not None:
             on_address(self._address)
+
+    def on_death(self) -> None:
+        """Called when an engine process has ended; nobody listens at its address any more."""
+        self._address = None
+        if self._on_address is not None:
+            self._on_address(None)
 
     def on_status(self, status: EngineStatus) -> None:
         """Called with every status line of every engine process, restarted ones too."""
@@ -123,7 +134,9 @@ def _named(config: ServeConfig) -> GatewayConfig:
     return dataclasses.replace(config.gateway, served_model_name=name)
 
 
-async def _serve_all(config: ServeConfig, leader_address: str | None, drain: asyncio.Event) -> int:
+async def _serve_all(
+    config: ServeConfig, address: str, leader_address: str | None, drain: asyncio.Event
+) -> int:
     _require_free_port(config.gateway.host, config.gateway.http_port, "--http_port")
     _require_free_port(config.gateway.host, config.gateway.grpc_port, "--grpc_port")
     _log_config(config)
@@ -131,10 +144,11 @@ async def _serve_all(config: ServeConfig, leader_address: str | None, drain: asy
     start_up = _StartUp(console)
     engine = EngineProcess(
         COMMAND,
-        encode_job(engine_job(config, _ANY_LOOPBACK_PORT, leader_address=leader_address)),
+        encode_job(engine_job(config, address, leader_address=leader_address)),
         config.control,
         WallClock(),
         start_up.on_status,
+        start_up.on_death,
     )
     supervision = asyncio.create_task(engine.run())
     try:
@@ -160,13 +174,15 @@ async def _serve_all(config: ServeConfig, leader_address: str | None, drain: asy
         await asyncio.wait([supervision], timeout=config.control.stop_timeout_s)
 
 
-async def _serve_gateway(config: ServeConfig, engine_address: str, drain: asyncio.Event) -> int:
+async def _serve_gateway(
+    config: ServeConfig, engine_address: str, token: str | None, drain: asyncio.Event
+) -> int:
     from jserve.launch.gateway_role import Gateway, load_text
 
     _log_config(config)
     console = Console()
     text = load_text(config, console)
-    async with Gateway(_named(config), text) as gateway:
+    async with Gateway(_named(config), text, token) as gateway:
         gateway.connect_to(engine_address)
         console.say(f"waiting for the engine at {engine_address}")
         waiting = asyncio.create_task(gateway.until_ready())

@@ -67,9 +67,10 @@ def request_to_proto(request: Request) -> engine_pb2.EngineRequest:
 
 
 def request_from_proto(message: engine_pb2.EngineRequest) -> Request:
-    return Request(
-        **_from_fields(message, _REQUEST_FIELDS), sampling=sampling_from_proto(message.sampling)
-    )
+    values = _from_fields(message, _REQUEST_FIELDS)
+    if not message.HasField("deadline_s"):
+        values["deadline_s"] = None
+    return Request(**values, sampling=sampling_from_proto(message.sampling))
 
 
 def _to_fields(value: object, names: Iterable[str]) -> dict[str, Any]:

@@ -9,41 +9,63 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class SessionRequest(_message.Message):
-    __slots__ = ("submit", "abort")
+    __slots__ = ("submit", "abort", "proof")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    PROOF_FIELD_NUMBER: _ClassVar[int]
     submit: EngineRequest
     abort: str
-    def __init__(self, submit: _Optional[_Union[EngineRequest, _Mapping]] = ..., abort: _Optional[str] = ...) -> None: ...
+    proof: bytes
+    def __init__(self, submit: _Optional[_Union[EngineRequest, _Mapping]] = ..., abort: _Optional[str] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class EngineRequest(_message.Message):
-    __slots__ = ("id", "prompt", "sampling", "choice", "priority")
+    __slots__ = ("id", "prompt", "sampling", "choice", "priority", "output", "resumed", "deadline_s")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_FIELD_NUMBER: _ClassVar[int]
+    DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     sampling: _types_pb2.SamplingParams
     choice: int
     priority: int
-    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., choice: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
+    output: _containers.RepeatedScalarFieldContainer[int]
+    resumed: bool
+    deadline_s: float
+    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., choice: _Optional[int] = ..., priority: _Optional[int] = ..., output: _Optional[_Iterable[int]] = ..., resumed: _Optional[bool] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
-    __slots__ = ("hello", "updates", "stats", "rejections")
+    __slots__ = ("hello", "updates", "stats", "rejections", "heartbeat")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     UPDATES_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     REJECTIONS_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     hello: EngineHello
     updates: _containers.RepeatedCompositeFieldContainer[SequenceUpdate]
     stats: EngineStats
     rejections: _containers.RepeatedCompositeFieldContainer[Rejection]
-    def __init__(self, hello: _Optional[_Union[EngineHello, _Mapping]] = ..., updates: _Optional[_Iterable[_Union[SequenceUpdate, _Mapping]]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ...) -> None: ...
+    heartbeat: Heartbeat
+    def __init__(self, hello: _Optional[_Union[EngineHello, _Mapping]] = ..., updates: _Optional[_Iterable[_Union[SequenceUpdate, _Mapping]]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., rejections: _Optional[_Iterable[_Union[Rejection, _Mapping]]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+
+class Heartbeat(_message.Message):
+    __slots__ = ("num_steps", "unchanged_s", "num_running", "compiling")
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    UNCHANGED_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    COMPILING_FIELD_NUMBER: _ClassVar[int]
+    num_steps: int
+    unchanged_s: float
+    num_running: int
+    compiling: bool
+    def __init__(self, num_steps: _Optional[int] = ..., unchanged_s: _Optional[float] = ..., num_running: _Optional[int] = ..., compiling: _Optional[bool] = ...) -> None: ...
 
 class EngineHello(_message.Message):
-    __slots__ = ("model", "vocab", "max_model_len", "num_slots", "num_pages", "page_size", "max_queue", "eos_token_ids")
+    __slots__ = ("model", "vocab", "max_model_len", "num_slots", "num_pages", "page_size", "max_queue", "eos_token_ids", "numerics")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VOCAB_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +74,7 @@ class EngineHello(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_QUEUE_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUMERICS_FIELD_NUMBER: _ClassVar[int]
     model: str
     vocab: int
     max_model_len: int
@@ -60,7 +83,8 @@ class EngineHello(_message.Message):
     page_size: int
     max_queue: int
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, model: _Optional[str] = ..., vocab: _Optional[int] = ..., max_model_len: _Optional[int] = ..., num_slots: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_queue: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    numerics: str
+    def __init__(self, model: _Optional[str] = ..., vocab: _Optional[int] = ..., max_model_len: _Optional[int] = ..., num_slots: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_queue: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., numerics: _Optional[str] = ...) -> None: ...
 
 class SequenceUpdate(_message.Message):
     __slots__ = ("request_id", "tokens", "finish", "logprobs", "prompt_logprobs", "queue_s", "error")

@@ -27,7 +27,7 @@ class ModelPrepared:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The engine serves at `address`, host:port, another one after every start.
+    """The engine serves at `address`, `unix:…` or host:port, another one after every start.
 
     `summary` is shown to people, in order; `phases` are seconds.
     """

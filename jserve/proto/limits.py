@@ -14,3 +14,6 @@ KEEPALIVE_OPTIONS = (
     ("grpc.http2.ping_timeout_ms", 10_000),  # the key that newer versions of gRPC read
     ("grpc.http2.max_ping_strikes", 0),
 )
+
+# An engine says at least this often how far it is, and a gateway counts its silence by it.
+HEARTBEAT_S = 1.0

@@ -1,7 +1,7 @@
 """Crashes and stops of real processes: clients learn at once, nothing is left behind."""
 
 import signal
-import socket
+import stat
 import time
 from pathlib import Path
 
@@ -13,16 +13,34 @@ from tests.e2e.server import Server, serving
 CONFIG = "configs/tiny_random.py"
 
 
-def _listening_port(pid: int) -> int:
-    sockets = psutil.Process(pid).net_connections("tcp")
-    (port,) = {s.laddr.port for s in sockets if s.status == psutil.CONN_LISTEN}
-    return port
+def _tcp_ports(pid: int) -> set[int]:
+    """Ports on which a process listens, or through which it talks."""
+    return {found.laddr.port for found in psutil.Process(pid).net_connections("tcp")}
+
+
+def _engine_sockets(pid: int) -> set[str]:
+    """The Unix sockets of an engine that have a name."""
+    connections = psutil.Process(pid).net_connections("unix")
+    return {str(found.laddr) for found in connections if str(found.laddr).endswith(".sock")}
+
+
+def test_engine_is_reached_by_nobody_else(server: Server) -> None:
+    assert _tcp_ports(server.engine_pid) == set()
+    (path,) = _engine_sockets(server.engine_pid)
+    folder = Path(path).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    listening = {
+        found.laddr.port
+        for found in psutil.Process(server.process.pid).net_connections("tcp")
+        if found.status == psutil.CONN_LISTEN
+    }
+    assert listening == {server.http_port, server.grpc_port}
 
 
 def test_killed_engine_is_reported_at_once_and_comes_back(server: Server) -> None:
     pages = server.gauge("jserve_free_pages")
     old_pid = server.engine_pid
-    old_port = _listening_port(old_pid)
+    old_sockets = _engine_sockets(old_pid)
     reader = start_reader(server, FOREVER)
     killed_at_s = time.monotonic()
     engine = psutil.Process(old_pid)
@@ -31,13 +49,11 @@ def test_killed_engine_is_reported_at_once_and_comes_back(server: Server) -> Non
     assert reader.error is not None
     assert reader.ended_at_s - killed_at_s < 2.0
     engine.wait(10)  # its last socket may be closed a moment after the first
-    # A stranger that takes the port meanwhile, and says nothing, is no obstacle.
-    with socket.create_server(("127.0.0.1", old_port)):
-        refused = server.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
-        assert refused.status_code in (200, 503)
-        server.until(server.is_ready)
+    refused = server.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
+    assert refused.status_code in (200, 503)
+    server.until(server.is_ready)
     assert server.engine_pid != old_pid
-    assert _listening_port(server.engine_pid) != old_port
+    assert _engine_sockets(server.engine_pid) != old_sockets
     answer = server.post("/v1/completions", {"prompt": "x", "max_tokens": 4})
     assert answer.status_code == 200
     assert server.gauge("jserve_free_pages") == pages

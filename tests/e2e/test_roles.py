@@ -1,6 +1,9 @@
 """Gateway and engine as two processes that were started apart."""
 
+import secrets
 from pathlib import Path
+
+import pytest
 
 from tests.e2e.server import Server, free_port
 
@@ -8,9 +11,12 @@ CONFIG = "configs/tiny_random.py"
 
 
 def test_gateway_and_engine_apart(tmp_path: Path) -> None:
-    address = f"--engine_address=127.0.0.1:{free_port()}"
-    gateway = Server(CONFIG, tmp_path / "gateway", "--role=gateway", address)
-    engine = Server(CONFIG, tmp_path / "engine", "--role=engine", address)
+    token = tmp_path / "token"
+    token.touch(0o600)
+    token.write_text(f"{secrets.token_hex(32)}\n")
+    flags = (f"--engine_address=127.0.0.1:{free_port()}", f"--engine_token_file={token}")
+    gateway = Server(CONFIG, tmp_path / "gateway", "--role=gateway", *flags)
+    engine = Server(CONFIG, tmp_path / "engine", "--role=engine", *flags)
     try:
         gateway.until(lambda: "waiting for the engine" in gateway.output)
         gateway.until(gateway.is_listening)
@@ -27,3 +33,12 @@ def test_gateway_and_engine_apart(tmp_path: Path) -> None:
         engine.close()
         gateway.close()
     assert gateway.wait() == 0
+
+
+@pytest.mark.parametrize("role", ["--role=gateway", "--role=engine"])
+def test_tcp_without_a_token_is_refused(tmp_path: Path, role: str) -> None:
+    address = f"--engine_address=127.0.0.1:{free_port()}"
+    apart = Server(CONFIG, tmp_path / "log", role, address)
+    assert apart.wait(60) == 2
+    assert "need a token" in apart.output
+    assert "Traceback" not in apart.output

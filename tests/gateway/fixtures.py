@@ -1,6 +1,9 @@
 """A request plane over a fake engine, and real sockets around both."""
 
 import asyncio
+import atexit
+import shutil
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -91,6 +94,13 @@ class LoopThread:
             self._stopping = True
             self.inbox.wake()
             self._thread.join(5)
+
+
+def unix_address() -> str:
+    """The address of a socket, not there yet, in a private folder with a short path."""
+    folder = tempfile.mkdtemp(prefix="jserve-test-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return f"unix:{folder}/engine.sock"
 
 
 async def eventually(condition, timeout_s: float = 5.0) -> None:

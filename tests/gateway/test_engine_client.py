@@ -15,7 +15,7 @@ from jserve.gateway.fake_engine import FakeEngine
 from jserve.gateway.grpc_engine_client import GrpcEngineClient
 from jserve.proto import engine_pb2, engine_pb2_grpc
 from jserve.proto.convert import info_to_proto, stats_to_proto, updates_to_proto
-from tests.gateway.fixtures import INFO, closing
+from tests.gateway.fixtures import INFO, closing, unix_address
 
 
 def request(request_id: str) -> Request:
@@ -54,10 +54,11 @@ def test_a_late_update_does_not_reach_a_newer_sequence_of_the_same_id() -> None:
     async def main() -> None:
         server = grpc.aio.server()
         engine_pb2_grpc.add_EngineServicer_to_server(LateEngine(), server)
-        port = server.add_insecure_port("127.0.0.1:0")
+        address = unix_address()
+        server.add_insecure_port(address)
         await server.start()
         try:
-            async with closing(GrpcEngineClient(f"127.0.0.1:{port}", reconnect_s=0.02)) as client:
+            async with closing(GrpcEngineClient(address, reconnect_s=0.02)) as client:
                 client.start()
                 await asyncio.wait_for(client.wait_ready(), 5)
                 aborted = client.submit([request("same")])

@@ -7,12 +7,12 @@ from collections import Counter
 from dataclasses import replace
 
 from jserve.core.errors import EngineError, Overloaded, Unavailable
-from jserve.engine.worker.session import serve_sessions
+from jserve.engine.worker.session_server import serve_sessions
 from jserve.gateway.engine_client import UpdateStream
 from jserve.gateway.grpc_engine_client import GrpcEngineClient
 from jserve.gateway.request_plane import Prompt, RequestPlane
 from jserve.gateway.validation import SamplingFields
-from tests.gateway.fixtures import INFO, LoopThread, closing, eventually, make_plane
+from tests.gateway.fixtures import INFO, LoopThread, closing, eventually, make_plane, unix_address
 
 ROOMY = replace(INFO, num_slots=16, max_queue=256)
 
@@ -54,8 +54,8 @@ def test_nothing_is_left_behind():
     async def main():
         rng = random.Random(7)
         with LoopThread(ROOMY).running() as loop:
-            server = await serve_sessions("127.0.0.1:0", ROOMY, loop.inbox, loop.outbox)
-            client = GrpcEngineClient(f"127.0.0.1:{server.port}", reconnect_s=0.01)
+            server = await serve_sessions(unix_address(), ROOMY, loop.inbox, loop.outbox)
+            client = GrpcEngineClient(server.address, reconnect_s=0.01)
             client.start()
             await client.wait_ready()
             async with closing(client):
@@ -68,8 +68,8 @@ def test_nothing_is_left_behind():
                 workers = [asyncio.create_task(worker()) for _ in range(40)]
                 await eventually(lambda: sum(outcomes.values()) > 50, 30)
                 await server.stop()  # the engine goes away in the middle of it
-                port = server.port
-                server = await serve_sessions(f"127.0.0.1:{port}", ROOMY, loop.inbox, loop.outbox)
+                address = server.address
+                server = await serve_sessions(address, ROOMY, loop.inbox, loop.outbox)
                 await asyncio.gather(*workers)
                 await eventually(lambda: loop.num_live == 0)
                 await eventually(lambda: not client._streams)

@@ -54,6 +54,7 @@ class Engine:
     scheduler: Scheduler
     programs: tuple[CompiledProgram, ...]
     num_compiles: Callable[[], int]  # since the engine was ready
+    is_compiling: Callable[[], bool]  # in any thread
     phases: dict[str, float] = field(default_factory=dict[str, float])  # seconds
 
 
@@ -118,7 +119,7 @@ def build_engine(
     )
     executor = DeviceExecutor(params, state, programs, shape.batch, info.eos_token_ids, mover)
     jax.block_until_ready((params, state))
-    compiled = counter.count
+    compiled, counter.is_compiling = counter.count, False  # programs may have been lowered alone
     return Engine(
         info,
         mesh,
@@ -128,6 +129,7 @@ def build_engine(
         scheduler,
         tuple(programs.values()),
         lambda: counter.count - compiled,
+        lambda: counter.is_compiling,
         {"compile": compile_s, "load": load_s},
     )
 

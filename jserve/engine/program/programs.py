@@ -17,6 +17,8 @@ from jserve.engine.program.step import make_step
 from jserve.model.functional import Model
 from jserve.model.sharding import named_sharding
 
+# Durations, which JAX tells at their ends: a compilation follows the first.
+_LOWERED_EVENT = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -89,8 +91,13 @@ class CompileCounter:
 
     def __init__(self) -> None:
         self.count = 0
+        self.is_compiling = False  # between the events that JAX sends of one compilation
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         del duration_secs, kwargs
-        self.count += event == _COMPILE_EVENT
+        if event == _COMPILE_EVENT:
+            self.count += 1
+            self.is_compiling = False
+        elif event == _LOWERED_EVENT:
+            self.is_compiling = True

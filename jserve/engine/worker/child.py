@@ -5,6 +5,7 @@ Reads its job from standard input, reports its status on standard output (see
 """
 
 import ctypes
+import faulthandler
 import logging
 import os
 import signal
@@ -25,6 +26,8 @@ _PR_SET_PDEATHSIG = 1
 def main() -> None:
     """Runs one engine until SIGTERM, a crash, or the death of the parent."""
     report = _take_standard_output()
+    # The launcher asks for the stacks of all threads before it ends an engine that hangs.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides about Ctrl-C
     job = read_job(sys.stdin.buffer)
     _die_with_parent()

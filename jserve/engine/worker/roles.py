@@ -29,7 +29,6 @@ def run_engine(job: EngineJob, report: Report) -> None:
 
     The platform must be pinned.
     """
-    host = job.address.rpartition(":")[0]
     step_log = open_step_log(job.engine)
     with process_group.leading(job, report) as lead:
         engine = _start(job, report)
@@ -39,9 +38,8 @@ def run_engine(job: EngineJob, report: Report) -> None:
             job.address,
             drain_timeout_s=job.engine.drain_timeout_s,
             step_log=step_log,
-            on_ready=lambda port: report(
-                Ready(f"{host}:{port}", _summary(job, engine), engine.phases)
-            ),
+            on_ready=lambda address: report(Ready(address, _summary(job, engine), engine.phases)),
+            token=job.token,
         )
 
 

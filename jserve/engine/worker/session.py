@@ -1,22 +1,23 @@
 """The engine's side of `Engine/Session`: commands into an Inbox, events of an Outbox to gateways.
 
-Part of the worker process. Of the engine's modules, this one and `group`'s leader and follower know
-gRPC.
+Part of the worker process. Here is the engine's border: a peer over TCP must prove that it holds
+the engine's token, and a request that could not run is rejected before the loop sees it. Of the
+engine's modules, this one, `session_server` and `group`'s leader and follower know gRPC.
 """
 
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import grpc
-import grpc.aio
 
-from jserve.core.addresses import is_loopback
-from jserve.core.errors import ConfigError, JserveError, RequestError
+from jserve.core.clock import Clock, WallClock
+from jserve.core.errors import JserveError, RequestError
 from jserve.core.request import EngineInfo, SequenceUpdate
+from jserve.core.request_check import check_request
 from jserve.core.stats import EngineStats
 from jserve.engine.inbox import Abort, Command, Inbox, Outbox, Submit
 from jserve.proto import engine_pb2, engine_pb2_grpc
@@ -27,15 +28,19 @@ from jserve.proto.convert import (
     stats_to_proto,
     updates_to_proto,
 )
-from jserve.proto.limits import MAX_SESSION_MESSAGE_BYTES
+from jserve.proto.session_auth import (
+    NONCE_KEY,
+    PROOF_KEY,
+    Side,
+    is_proof,
+    new_nonce,
+    nonce_of,
+    proof,
+)
 
 logger = logging.getLogger(__name__)
 
-_OPTIONS = (
-    ("grpc.max_receive_message_length", MAX_SESSION_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_SESSION_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),  # a second engine on the port is an error, not a lottery
-)
+_PROOF_TIMEOUT_S = 5.0
 
 
 @dataclass(eq=False, slots=True)
@@ -46,6 +51,7 @@ class _Session:
     # Both by the gateway's id.
     updates: dict[str, SequenceUpdate] = field(default_factory=dict[str, SequenceUpdate])
     rejections: list[tuple[str, JserveError]] = field(default_factory=list[tuple[str, JserveError]])
+    heartbeat: engine_pb2.Heartbeat | None = None  # due since the last message
     unsent: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False  # the gateway has ended its half of the stream
 
@@ -65,10 +71,12 @@ class _Session:
         response = engine_pb2.SessionResponse(
             stats=stats_to_proto(stats),
             rejections=[rejection_to_proto(*rejection) for rejection in self.rejections],
+            heartbeat=self.heartbeat,
         )
         updates_to_proto(self.updates, response)
         self.updates.clear()
         self.rejections.clear()
+        self.heartbeat = None
         return response
 
 
@@ -87,8 +95,22 @@ class _Sequence(NamedTuple):
 class EngineSessions(engine_pb2_grpc.EngineServicer):
     """Routes commands and events between any number of gateways and one engine loop."""
 
-    def __init__(self, info: EngineInfo, inbox: Inbox, outbox: Outbox) -> None:
+    def __init__(
+        self,
+        info: EngineInfo,
+        inbox: Inbox,
+        outbox: Outbox,
+        token: str | None = None,
+        *,
+        clock: Clock | None = None,
+        is_compiling: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """With a `token`, only a gateway that holds it is served."""
+        self._clock = clock or WallClock()
+        self._is_compiling = is_compiling
+        self._changed_s = self._clock.now_s()  # when the number of steps last changed
         self._info = info
+        self._token = token
         self._inbox = inbox
         self._outbox = outbox
         self._by_request_id: dict[str, _Sequence] = {}
@@ -103,6 +125,10 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         context: Any,
     ) -> None:
         """Serves one gateway until it goes; what it still ran is aborted."""
+        if self._token is not None and not await _is_known(self._token, request_iterator, context):
+            logger.warning("refused a gateway without the engine's token: %s", context.peer())
+            words = "this engine serves gateways that hold its token; see --engine_token_file"
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, words)
         session = _Session()
         self._sessions.add(session)
         reading = asyncio.create_task(self._read(request_iterator, session))
@@ -134,16 +160,22 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             session.unsent.set()
 
     def _command(self, message: engine_pb2.SessionRequest, session: _Session) -> Command | None:
-        if message.WhichOneof("kind") == "abort":
+        kind = message.WhichOneof("kind")
+        if kind == "abort":
             session.drop(message.abort)
             sequence = self._by_request_id.get(message.abort)
             if sequence is None or sequence.session is not session:
                 return None  # finished meanwhile, or another gateway's
             self._forget(sequence)
             return Abort(sequence.engine_id)
+        if kind != "submit":
+            return None  # of a newer version
         request = request_from_proto(message.submit)
-        if request.id in self._by_request_id or request.id in session.updates:
-            error = RequestError(f"request id {request.id!r} is in use", param="request_id")
+        try:
+            if request.id in self._by_request_id or request.id in session.updates:
+                raise RequestError(f"request id {request.id!r} is in use", param="request_id")
+            check_request(request, self._info)
+        except RequestError as error:
             session.rejections.append((request.id, error))
             session.unsent.set()
             return None
@@ -155,6 +187,8 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
     def deliver(self) -> None:
         """Sorts the events of the outbox by gateway; on the event loop."""
         events = self._outbox.take()
+        if events.stats.num_steps != self._stats.num_steps:
+            self._changed_s = self._clock.now_s()
         self._stats = events.stats
         for update in events.updates:
             sequence = self._by_engine_id.get(update.request_id)
@@ -170,63 +204,38 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         for session in self._sessions:  # sessions without an update get the stats
             session.unsent.set()
 
+    def beat(self) -> None:
+        """Tells every gateway how far the loop is, though it may stand still; on the event loop."""
+        heartbeat = engine_pb2.Heartbeat(
+            num_steps=self._stats.num_steps,
+            unchanged_s=self._clock.now_s() - self._changed_s,
+            num_running=self._stats.num_running,
+            compiling=self._is_compiling(),
+        )
+        for session in self._sessions:
+            session.heartbeat = heartbeat
+            session.unsent.set()
+
     def _forget(self, sequence: _Sequence) -> None:
         sequence.session.live.discard(sequence)
         del self._by_request_id[sequence.request_id]
         del self._by_engine_id[sequence.engine_id]
 
 
-class SessionServer:
-    """The listening socket of an engine. Owned by the event loop it was started on."""
-
-    def __init__(self, server: grpc.aio.Server, outbox: Outbox, port: int) -> None:
-        self._server = server
-        self._outbox = outbox
-        self.port = port
-
-    async def stop(self, grace_s: float = 0.0) -> None:
-        """Takes no more gateways, waits `grace_s` for the present ones to go, drops the rest."""
-        await self._server.stop(grace_s)
-        self._outbox.detach()
-
-
-async def serve_sessions(
-    address: str, info: EngineInfo, inbox: Inbox, outbox: Outbox
-) -> SessionServer:
-    """Listens on `host:port` (port 0: any) until stopped. The loop may post at any time.
-
-    There is no authentication: an address that is not a loopback one is a ConfigError.
-    """
-    host, _, port = address.rpartition(":")
-    if not is_loopback(host):
-        raise ConfigError(f"engine address {address!r}: must be on loopback, e.g. 127.0.0.1:8600")
-    sessions = EngineSessions(info, inbox, outbox)
-    server = grpc.aio.server(options=_OPTIONS)
-    engine_pb2_grpc.add_EngineServicer_to_server(sessions, server)
+async def _is_known(
+    token: str, requests: AsyncIterator[engine_pb2.SessionRequest], context: Any
+) -> bool:
+    """Proves that this engine holds `token`, and whether the gateway does; see `session_auth`."""
+    gateway_nonce = nonce_of(context.invocation_metadata())
+    if gateway_nonce is None:
+        return False
+    nonce = new_nonce()
+    own = proof(token, Side.ENGINE, gateway_nonce, nonce)
+    await context.send_initial_metadata(((NONCE_KEY, nonce), (PROOF_KEY, own)))
     try:
-        bound = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise ConfigError(f"engine address {address!r}: port {port} is taken") from error
-    loop = asyncio.get_running_loop()
-    outbox.attach(_Coalescer(loop, sessions.deliver).wake)
-    await server.start()
-    return SessionServer(server, outbox, bound)
-
-
-class _Coalescer:
-    """Calls back on the event loop, once for all wake-ups since the last call."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, callback: Any) -> None:
-        self._loop = loop
-        self._callback = callback
-        self._scheduled = False
-
-    def wake(self) -> None:
-        """From any thread; calls are serialized by the outbox's lock."""
-        if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon_threadsafe(self._run)
-
-    def _run(self) -> None:
-        self._scheduled = False  # before taking, so that later events schedule another call
-        self._callback()
+        async with asyncio.timeout(_PROOF_TIMEOUT_S):
+            first = await anext(requests, None)
+    except TimeoutError:
+        return False
+    given = None if first is None else first.proof
+    return is_proof(given, token, Side.GATEWAY, gateway_nonce, nonce)

@@ -14,7 +14,7 @@ from jserve.engine.build.assembly import Engine
 from jserve.engine.inbox import Inbox, Outbox
 from jserve.engine.loop import EngineLoop
 from jserve.engine.step_log import StepLog
-from jserve.engine.worker.session import serve_sessions
+from jserve.engine.worker.session_server import serve_sessions
 
 
 def serve(
@@ -24,14 +24,16 @@ def serve(
     *,
     drain_timeout_s: float,
     step_log: StepLog | None,
-    on_ready: Callable[[int], None],
+    on_ready: Callable[[str], None],
+    token: str | None = None,
 ) -> None:
     """Serves gateways at `address` until SIGTERM; then finishes what runs, within the timeout.
 
-    `executor` is the engine's own, or leads others. `on_ready` gets the port. Raises EngineError
-    when the loop died: the process should end.
+    `executor` is the engine's own, or leads others. `address` and `token` are those of
+    `serve_sessions`; `on_ready` gets the address with the port or socket that was chosen. Raises
+    EngineError when the loop died: the process should end.
     """
-    asyncio.run(_serve(engine, executor, address, drain_timeout_s, step_log, on_ready))
+    asyncio.run(_serve(engine, executor, address, drain_timeout_s, step_log, on_ready, token))
 
 
 async def _serve(
@@ -40,7 +42,8 @@ async def _serve(
     address: str,
     drain_timeout_s: float,
     step_log: StepLog | None,
-    on_ready: Callable[[int], None],
+    on_ready: Callable[[str], None],
+    token: str | None,
 ) -> None:
     inbox, outbox = Inbox(), Outbox()
     loop = EngineLoop(
@@ -51,7 +54,9 @@ async def _serve(
     thread = threading.Thread(
         target=_run_loop, args=(loop, events, ended), name="engine-loop", daemon=True
     )
-    server = await serve_sessions(address, engine.info, inbox, outbox)
+    server = await serve_sessions(
+        address, engine.info, inbox, outbox, token, is_compiling=engine.is_compiling
+    )
     thread.start()
     asked = asyncio.Event()
     events.add_signal_handler(signal.SIGTERM, asked.set)
@@ -59,7 +64,7 @@ async def _serve(
     # Objects made at start-up stay for good: the collector need not scan them between steps.
     gc.collect()
     gc.freeze()
-    on_ready(server.port)
+    on_ready(server.address)
     try:
         await ended
     finally:

@@ -1,8 +1,6 @@
 """Writes a Hugging Face folder that transformers loads: config, safetensors, text side."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jserve.checkpoints.safetensors_folder import DTYPES, WHOLE
+from jserve.checkpoints.temporary import temporary_folder
 from jserve.checkpoints.tensor_source import Progress, TensorSource
 from jserve.checkpoints.text_assets import CONFIG, TextAssets, save_text_assets
 from jserve.core.errors import ConfigError
@@ -47,21 +46,17 @@ def write_hf_folder(
     specs = model.param_specs()
     check_tensors(source, found_specs(source, specs))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    config = hf_config_from_spec(model.spec) | {"torch_dtype": model.dtype.name}
+    if assets.bos_token_id is not None:
+        config["bos_token_id"] = assets.bos_token_id
     try:
-        temporary.mkdir()
-        config = hf_config_from_spec(model.spec) | {"torch_dtype": model.dtype.name}
-        if assets.bos_token_id is not None:
-            config["bos_token_id"] = assets.bos_token_id
-        (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        save_text_assets(temporary, assets)
-        _write_safetensors(temporary / WHOLE, source, specs, progress)
-        temporary.rename(folder)
+        with temporary_folder(folder.parent, folder.name) as temporary:
+            (temporary / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            save_text_assets(temporary, assets)
+            _write_safetensors(temporary / WHOLE, source, specs, progress)
+            temporary.rename(folder)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def hf_config_from_spec(spec: ModelSpec) -> dict[str, Any]:

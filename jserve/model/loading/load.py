@@ -15,7 +15,7 @@ from jserve.checkpoints.gguf_file import GgufFile
 from jserve.checkpoints.gguf_spec import spec_from_gguf
 from jserve.checkpoints.hf_config import spec_from_hf
 from jserve.checkpoints.json_file import read_json
-from jserve.checkpoints.locate import locate, native_path
+from jserve.checkpoints.locate import locate, native_path, remove_abandoned_files
 from jserve.checkpoints.native_folder import is_native, read_manifest, read_spec
 from jserve.checkpoints.safetensors_folder import SafetensorsFolder
 from jserve.checkpoints.tensor_source import Progress, TensorSource
@@ -65,6 +65,7 @@ def prepare(config: ModelConfig, progress: Progress) -> PreparedModel:
 
     Raises ConfigError naming file and tensor if anything about the model is wrong.
     """
+    remove_abandoned_files(config)
     source = locate(config, progress)
     if source is None:
         assert isinstance(config.source, RandomWeights)

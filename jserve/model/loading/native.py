@@ -3,8 +3,6 @@
 import asyncio
 import gc
 import logging
-import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -29,6 +27,7 @@ from jserve.checkpoints.native_folder import (
     write_manifest,
     write_spec,
 )
+from jserve.checkpoints.temporary import temporary_folder
 from jserve.checkpoints.tensor_source import Progress, TensorSource
 from jserve.checkpoints.text_assets import TextAssets, save_text_assets
 from jserve.core.errors import ConfigError
@@ -68,21 +67,17 @@ def write_native(
     assert all(spec.shape == spec.stored_shape for spec in specs.values()), model.backend
     check_tensors(source, specs)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir()
-        _save_params(temporary / PARAMS, source, specs, progress)
-        write_spec(temporary, model.spec)
-        save_text_assets(temporary, assets)
-        shapes = {name: spec.shape for name, spec in specs.items()}
-        kind = (Dtype(model.dtype.name), model.quantization)
-        write_manifest(temporary, *kind, str(source.path), shapes)
-        _move(temporary, folder)
+        with temporary_folder(folder.parent, folder.name) as temporary:
+            _save_params(temporary / PARAMS, source, specs, progress)
+            write_spec(temporary, model.spec)
+            save_text_assets(temporary, assets)
+            shapes = {name: spec.shape for name, spec in specs.items()}
+            kind = (Dtype(model.dtype.name), model.quantization)
+            write_manifest(temporary, *kind, str(source.path), shapes)
+            _move(temporary, folder)
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def restore_native(

@@ -1,0 +1,65 @@
+"""The link between gateway and engine on one machine: a private folder for a socket, a token."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from jserve.checkpoints.temporary import temporary_folder
+from jserve.core.addresses import UNIX
+from jserve.core.errors import ConfigError
+from jserve.core.private_path import why_not_private
+from jserve.proto.session_auth import MIN_TOKEN_BYTES
+
+TOKEN_VARIABLE = "JSERVE_ENGINE_TOKEN"  # noqa: S105  the name of one
+_MAX_FOLDER_BYTES = 60  # of the temporary folder: a socket's whole path has room for 107
+
+
+@contextlib.contextmanager
+def private_socket_folder() -> Iterator[str]:
+    """The address of an engine in a new folder that only this user can enter; removed at the end.
+
+    Folders of launchers that were killed are removed, too.
+    """
+    parent = tempfile.gettempdir()
+    if len(os.fsencode(parent)) > _MAX_FOLDER_BYTES:
+        parent = "/tmp"  # noqa: S108  the folder in it is private
+    try:
+        with temporary_folder(Path(parent), f"jserve-{os.geteuid()}", mode=0o700) as folder:
+            yield f"{UNIX}{folder}/"
+    except OSError as error:
+        raise ConfigError(
+            f"{parent}: no folder for the engine's socket can be made: {error}; "
+            "set TMPDIR to a writable folder"
+        ) from error
+
+
+def read_token(file: str | None, environment: Mapping[str, str]) -> str | None:
+    """The token of gateway and engine, from `file` (`-`: standard input) or the environment.
+
+    Raises ConfigError if it is too short, or if other users can read the file.
+    """
+    if file is None:
+        token = environment.get(TOKEN_VARIABLE)
+        return None if token is None else _checked(token.strip(), TOKEN_VARIABLE)
+    if file == "-":
+        return _checked(sys.stdin.readline().strip(), "standard input")
+    try:
+        with Path(file).open(encoding="utf-8") as stream:
+            if reason := why_not_private(os.fstat(stream.fileno())):
+                raise ConfigError(f"--engine_token_file={file}: {reason}; use chmod 600")
+            text = stream.read(4096)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--engine_token_file={file}: cannot be read: {error}") from error
+    return _checked(text.strip(), f"--engine_token_file={file}")
+
+
+def _checked(token: str, place: str) -> str:
+    if len(token.encode()) < MIN_TOKEN_BYTES:
+        raise ConfigError(
+            f"{place}: the engine's token has fewer than {MIN_TOKEN_BYTES} bytes; "
+            "make one with: openssl rand -hex 32"
+        )
+    return token
