@@ -21,6 +21,7 @@ from jserve.gateway.defaults import SamplingDefaults
 from jserve.gateway.engine_client import EngineClient, UpdateStream
 from jserve.gateway.metrics import GatewayMetrics, RequestMetrics
 from jserve.gateway.output import GenerationRequest, OutputDelta, OutputProcessor, Prompt
+from jserve.gateway.template_process import TemplateProcess
 from jserve.gateway.tokenizer import TextTokenizer
 from jserve.gateway.validation import (
     SamplingFields,
@@ -151,6 +152,7 @@ class RequestPlane:
         """Without `bounds_choices`, `n` is as large as the caller likes: `engine` refuses none."""
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self._templates = None if chat_template is None else TemplateProcess(chat_template)
         self.defaults = defaults
         self.engine = engine
         self.config = config
@@ -163,6 +165,16 @@ class RequestPlane:
         # Ids are unique in the engine, whatever ids the clients of several gateways choose.
         self._id_prefix = secrets.token_hex(6)
         self._serial = itertools.count()
+
+    def warm(self) -> None:
+        """Starts what the first request would wait for; does not wait for it."""
+        if self._templates is not None:
+            self._templates.warm()
+
+    def close(self) -> None:
+        """Ends the processes that the plane has started."""
+        if self._templates is not None:
+            self._templates.close()
 
     @property
     def model_name(self) -> str:
@@ -229,15 +241,13 @@ class RequestPlane:
         no template.
         """
         checked = check_messages(messages, max_messages=self.config.max_chat_messages)
-        if self.chat_template is None:
+        if self._templates is None:
             raise RequestError(
                 f"model {self.model_name!r} has no chat template; "
                 "use completions with a prompt instead of chat messages",
                 param="messages",
             )
-        text = await asyncio.to_thread(
-            self.chat_template.render, checked, add_generation_prompt=add_generation_prompt
-        )
+        text = await self._templates.render(checked, add_generation_prompt=add_generation_prompt)
         return await self.text_prompt(text, add_special_tokens=False)
 
     def prepare(

@@ -56,6 +56,7 @@ class Gateway:
         await self._grpc.start()
         await self._http.start()
         self._engine.start()
+        self.plane.warm()
         return self
 
     def connect_to(self, engine_address: str) -> None:
@@ -75,3 +76,4 @@ class Gateway:
         """Closes both ports and the connection to the engine."""
         await asyncio.gather(self._http.stop(), self._grpc.stop(_STOP_GRACE_S))
         await self._engine.close()
+        self.plane.close()
