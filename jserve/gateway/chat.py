@@ -134,11 +134,14 @@ def check_messages(value: Any, *, max_messages: int) -> list[dict[str, str]]:
     """
     if not isinstance(value, list | tuple) or not value:
         raise RequestError("messages must be a list with at least one message", param="messages")
-    if len(value) > max_messages:
-        raise RequestError(
-            f"messages has {len(value)} entries; at most {max_messages}", param="messages"
-        )
+    check_num_messages(len(value), max_messages)
     return [_check_message(f"messages[{i}]", message) for i, message in enumerate(value)]
+
+
+def check_num_messages(number: int, most: int) -> None:
+    """Raises RequestError if there are more than `most`."""
+    if number > most:
+        raise RequestError(f"messages has {number} entries; at most {most}", param="messages")
 
 
 def _check_message(where: str, message: Any) -> dict[str, str]:
