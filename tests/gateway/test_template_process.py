@@ -18,7 +18,8 @@ from jserve.gateway.template_process import TemplateProcess
 
 LIMITS = JobLimits(cpu_s=0.2, memory_bytes=512 << 20)
 FORBIDDEN = {
-    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}"
+    "{% endfor %}{% endfor %}",
     "doubling": "{% set ns = namespace(s='x' * 1000) %}{% for i in range(99) %}"
     "{% set ns.s = ns.s + ns.s %}{% endfor %}",
     "joining": "{% set ns = namespace(s='x' * 1000) %}{% for i in range(99) %}"
