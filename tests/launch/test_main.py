@@ -85,7 +85,7 @@ def test_help_lists_commands_and_flags() -> None:
         ([*_TINY, "--http_port=99999"], "gateway.http_port is 99999; ports are"),
         ([*_TINY, "--grpc_port=-1"], "gateway.grpc_port is -1; ports are"),
         ([*_TINY, "--http_port=8123", "--grpc_port=8123"], "are both 8123"),
-        ([*_TINY, "--host=192.0.2.1"], "choose another with --host"),
+        ([*_TINY, "--host=192.0.2.1", "--set=gateway.open=true"], "choose another with --host"),
         ([*_TINY, "--host="], "gateway.host is empty"),
         ([*_TINY, "--role=gateway", "--engine_address=a:99999"], "or host:port"),
         ([*_TINY, "--role=gateway", "--engine_address=a"], "or host:port"),
