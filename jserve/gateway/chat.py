@@ -8,6 +8,7 @@ bound.
 import datetime
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -19,6 +20,7 @@ import jinja2.sandbox
 from jserve.core.errors import ConfigError, RequestError
 
 MAX_RENDERED_CHARS = 16 << 20
+_MAX_ERROR_CHARS = 1000  # of a template's own message
 _MESSAGE_FIELDS = frozenset({"role", "content", "name", "reasoning_content"})
 # Fields of answers, which clients send back with the message. They say nothing to a template.
 _REPLAYED_FIELDS = frozenset(
@@ -66,11 +68,15 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class ChatTemplate:
-    """A compiled chat template. Stateless; safe to use from several threads."""
+    """A compiled chat template. Stateless; safe to use from several threads.
+
+    `render` takes as much time and memory as the template likes; `TemplateProcess` bounds both.
+    """
 
     def __init__(self, source: str, *, special_tokens: Mapping[str, str]) -> None:
         """`special_tokens` are variables such as bos_token and eos_token.
 
+        The template is only parsed here: the compiler computes constant expressions of any size.
         Raises ConfigError if the source is not a template.
         """
         environment = _Sandbox(
@@ -82,15 +88,31 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
-            self._template = environment.from_string(source)
+            environment.parse(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"chat template, line {error.lineno}: {error.message}") from error
-        self._special_tokens = dict(special_tokens)
+        except RecursionError as error:
+            raise ConfigError("chat template: it is nested too deeply") from error
+        self._environment = environment
+        self.source = source
+        self.special_tokens = dict(special_tokens)
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        return self._environment.from_string(self.source)
+
+    def compile(self) -> None:
+        """Compiles the template now rather than in the first `render`."""
+        _ = self._template
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
     ) -> str:
-        """Returns the prompt text. Any failure of the template is a RequestError."""
+        """Returns the prompt text.
+
+        Any failure of the template is a RequestError, but for the MemoryError of one that is larger
+        than what the process may take.
+        """
         pieces: list[str] = []
         size = 0
         try:
@@ -99,25 +121,18 @@ class ChatTemplate:
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
+                **self.special_tokens,
             ):
                 pieces.append(piece)
                 size += len(piece)
                 if size > MAX_RENDERED_CHARS:
                     raise _TemplateError(f"it renders to over {MAX_RENDERED_CHARS} characters")
-        # On unexpected messages a template may raise any exception.
-        except (
-            jinja2.TemplateError,
-            _TemplateError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # on unexpected messages a template may raise any
             raise RequestError(
-                f"the model's chat template refused the messages: {error}", param="messages"
+                f"the model's chat template refused the messages: {str(error)[:_MAX_ERROR_CHARS]}",
+                param="messages",
             ) from error
         return "".join(pieces)
 
@@ -133,11 +148,14 @@ def check_messages(
     """
     if not isinstance(value, list | tuple) or not value:
         raise RequestError("messages must be a list with at least one message", param="messages")
-    if len(value) > max_messages:
-        raise RequestError(
-            f"messages has {len(value)} entries; at most {max_messages}", param="messages"
-        )
+    check_num_messages(len(value), max_messages)
     return [_check_message(f"messages[{i}]", message, ignored) for i, message in enumerate(value)]
+
+
+def check_num_messages(number: int, most: int) -> None:
+    """Raises RequestError if there are more than `most`."""
+    if number > most:
+        raise RequestError(f"messages has {number} entries; at most {most}", param="messages")
 
 
 def _check_message(where: str, message: Any, ignored: list[str] | None) -> dict[str, str]:

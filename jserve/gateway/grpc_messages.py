@@ -1,10 +1,11 @@
 """Converts messages of `jserve.v1.Inference` to requests and deltas to messages."""
 
-from collections.abc import AsyncIterable, AsyncIterator, Mapping, MutableSequence, Sequence
-from typing import Any
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 
 from jserve.core.errors import RequestError
 from jserve.core.request import FinishReason, TokenLogprobs
+from jserve.gateway.chat import check_num_messages
+from jserve.gateway.pauses import Pauses
 from jserve.gateway.request_plane import GenerationRequest, OutputDelta, Prompt, RequestPlane
 from jserve.gateway.tokenizer import TextTokenizer
 from jserve.gateway.validation import SamplingFields
@@ -14,13 +15,8 @@ from jserve.proto.convert import FINISH_TO_PROTO, logprobs_to_proto
 
 def sampling_fields(message: types_pb2.SamplingParams) -> SamplingFields:
     """Reads sampling fields; those not set stay None, an empty list counts as not set."""
-    return SamplingFields(**{field.name: _plain(value) for field, value in message.ListFields()})
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    return list(value) if isinstance(value, MutableSequence) else value
+    # Lists and maps are counted before anybody copies them, so they are not copied here.
+    return SamplingFields(**{field.name: value for field, value in message.ListFields()})
 
 
 async def parse_prompt(
@@ -35,10 +31,11 @@ async def parse_prompt(
         case "text":
             return await plane.text_prompt(message.text, add_special_tokens=add_special_tokens)
         case "chat":
+            check_num_messages(len(message.chat.messages), plane.config.max_chat_messages)
             messages = [{"role": m.role, "content": m.content} for m in message.chat.messages]
             return await plane.chat_prompt(messages)
         case "token_ids" if isinstance(message, inference_pb2.GenerateRequest):
-            return plane.token_prompt(list(message.token_ids.ids))
+            return plane.token_prompt(message.token_ids.ids)
         case _:
             raise RequestError("no input; set text, token_ids or chat", param="input")
 
@@ -52,7 +49,7 @@ async def parse_generation(
         id=request_id,
         prompt=await parse_prompt(plane, message),
         sampling=sampling_fields(message.sampling),
-        stop=list(message.stop),
+        stop=list(message.stop[: plane.config.max_stop_strings + 1]),
         n=message.n or None,
         priority=message.priority,
         echo=message.echo,
@@ -118,12 +115,15 @@ async def responses(
             message.timings.total_s = plane.clock.now_s() - started_s
         return message
 
+    pauses = Pauses()  # a reader that was slow gets many large deltas at once
     async for delta in deltas:
         if ttft_s is None:
             ttft_s = plane.clock.now_s() - started_s
         num_output += len(delta.token_ids)
         queue_s = max(queue_s, delta.queue_s or 0.0)
+        pauses.start()
         message = make_response(delta, generation.id, plane.tokenizer)
+        await pauses.end()
         yield message if delta.finish is None else complete(message)
     for index in sorted(unfinished):
         aborted = OutputDelta(index, "", (), finish=FinishReason.ABORT)

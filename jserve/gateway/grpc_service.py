@@ -11,7 +11,6 @@ from jserve.gateway.grpc_messages import parse_generation, parse_prompt, respons
 from jserve.gateway.grpc_stream import GenerateStream
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import RequestPlane
-from jserve.gateway.validation import token_ids
 from jserve.proto import inference_pb2, inference_pb2_grpc
 
 
@@ -67,8 +66,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Detokenizes, special tokens included."""
         try:
             self._plane.check_model(request.model)
-            ids = token_ids("token_ids", list(request.token_ids), self._plane.info.vocab)
-            text = self._plane.tokenizer.decode(ids, skip_special_tokens=False)
+            text = await self._plane.detokenize("token_ids", request.token_ids)
             return inference_pb2.DetokenizeResponse(text=text)
         except JserveError as error:
             await abort(context, error)

@@ -65,6 +65,8 @@ class GatewayMetrics:
     request_queue_time_seconds: Histogram = field(default_factory=_latency)
     request_prompt_tokens: Histogram = field(default_factory=_tokens)
     request_generation_tokens: Histogram = field(default_factory=_tokens)
+    # By how much the loop calls back too late; everybody waits that long.
+    event_loop_lag_seconds: Histogram = field(default_factory=_latency)
 
     def start(self, generation: GenerationRequest) -> "RequestMetrics":
         """Counts a request that starts now; its output is for the caller to report."""

@@ -120,6 +120,11 @@ class MetricsCollector(Collector):
                 values = list(self._labels.values())
                 family.add_metric(values, histogram.buckets(), histogram.sum)
                 yield family
+        lag = self._metrics.event_loop_lag_seconds
+        text = "Delay of the gateway's event loop, sampled 50 times a second."
+        family = HistogramMetricFamily("jserve_event_loop_lag_seconds", text)
+        family.add_metric([], lag.buckets(), lag.sum)
+        yield family
 
     def _http(self) -> Iterator[Metric]:
         labels = ["handler", "method", "status"]

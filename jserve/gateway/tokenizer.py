@@ -1,11 +1,17 @@
 """Converts text to token ids and back by the model's own tokenizer."""
 
 import asyncio
+import contextlib
+import os
+import sys
+import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from jserve.core.errors import ConfigError
 from jserve.gateway.detokenizer import (
@@ -16,8 +22,22 @@ from jserve.gateway.detokenizer import (
     Fragments,
 )
 
-_LONG_TEXT_CHARS = 4096  # about a millisecond of encoding; longer texts go to a thread
-_MAX_LONG_TEXTS = 2  # texts encoded at a time
+_SHORT_CHARS = 1024  # at most a millisecond or two of encoding; more goes to a thread
+_LONG_CHARS = 64 << 10  # texts that take seconds; they wait for each other, not others for them
+_PIECE_CHARS = 16 << 10  # of a text that is normalized; the library holds the GIL meanwhile
+_SEAM_CHARS = 64  # by which normalizing a text in pieces may lengthen each of them
+# Few threads, because a long text takes a gigabyte while it is encoded.
+_NUM_THREADS = 2
+_NUM_LONG_THREADS = 1
+_POOL_NICENESS = 5
+
+
+class TooManyTokens(Exception):
+    """A text has more tokens than the caller can use."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__(f"{num_tokens} tokens")
+        self.num_tokens = num_tokens
 
 
 class TextTokenizer:
@@ -41,8 +61,9 @@ class TextTokenizer:
         # A file may carry the truncation or padding of its training run.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # The pool is small because a long text takes a gigabyte while it is encoded.
-        self._threads = ThreadPoolExecutor(_MAX_LONG_TEXTS, thread_name_prefix="tokenizer")
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, "tokenizer")
+        self._long_threads = ThreadPoolExecutor(_NUM_LONG_THREADS, "long-texts")
+        _start_pool()
         added = self._tokenizer.get_added_tokens_decoder()
         self.vocab = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.bos_token_id = bos_token_id
@@ -55,15 +76,32 @@ class TextTokenizer:
             frozenset(token_id for token_id, token in added.items() if token.special),
         )
 
-    def encode(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool | None = None, most: int | None = None
+    ) -> list[int]:
         """Returns token ids. Special tokens in the text are parsed as such, as in Hugging Face.
 
         `add_special_tokens` True and None mean the model's habit. A BOS is never doubled: a text
-        that spells it out gets no second one.
+        that spells it out gets no second one. Other threads run while a long text is encoded.
+
+        Raises:
+            TooManyTokens: there are more than `most`; they are not made into Python's numbers.
         """
-        if add_special_tokens is False:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=True).ids
+        special = add_special_tokens is not False
+        if len(text) <= _SHORT_CHARS:
+            encoding = self._tokenizer.encode(text, add_special_tokens=special)
+        else:
+            # The batch call releases the GIL; `fast` leaves out what nobody reads.
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        if most is not None and len(encoding) > most + 1:  # a BOS may be taken off
+            raise TooManyTokens(len(encoding))
+        ids = self._with_bos(encoding.ids) if special else encoding.ids
+        if most is not None and len(ids) > most:
+            raise TooManyTokens(len(ids))
+        return ids
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        """Obeys the model's habit of a BOS where the post-processor does not."""
         bos = self.bos_token_id
         if bos is None:
             return ids
@@ -81,9 +119,15 @@ class TextTokenizer:
         """
         if self._longest_token == 0:
             return 0
-        if self._tokenizer.normalizer is not None:
-            text = self._tokenizer.normalizer.normalize_str(text)
-        size = len(text.encode()) if self._fragments.spec.byte_level else len(text)
+        normalizer, byte_level = self._tokenizer.normalizer, self._fragments.spec.byte_level
+        if normalizer is None:
+            size = len(text.encode()) if byte_level else len(text)
+        else:
+            size = 0
+            for start in range(0, len(text), _PIECE_CHARS):
+                piece = normalizer.normalize_str(text[start : start + _PIECE_CHARS])
+                size += max(len(piece.encode() if byte_level else piece) - _SEAM_CHARS, 0)
+                time.sleep(0)  # lets another thread have the GIL
         return -(-size // self._longest_token)
 
     @cached_property
@@ -95,16 +139,43 @@ class TextTokenizer:
         tokens = self._tokenizer.get_vocab(with_added_tokens=False)
         return max(*(len(t.content.encode()) for t in added), *map(len, tokens), 1)
 
-    async def encode_async(self, text: str, *, add_special_tokens: bool | None = None) -> list[int]:
+    async def encode_async(
+        self, text: str, *, add_special_tokens: bool | None = None, most: int | None = None
+    ) -> list[int]:
         """Runs `encode` off the event loop when the text is long."""
-        if len(text) <= _LONG_TEXT_CHARS:
-            return self.encode(text, add_special_tokens=add_special_tokens)
-        encode = partial(self.encode, text, add_special_tokens=add_special_tokens)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+        encoded = await self.encode_all([text], add_special_tokens=add_special_tokens, most=most)
+        return encoded[0]
+
+    async def encode_all(
+        self,
+        texts: Sequence[str],
+        *,
+        add_special_tokens: bool | None = None,
+        most: int | None = None,
+    ) -> list[list[int]]:
+        """Runs `encode` for each text, off the event loop unless all are short together."""
+        sizes = [len(text) for text in texts]
+        encode = partial(self._encode_each, texts, add_special_tokens, most)
+        if sum(sizes) <= _SHORT_CHARS:
+            return encode()
+        threads = self._threads if max(sizes) <= _LONG_CHARS else self._long_threads
+        return await asyncio.get_running_loop().run_in_executor(threads, encode)
+
+    def _encode_each(
+        self, texts: Sequence[str], special: bool | None, most: int | None
+    ) -> list[list[int]]:
+        return [self.encode(text, add_special_tokens=special, most=most) for text in texts]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Returns the text of a whole sequence."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """Returns the text of a whole sequence. Other threads run meanwhile."""
+        # Unlike `decode` of the library, the batch call releases the GIL.
+        (text,) = self._tokenizer.decode_batch([list(ids)], skip_special_tokens=skip_special_tokens)
+        return text
+
+    async def decode_async(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Runs `decode` off the event loop."""
+        decode = partial(self.decode, ids, skip_special_tokens=skip_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, decode)
 
     def detokenizer(
         self, *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
@@ -131,3 +202,23 @@ class TextTokenizer:
     def token_text(self, token_id: int) -> str:
         """`token_bytes` as text, undecodable bytes replaced."""
         return self._fragments.raw(token_id).decode(errors="replace")
+
+
+@cache
+def _start_pool() -> None:
+    """Starts the library's own threads, which encode, at a lower priority than all others.
+
+    They take every core for long texts, and an engine on the same CPU would fall behind. The first
+    batch starts them, and they inherit the priority of its thread; that one ends here, since no
+    thread that takes the GIL may be slow to give it back.
+    """
+
+    def start() -> None:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _POOL_NICENESS)
+        Tokenizer(BPE()).encode_batch([""])
+
+    if sys.platform == "linux":  # elsewhere a priority is that of a whole process
+        starter = threading.Thread(target=start, name="tokenizer-pool")
+        starter.start()
+        starter.join()

@@ -3,7 +3,7 @@
 import math
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
 from jserve.core.errors import PromptTooLong, RequestError
@@ -44,6 +44,25 @@ class SamplingFields:
     stop_token_ids: Sequence[int] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+
+
+class CheckedIds(tuple[int, ...]):
+    """Distinct token ids of the vocabulary, checked by `check_id_lists`."""
+
+    __slots__ = ()
+
+
+def check_id_lists(given: SamplingFields, info: EngineInfo) -> SamplingFields:
+    """Checks the fields that may be as long as the vocabulary, once for all prompts of a request.
+
+    Raises RequestError with `param`.
+    """
+    checked = {
+        name: CheckedIds(_id_set(name, value, info.vocab))
+        for name in ("allowed_token_ids", "bad_token_ids", "stop_token_ids")
+        if (value := getattr(given, name)) is not None
+    }
+    return replace(given, **checked) if checked else given
 
 
 def random_seed() -> int:
@@ -220,6 +239,13 @@ def _max_tokens(
 
 
 def _id_set(name: str, value: Any, vocab: int) -> tuple[int, ...]:
+    if type(value) is CheckedIds:
+        return value
+    if isinstance(value, Sequence) and len(value) > vocab:
+        raise RequestError(
+            f"{name} has {len(value)} ids, but this model has {vocab}; give each at most once",
+            param=name,
+        )
     return () if value is None else tuple(dict.fromkeys(token_ids(name, value, vocab)))
 
 
@@ -270,6 +296,9 @@ def _logit_bias(value: Any, vocab: int) -> tuple[tuple[int, float], ...]:
 
 def _check_something_is_left(sampling: SamplingParams, info: EngineInfo) -> None:
     """Refuses masks that together leave no token to sample."""
+    most_masked = len(sampling.bad_token_ids) + len(sampling.stop_token_ids) + MAX_STOP_TOKEN_IDS
+    if most_masked < (len(sampling.allowed_token_ids) or info.vocab):
+        return  # without making sets of lists as long as the vocabulary
     masked: Collection[int] = set(sampling.bad_token_ids)
     if sampling.min_tokens:
         masked |= set(sampling.stop_token_ids)

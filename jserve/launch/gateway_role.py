@@ -14,6 +14,7 @@ from jserve.gateway.grpc_engine_client import GrpcEngineClient
 from jserve.gateway.grpc_server import GrpcServer
 from jserve.gateway.http.app import make_app
 from jserve.gateway.http.server import HttpServer
+from jserve.gateway.loop_lag import LoopLag
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.text_model import TextModel
@@ -46,6 +47,7 @@ class Gateway:
             clock=clock,
         )
         metrics = GatewayMetrics(clock=clock)
+        self._lag = LoopLag(metrics)
         version = importlib.metadata.version("jserve")
         app = make_app(self.plane, metrics, version=version)
         self._http = HttpServer(app, host=config.host, port=config.http_port, drain_s=_STOP_GRACE_S)
@@ -56,6 +58,8 @@ class Gateway:
         await self._grpc.start()
         await self._http.start()
         self._engine.start()
+        self._lag.start()
+        self.plane.warm()
         return self
 
     def connect_to(self, engine_address: str) -> None:
@@ -75,3 +79,5 @@ class Gateway:
         """Closes both ports and the connection to the engine."""
         await asyncio.gather(self._http.stop(), self._grpc.stop(_STOP_GRACE_S))
         await self._engine.close()
+        await self._lag.stop()
+        self.plane.close()

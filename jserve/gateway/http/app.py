@@ -15,6 +15,7 @@ from jserve.gateway.http.errors import error_response, unrouted
 from jserve.gateway.http.event_stream import ClientGone
 from jserve.gateway.http.openai_routes import OpenAIRoutes
 from jserve.gateway.http.probes import ProbeRoutes
+from jserve.gateway.http.request_bodies import RequestBodies
 from jserve.gateway.http.token_routes import TokenRoutes
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.prometheus import make_registry
@@ -30,10 +31,11 @@ def make_app(plane: RequestPlane, metrics: GatewayMetrics, *, version: str) -> A
     """
     config = plane.config
     registry = make_registry(metrics, plane.engine, lambda: plane.model_name)
+    bodies = RequestBodies(plane)
     app: ASGIApp = Starlette(
         routes=[
-            *OpenAIRoutes(plane, metrics).routes(),
-            *TokenRoutes(plane).routes(),
+            *OpenAIRoutes(plane, metrics, bodies).routes(),
+            *TokenRoutes(plane, bodies).routes(),
             *ProbeRoutes(plane, registry, version).routes(),
         ],
         exception_handlers={

@@ -15,16 +15,22 @@ from jserve.gateway.http.event_stream import ClientGone
 _DRAIN_FACTOR = 16
 
 
-async def read_json(request: Request, config: GatewayConfig) -> dict[str, Any]:
-    """The JSON object in the body: finite numbers, valid Unicode; of equal keys the last wins.
+async def read_body(request: Request, config: GatewayConfig) -> bytes:
+    """The bytes of a JSON body.
 
     Raises:
         HttpError: the content type is not JSON, or the body is too large.
-        RequestError: the body is not a JSON object, or is nested too deeply.
         ClientGone: the client left before it had sent everything.
     """
     _check_type(request)
-    body = await _read(request, config.max_body_bytes)
+    return await _read(request, config.max_body_bytes)
+
+
+def parse_object(body: bytes, max_depth: int) -> dict[str, Any]:
+    """The JSON object in a body: finite numbers, valid Unicode; of equal keys the last wins.
+
+    Raises RequestError if it is not a JSON object, or is nested too deeply.
+    """
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -32,7 +38,7 @@ async def read_json(request: Request, config: GatewayConfig) -> dict[str, Any]:
         raise RequestError(message) from error
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object")
-    _check_depth(value, config.max_json_depth)
+    _check_depth(value, max_depth)
     return value
 
 

@@ -16,6 +16,7 @@ from jserve.gateway.http.openai_response import Head, Json, usage_json
 from jserve.gateway.http.openai_shape import Shape
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.output import join
+from jserve.gateway.pauses import Pauses
 from jserve.gateway.request_plane import GenerationRequest, OutputDelta, OutputStream, RequestPlane
 
 # A delta with more log-probabilities is written in a thread: 20 for each of 4,000 tokens take
@@ -46,7 +47,7 @@ class Answer:
             JserveError: the engine refused a generation, or failed.
         """
         choices: dict[tuple[int, int], list[OutputDelta]] = {}
-        async with aclosing(interleaved(self._start())) as deltas:
+        async with aclosing(interleaved(await self._start())) as deltas:
             async for prompt, delta in deltas:
                 choices.setdefault((prompt, delta.index), []).append(delta)
         done = [(prompt, join(choices[prompt, index])) for prompt, index in sorted(choices)]
@@ -57,13 +58,16 @@ class Answer:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yields the answer as server-sent events, without the closing one."""
         completion_tokens = 0
-        async with aclosing(interleaved(self._start())) as deltas:
+        pauses = Pauses()  # a reader that was slow gets many large deltas at once
+        async with aclosing(interleaved(await self._start())) as deltas:
             async for prompt, delta in deltas:
+                pauses.start()
                 completion_tokens += len(delta.token_ids)
                 if _num_logprobs(delta) > _LARGE:
                     data = await asyncio.to_thread(self._event, prompt, delta)
                 else:
                     data = self._event(prompt, delta)
+                await pauses.end()
                 if data:
                     yield data
         if self.include_usage:
@@ -90,10 +94,13 @@ class Answer:
             json["usage"] = None
         return json
 
-    def _start(self) -> list[OutputStream]:
+    async def _start(self) -> list[OutputStream]:
         started: list[OutputStream] = []
+        pauses = Pauses()
         try:
             for generation in self.generations:
+                if started:
+                    await pauses.end()
                 started.append(self.plane.run(generation, self.metrics))
         except BaseException:
             for deltas in started:

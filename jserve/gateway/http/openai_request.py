@@ -42,14 +42,16 @@ class ChatRequest(OpenAIRequest):
     add_generation_prompt: bool
 
 
-def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
-    """Reads the body of `POST /v1/completions`.
+def parse_completion(
+    body: Mapping[str, Any], *, max_prompts: int | None = None
+) -> CompletionRequest:
+    """Reads the body of `POST /v1/completions`. More prompts are refused before they are read.
 
     Raises:
         RequestError: a field has the wrong type, is unknown or is not supported.
     """
     fields = Fields(body)
-    prompts = _prompts(fields)
+    prompts = _prompts(fields, max_prompts)
     n = _choices(fields)
     best_of = fields.integer("best_of")
     if best_of not in (None, 1, n):
@@ -164,7 +166,7 @@ def _refuse_structured(fields: Fields) -> None:
     raise RequestError(message, param="response_format")
 
 
-def _prompts(fields: Fields) -> tuple[str | tuple[int, ...], ...]:
+def _prompts(fields: Fields, most: int | None) -> tuple[str | tuple[int, ...], ...]:
     value = fields.raw("prompt")
     if value is None:
         raise RequestError("prompt is missing: give text or token ids", param="prompt")
@@ -173,18 +175,22 @@ def _prompts(fields: Fields) -> tuple[str | tuple[int, ...], ...]:
     if type(value) is list:
         if not value:
             raise RequestError("prompt must not be empty", param="prompt")
-        if all(type(item) is int for item in value):
+        kinds = set(map(type, value))
+        if kinds == {int}:
             return (tuple(value),)
-        if all(type(item) is str for item in value):
+        if most is not None and len(value) > most:
+            message = f"prompt: at most {most} prompts, not {len(value)}"
+            raise RequestError(message, param="prompt")
+        if kinds == {str}:
             return tuple(value)
-        if all(type(item) is list for item in value):
+        if kinds == {list}:
             return tuple(_token_ids(item, f"prompt[{i}]") for i, item in enumerate(value))
     expected = "a string, a list of strings, a list of token ids or a list of such lists"
     raise wrong_type("prompt", expected, value)
 
 
 def _token_ids(value: list[Any], name: str) -> tuple[int, ...]:
-    for index, item in enumerate(value):
-        if type(item) is not int:
-            raise wrong_type(f"{name}[{index}]", "a token id", item)
+    if value and set(map(type, value)) != {int}:
+        index = next(i for i, item in enumerate(value) if type(item) is not int)
+        raise wrong_type(f"{name}[{index}]", "a token id", value[index])
     return tuple(value)

@@ -11,20 +11,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from jserve.core.errors import RequestError
-from jserve.gateway.http.body import read_json
 from jserve.gateway.http.event_stream import EventStream, unless_disconnected
 from jserve.gateway.http.openai_answer import Answer
 from jserve.gateway.http.openai_request import (
     ChatRequest,
     CompletionRequest,
-    parse_chat,
-    parse_completion,
 )
 from jserve.gateway.http.openai_response import Head
 from jserve.gateway.http.openai_shape import ChatShape, CompletionShape, Shape
+from jserve.gateway.http.request_bodies import RequestBodies
 from jserve.gateway.metrics import GatewayMetrics
+from jserve.gateway.pauses import Pauses
 from jserve.gateway.request_plane import GenerationRequest, Prompt, RequestPlane
+from jserve.gateway.validation import check_id_lists
 
 # OpenAI's default of completions, and vLLM's, whatever the generation config says; a chat goes on
 # until the model ends it.
@@ -43,11 +42,13 @@ class OpenAIRoutes:
         self,
         plane: RequestPlane,
         metrics: GatewayMetrics,
+        bodies: RequestBodies,
         *,
         unix_s: Callable[[], float] = time.time,
     ) -> None:
         self._plane = plane
         self._metrics = metrics
+        self._bodies = bodies
         self._unix_s = unix_s
         self._start_s = int(unix_s())
 
@@ -68,14 +69,10 @@ class OpenAIRoutes:
         return json_response(self._model())
 
     async def completions(self, request: Request) -> Response:
-        config = self._plane.config
-        asked = parse_completion(await read_json(request, config))
+        asked = await self._bodies.completion(request)
         self._plane.check_model(asked.model)
-        if len(asked.prompts) > config.max_prompts:
-            message = f"prompt: at most {config.max_prompts} prompts, not {len(asked.prompts)}"
-            raise RequestError(message, param="prompt")
-        prompts = [await self._prompt(it, asked.add_special_tokens) for it in asked.prompts]
-        generations = self._prepare("cmpl", _with_echo(asked), prompts, echo=asked.echo)
+        prompts = await self._prompts(asked)
+        generations = await self._prepare("cmpl", _with_echo(asked), prompts, echo=asked.echo)
         shape = CompletionShape(
             generations,
             self._plane.tokenizer,
@@ -84,13 +81,13 @@ class OpenAIRoutes:
         return await self._respond(request, asked, generations, shape)
 
     async def chat_completions(self, request: Request) -> Response:
-        asked = parse_chat(await read_json(request, self._plane.config))
+        asked = await self._bodies.chat(request)
         self._plane.check_model(asked.model)
         prompt = await self._plane.chat_prompt(
             asked.messages,
             add_generation_prompt=asked.add_generation_prompt,
         )
-        generations = self._prepare("chatcmpl", asked, [prompt], echo=False)
+        generations = await self._prepare("chatcmpl", asked, [prompt], echo=False)
         shape = ChatShape(self._plane.tokenizer)
         return await self._respond(request, asked, generations, shape)
 
@@ -106,12 +103,22 @@ class OpenAIRoutes:
             "max_model_len": info.max_model_len,
         }
 
-    async def _prompt(self, given: str | tuple[int, ...], special: bool | None) -> Prompt:
-        if isinstance(given, str):
-            return await self._plane.text_prompt(given, add_special_tokens=special)
-        return self._plane.token_prompt(given)
+    async def _prompts(self, asked: CompletionRequest) -> list[Prompt]:
+        """Texts are tokenized together; a request has texts or token ids."""
+        texts = [it for it in asked.prompts if isinstance(it, str)]
+        if texts:
+            return await self._plane.text_prompts(
+                texts, add_special_tokens=asked.add_special_tokens
+            )
+        pauses = Pauses()
+        prompts: list[Prompt] = []
+        for ids in asked.prompts:
+            assert not isinstance(ids, str)
+            prompts.append(self._plane.token_prompt(ids))
+            await pauses.end()
+        return prompts
 
-    def _prepare(
+    async def _prepare(
         self,
         prefix: str,
         asked: CompletionRequest | ChatRequest,
@@ -121,11 +128,14 @@ class OpenAIRoutes:
     ) -> tuple[GenerationRequest, ...]:
         # The first generation has the id of the answer.
         answer_id = f"{prefix}-{uuid.uuid4().hex}"
-        return tuple(
-            self._plane.prepare(
+        sampling = check_id_lists(asked.sampling, self._plane.info)
+        pauses = Pauses()
+        generations: list[GenerationRequest] = []
+        for i, prompt in enumerate(prompts):
+            generation = self._plane.prepare(
                 id=f"{answer_id}-{i}" if i else answer_id,
                 prompt=prompt,
-                sampling=asked.sampling,
+                sampling=sampling,
                 stop=asked.stop,
                 n=asked.n,
                 priority=asked.priority,
@@ -134,8 +144,9 @@ class OpenAIRoutes:
                 include_stop_str_in_output=asked.include_stop_str_in_output,
                 default_max_tokens=None if isinstance(asked, ChatRequest) else _COMPLETION_TOKENS,
             )
-            for i, prompt in enumerate(prompts)
-        )
+            generations.append(generation)
+            await pauses.end()
+        return tuple(generations)
 
     async def _respond(
         self,

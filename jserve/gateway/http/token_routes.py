@@ -1,28 +1,26 @@
 """`/tokenize` and `/detokenize`, as vLLM has them."""
 
-import asyncio
 from collections.abc import Sequence
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from jserve.core.errors import RequestError
-from jserve.gateway.http.body import read_json
-from jserve.gateway.http.fields import Fields
 from jserve.gateway.http.openai_routes import json_response
+from jserve.gateway.http.request_bodies import RequestBodies
+from jserve.gateway.http.token_request import TokenizeRequest
+from jserve.gateway.pauses import Pauses
 from jserve.gateway.request_plane import Prompt, RequestPlane
-from jserve.gateway.validation import token_ids
 
-_FIELDS = ("model", "prompt", "messages", "add_special_tokens", "add_generation_prompt")
+_TEXTS_AT_A_TIME = 1024
 
 
 class TokenRoutes:
     """Routes that tokenize and detokenize without generating."""
 
-    def __init__(self, plane: RequestPlane) -> None:
+    def __init__(self, plane: RequestPlane, bodies: RequestBodies) -> None:
         self._plane = plane
+        self._bodies = bodies
 
     def routes(self) -> list[Route]:
         return [
@@ -32,13 +30,10 @@ class TokenRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """The ids of `prompt`, or of `messages` rendered by the chat template."""
-        fields = Fields(await read_json(request, self._plane.config))
-        self._plane.check_model(fields.string("model"))
-        prompt = await self._prompt(fields)
-        texts: list[str] | None = None
-        if fields.boolean("return_token_strs"):
-            texts = await asyncio.to_thread(self._texts, prompt.ids)
-        fields.finish({}, (*_FIELDS, "return_token_strs"))
+        asked = await self._bodies.tokenize(request)
+        self._plane.check_model(asked.model)
+        prompt = await self._prompt(asked)
+        texts = await self._texts(prompt.ids) if asked.return_token_strs else None
         return json_response(
             {
                 "count": len(prompt.ids),
@@ -50,27 +45,24 @@ class TokenRoutes:
 
     async def detokenize(self, request: Request) -> Response:
         """The text of `tokens`, special tokens included."""
-        fields = Fields(await read_json(request, self._plane.config))
-        self._plane.check_model(fields.string("model"))
-        given: Any = fields.raw("tokens")
-        fields.finish({}, ("model", "tokens"))
-        ids = token_ids("tokens", given, self._plane.info.vocab)
-        decode = self._plane.tokenizer.decode
-        text = await asyncio.to_thread(decode, ids, skip_special_tokens=False)
-        return json_response({"prompt": text})
+        asked = await self._bodies.detokenize(request)
+        self._plane.check_model(asked.model)
+        return json_response({"prompt": await self._plane.detokenize("tokens", asked.tokens)})
 
-    def _texts(self, ids: Sequence[int]) -> list[str]:
-        return [self._plane.tokenizer.token_text(token_id) for token_id in ids]
+    async def _texts(self, ids: Sequence[int]) -> list[str]:
+        pauses = Pauses()
+        texts: list[str] = []
+        for start in range(0, len(ids), _TEXTS_AT_A_TIME):
+            texts += map(self._plane.tokenizer.token_text, ids[start : start + _TEXTS_AT_A_TIME])
+            await pauses.end()
+        return texts
 
-    async def _prompt(self, fields: Fields) -> Prompt:
-        text, messages = fields.string("prompt"), fields.raw("messages")
-        special = fields.boolean("add_special_tokens")
-        generation = fields.boolean("add_generation_prompt")
-        if (text is None) is (messages is None):
-            raise RequestError("give either prompt or messages", param="prompt")
-        if text is not None:
-            return await self._plane.text_prompt(text, add_special_tokens=special)
+    async def _prompt(self, asked: TokenizeRequest) -> Prompt:
+        most = self._plane.most_counted
+        if asked.prompt is not None:
+            return await self._plane.text_prompt(
+                asked.prompt, add_special_tokens=asked.add_special_tokens, most=most
+            )
         return await self._plane.chat_prompt(
-            messages,
-            add_generation_prompt=generation is not False,
+            asked.messages, add_generation_prompt=asked.add_generation_prompt, most=most
         )

@@ -1,0 +1,168 @@
+"""Bodies of POST requests → frozen requests; large ones are read in another process.
+
+Parsing, checking and freeing megabytes of JSON holds the interpreter for seconds, in a thread as
+well. A body of 64 kB takes a few milliseconds.
+"""
+
+import pickle
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from starlette.requests import Request
+
+from jserve.core.errors import RequestError
+from jserve.core.request import EngineInfo
+from jserve.gateway.chat import check_messages
+from jserve.gateway.defaults import SamplingDefaults
+from jserve.gateway.http.body import parse_object, read_body
+from jserve.gateway.http.openai_request import (
+    ChatRequest,
+    CompletionRequest,
+    parse_chat,
+    parse_completion,
+)
+from jserve.gateway.http.token_request import (
+    DetokenizeRequest,
+    TokenizeRequest,
+    parse_detokenize,
+    parse_tokenize,
+)
+from jserve.gateway.job_child import Handler
+from jserve.gateway.job_process import JobLimits, JobProcesses, JobStopped
+from jserve.gateway.request_plane import RequestPlane
+from jserve.gateway.validation import (
+    SamplingFields,
+    check_id_lists,
+    check_prompt,
+    check_stop,
+    resolve_sampling,
+    token_ids,
+)
+
+_LARGE_BYTES = 64 << 10
+_LIMITS = JobLimits(cpu_s=15.0, memory_bytes=2 << 30, wall_s=60.0)
+_NICENESS = 5  # an engine on the same processor comes first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What a body is checked against while it is read."""
+
+    max_depth: int
+    max_prompts: int
+    max_messages: int
+    max_stop_strings: int
+    max_stop_string_chars: int
+    info: EngineInfo | None  # None until the engine was reached
+
+
+def _completion(body: Mapping[str, Any], bounds: Bounds) -> CompletionRequest:
+    return parse_completion(body, max_prompts=bounds.max_prompts)
+
+
+def _chat(body: Mapping[str, Any], bounds: Bounds) -> ChatRequest:
+    return parse_chat(body)
+
+
+def _tokenize(body: Mapping[str, Any], bounds: Bounds) -> TokenizeRequest:
+    return parse_tokenize(body)
+
+
+def _detokenize(body: Mapping[str, Any], bounds: Bounds) -> DetokenizeRequest:
+    return parse_detokenize(body)
+
+
+_PARSERS: Mapping[str, Callable[[Mapping[str, Any], Bounds], Any]] = {
+    "completion": _completion,
+    "chat": _chat,
+    "tokenize": _tokenize,
+    "detokenize": _detokenize,
+}
+
+
+class RequestBodies:
+    """Reads the bodies of all routes. Owned by the application."""
+
+    def __init__(self, plane: RequestPlane) -> None:
+        self._plane = plane
+        self._large = JobProcesses(__name__, b"", _LIMITS, niceness=_NICENESS)
+
+    async def completion(self, request: Request) -> CompletionRequest:
+        return await self._read(request, "completion")
+
+    async def chat(self, request: Request) -> ChatRequest:
+        return await self._read(request, "chat")
+
+    async def tokenize(self, request: Request) -> TokenizeRequest:
+        return await self._read(request, "tokenize")
+
+    async def detokenize(self, request: Request) -> DetokenizeRequest:
+        return await self._read(request, "detokenize")
+
+    async def _read(self, request: Request, kind: str) -> Any:
+        config = self._plane.config
+        body = await read_body(request, config)
+        bounds = Bounds(
+            max_depth=config.max_json_depth,
+            max_prompts=config.max_prompts,
+            max_messages=config.max_chat_messages,
+            max_stop_strings=config.max_stop_strings,
+            max_stop_string_chars=config.max_stop_string_chars,
+            info=self._plane.engine.info,
+        )
+        if len(body) <= _LARGE_BYTES:
+            return _PARSERS[kind](parse_object(body, bounds.max_depth), bounds)
+        assert self._plane.info is bounds.info  # raises Unavailable while there is none
+        try:
+            parsed = await self._large.call(pickle.dumps((kind, body, bounds)))
+        except JobStopped as error:
+            raise RequestError(f"the body cannot be read: {error}") from None
+        return pickle.loads(parsed)  # noqa: S301 - from our own code, which runs nobody else's
+
+
+def make_handler(start: bytes) -> Handler:
+    """Makes what runs in the process: a pickled job in, the pickled request out."""
+    return _read_large
+
+
+def _read_large(job: bytes) -> bytes:
+    kind, body, bounds = pickle.loads(job)  # noqa: S301 - from the parent process
+    parsed = _PARSERS[kind](parse_object(body, bounds.max_depth), bounds)
+    return pickle.dumps(_checked(parsed, bounds), pickle.HIGHEST_PROTOCOL)
+
+
+def _checked(parsed: Any, bounds: Bounds) -> Any:
+    """Checks every field here, so that nothing long and wrong goes back; packs token ids."""
+    info = bounds.info
+    assert info is not None
+    if isinstance(parsed, ChatRequest | TokenizeRequest) and parsed.messages is not None:
+        checked = check_messages(parsed.messages, max_messages=bounds.max_messages)
+        parsed = replace(parsed, messages=checked)
+    if isinstance(parsed, CompletionRequest | ChatRequest):
+        check_stop(
+            parsed.stop, max_count=bounds.max_stop_strings, max_chars=bounds.max_stop_string_chars
+        )
+        parsed = replace(parsed, sampling=_checked_sampling(parsed.sampling, info))
+    if isinstance(parsed, CompletionRequest):
+        return replace(parsed, prompts=tuple(_packed_prompt(it, info) for it in parsed.prompts))
+    if isinstance(parsed, DetokenizeRequest):
+        return replace(parsed, tokens=array("i", token_ids("tokens", parsed.tokens, info.vocab)))
+    return parsed
+
+
+def _checked_sampling(given: SamplingFields, info: EngineInfo) -> SamplingFields:
+    """Checks all but the numbers of tokens, whose bounds depend on the prompt."""
+    checked = check_id_lists(given, info)
+    later = {
+        name: None for name in ("max_tokens", "min_tokens") if type(getattr(given, name)) is int
+    }
+    resolve_sampling(
+        replace(checked, **later), defaults=SamplingDefaults(), info=info, prompt_tokens=0
+    )
+    return checked
+
+
+def _packed_prompt(prompt: str | tuple[int, ...], info: EngineInfo) -> Any:
+    return prompt if isinstance(prompt, str) else array("i", check_prompt(prompt, info))

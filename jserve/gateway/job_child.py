@@ -1,0 +1,89 @@
+"""The child side of `job_process`: runs jobs from standard input, one after another, in bounds.
+
+Started as `python -m jserve.gateway.job_child MODULE MEMORY_BYTES CPU_S NICENESS`. The module has
+`make_handler(start: bytes) -> Handler`. The process ends with its parent: at the end of the input,
+or when a job's time is over, for which the kernel ends it.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from typing import BinaryIO
+
+from jserve.core.errors import PromptTooLong, RequestError
+
+Handler = Callable[[bytes], bytes]
+
+# What a reply begins with: its kind, and the length of the rest.
+HEAD = struct.Struct("<BQ")
+LENGTH = struct.Struct("<Q")  # what a job begins with
+DONE, REFUSED, OUT_OF_MEMORY, FAILED = range(4)
+
+
+def read_exactly(stream: BinaryIO, size: int) -> bytes | None:
+    """Reads `size` bytes; None when the stream ends before."""
+    data = stream.read(size)
+    return data if len(data) == size else None
+
+
+def read_job(stream: BinaryIO) -> bytes | None:
+    """Reads one job; None when there are no more."""
+    head = read_exactly(stream, LENGTH.size)
+    return None if head is None else read_exactly(stream, LENGTH.unpack(head)[0])
+
+
+def refusal(error: RequestError) -> bytes:
+    """Encodes an error that the client of the request gets."""
+    fields = {
+        "too_long": isinstance(error, PromptTooLong),
+        "message": str(error),
+        "param": error.param,
+    }
+    return json.dumps(fields).encode()
+
+
+def run(handler: Handler, job: bytes) -> tuple[int, bytes]:
+    """Returns kind and body of the reply to a job."""
+    try:
+        return DONE, handler(job)
+    except RequestError as error:
+        return REFUSED, refusal(error)
+    except MemoryError:
+        return OUT_OF_MEMORY, b""
+    except Exception as error:
+        return FAILED, f"{type(error).__name__}: {error}".encode(errors="replace")
+
+
+def main(module: str, memory_bytes: int, cpu_s: float, niceness: int) -> None:
+    """Serves until the input ends, or until a job has used up the memory."""
+    jobs, replies = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing else is a reply
+    os.nice(niceness)
+    start = read_job(jobs)
+    if start is None:
+        return
+    make_handler = importlib.import_module(module).make_handler
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    handler = make_handler(start)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    while (job := read_job(jobs)) is not None:
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)
+        kind, body = run(handler, job)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        replies.write(HEAD.pack(kind, len(body)))
+        replies.write(body)
+        replies.flush()
+        if kind == OUT_OF_MEMORY:  # what is left of it is of no use
+            return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))
