@@ -106,9 +106,13 @@ class ChatTemplate:
         _ = self._template
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Returns the prompt text.
+        """Returns the prompt text. As in transformers, `variables` come before the model's own.
 
         Any failure of the template is a RequestError, but for the MemoryError of one that is larger
         than what the process may take.
@@ -117,11 +121,14 @@ class ChatTemplate:
         size = 0
         try:
             for piece in self._template.generate(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
+                {
+                    "tools": None,
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                    **self.special_tokens,
+                    **(variables or {}),
+                    "messages": [dict(message) for message in messages],
+                }
             ):
                 pieces.append(piece)
                 size += len(piece)
