@@ -21,7 +21,17 @@ from jserve.core.errors import ConfigError, RequestError
 
 MAX_RENDERED_CHARS = 16 << 20
 _MAX_ERROR_CHARS = 1000  # of a template's own message
-_MESSAGE_FIELDS = frozenset({"role", "content", "name"})
+_MESSAGE_FIELDS = frozenset({"role", "content", "name", "reasoning_content"})
+# Fields of answers, which clients send back with the message. They say nothing to a template.
+_REPLAYED_FIELDS = frozenset(
+    {
+        *("annotations", "cache_control", "created_at", "id", "images", "parsed", "phase"),
+        *("provider_specific_fields", "reasoning_details", "status", "thinking_blocks"),
+    }
+)
+_TOOL_FIELDS = frozenset({"tool_calls", "function_call", "tool_call_id"})
+# Types of a part that is text, and the field that holds it.
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
 class _TemplateError(Exception):
@@ -96,9 +106,13 @@ class ChatTemplate:
         _ = self._template
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Returns the prompt text.
+        """Returns the prompt text. As in transformers, `variables` come before the model's own.
 
         Any failure of the template is a RequestError, but for the MemoryError of one that is larger
         than what the process may take.
@@ -107,11 +121,14 @@ class ChatTemplate:
         size = 0
         try:
             for piece in self._template.generate(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
+                {
+                    "tools": None,
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                    **self.special_tokens,
+                    **(variables or {}),
+                    "messages": [dict(message) for message in messages],
+                }
             ):
                 pieces.append(piece)
                 size += len(piece)
@@ -127,15 +144,19 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def check_messages(value: Any, *, max_messages: int) -> list[dict[str, str]]:
+def check_messages(
+    value: Any, *, max_messages: int, ignored: list[str] | None = None
+) -> list[dict[str, str]]:
     """Returns messages of role and text; text parts are joined by line ends, as in vLLM.
 
-    Raises RequestError naming the message and the field.
+    What an assistant's answer has beside its text may come back with it: empty fields and those
+    that say nothing to a template are dropped. Unknown fields are named in `ignored`, or refused
+    without it. Raises RequestError naming the message and the field.
     """
     if not isinstance(value, list | tuple) or not value:
         raise RequestError("messages must be a list with at least one message", param="messages")
     check_num_messages(len(value), max_messages)
-    return [_check_message(f"messages[{i}]", message) for i, message in enumerate(value)]
+    return [_check_message(f"messages[{i}]", message, ignored) for i, message in enumerate(value)]
 
 
 def check_num_messages(number: int, most: int) -> None:
@@ -144,22 +165,40 @@ def check_num_messages(number: int, most: int) -> None:
         raise RequestError(f"messages has {number} entries; at most {most}", param="messages")
 
 
-def _check_message(where: str, message: Any) -> dict[str, str]:
+def _check_message(where: str, message: Any, ignored: list[str] | None) -> dict[str, str]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{where} must be an object", param=where)
-    fields = {name: value for name, value in message.items() if value is not None}
-    unknown = fields.keys() - _MESSAGE_FIELDS
-    if unknown:
-        name = min(unknown)
-        raise RequestError(f"{where}.{name} is not supported", param=f"{where}.{name}")
-    for name in ("role", "name"):
-        if not isinstance(fields.get(name, "" if name == "name" else None), str):
-            raise RequestError(f"{where}.{name} must be a string", param=f"{where}.{name}")
-    if fields["role"] in ("tool", "function"):
+    fields = {name: value for name, value in message.items() if value not in (None, "", [], {})}
+    role = message.get("role")
+    if not isinstance(role, str):
+        raise RequestError(f"{where}.role must be a string", param=f"{where}.role")
+    if role in ("tool", "function"):
         raise RequestError(
-            f"{where}.role {fields['role']!r}: tools are not supported yet", param=f"{where}.role"
+            f"{where}.role {role!r}: tools are not supported yet", param=f"{where}.role"
         )
-    return {**fields, "content": _content(f"{where}.content", fields.get("content"))}
+    content = fields.get("content", message.get("content"))
+    refusal = fields.pop("refusal", "")
+    if role == "assistant" and content is None:  # it declined, or said nothing
+        content = refusal
+    for name in sorted(fields.keys() - _MESSAGE_FIELDS - _REPLAYED_FIELDS):
+        _refuse_field(where, name, ignored)
+    checked = {"role": role}
+    for name in ("name", "reasoning_content"):
+        if not isinstance(text := fields.get(name, ""), str):
+            raise RequestError(f"{where}.{name} must be a string", param=f"{where}.{name}")
+        if text:
+            checked[name] = text
+    return {**checked, "content": _content(f"{where}.content", content)}
+
+
+def _refuse_field(where: str, name: str, ignored: list[str] | None) -> None:
+    """Raises RequestError, unless the field is only unknown and those are ignored."""
+    path = f"{where}.{name[:60]}"
+    if name in _TOOL_FIELDS:
+        raise RequestError(f"{path}: tools are not supported yet", param=path)
+    if name == "audio" or ignored is None:
+        raise RequestError(f"{path} is not supported", param=path)
+    ignored.append(path)
 
 
 def _content(where: str, content: Any) -> str:
@@ -169,11 +208,14 @@ def _content(where: str, content: Any) -> str:
         raise RequestError(f"{where} must be a string or a list of text parts", param=where)
     texts: list[str] = []
     for i, part in enumerate(content):
-        if not isinstance(part, Mapping) or part.get("type") != "text":
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if not isinstance(kind, str) or kind not in _TEXT_PARTS:
             raise RequestError(f"{where}[{i}] must be of type text", param=f"{where}[{i}]")
-        if not isinstance(part.get("text"), str):
-            raise RequestError(f"{where}[{i}].text must be a string", param=f"{where}[{i}].text")
-        texts.append(part["text"])
+        field = _TEXT_PARTS[kind]
+        if not isinstance(part.get(field), str):
+            param = f"{where}[{i}].{field}"
+            raise RequestError(f"{param} must be a string", param=param)
+        texts.append(part[field])
     return "\n".join(texts)
 
 

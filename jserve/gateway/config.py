@@ -1,10 +1,18 @@
 """Settings of the request plane. Plain data."""
 
+import enum
 from dataclasses import dataclass
 from typing import Any
 
 from jserve.core.errors import ConfigError
 from jserve.core.secret import Secret
+
+
+class UnknownFields(enum.Enum):
+    """What becomes of request fields that no API of this server has."""
+
+    REFUSE = "refuse"
+    IGNORE = "ignore"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,10 +26,13 @@ class GatewayConfig:
     http_port: int = 8000
     grpc_port: int = 8500
     served_model_name: str = ""  # empty: the engine's name of the model
+    served_model_aliases: tuple[str, ...] = ()  # more names that requests may use
     api_keys: tuple[str | Secret, ...] = ()  # without a file, too: everybody may ask
     api_keys_file: str | None = None  # TOML: [keys.NAME] with the key or its SHA-256, and rights
     open: bool = False  # other machines may ask without a key
-    cors_origins: tuple[str, ...] = ()  # empty: no CORS headers
+    cors_origins: tuple[str, ...] = ()  # beside pages of this machine, which may always call
+    # Unknown fields of a request: an error, or named in the header X-Jserve-Ignored-Fields.
+    unknown_fields: UnknownFields = UnknownFields.REFUSE
 
     # Bounds of one request. The engine has its own bounds of context and queue.
     max_body_bytes: int = 8 << 20  # size of an HTTP body or a gRPC message

@@ -75,10 +75,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.ListModelsRequest, context: Any
     ) -> inference_pb2.ListModelsResponse:
         try:
-            model = inference_pb2.Model(
-                id=self._plane.model_name, max_model_len=self._plane.info.max_model_len
-            )
-            return inference_pb2.ListModelsResponse(models=[model])
+            most = self._plane.info.max_model_len
+            models = [
+                inference_pb2.Model(id=name, max_model_len=most) for name in self._plane.model_names
+            ]
+            return inference_pb2.ListModelsResponse(models=models)
         except JserveError as error:
             await abort(context, error)
 

@@ -8,17 +8,18 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
 from jserve.core.clock import Clock
-from jserve.core.errors import JserveError, PromptTooLong, RequestError, Unavailable, UnknownModel
+from jserve.core.errors import JserveError, RequestError, Unavailable, UnknownModel
 from jserve.core.request import EngineInfo, FinishReason, Request
 from jserve.gateway.chat import ChatTemplate, check_messages
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.defaults import SamplingDefaults
 from jserve.gateway.engine_client import EngineClient, UpdateStream
+from jserve.gateway.fingerprint import fingerprint
 from jserve.gateway.metrics import GatewayMetrics, RequestMetrics
 from jserve.gateway.output import GenerationRequest, OutputDelta, OutputProcessor, Prompt
 from jserve.gateway.template_process import TemplateProcess
@@ -30,6 +31,7 @@ from jserve.gateway.validation import (
     check_request_id,
     check_stop,
     integer,
+    prompt_too_long,
     resolve_sampling,
     token_ids,
 )
@@ -50,7 +52,7 @@ class RequestOptions(TypedDict, total=False):
     echo: bool | None  # the text of each choice starts with the prompt's text
     skip_special_tokens: bool | None
     include_stop_str_in_output: bool | None
-    default_max_tokens: int | None  # where neither request nor gateway config says max_tokens
+    default_max_tokens: int | None  # instead of the model's default; the context bounds it
 
 
 class OutputStream:
@@ -202,15 +204,30 @@ class RequestPlane:
             raise Unavailable("the model is still loading; try again", retry_after_s=1.0)
         return self.engine.info
 
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's system_fingerprint; changes with all that an answer depends on."""
+        return fingerprint(self.info, self.defaults)
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names that requests may use; the first is that of answers.
+
+        Raises Unavailable while the first is not known yet.
+        """
+        served = self.config.served_model_name or self.info.model
+        return (served, *self.config.served_model_aliases)
+
     def check_model(self, name: str | None) -> None:
-        """Raises UnknownModel unless `name` is None, empty or the served one.
+        """Raises UnknownModel unless `name` is None, empty or a served one.
 
         Raises Unavailable while the served name is not known yet.
         """
-        served = self.config.served_model_name or self.info.model
-        if name and name != served:
+        names = self.model_names
+        if name and name not in names:
+            served = " or ".join(map(repr, names))
             raise UnknownModel(
-                f"model {name[:200]!r} is not served here; {served!r} is", param="model"
+                f"model {name[:200]!r} is not served here; {served} is", param="model"
             )
 
     @property
@@ -245,13 +262,13 @@ class RequestPlane:
             if len(text) > _LONG_TEXT_CHARS:
                 least = await asyncio.to_thread(self.tokenizer.least_tokens, text)
                 if least > most:
-                    raise _too_long(f"at least {least}", most)
+                    raise prompt_too_long(f"at least {least}", most)
         try:
             encoded = await self.tokenizer.encode_all(
                 texts, add_special_tokens=add_special_tokens, most=most
             )
         except TooManyTokens as error:
-            raise _too_long(str(error.num_tokens), most) from None
+            raise prompt_too_long(str(error.num_tokens), most) from None
         return [Prompt(tuple(ids), text) for ids, text in zip(encoded, texts, strict=True)]
 
     def token_prompt(self, ids: Sequence[int]) -> Prompt:
@@ -270,21 +287,34 @@ class RequestPlane:
         return await self.tokenizer.decode_async(checked, skip_special_tokens=False)
 
     async def chat_prompt(
-        self, messages: Any, *, add_generation_prompt: bool = True, most: int | None = None
+        self,
+        messages: Any,
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+        ignored: list[str] | None = None,
+        most: int | None = None,
     ) -> Prompt:
         """Checks the messages, renders the model's chat template and tokenizes.
+
+        `variables` are for the template, before those of the model. Unknown fields of messages are
+        added to `ignored`, or refused without it.
 
         The template writes the BOS itself, if the model wants one. RequestError if the model has
         no template; PromptTooLong as of `text_prompts`.
         """
-        checked = check_messages(messages, max_messages=self.config.max_chat_messages)
+        checked = check_messages(
+            messages, max_messages=self.config.max_chat_messages, ignored=ignored
+        )
         if self.chat_template is None or self._templates is None:
             raise RequestError(
                 f"model {self.model_name!r} has no chat template; "
                 "use completions with a prompt instead of chat messages",
                 param="messages",
             )
-        text = await self._templates.render(checked, add_generation_prompt=add_generation_prompt)
+        text = await self._templates.render(
+            checked, add_generation_prompt=add_generation_prompt, variables=dict(variables or {})
+        )
         return await self.text_prompt(text, add_special_tokens=False, most=most)
 
     def prepare(
@@ -313,9 +343,8 @@ class RequestPlane:
         if prompt_only:
             sampling = replace(sampling, max_tokens=1)
         defaults = self.defaults
-        fallback = options.get("default_max_tokens")
-        if fallback is not None and config.default_max_tokens is None:
-            defaults = replace(defaults, max_tokens=fallback)
+        if (default := options.get("default_max_tokens")) is not None:
+            defaults = replace(defaults, max_tokens=default)
         return GenerationRequest(
             id=check_request_id(id, config.max_request_id_chars),
             prompt=Prompt(ids, prompt.text),
@@ -406,14 +435,6 @@ def _check_unicode(text: str) -> None:
             f"the text holds a lone surrogate at character {error.start}; send valid Unicode",
             param="prompt",
         ) from error
-
-
-def _too_long(num_tokens: str, most: int) -> PromptTooLong:
-    return PromptTooLong(
-        f"the prompt has {num_tokens} tokens, but this model's context is {most} tokens; "
-        "shorten the prompt",
-        param="prompt",
-    )
 
 
 def _shutting_down() -> Unavailable:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property, partial
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -194,6 +195,24 @@ class TextTokenizer:
     def token_id(self, token: str) -> int | None:
         """The id of a token by its exact name, for example `<|im_end|>`."""
         return self._tokenizer.token_to_id(token)
+
+    def token_name(self, token_id: int) -> str:
+        """The token as the vocabulary spells it, for example `Ġis`; empty for an unknown id."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def added_tokens(self) -> dict[str, dict[str, Any]]:
+        """Added tokens by id, with the settings of Hugging Face's `added_tokens_decoder`."""
+        return {
+            str(token_id): {
+                "content": token.content,
+                "lstrip": token.lstrip,
+                "normalized": token.normalized,
+                "rstrip": token.rstrip,
+                "single_word": token.single_word,
+                "special": token.special,
+            }
+            for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
+        }
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the text, a special token's name included."""

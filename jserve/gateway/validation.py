@@ -18,6 +18,8 @@ from jserve.gateway.defaults import SamplingDefaults
 # Logits / temperature overflow float32 at smaller temperatures; vLLM raises them to it as well.
 MIN_TEMPERATURE = 0.01
 _INT32_MAX = 2**31 - 1
+# Larger floats are whole, and outside any bounds: what JSON's reader makes of longer integers.
+_MAX_EXACT = 2.0**53
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +76,20 @@ def check_prompt(ids: Sequence[int], info: EngineInfo) -> tuple[int, ...]:
     if len(ids) == 0:
         raise RequestError("prompt is empty; give at least one token", param="prompt")
     if len(ids) >= info.max_model_len:
-        raise PromptTooLong(
-            f"the prompt has {len(ids)} tokens, but this model's context of {info.max_model_len} "
-            "tokens must hold the prompt and at least one output token; shorten the prompt",
-            param="prompt",
-        )
+        raise prompt_too_long(str(len(ids)), info.max_model_len)
     return token_ids("prompt", ids, info.vocab)
+
+
+def prompt_too_long(num_tokens: str, most: int) -> PromptTooLong:
+    """The error for a prompt of `num_tokens` where `most` is the context.
+
+    Clients know it by its first words, which are OpenAI's, and shorten the prompt themselves.
+    """
+    return PromptTooLong(
+        f"This model's maximum context length is {most} tokens, but the prompt has {num_tokens} "
+        "tokens, and at least one output token must fit as well; shorten the prompt",
+        param="prompt",
+    )
 
 
 def resolve_sampling(
@@ -175,15 +185,15 @@ def integer(
     """An integer in [low, high], None: without end; `high_name` names the bound in the message."""
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int):
+    huge = isinstance(value, float) and _MAX_EXACT < abs(value) < math.inf
+    if isinstance(value, bool) or not (isinstance(value, int) or huge):
         raise RequestError(f"{name} must be an integer, not {_show(value)}", param=name)
+    if isinstance(value, int) and low <= value and (high is None or value <= high):
+        return value
     if high is None:
-        if value < low:
-            raise RequestError(f"{name} must be at least {low}, not {_show(value)}", param=name)
-    elif not low <= value <= high:
-        bound = f"{high_name} ({high})" if high_name else high
-        raise RequestError(f"{name} must be from {low} to {bound}, not {_show(value)}", param=name)
-    return value
+        raise RequestError(f"{name} must be at least {low}, not {_show(value)}", param=name)
+    bound = f"{high_name} ({high})" if high_name else high
+    raise RequestError(f"{name} must be from {low} to {bound}, not {_show(value)}", param=name)
 
 
 def boolean(name: str, value: Any, *, default: bool) -> bool:
@@ -230,9 +240,10 @@ def _max_tokens(
     max_tokens = integer("max_tokens", value, 0, 1, _INT32_MAX)
     if max_tokens > room:
         raise PromptTooLong(
+            f"This model's maximum context length is {info.max_model_len} tokens, which "
             f"{prompt_tokens} prompt tokens + max_tokens {max_tokens} = "
-            f"{prompt_tokens + max_tokens} exceed this model's context of {info.max_model_len} "
-            f"tokens; shorten the prompt or set max_tokens to at most {room}",
+            f"{prompt_tokens + max_tokens} exceed; shorten the prompt or set max_tokens to at most "
+            f"{room}",
             param="max_tokens",
         )
     return max_tokens

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 
@@ -111,17 +111,34 @@ def run() -> None:
     sys.modules["__main__"].__doc__ = _USAGE
     for flag in flags.FLAGS.flags_by_module_dict()[__name__]:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # so that --help lists it
-    app.run(_main)
+    app.run(_main, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    """Reads the flags; an error is one line, where absl would print several."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _end_with_usage(str(error))
+
+
+def _end_with_usage(message: str) -> NoReturn:
+    """Ends the process with one line; absl's own way prints every flag before it."""
+    line = " ".join(message.split())
+    print(f"error: {line}; jserve --help lists commands and flags", file=sys.stderr)
+    sys.exit(1)
 
 
 def _main(argv: Sequence[str]) -> None:
     command, *arguments = argv[1:] or ["serve"]
     commands = {"serve": _serve, "convert": _convert, "generate": _generate, "plan": _plan}
-    if command not in commands:
-        raise app.UsageError(f"unknown command {command!r}; one of {', '.join(commands)}")
-    _refuse_strange_flags(f"serve --role={_ROLE.value}" if command == "serve" else command)
     try:
+        if command not in commands:
+            raise app.UsageError(f"unknown command {command!r}; one of {', '.join(commands)}")
+        _refuse_strange_flags(f"serve --role={_ROLE.value}" if command == "serve" else command)
         sys.exit(commands[command](arguments))
+    except app.UsageError as error:
+        _end_with_usage(str(error))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

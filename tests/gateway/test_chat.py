@@ -134,7 +134,17 @@ BAD_MESSAGES = {
         [{"role": "user", "content": ["x"]}],
     ],
     "messages[0].content[0].text": [[{"role": "user", "content": [{"type": "text", "text": 1}]}]],
-    "messages[0].tool_calls": [[{"role": "assistant", "content": "x", "tool_calls": []}]],
+    "messages[0].tool_calls": [
+        [{"role": "assistant", "content": "x", "tool_calls": [{"type": "function"}]}]
+    ],
+    "messages[0].function_call": [
+        [{"role": "assistant", "content": "x", "function_call": {"name": "f"}}]
+    ],
+    "messages[0].audio": [[{"role": "assistant", "content": "x", "audio": {"id": "a"}}]],
+    "messages[0].mood": [[{"role": "user", "content": "x", "mood": "good"}]],
+    "messages[0].reasoning_content": [
+        [{"role": "assistant", "content": "x", "reasoning_content": 5}]
+    ],
 }
 
 
@@ -146,3 +156,47 @@ def test_bad_messages_are_named(param):
         assert caught.value.param == param
     with pytest.raises(RequestError, match="not supported yet"):
         check_messages([{"role": "tool", "content": "x"}], max_messages=2)
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        # As the clients of OpenAI, LiteLLM and others send an answer back.
+        ({"content": "", "refusal": None}, ""),
+        ({"content": None}, ""),
+        ({}, ""),
+        ({"content": None, "refusal": "I won't."}, "I won't."),
+        ({"content": "x", "refusal": ""}, "x"),
+        ({"content": "x", "annotations": [], "audio": None, "tool_calls": [], "parsed": None}, "x"),
+        ({"content": "x", "annotations": [{"type": "url_citation"}], "id": "msg_1"}, "x"),
+        ({"content": "x", "function_call": None, "provider_specific_fields": {"a": 1}}, "x"),
+        ({"content": "x", "reasoning_content": None, "name": None, "unheard_of": {}}, "x"),
+        ({"content": [{"type": "text", "text": "x", "annotations": []}]}, "x"),
+        ({"content": [{"type": "output_text", "text": "x", "logprobs": []}]}, "x"),
+        ({"content": [{"type": "refusal", "refusal": "No."}]}, "No."),
+        ({"content": []}, ""),
+    ],
+)
+def test_a_replayed_answer_is_its_text(message, text):
+    checked = check_messages([{"role": "assistant", **message}], max_messages=1)
+    assert checked == [{"role": "assistant", "content": text}]
+
+
+def test_reasoning_is_for_the_template():
+    source = "{% for m in messages %}<{{ m.reasoning_content }}>{{ m.content }}{% endfor %}"
+    message = {"role": "assistant", "content": "x", "reasoning_content": "hm"}
+    assert render(source, check_messages([message], max_messages=1)) == "<hm>x"
+
+
+def test_unknown_fields_of_messages_can_be_ignored():
+    ignored: list[str] = []
+    messages = [{"role": "user", "content": "x", "mood": "good", "tone": 1}]
+    checked = check_messages(messages, max_messages=1, ignored=ignored)
+    assert checked == [{"role": "user", "content": "x"}]
+    assert ignored == ["messages[0].mood", "messages[0].tone"]
+    with pytest.raises(RequestError, match="tools are not supported"):
+        check_messages(
+            [{"role": "assistant", "content": "x", "tool_calls": [{}]}],
+            max_messages=1,
+            ignored=ignored,
+        )

@@ -4,13 +4,13 @@ import logging
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from jserve.core.errors import EngineError, JserveError
 from jserve.gateway.api_keys import ApiKeys
+from jserve.gateway.http.cors import Cors
 from jserve.gateway.http.edge import Edge, RequireKey
 from jserve.gateway.http.errors import error_response, unrouted
 from jserve.gateway.http.event_stream import ClientGone
@@ -48,14 +48,7 @@ def make_app(plane: RequestPlane, metrics: GatewayMetrics, *, version: str) -> A
     )
     if config.has_keys:
         app = RequireKey(app, ApiKeys.from_config(config))
-    if config.cors_origins:
-        app = CORSMiddleware(
-            app,
-            allow_origins=config.cors_origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
-        )
+    app = Cors(app, config.cors_origins)
     return Edge(app, metrics, config)
 
 

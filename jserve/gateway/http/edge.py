@@ -3,6 +3,7 @@
 import logging
 import re
 import uuid
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,6 +15,11 @@ from jserve.gateway.http.errors import error_response
 from jserve.gateway.metrics import GatewayMetrics
 
 _log = logging.getLogger(__name__)
+
+# Key of an ASGI scope: a list of the names of fields that the request has and this server has not.
+IGNORED_FIELDS = "ignored_fields"
+IGNORED_FIELDS_HEADER = "x-jserve-ignored-fields"
+_MAX_IGNORED_NAMED = 20
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]+")
 _OPEN_PATHS = frozenset(("/health", "/ready", "/version", "/metrics"))  # for probes and scrapers
@@ -41,7 +47,7 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), header]
+                message["headers"] = [*message.get("headers", ()), header, *_ignored(scope)]
             await send(message)
 
         try:
@@ -69,6 +75,17 @@ class Edge:
             duration_s * 1e3,
             scope["request_id"],
         )
+
+
+def _ignored(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """The header that names what was ignored of a request, if anything was."""
+    names: list[str] = scope.get(IGNORED_FIELDS, [])
+    if not names:
+        return []
+    # Names are the client's: what a header or a list of names cannot hold is percent-encoded.
+    shown = [quote(name, safe="[]/.") for name in dict.fromkeys(names[:_MAX_IGNORED_NAMED])]
+    shown += ["..."] * (len(names) > _MAX_IGNORED_NAMED)
+    return [(IGNORED_FIELDS_HEADER.encode(), ", ".join(shown).encode("ascii"))]
 
 
 class RequireKey:

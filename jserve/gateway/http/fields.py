@@ -1,4 +1,7 @@
-"""Typed reading of one JSON object: every field is asked for by name, the rest is refused."""
+"""Typed reading of one JSON object: every field is asked for by name, the rest is refused.
+
+A whole number may be written as a float, `4.0`: some clients have no other numbers.
+"""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -8,6 +11,8 @@ from typing import Any, TypeVar
 from jserve.core.errors import RequestError
 
 T = TypeVar("T")
+
+_MAX_EXACT = 2.0**53  # larger floats are whole as well, but not exact
 
 
 def shown(value: object) -> str:
@@ -45,16 +50,27 @@ def _cut(name: str) -> str:
     return name if len(name) <= 60 else name[:57] + "..."
 
 
+def as_integer(value: Any) -> Any:
+    """Returns `value`, as an integer if it is a whole number that was written as a float."""
+    if type(value) is float and value.is_integer() and abs(value) <= _MAX_EXACT:
+        return int(value)
+    return value
+
+
 class Fields:
     """One JSON object, read field by field; null counts as absent. Owned by one parse.
 
     Every reader returns None for an absent field and raises RequestError, naming the field, for
-    one of another type. `finish` refuses what was not read.
+    one of another type. `finish` refuses what was not read, or names it in `ignored`.
     """
 
-    def __init__(self, data: Mapping[str, Any], where: str = "") -> None:
+    def __init__(
+        self, data: Mapping[str, Any], where: str = "", ignored: list[str] | None = None
+    ) -> None:
+        """With `ignored`, unknown fields are added to it instead of refused."""
         self._left = dict(data)
         self._where = where
+        self.ignored = ignored
 
     def name(self, key: str) -> str:
         """The path of `key` as errors name it, for example `stream_options.include_usage`."""
@@ -71,7 +87,9 @@ class Fields:
         return self._typed(key, "true or false", lambda value: type(value) is bool)
 
     def integer(self, key: str) -> int | None:
-        """Reads a whole number, written without a fraction."""
+        """Reads a whole number."""
+        if key in self._left:
+            self._left[key] = as_integer(self._left[key])
         return self._typed(key, "an integer", lambda value: type(value) is int)
 
     def number(self, key: str) -> float | None:
@@ -95,7 +113,7 @@ class Fields:
         return self._sequence(key, "a string", str)
 
     def finish(self, unsupported: Mapping[str, Sequence[object]], known: Collection[str]) -> None:
-        """Refuses every field that was not read.
+        """Refuses every field that was not read; unknown ones may be ignored instead.
 
         Args:
             unsupported: fields of the API that are not served, with the values that ask for
@@ -107,11 +125,13 @@ class Fields:
         """
         for key, value in self._left.items():
             name = self.name(key)
-            if key not in unsupported:
+            if key not in unsupported and self.ignored is not None:
+                self.ignored.append(_cut(name))
+            elif key not in unsupported:
                 near = get_close_matches(key[:60], known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise RequestError(f"unknown field {_cut(name)!r}{hint}", param=_cut(name))
-            if value is not None and not any(_same(value, it) for it in unsupported[key]):
+            elif value is not None and not any(_same(value, it) for it in unsupported[key]):
                 raise RequestError(f"{name}: not supported yet; leave it out", param=name)
 
     def _typed(self, key: str, expected: str, is_type: Callable[[Any], bool]) -> Any:

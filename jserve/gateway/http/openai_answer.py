@@ -4,6 +4,7 @@ Choice `i` of prompt `p` has the index `p × n + i`.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Answer:
     plane: RequestPlane
     metrics: GatewayMetrics
     include_usage: bool
+    continuous_usage: bool
 
     async def whole(self) -> bytes:
         """Returns the complete JSON object.
@@ -57,21 +59,22 @@ class Answer:
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yields the answer as server-sent events, without the closing one."""
-        completion_tokens = 0
+        tokens: Counter[int] = Counter()  # by choice
         pauses = Pauses()  # a reader that was slow gets many large deltas at once
         async with aclosing(interleaved(await self._start())) as deltas:
             async for prompt, delta in deltas:
                 pauses.start()
-                completion_tokens += len(delta.token_ids)
+                index = self._index(prompt, delta.index)
+                tokens[index] += len(delta.token_ids)
                 if _num_logprobs(delta) > _LARGE:
-                    data = await asyncio.to_thread(self._event, prompt, delta)
+                    data = await asyncio.to_thread(self._event, prompt, delta, tokens[index])
                 else:
-                    data = self._event(prompt, delta)
+                    data = self._event(prompt, delta, tokens[index])
                 await pauses.end()
                 if data:
                     yield data
         if self.include_usage:
-            yield event(self._chunk([]) | {"usage": self._usage(completion_tokens)})
+            yield event(self._chunk([]) | {"usage": self._usage(tokens.total())})
 
     def _whole(self, done: Sequence[tuple[int, OutputDelta]]) -> bytes:
         choices = [
@@ -80,13 +83,17 @@ class Answer:
         ]
         json = self.head.json(self.shape.kind, choices)
         json["usage"] = self._usage(sum(len(delta.token_ids) for _, delta in done))
-        return orjson.dumps(json | self.shape.beside(done[0][1].prompt_logprobs))
+        return orjson.dumps(json | self.shape.beside(done[0][1].prompt_logprobs, whole=True))
 
-    def _event(self, prompt: int, delta: OutputDelta) -> bytes:
+    def _event(self, prompt: int, delta: OutputDelta, num_tokens: int) -> bytes:
         choice = self.shape.chunk(self._index(prompt, delta.index), prompt, delta)
         if choice is None:
             return b""
-        return event(self._chunk([choice]) | self.shape.beside(delta.prompt_logprobs))
+        chunk = self._chunk([choice]) | self.shape.beside(delta.prompt_logprobs, whole=False)
+        if self.continuous_usage:  # of this choice so far, as in vLLM and SGLang
+            prompt_tokens = len(self.generations[prompt].prompt.ids)
+            chunk["usage"] = usage_json(prompt_tokens, num_tokens)
+        return event(chunk)
 
     def _chunk(self, choices: list[Json]) -> Json:
         json = self.head.json(self.shape.chunk_kind, choices)

@@ -10,12 +10,26 @@ SAMPLING = tuple(
     it.name for it in dataclass_fields(SamplingFields) if it.name not in ("logprobs", "max_tokens")
 )
 
-# Fields accepted without effect, with any value of their type.
+# Fields whose numbers are integers, which some clients write as 4.0.
+INTEGERS = ("top_k", "seed", "min_tokens", "max_tokens", "logprobs", "prompt_logprobs")
+INTEGER_LISTS = ("stop_token_ids", "allowed_token_ids", "bad_token_ids")
+
+# Fields accepted without effect, with any value of their type: hints and labels, which cannot
+# change what this server answers.
 WITHOUT_EFFECT = {
     "user": Fields.string,
+    "safety_identifier": Fields.string,
     "metadata": Fields.mapping,
     "store": Fields.boolean,
     "service_tier": Fields.string,
+    "verbosity": Fields.string,
+    "prediction": Fields.mapping,
+    "prompt_cache_key": Fields.string,
+    "prompt_cache_options": Fields.mapping,
+    "prompt_cache_retention": Fields.string,
+    "cache_salt": Fields.string,
+    "session_id": Fields.string,
+    "request_id": Fields.string,  # the header X-Request-Id names a request
 }
 
 # Fields of the OpenAI API or of vLLM that are not served, with the values that ask for nothing;
@@ -36,9 +50,6 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "guided_grammar": (),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "request_id": (),  # the header X-Request-Id serves
-    "session_id": (),
-    "cache_salt": (),
     "kv_transfer_params": (),
     "vllm_xargs": (),
     "repetition_detection": (),
@@ -57,22 +68,14 @@ UNSUPPORTED_CHAT = _UNSUPPORTED | {
     "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "audio": (),
-    "prediction": (),
-    "reasoning_effort": ("none",),
     "include_reasoning": (True, False),
     "thinking_token_budget": (),
-    "verbosity": ("medium",),
     "web_search_options": (),
     "moderation": (),
-    "prompt_cache_key": (),
-    "prompt_cache_options": (),
-    "prompt_cache_retention": (),
-    "safety_identifier": (),
     "add_special_tokens": (False,),  # the template writes them
     "continue_final_message": (False,),
     "documents": ([],),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
 }
@@ -87,4 +90,5 @@ COMPLETION_FIELDS = (*_SHARED_FIELDS, "prompt", "echo", "best_of", "add_special_
 CHAT_FIELDS = (
     *_SHARED_FIELDS,
     *("messages", "top_logprobs", "max_completion_tokens", "add_generation_prompt"),
+    *("chat_template_kwargs", "reasoning_effort"),
 )

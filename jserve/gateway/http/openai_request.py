@@ -10,8 +10,15 @@ from typing import Any
 from jserve.core.errors import RequestError
 from jserve.core.request import MAX_LOGPROBS
 from jserve.gateway.http import openai_fields as known
-from jserve.gateway.http.fields import Fields, wrong_type
+from jserve.gateway.http.fields import Fields, as_integer, wrong_type
 from jserve.gateway.validation import SamplingFields
+
+_NO_LIMIT = -1  # of max_tokens, as llama.cpp and LM Studio have it
+# Variables of a template that come from the server; a request may only name what they are.
+_SERVER_VARIABLES = frozenset(
+    {"messages", "tools", "documents", "continue_final_message", "tokenize", "chat_template"}
+)
+_NEUTRAL: tuple[Any, ...] = (None, False, [], {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,12 +28,15 @@ class OpenAIRequest:
     model: str | None
     sampling: SamplingFields
     stop: Any  # unchecked; `validation.check_stop` does it
+    unlimited: bool  # max_tokens was -1: the rest of the context
     n: int
     stream: bool
     include_usage: bool
+    continuous_usage: bool  # every chunk of a stream says how many tokens there are so far
     skip_special_tokens: bool | None
     include_stop_str_in_output: bool | None
     priority: int | None
+    ignored: tuple[str, ...]  # names of unknown fields, where those are not refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,17 +50,20 @@ class CompletionRequest(OpenAIRequest):
 class ChatRequest(OpenAIRequest):
     messages: Any  # unchecked; `chat.check_messages` does it
     add_generation_prompt: bool
+    template_variables: dict[str, Any]
 
 
 def parse_completion(
-    body: Mapping[str, Any], *, max_prompts: int | None = None
+    body: Mapping[str, Any], *, max_prompts: int | None = None, ignore_unknown: bool = False
 ) -> CompletionRequest:
     """Reads the body of `POST /v1/completions`. More prompts are refused before they are read.
 
     Raises:
-        RequestError: a field has the wrong type, is unknown or is not supported.
+        RequestError: a field has the wrong type, is not supported, or is unknown without
+            `ignore_unknown`.
     """
-    fields = Fields(body)
+    ignored: list[str] = []
+    fields = Fields(body, ignored=ignored if ignore_unknown else None)
     prompts = _prompts(fields, max_prompts)
     n = _choices(fields)
     best_of = fields.integer("best_of")
@@ -58,41 +71,68 @@ def parse_completion(
         raise RequestError("best_of: not supported yet; use n", param="best_of")
     echo = fields.boolean("echo") or False
     logprobs = fields.raw("logprobs")
-    sampling = _sampling(fields, logprobs=logprobs, max_tokens=fields.raw("max_tokens"))
+    limits = _sampling(fields, logprobs=logprobs, max_tokens=fields.raw("max_tokens"))
     shared = _shared(fields)
     special = fields.boolean("add_special_tokens")
     fields.finish(known.UNSUPPORTED_COMPLETION, known.COMPLETION_FIELDS)
     return CompletionRequest(
-        prompts=prompts, echo=echo, add_special_tokens=special, n=n, sampling=sampling, **shared
-    )
-
-
-def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
-    """Reads the body of `POST /v1/chat/completions`.
-
-    Raises:
-        RequestError: a field has the wrong type, is unknown or is not supported.
-    """
-    fields = Fields(body)
-    generation_prompt = fields.boolean("add_generation_prompt")
-    logprobs, max_tokens = _chat_logprobs(fields), _chat_max_tokens(fields)
-    sampling = _sampling(fields, logprobs=logprobs, max_tokens=max_tokens)
-    n = _choices(fields)
-    shared = _shared(fields)
-    messages = fields.raw("messages")
-    fields.finish(known.UNSUPPORTED_CHAT, known.CHAT_FIELDS)
-    return ChatRequest(
-        messages=messages,
-        add_generation_prompt=generation_prompt is not False,
+        prompts=prompts,
+        echo=echo,
+        add_special_tokens=special,
         n=n,
-        sampling=sampling,
+        ignored=tuple(ignored),
+        **limits,
         **shared,
     )
 
 
-def _sampling(fields: Fields, *, logprobs: Any, max_tokens: Any) -> SamplingFields:
+def parse_chat(body: Mapping[str, Any], *, ignore_unknown: bool = False) -> ChatRequest:
+    """Reads the body of `POST /v1/chat/completions`; errors are those of `parse_completion`."""
+    ignored: list[str] = []
+    fields = Fields(body, ignored=ignored if ignore_unknown else None)
+    generation_prompt = fields.boolean("add_generation_prompt")
+    logprobs, max_tokens = _chat_logprobs(fields), _chat_max_tokens(fields)
+    limits = _sampling(fields, logprobs=logprobs, max_tokens=max_tokens)
+    n = _choices(fields)
+    shared = _shared(fields)
+    messages = fields.raw("messages")
+    variables = template_variables(fields)
+    fields.finish(known.UNSUPPORTED_CHAT, known.CHAT_FIELDS)
+    return ChatRequest(
+        messages=messages,
+        add_generation_prompt=generation_prompt is not False,
+        template_variables=variables,
+        n=n,
+        ignored=tuple(ignored),
+        **limits,
+        **shared,
+    )
+
+
+def template_variables(fields: Fields) -> dict[str, Any]:
+    """Reads the variables of a chat template that a request sets."""
+    variables = fields.mapping("chat_template_kwargs") or {}
+    for name in _SERVER_VARIABLES & variables.keys():
+        if variables[name] not in _NEUTRAL:
+            where = f"chat_template_kwargs.{name}"
+            raise RequestError(f"{where}: not supported yet; leave it out", param=where)
+    variables = {name: it for name, it in variables.items() if name not in _SERVER_VARIABLES}
+    effort = fields.string("reasoning_effort")
+    return variables if effort is None else {"reasoning_effort": effort, **variables}
+
+
+def _sampling(fields: Fields, *, logprobs: Any, max_tokens: Any) -> dict[str, Any]:
     values = {name: fields.raw(name) for name in known.SAMPLING}
-    return SamplingFields(logprobs=logprobs, max_tokens=max_tokens, **values)
+    values |= {"logprobs": logprobs, "max_tokens": max_tokens}
+    for name in known.INTEGERS:
+        values[name] = as_integer(values[name])
+    for name in known.INTEGER_LISTS:
+        if isinstance(values[name], list):
+            values[name] = [as_integer(item) for item in values[name]]
+    unlimited = type(values["max_tokens"]) is int and values["max_tokens"] == _NO_LIMIT
+    if unlimited:
+        values["max_tokens"] = None
+    return {"sampling": SamplingFields(**values), "unlimited": unlimited}
 
 
 def _shared(fields: Fields) -> dict[str, Any]:
@@ -100,11 +140,13 @@ def _shared(fields: Fields) -> dict[str, Any]:
         read(fields, key)
     _refuse_structured(fields)
     stream = fields.boolean("stream") or False
+    include_usage, continuous_usage = _usage(fields, stream)
     return {
         "model": fields.string("model"),
         "stop": fields.raw("stop"),
         "stream": stream,
-        "include_usage": _include_usage(fields, stream),
+        "include_usage": include_usage,
+        "continuous_usage": continuous_usage,
         "skip_special_tokens": fields.boolean("skip_special_tokens"),
         "include_stop_str_in_output": fields.boolean("include_stop_str_in_output"),
         "priority": fields.integer("priority"),
@@ -121,41 +163,41 @@ def _choices(fields: Fields) -> int:
 def _chat_logprobs(fields: Fields) -> int | None:
     wanted = fields.boolean("logprobs") or False
     top = fields.integer("top_logprobs")
-    if top is None:
-        return 0 if wanted else None
-    if not wanted:
+    if not wanted and top not in (None, 0):
         raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
-    if not 0 <= top <= MAX_LOGPROBS:
+    if not wanted:
+        return None
+    if top is not None and not 0 <= top <= MAX_LOGPROBS:
         message = f"top_logprobs must be from 0 to {MAX_LOGPROBS}, not {top}"
         raise RequestError(message, param="top_logprobs")
-    return top
+    return top or 0
 
 
 def _chat_max_tokens(fields: Fields) -> int | None:
+    # max_tokens is the older name; of both the newer counts, as in vLLM.
     older = fields.integer("max_tokens")
     newer = fields.integer("max_completion_tokens")
-    if newer is None:
-        return older
-    if older not in (None, newer):
-        message = "max_tokens is the older name of max_completion_tokens; give one of them"
-        raise RequestError(message, param="max_tokens")
-    if newer < 1:
+    if newer is not None and newer < 1 and newer != _NO_LIMIT:
         message = f"max_completion_tokens must be at least 1, not {newer}"
         raise RequestError(message, param="max_completion_tokens")
-    return newer
+    return older if newer is None else newer
 
 
-def _include_usage(fields: Fields, stream: bool) -> bool:
+def _usage(fields: Fields, stream: bool) -> tuple[bool, bool]:
+    """Reads whether the last chunk says the usage, and whether every chunk does."""
     given = fields.mapping("stream_options")
     if given is None:
-        return False
+        return False, False
     if not stream:
         raise RequestError("stream_options needs stream: true", param="stream_options")
-    options = Fields(given, "stream_options")
-    include = options.boolean("include_usage") or False
-    unsupported = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
-    options.finish(unsupported, ("include_usage",))
-    return include
+    options = Fields(given, "stream_options", fields.ignored)
+    include = options.boolean("include_usage")
+    every = options.boolean("continuous_usage_stats") or False
+    options.boolean("include_obfuscation")  # padding against eavesdroppers; it is never added
+    options.finish({}, ("include_usage", "continuous_usage_stats", "include_obfuscation"))
+    if include is None:  # it is true by default in vLLM
+        include = every
+    return include, include and every
 
 
 def _refuse_structured(fields: Fields) -> None:

@@ -35,6 +35,7 @@ class Head:
     id: str
     created: int  # Unix time, seconds
     model: str
+    fingerprint: str  # OpenAI's system_fingerprint: equal ones give equal answers to equal seeds
 
     def json(self, kind: str, choices: Sequence[Json]) -> Json:
         """Makes an answer or a chunk; `kind` is OpenAI's `object`."""
@@ -43,6 +44,7 @@ class Head:
             "object": kind,
             "created": self.created,
             "model": self.model,
+            "system_fingerprint": self.fingerprint,
             "choices": choices,
         }
 

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from jserve.gateway.http.edge import IGNORED_FIELDS
 from jserve.gateway.http.event_stream import EventStream, unless_disconnected
 from jserve.gateway.http.openai_answer import Answer
 from jserve.gateway.http.openai_request import (
@@ -61,12 +62,14 @@ class OpenAIRoutes:
         ]
 
     async def models(self, request: Request) -> Response:
-        return json_response({"object": "list", "data": [self._model()]})
+        data = [self._model(name) for name in self._plane.model_names]
+        return json_response({"object": "list", "data": data})
 
     async def model(self, request: Request) -> Response:
         """The served model, if `id` names it."""
-        self._plane.check_model(request.path_params["id"])
-        return json_response(self._model())
+        name: str = request.path_params["id"]
+        self._plane.check_model(name)
+        return json_response(self._model(name))
 
     async def completions(self, request: Request) -> Response:
         asked = await self._bodies.completion(request)
@@ -86,15 +89,17 @@ class OpenAIRoutes:
         prompt = await self._plane.chat_prompt(
             asked.messages,
             add_generation_prompt=asked.add_generation_prompt,
+            variables=asked.template_variables,
+            ignored=request.scope.get(IGNORED_FIELDS),
         )
         generations = await self._prepare("chatcmpl", asked, [prompt], echo=False)
         shape = ChatShape(self._plane.tokenizer)
         return await self._respond(request, asked, generations, shape)
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
         info = self._plane.info
         return {
-            "id": self._plane.model_name,
+            "id": name,
             "object": "model",
             "created": self._start_s,
             "owned_by": "jserve",
@@ -142,11 +147,19 @@ class OpenAIRoutes:
                 echo=echo,
                 skip_special_tokens=asked.skip_special_tokens,
                 include_stop_str_in_output=asked.include_stop_str_in_output,
-                default_max_tokens=None if isinstance(asked, ChatRequest) else _COMPLETION_TOKENS,
+                default_max_tokens=self._default_max_tokens(asked),
             )
             generations.append(generation)
             await pauses.end()
         return tuple(generations)
+
+    def _default_max_tokens(self, asked: CompletionRequest | ChatRequest) -> int | None:
+        """The default that comes before that of the model."""
+        if asked.unlimited:
+            return self._plane.info.max_model_len
+        if isinstance(asked, ChatRequest) or self._plane.config.default_max_tokens is not None:
+            return None
+        return _COMPLETION_TOKENS
 
     async def _respond(
         self,
@@ -156,12 +169,18 @@ class OpenAIRoutes:
         shape: Shape,
     ) -> Response:
         answer = Answer(
-            head=Head(generations[0].id, int(self._unix_s()), self._plane.model_name),
+            head=Head(
+                generations[0].id,
+                int(self._unix_s()),
+                self._plane.model_name,
+                self._plane.fingerprint,
+            ),
             generations=generations,
             shape=shape,
             plane=self._plane,
             metrics=self._metrics,
             include_usage=asked.include_usage,
+            continuous_usage=asked.continuous_usage,
         )
         if asked.stream:
             keep_alive_s = self._plane.config.sse_keep_alive_s

@@ -29,8 +29,10 @@ class Shape(Protocol):
         """Makes the choice of a chunk; None when the delta shows a client nothing new."""
         ...
 
-    def beside(self, prompt_logprobs: Sequence[TokenLogprobs | None] | None) -> Json:
-        """Returns fields of the answer beside its choices."""
+    def beside(
+        self, prompt_logprobs: Sequence[TokenLogprobs | None] | None, *, whole: bool
+    ) -> Json:
+        """Returns fields of the answer, or of a chunk if not `whole`, beside its choices."""
         ...
 
 
@@ -49,6 +51,17 @@ class CompletionShape:
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by choice
 
     def choice(self, index: int, prompt: int, delta: OutputDelta) -> Json:
+        return {"prompt_logprobs": None, **self._choice(index, prompt, delta)}
+
+    def chunk(self, index: int, prompt: int, delta: OutputDelta) -> Json | None:
+        return self._choice(index, prompt, delta) if _is_visible(delta) else None
+
+    def beside(
+        self, prompt_logprobs: Sequence[TokenLogprobs | None] | None, *, whole: bool
+    ) -> Json:
+        return {}
+
+    def _choice(self, index: int, prompt: int, delta: OutputDelta) -> Json:
         choice = {
             "index": index,
             "text": delta.text,
@@ -58,12 +71,6 @@ class CompletionShape:
         if self._prompt_logprobs and delta.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs_json(delta.prompt_logprobs, self._tokens)
         return choice
-
-    def chunk(self, index: int, prompt: int, delta: OutputDelta) -> Json | None:
-        return self.choice(index, prompt, delta) if _is_visible(delta) else None
-
-    def beside(self, prompt_logprobs: Sequence[TokenLogprobs | None] | None) -> Json:
-        return {"system_fingerprint": None}
 
     def _logprobs_of(self, index: int, prompt: int, delta: OutputDelta) -> Json | None:
         generation = self._generations[prompt]
@@ -105,11 +112,12 @@ class ChatShape:
             content = {"content": delta.text} if delta.text else {}
         return self._choice(index, delta, "delta", content)
 
-    def beside(self, prompt_logprobs: Sequence[TokenLogprobs | None] | None) -> Json:
-        fields: Json = {"system_fingerprint": None}
-        if prompt_logprobs is not None:
-            fields["prompt_logprobs"] = prompt_logprobs_json(prompt_logprobs, self._tokens)
-        return fields
+    def beside(
+        self, prompt_logprobs: Sequence[TokenLogprobs | None] | None, *, whole: bool
+    ) -> Json:
+        if prompt_logprobs is None:
+            return {"prompt_logprobs": None} if whole else {}
+        return {"prompt_logprobs": prompt_logprobs_json(prompt_logprobs, self._tokens)}
 
     def _choice(self, index: int, delta: OutputDelta, key: str, content: Json) -> Json:
         logprobs = None if delta.logprobs is None else chat_logprobs(delta.logprobs, self._tokens)

@@ -15,8 +15,10 @@ from starlette.requests import Request
 from jserve.core.errors import RequestError
 from jserve.core.request import EngineInfo
 from jserve.gateway.chat import check_messages
+from jserve.gateway.config import UnknownFields
 from jserve.gateway.defaults import SamplingDefaults
 from jserve.gateway.http.body import parse_object, read_body
+from jserve.gateway.http.edge import IGNORED_FIELDS
 from jserve.gateway.http.openai_request import (
     ChatRequest,
     CompletionRequest,
@@ -55,23 +57,26 @@ class Bounds:
     max_messages: int
     max_stop_strings: int
     max_stop_string_chars: int
+    ignore_unknown: bool
     info: EngineInfo | None  # None until the engine was reached
 
 
 def _completion(body: Mapping[str, Any], bounds: Bounds) -> CompletionRequest:
-    return parse_completion(body, max_prompts=bounds.max_prompts)
+    return parse_completion(
+        body, max_prompts=bounds.max_prompts, ignore_unknown=bounds.ignore_unknown
+    )
 
 
 def _chat(body: Mapping[str, Any], bounds: Bounds) -> ChatRequest:
-    return parse_chat(body)
+    return parse_chat(body, ignore_unknown=bounds.ignore_unknown)
 
 
 def _tokenize(body: Mapping[str, Any], bounds: Bounds) -> TokenizeRequest:
-    return parse_tokenize(body)
+    return parse_tokenize(body, ignore_unknown=bounds.ignore_unknown)
 
 
 def _detokenize(body: Mapping[str, Any], bounds: Bounds) -> DetokenizeRequest:
-    return parse_detokenize(body)
+    return parse_detokenize(body, ignore_unknown=bounds.ignore_unknown)
 
 
 _PARSERS: Mapping[str, Callable[[Mapping[str, Any], Bounds], Any]] = {
@@ -110,8 +115,15 @@ class RequestBodies:
             max_messages=config.max_chat_messages,
             max_stop_strings=config.max_stop_strings,
             max_stop_string_chars=config.max_stop_string_chars,
+            ignore_unknown=config.unknown_fields is UnknownFields.IGNORE,
             info=self._plane.engine.info,
         )
+        parsed = await self._parsed(kind, body, bounds)
+        if bounds.ignore_unknown:
+            request.scope[IGNORED_FIELDS] = list(parsed.ignored)
+        return parsed
+
+    async def _parsed(self, kind: str, body: bytes, bounds: Bounds) -> Any:
         if len(body) <= _LARGE_BYTES:
             return _PARSERS[kind](parse_object(body, bounds.max_depth), bounds)
         assert self._plane.info is bounds.info  # raises Unavailable while there is none
@@ -138,8 +150,13 @@ def _checked(parsed: Any, bounds: Bounds) -> Any:
     info = bounds.info
     assert info is not None
     if isinstance(parsed, ChatRequest | TokenizeRequest) and parsed.messages is not None:
-        checked = check_messages(parsed.messages, max_messages=bounds.max_messages)
-        parsed = replace(parsed, messages=checked)
+        ignored = list(parsed.ignored)
+        checked = check_messages(
+            parsed.messages,
+            max_messages=bounds.max_messages,
+            ignored=ignored if bounds.ignore_unknown else None,
+        )
+        parsed = replace(parsed, messages=checked, ignored=tuple(ignored))
     if isinstance(parsed, CompletionRequest | ChatRequest):
         check_stop(
             parsed.stop, max_count=bounds.max_stop_strings, max_chars=bounds.max_stop_string_chars

@@ -1,16 +1,25 @@
 """Bodies of `/tokenize` and `/detokenize` → frozen requests; values are checked by the routes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jserve.core.errors import RequestError
 from jserve.gateway.http.fields import Fields
+from jserve.gateway.http.openai_request import template_variables
 
 _TOKENIZE_FIELDS = (
     *("model", "prompt", "messages", "add_special_tokens", "add_generation_prompt"),
-    "return_token_strs",
+    *("return_token_strs", "chat_template_kwargs", "reasoning_effort"),
 )
+# Fields of vLLM that are not served, with the values that ask for nothing.
+_UNSUPPORTED: dict[str, tuple[object, ...]] = {
+    "continue_final_message": (False,),
+    "tools": ([],),
+    "chat_template": (),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+}
 _DETOKENIZE_FIELDS = ("model", "tokens")
 
 
@@ -24,20 +33,24 @@ class TokenizeRequest:
     add_special_tokens: bool | None
     add_generation_prompt: bool
     return_token_strs: bool
+    template_variables: dict[str, Any]
+    ignored: tuple[str, ...]  # names of unknown fields, where those are not refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetokenizeRequest:
     model: str | None
     tokens: Any  # unchecked; `validation.token_ids` does it
+    ignored: tuple[str, ...]
 
 
-def parse_tokenize(body: Mapping[str, Any]) -> TokenizeRequest:
+def parse_tokenize(body: Mapping[str, Any], *, ignore_unknown: bool = False) -> TokenizeRequest:
     """Reads the body of `POST /tokenize`.
 
-    Raises RequestError if a field is unknown or has the wrong type.
+    Raises RequestError if a field has the wrong type, or is unknown without `ignore_unknown`.
     """
-    fields = Fields(body)
+    ignored: list[str] = []
+    fields = Fields(body, ignored=ignored if ignore_unknown else None)
     request = TokenizeRequest(
         model=fields.string("model"),
         prompt=fields.string("prompt"),
@@ -45,16 +58,19 @@ def parse_tokenize(body: Mapping[str, Any]) -> TokenizeRequest:
         add_special_tokens=fields.boolean("add_special_tokens"),
         add_generation_prompt=fields.boolean("add_generation_prompt") is not False,
         return_token_strs=fields.boolean("return_token_strs") or False,
+        template_variables=template_variables(fields),
+        ignored=(),
     )
     if (request.prompt is None) is (request.messages is None):
         raise RequestError("give either prompt or messages", param="prompt")
-    fields.finish({}, _TOKENIZE_FIELDS)
-    return request
+    fields.finish(_UNSUPPORTED, _TOKENIZE_FIELDS)
+    return replace(request, ignored=tuple(ignored))
 
 
-def parse_detokenize(body: Mapping[str, Any]) -> DetokenizeRequest:
+def parse_detokenize(body: Mapping[str, Any], *, ignore_unknown: bool = False) -> DetokenizeRequest:
     """Reads the body of `POST /detokenize`. Raises RequestError like `parse_tokenize`."""
-    fields = Fields(body)
-    request = DetokenizeRequest(model=fields.string("model"), tokens=fields.raw("tokens"))
+    ignored: list[str] = []
+    fields = Fields(body, ignored=ignored if ignore_unknown else None)
+    model, tokens = fields.string("model"), fields.raw("tokens")
     fields.finish({}, _DETOKENIZE_FIELDS)
-    return request
+    return DetokenizeRequest(model=model, tokens=tokens, ignored=tuple(ignored))

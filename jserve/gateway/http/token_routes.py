@@ -6,9 +6,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from jserve.gateway.http.edge import IGNORED_FIELDS
 from jserve.gateway.http.openai_routes import json_response
 from jserve.gateway.http.request_bodies import RequestBodies
 from jserve.gateway.http.token_request import TokenizeRequest
+from jserve.gateway.http.tokenizer_info import tokenizer_info
 from jserve.gateway.pauses import Pauses
 from jserve.gateway.request_plane import Prompt, RequestPlane
 
@@ -26,13 +28,14 @@ class TokenRoutes:
         return [
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", self.tokenizer_info, methods=["GET"]),
         ]
 
     async def tokenize(self, request: Request) -> Response:
         """The ids of `prompt`, or of `messages` rendered by the chat template."""
         asked = await self._bodies.tokenize(request)
         self._plane.check_model(asked.model)
-        prompt = await self._prompt(asked)
+        prompt = await self._prompt(asked, request.scope.get(IGNORED_FIELDS))
         texts = await self._texts(prompt.ids) if asked.return_token_strs else None
         return json_response(
             {
@@ -49,20 +52,28 @@ class TokenRoutes:
         self._plane.check_model(asked.model)
         return json_response({"prompt": await self._plane.detokenize("tokens", asked.tokens)})
 
+    async def tokenizer_info(self, request: Request) -> Response:
+        """The tokenizer's settings, with which a client can render chats and count tokens."""
+        return json_response(tokenizer_info(self._plane))
+
     async def _texts(self, ids: Sequence[int]) -> list[str]:
         pauses = Pauses()
         texts: list[str] = []
         for start in range(0, len(ids), _TEXTS_AT_A_TIME):
-            texts += map(self._plane.tokenizer.token_text, ids[start : start + _TEXTS_AT_A_TIME])
+            texts += map(self._plane.tokenizer.token_name, ids[start : start + _TEXTS_AT_A_TIME])
             await pauses.end()
         return texts
 
-    async def _prompt(self, asked: TokenizeRequest) -> Prompt:
+    async def _prompt(self, asked: TokenizeRequest, ignored: list[str] | None) -> Prompt:
         most = self._plane.most_counted
         if asked.prompt is not None:
             return await self._plane.text_prompt(
                 asked.prompt, add_special_tokens=asked.add_special_tokens, most=most
             )
         return await self._plane.chat_prompt(
-            asked.messages, add_generation_prompt=asked.add_generation_prompt, most=most
+            asked.messages,
+            add_generation_prompt=asked.add_generation_prompt,
+            variables=asked.template_variables,
+            ignored=ignored,
+            most=most,
         )

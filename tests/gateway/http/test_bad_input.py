@@ -57,7 +57,7 @@ def still_serving(served: Served, http: httpx.Client) -> Iterator[None]:
         ("prompt", {"prompt": ["a"] * 1000}),
         ("prompt", {"prompt": "a" * 5000}),
         ("max_tokens", {"max_tokens": 4096}),
-        ("max_tokens", {"max_tokens": -1}),
+        ("max_tokens", {"max_tokens": -2}),
         ("max_tokens", {"max_tokens": 0}),
         ("max_tokens", {"max_tokens": "5"}),
         ("max_tokens", {"max_tokens": 5.5}),
@@ -75,6 +75,9 @@ def still_serving(served: Served, http: httpx.Client) -> Iterator[None]:
         ("logprobs", {"logprobs": -1}),
         ("prompt_logprobs", {"prompt_logprobs": True}),
         ("seed", {"seed": 2**70}),
+        ("seed", {"seed": -(2**63) - 1}),
+        ("seed", {"seed": 2**63}),
+        ("seed", {"seed": 0.5}),
         ("seed", {"seed": "7"}),
         ("n", {"n": 0}),
         ("n", {"n": 10**9}),
@@ -113,7 +116,15 @@ def test_the_context_length_has_a_code(http: httpx.Client) -> None:
     for body in ({"prompt": "a" * 5000}, {"prompt": "a", "max_tokens": 4096}):
         error = error_of(http.post(COMPLETIONS, json=body), 400)
         assert error["code"] == "context_length_exceeded"
-        assert "4096" in error["message"]
+        # LiteLLM, and what is built on it, knows the error by these words.
+        assert "this model's maximum context length is 4096 tokens" in error["message"].lower()
+
+
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**63, 2**64, 2**70, -(2**70), 1e300])
+def test_a_seed_out_of_range_is_called_so(http: httpx.Client, seed: float) -> None:
+    error = error_of(http.post(COMPLETIONS, json={"prompt": "a", "seed": seed}), 400)
+    assert error["param"] == "seed"
+    assert "from -9223372036854775808 to 9223372036854775807" in error["message"]
 
 
 @pytest.mark.parametrize(

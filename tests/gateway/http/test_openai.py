@@ -91,6 +91,22 @@ def test_chat(client: openai.OpenAI) -> None:
     assert answer.usage.prompt_tokens == len("user: hi\nassistant:")
 
 
+def test_an_answer_can_be_sent_back_as_it_came(client: openai.OpenAI) -> None:
+    first = client.chat.completions.create(model=MODEL, messages=chat("hi"), max_tokens=100)
+    message: Any = first.choices[0].message
+    for replayed in (
+        message,
+        message.model_dump(),
+        message.to_dict(),
+        message.model_dump() | {"annotations": []},
+    ):
+        history = [*chat("hi"), replayed, *chat("and?")]
+        answer = client.chat.completions.create(model=MODEL, messages=history, max_tokens=1)
+        assert answer.usage is not None
+        prompt = f"user: hi\nassistant: {TEXT}\nuser: and?\nassistant:"
+        assert answer.usage.prompt_tokens == len(prompt.encode())
+
+
 def test_streams_join_to_the_whole(client: openai.OpenAI) -> None:
     chunks = list(
         client.completions.create(

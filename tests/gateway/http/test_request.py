@@ -60,7 +60,6 @@ def refusal(kind: str, fields: dict[str, Any]) -> RequestError:
         ("use_beam_search", True),
         ("length_penalty", 2),
         ("chat_template", "{{ messages }}"),
-        ("reasoning_effort", "high"),
         ("no_such_field", 1),
         ("no_such_field", None),
     ],
@@ -141,6 +140,15 @@ def test_stream_options() -> None:
     on = {"stream": True}
     assert PARSERS["chat"](on | {"stream_options": {"include_usage": True}}).include_usage
     assert not PARSERS["chat"](on | {"stream_options": {}}).include_usage
+    for options, expected in (
+        ({"continuous_usage_stats": True}, (True, True)),  # as in vLLM
+        ({"include_usage": True, "continuous_usage_stats": True}, (True, True)),
+        ({"include_usage": True, "continuous_usage_stats": False}, (True, False)),
+        ({"include_usage": False, "continuous_usage_stats": True}, (False, False)),
+        ({"include_usage": True, "include_obfuscation": True}, (True, False)),
+    ):
+        parsed = PARSERS["completion"](on | {"stream_options": options})
+        assert (parsed.include_usage, parsed.continuous_usage) == expected
     assert refusal("chat", {"stream_options": {"include_usage": True}}).param == "stream_options"
     error = refusal("chat", on | {"stream_options": {"include_usage": 1}})
     assert error.param == "stream_options.include_usage"
@@ -152,7 +160,9 @@ def test_chat_logprobs() -> None:
     assert PARSERS["chat"]({}).sampling.logprobs is None
     assert PARSERS["chat"]({"logprobs": True}).sampling.logprobs == 0
     assert PARSERS["chat"]({"logprobs": True, "top_logprobs": 5}).sampling.logprobs == 5
-    for bad in ({"top_logprobs": 2}, {"logprobs": True, "top_logprobs": 21}):
+    assert PARSERS["chat"]({"top_logprobs": 0}).sampling.logprobs is None
+    assert PARSERS["chat"]({"logprobs": False, "top_logprobs": 0}).sampling.logprobs is None
+    for bad in ({"top_logprobs": 2}, {"top_logprobs": -1}, {"logprobs": True, "top_logprobs": 21}):
         assert refusal("chat", bad).param == "top_logprobs"
     assert refusal("chat", {"logprobs": 3}).param == "logprobs"
 
@@ -161,7 +171,12 @@ def test_the_two_names_of_max_tokens() -> None:
     assert PARSERS["chat"]({"max_tokens": 5}).sampling.max_tokens == 5
     assert PARSERS["chat"]({"max_completion_tokens": 6}).sampling.max_tokens == 6
     assert PARSERS["chat"]({"max_completion_tokens": 6, "max_tokens": 6}).sampling.max_tokens == 6
-    assert refusal("chat", {"max_completion_tokens": 6, "max_tokens": 5}).param == "max_tokens"
+    # As in vLLM, the newer name counts.
+    assert PARSERS["chat"]({"max_completion_tokens": 6, "max_tokens": 5}).sampling.max_tokens == 6
+    assert PARSERS["chat"]({"max_completion_tokens": -1}).unlimited
+    assert PARSERS["chat"]({"max_tokens": -1}).unlimited
+    assert PARSERS["completion"]({"max_tokens": -1}).unlimited
+    assert not PARSERS["completion"]({}).unlimited
     assert refusal("chat", {"max_completion_tokens": 0}).param == "max_completion_tokens"
 
 
@@ -189,3 +204,66 @@ def test_any_json_is_read_or_refused(body: dict[str, Any], kind: str) -> None:
 def test_numbers_are_finite_numbers(value: object) -> None:
     with pytest.raises(RequestError, match=r"a\.x must be a finite number"):
         Fields({"x": value}, "a").number("x")
+
+
+@pytest.mark.parametrize("kind", PARSERS)
+@pytest.mark.parametrize(
+    "field", ["top_k", "seed", "min_tokens", "max_tokens", "prompt_logprobs", "n", "priority"]
+)
+def test_integers_may_be_whole_floats(kind: str, field: str) -> None:
+    assert PARSERS[kind]({field: 4.0}) == PARSERS[kind]({field: 4})
+    if field in ("n", "priority"):
+        assert refusal(kind, {field: 4.5}).param == field
+    else:  # the request plane checks it
+        assert type(getattr(PARSERS[kind]({field: 4.0}).sampling, field)) is int
+
+
+def test_lists_of_integers_may_hold_whole_floats() -> None:
+    sampling = PARSERS["chat"]({"stop_token_ids": [1.0, 2]}).sampling
+    assert [type(it) for it in sampling.stop_token_ids] == [int, int]
+
+
+HINTS = {
+    "user": "u",
+    "safety_identifier": "u",
+    "prompt_cache_key": "k",
+    "prompt_cache_retention": "24h",
+    "verbosity": "low",
+    "service_tier": "auto",
+    "store": True,
+    "metadata": {"a": "b"},
+    "prediction": {"type": "content", "content": "x"},
+}
+
+
+@pytest.mark.parametrize("kind", PARSERS)
+@pytest.mark.parametrize("field", HINTS)
+def test_hints_change_nothing(kind: str, field: str) -> None:
+    assert PARSERS[kind]({field: HINTS[field]}) == PARSERS[kind]({})
+    assert refusal(kind, {field: 5}).param == field
+
+
+def test_variables_of_the_template() -> None:
+    variables = {"enable_thinking": False, "level": [1]}
+    parsed = PARSERS["chat"]({"chat_template_kwargs": variables, "reasoning_effort": "low"})
+    assert parsed.template_variables == {**variables, "reasoning_effort": "low"}
+    own = {"chat_template_kwargs": {"reasoning_effort": "high"}, "reasoning_effort": "low"}
+    assert PARSERS["chat"](own).template_variables == {"reasoning_effort": "high"}
+    neutral = {"chat_template_kwargs": {"tools": None, "continue_final_message": False}}
+    assert PARSERS["chat"](neutral) == PARSERS["chat"]({})
+    for name, value in (("messages", [{}]), ("tools", [{}]), ("chat_template", "x")):
+        error = refusal("chat", {"chat_template_kwargs": {name: value}})
+        assert error.param == f"chat_template_kwargs.{name}"
+    for bad in ({"chat_template_kwargs": "x"}, {"reasoning_effort": 3}):
+        assert refusal("chat", bad).param in bad
+
+
+@pytest.mark.parametrize("parse", [parse_chat, parse_completion])
+def test_unknown_fields_are_named_where_they_are_ignored(parse: Any) -> None:
+    body = {"prompt": "x", "messages": [], "mirostat": 2, "stream": True}
+    body |= {"stream_options": {"every": 2}, "x" * 100: 1}
+    body.pop("messages" if parse is parse_completion else "prompt")
+    parsed = parse(body, ignore_unknown=True)
+    assert parsed.ignored == ("stream_options.every", "mirostat", "x" * 57 + "...")
+    with pytest.raises(RequestError, match="not supported yet"):  # known, and would change much
+        parse(body | {"structured_outputs": {"regex": "a"}}, ignore_unknown=True)
