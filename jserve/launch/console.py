@@ -44,7 +44,8 @@ def show_summary(console: Console, plane: "RequestPlane", ready: Ready) -> None:
     # An address that means "every interface" is no address to send to.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)  # noqa: S104
     host = f"[{host}]" if ":" in host else host
-    url = f"http://{host}:{config.http_port}"
+    scheme = "http" if config.tls_cert is None else "https"
+    url = f"{scheme}://{host}:{config.http_port}"
     rows = {
         "model": plane.model_name,
         **ready.summary,

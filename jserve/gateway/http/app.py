@@ -14,6 +14,7 @@ from jserve.gateway.api_keys import ApiKeys
 from jserve.gateway.http.edge import Edge, RequireKey
 from jserve.gateway.http.errors import error_response, unrouted
 from jserve.gateway.http.event_stream import ClientGone
+from jserve.gateway.http.hosts import CheckHost
 from jserve.gateway.http.openai_routes import OpenAIRoutes
 from jserve.gateway.http.probes import ProbeRoutes
 from jserve.gateway.http.token_routes import TokenRoutes
@@ -27,7 +28,7 @@ _log = logging.getLogger(__name__)
 def make_app(plane: RequestPlane, metrics: GatewayMetrics, *, version: str) -> ASGIApp:
     """The ASGI application over `plane`; `metrics` is shared with the other front ends.
 
-    From outside in: request ids and counts, CORS, API keys, routes.
+    From outside in: request ids and counts, `Host`, CORS, API keys, routes.
     """
     config = plane.config
     registry = make_registry(metrics, plane.engine, lambda: plane.model_name)
@@ -54,7 +55,7 @@ def make_app(plane: RequestPlane, metrics: GatewayMetrics, *, version: str) -> A
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    return Edge(app, metrics, config)
+    return Edge(CheckHost(app, config), metrics, config)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
