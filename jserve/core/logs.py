@@ -31,7 +31,9 @@ class LogConfig:
 class StructuredFormatter(logging.Formatter):
     """`time level logger message key=value …`, or the same as one JSON object.
 
-    Fields come from `extra=`; a value with spaces or quotes is written as JSON.
+    Fields come from `extra=`; a value with spaces or quotes is written as JSON. A message is one
+    line whatever it holds, and control characters are escaped, since clients choose parts of it;
+    the lines of a traceback are indented, so that none can pass for a message.
     """
 
     def __init__(self, kind: LogFormat) -> None:
@@ -52,9 +54,10 @@ class StructuredFormatter(logging.Formatter):
                 "message": message,
             }
             return json.dumps(head | fields | ({"exception": error} if error else {}), default=str)
-        pairs = "".join(f" {key}={_text(value)}" for key, value in fields.items())
-        line = f"{time} {record.levelname:<7} {record.name} {message}{pairs}"
-        return f"{line}\n{error}" if error else line
+        pairs = "".join(f" {_escaped(key)}={_text(value)}" for key, value in fields.items())
+        line = f"{time} {record.levelname:<7} {record.name} {_escaped(message.rstrip())}{pairs}"
+        below = (f"\n  {_escaped(text)}" for text in (error or "").split("\n") if text)
+        return line + "".join(below)
 
 
 def configure(config: LogConfig) -> None:
@@ -73,4 +76,13 @@ def configure(config: LogConfig) -> None:
 def _text(value: object) -> str:
     text = str(value)
     plain = text.isprintable() and text and not any(char in text for char in " \"'=")
-    return text if plain else json.dumps(text, ensure_ascii=False)
+    return text if plain else _escaped(json.dumps(text, ensure_ascii=False))
+
+
+def _escaped(text: str) -> str:
+    r"""`text` with every character that a terminal or a log reader may obey written as `\x1b`."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )

@@ -30,6 +30,11 @@ class GatewayConfig:
     api_keys: tuple[str | Secret, ...] = ()  # without a file, too: everybody may ask
     api_keys_file: str | None = None  # TOML: [keys.NAME] with the key or its SHA-256, and rights
     open: bool = False  # other machines may ask without a key
+    # Names in `Host` besides local ones; `*.example.com` is all below, `*` is any. Empty: on a
+    # loopback address local names only, elsewhere any.
+    allowed_hosts: tuple[str, ...] = ()
+    tls_cert: str | None = None  # PEM files for HTTP and gRPC; read anew when they change
+    tls_key: str | None = None
     cors_origins: tuple[str, ...] = ()  # beside pages of this machine, which may always call
     # Unknown fields of a request: an error, or named in the header X-Jserve-Ignored-Fields.
     unknown_fields: UnknownFields = UnknownFields.REFUSE
@@ -60,10 +65,14 @@ class GatewayConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "api_keys", _secrets(self.api_keys))
-        if self.api_keys_file is not None and not str(self.api_keys_file).strip():
-            raise ConfigError(
-                "gateway.api_keys_file is empty; is a variable unset? Leave it out to have no file"
-            )
+        for name in ("api_keys_file", "tls_cert", "tls_key"):
+            value = getattr(self, name)
+            if value is not None and not str(value).strip():
+                raise ConfigError(
+                    f"gateway.{name} is empty; is a variable unset? Leave it out to have no file"
+                )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("gateway.tls_cert and gateway.tls_key need each other")
 
     @property
     def keys(self) -> tuple[Secret, ...]:

@@ -16,6 +16,7 @@ from jserve.gateway.grpc_errors import abort
 from jserve.gateway.grpc_service import InferenceService
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import RequestPlane
+from jserve.gateway.tls import TlsFiles, grpc_credentials
 from jserve.proto import inference_pb2, inference_pb2_grpc
 
 _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
@@ -119,13 +120,18 @@ class GrpcServer:
         reflection.enable_server_reflection(
             (_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME), self._server
         )
+        self._tls = TlsFiles.from_config(config)
         self._address = host_and_port(config.host, config.grpc_port)
         self.port = 0  # set by `start`
 
     async def start(self) -> None:
         """Listens; ConfigError if the port is taken."""
         try:
-            self.port = self._server.add_insecure_port(self._address)
+            if self._tls is None:
+                self.port = self._server.add_insecure_port(self._address)
+            else:
+                credentials = grpc_credentials(self._tls)
+                self.port = self._server.add_secure_port(self._address, credentials)
         except RuntimeError as error:
             raise ConfigError(
                 f"gRPC cannot listen on {self._address}; choose another with --grpc_port"

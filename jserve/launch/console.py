@@ -44,7 +44,8 @@ def show_summary(console: Console, plane: "RequestPlane", ready: Ready) -> None:
     sampling = ", ".join(f"{name} {value}" for name, value in asdict(defaults).items() if value)
     # An address that means "every interface" is no address to send to.
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)  # noqa: S104
-    url = f"http://{host_and_port(host, config.http_port)}"
+    scheme = "http" if config.tls_cert is None else "https"
+    url = f"{scheme}://{host_and_port(host, config.http_port)}"
     rows = {
         "model": plane.model_name,
         **ready.summary,

@@ -10,6 +10,7 @@ from jserve.core.errors import ConfigError
 from jserve.core.secret import Secret
 from jserve.gateway.api_keys import ApiKeys
 from jserve.gateway.config import GatewayConfig, check_key
+from jserve.gateway.tls import TlsFiles
 
 KEYS_VARIABLE = "JSERVE_API_KEYS"
 
@@ -36,8 +37,9 @@ def with_keys_of(environment: MutableMapping[str, str], config: ServeConfig) -> 
 
 
 def check_exposure(config: GatewayConfig) -> None:
-    """Raises ConfigError for keys that cannot be read, and for an address open to everybody."""
+    """Raises ConfigError for files that cannot be read, and for an address open to everybody."""
     ApiKeys.from_config(config)
+    TlsFiles.from_config(config)
     if not (config.has_keys or config.open or is_loopback(config.host)):
         raise ConfigError(
             f"gateway.host is {config.host!r}, which other machines can reach, and no key is asked "

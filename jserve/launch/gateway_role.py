@@ -18,6 +18,7 @@ from jserve.gateway.loop_lag import LoopLag
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.text_model import TextModel
+from jserve.gateway.tls import TlsFiles
 from jserve.launch.console import Console
 
 _log = logging.getLogger(__name__)
@@ -52,7 +53,13 @@ class Gateway:
         self._lag = LoopLag(metrics)
         version = importlib.metadata.version("jserve")
         app = make_app(self.plane, metrics, version=version)
-        self._http = HttpServer(app, host=config.host, port=config.http_port, drain_s=_STOP_GRACE_S)
+        self._http = HttpServer(
+            app,
+            host=config.host,
+            port=config.http_port,
+            drain_s=_STOP_GRACE_S,
+            tls=TlsFiles.from_config(config),
+        )
         self._grpc = GrpcServer(self.plane, metrics)
 
     async def __aenter__(self) -> Self:

@@ -14,6 +14,7 @@ from jserve.gateway.http.cors import Cors
 from jserve.gateway.http.edge import Edge, RequireKey
 from jserve.gateway.http.errors import error_response, unrouted
 from jserve.gateway.http.event_stream import ClientGone
+from jserve.gateway.http.hosts import CheckHost
 from jserve.gateway.http.openai_routes import OpenAIRoutes
 from jserve.gateway.http.probes import ProbeRoutes
 from jserve.gateway.http.request_bodies import RequestBodies
@@ -28,7 +29,7 @@ _log = logging.getLogger(__name__)
 def make_app(plane: RequestPlane, metrics: GatewayMetrics, *, version: str) -> ASGIApp:
     """The ASGI application over `plane`; `metrics` is shared with the other front ends.
 
-    From outside in: request ids and counts, CORS, API keys, routes.
+    From outside in: request ids and counts, `Host`, CORS, API keys, routes.
     """
     config = plane.config
     registry = make_registry(metrics, plane.engine, lambda: plane.model_name)
@@ -49,7 +50,7 @@ def make_app(plane: RequestPlane, metrics: GatewayMetrics, *, version: str) -> A
     if config.has_keys:
         app = RequireKey(app, ApiKeys.from_config(config))
     app = Cors(app, config.cors_origins)
-    return Edge(app, metrics, config)
+    return Edge(CheckHost(app, config), metrics, config)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -70,7 +70,7 @@ class Edge:
             level,
             "%s %s %d in %.1f ms, request %s",
             scope["method"],
-            scope["path"][:200],
+            scope["raw_path"].decode("latin-1")[:200],  # as sent, without decoded line feeds
             status,
             duration_s * 1e3,
             scope["request_id"],

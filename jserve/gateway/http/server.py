@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from jserve.core.addresses import host_and_port
 from jserve.core.errors import ConfigError
 from jserve.gateway.http.upgrade import PlainHttpProtocol
+from jserve.gateway.tls import TlsFiles
 
 _IDLE_S = 75.0  # a kept-alive connection without a request; load balancers close theirs at 60
 _MAX_HEAD_BYTES = 64 << 10  # request line and headers
@@ -61,8 +62,16 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """Listens from construction on, serves from `start` to `stop`. Owned by the launcher."""
 
-    def __init__(self, app: ASGIApp, *, host: str, port: int, drain_s: float) -> None:
-        """Binds the port; 0 takes a free one.
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        host: str,
+        port: int,
+        drain_s: float,
+        tls: TlsFiles | None = None,
+    ) -> None:
+        """Binds the port; 0 takes a free one. With `tls` it speaks HTTPS.
 
         Raises:
             ConfigError: the address cannot be bound.
@@ -79,6 +88,7 @@ class HttpServer:
             date_header=False,
             proxy_headers=False,
             backlog=_BACKLOG,
+            ssl_context_factory=None if tls is None else lambda *_: tls.server_context(),
             timeout_keep_alive=int(_IDLE_S),
             timeout_graceful_shutdown=max(1, round(drain_s)),
         )
