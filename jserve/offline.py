@@ -199,7 +199,7 @@ class LLM:
             engine=self._engine,
             config=config.gateway,
             clock=WallClock(),
-            bounds_choices=False,
+            bounded=False,
         )
         self._serial = itertools.count()
         self._loop = _LoopThread()
@@ -387,6 +387,6 @@ def _completion(prompt: PromptLike, deltas: Sequence[OutputDelta]) -> Completion
         token_ids=whole.token_ids,
         finish_reason=whole.finish,
         stop_reason=whole.stop_reason,
-        logprobs=whole.logprobs,
-        prompt_logprobs=whole.prompt_logprobs,
+        logprobs=None if whole.logprobs is None else tuple(whole.logprobs),
+        prompt_logprobs=None if whole.prompt_logprobs is None else tuple(whole.prompt_logprobs),
     )

@@ -1,6 +1,7 @@
 """Requests of clients and the updates they get back, as plain frozen data."""
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -118,8 +119,8 @@ class SequenceUpdate(NamedTuple):
     request_id: str
     tokens: tuple[int, ...]  # a stop token is included
     finish: FinishReason | None = None
-    logprobs: tuple[TokenLogprobs, ...] | None = None
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    logprobs: Sequence[TokenLogprobs] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
     queue_s: float | None = (
         None  # seconds from arrival to first scheduling; set on the first update
     )
@@ -130,7 +131,7 @@ class SequenceUpdate(NamedTuple):
         if self.logprobs is None or later.logprobs is None:
             logprobs = later.logprobs if self.logprobs is None else self.logprobs
         else:
-            logprobs = self.logprobs + later.logprobs
+            logprobs = (*self.logprobs, *later.logprobs)
         prompt = self.prompt_logprobs
         return later._replace(
             tokens=self.tokens + later.tokens,

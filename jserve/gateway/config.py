@@ -51,6 +51,10 @@ class GatewayConfig:
     max_streams_per_call: int = 1024  # requests in flight on one GenerateStream call
     max_grpc_streams: int = 4096  # calls on one gRPC connection
 
+    # Output that clients have not read, in bytes; over a bound the request ends with an error.
+    max_request_buffer_bytes: int = 32 << 20  # of one request
+    max_buffer_bytes: int = 256 << 20  # of all together
+
     default_temperature: float | None = None
     default_top_k: int | None = None
     default_top_p: float | None = None

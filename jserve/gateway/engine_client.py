@@ -2,13 +2,21 @@
 
 import asyncio
 import itertools
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from jserve.core.errors import EngineError, JserveError, RequestError
-from jserve.core.request import EngineInfo, FinishReason, Request, SequenceUpdate
+from jserve.core.errors import EngineError, JserveError, Overloaded, RequestError
+from jserve.core.logprobs import PackedLogprobs
+from jserve.core.request import (
+    EngineInfo,
+    FinishReason,
+    Request,
+    SequenceUpdate,
+)
 from jserve.core.stats import EngineStats
+from jserve.gateway.buffers import BufferAccount, logprobs_bytes
 
 
 class EngineClient(Protocol):
@@ -43,6 +51,55 @@ class EngineClient(Protocol):
         ...
 
 
+class _Unread:
+    """Updates of one sequence that were not read yet, merged without copying them each time."""
+
+    __slots__ = ("_latest", "_logprobs", "_prompt_logprobs", "_queue_s", "_tokens", "num_bytes")
+
+    def __init__(self, update: SequenceUpdate) -> None:
+        self._latest = update
+        self._tokens: array[int] | None = None  # None: `_latest` is all there is
+        self._logprobs: PackedLogprobs | None = None
+        self._prompt_logprobs = update.prompt_logprobs
+        self._queue_s = update.queue_s
+        self.num_bytes = _num_bytes(update)
+
+    def add(self, update: SequenceUpdate) -> None:
+        """Merges the next update."""
+        if self._tokens is None:
+            self._tokens = array("i", self._latest.tokens)
+            if self._latest.logprobs is not None:
+                self._logprobs = PackedLogprobs(self._latest.logprobs)
+        self._tokens.extend(update.tokens)
+        if update.logprobs is not None:
+            if self._logprobs is None:
+                self._logprobs = PackedLogprobs()
+            self._logprobs.extend(update.logprobs)
+        if self._prompt_logprobs is None:
+            self._prompt_logprobs = update.prompt_logprobs
+        if self._queue_s is None:
+            self._queue_s = update.queue_s
+        self._latest = update
+        self.num_bytes += _num_bytes(update)
+
+    def take(self) -> SequenceUpdate:
+        """Returns all as one update."""
+        if self._tokens is None:
+            return self._latest
+        return self._latest._replace(
+            tokens=tuple(self._tokens),
+            logprobs=self._logprobs,
+            prompt_logprobs=self._prompt_logprobs,
+            queue_s=self._queue_s,
+        )
+
+
+def _num_bytes(update: SequenceUpdate) -> int:
+    return 4 * len(update.tokens) + sum(
+        map(logprobs_bytes, (update.logprobs, update.prompt_logprobs))
+    )
+
+
 class UpdateStream:
     """Updates of a group of sequences, merged until read: memory is bounded by their tokens.
 
@@ -53,9 +110,15 @@ class UpdateStream:
     def __init__(self, client: EngineClient, request_ids: Sequence[str]) -> None:
         self._client = client
         self._live = set(request_ids)  # sequences whose finish the engine has not reported
-        self._unread: dict[str, SequenceUpdate] = {}  # in order of the first unread update
+        self._unread: dict[str, _Unread] = {}  # in order of the first unread update
         self._error: JserveError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._account: BufferAccount | None = None
+
+    def charge(self, account: BufferAccount) -> None:
+        """Counts what is unread to `account`; without one there is no bound."""
+        self._account = account
+        account.on_full.append(self._overflow)
 
     def post(self, update: SequenceUpdate) -> None:
         """Adds an update; unread ones of the same sequence are merged with it."""
@@ -64,8 +127,15 @@ class UpdateStream:
         if update.finish is not None:
             self._live.discard(update.request_id)
         unread = self._unread.get(update.request_id)
-        self._unread[update.request_id] = update if unread is None else unread.then(update)
+        if unread is None:
+            unread = self._unread[update.request_id] = _Unread(update)
+            before = 0
+        else:
+            before = unread.num_bytes
+            unread.add(update)
         self._wake()
+        if self._account is not None:
+            self._account.add(unread.num_bytes - before)
 
     def fail(self, error: JserveError) -> None:
         """Ends the stream with `error`, after the updates already there; the rest is aborted."""
@@ -82,7 +152,7 @@ class UpdateStream:
 
     def drop(self, request_id: str) -> None:
         """Aborts one sequence and forgets its unread updates."""
-        self._unread.pop(request_id, None)
+        self._forget(self._unread.pop(request_id, None))
         if request_id in self._live:
             self._live.discard(request_id)
             self._client.abort(request_id)
@@ -101,11 +171,23 @@ class UpdateStream:
                 await self._waiter
             finally:
                 self._waiter = None
-        update = self._unread.pop(next(iter(self._unread)))
+        unread = self._unread.pop(next(iter(self._unread)))
+        self._forget(unread)
+        update = unread.take()
         if update.finish is FinishReason.ERROR:
             self.close()
             raise EngineError(update.error or "the engine failed on this request")
         return update
+
+    def _forget(self, unread: _Unread | None) -> None:
+        if unread is not None and self._account is not None:
+            self._account.add(-unread.num_bytes)
+
+    def _overflow(self, error: Overloaded) -> None:
+        """Drops what nobody reads; the reader gets `error` next."""
+        self._unread.clear()
+        self._error = error
+        self.close()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

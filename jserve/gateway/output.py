@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
+from jserve.core.logprobs import PackedLogprobs
 from jserve.core.request import FinishReason, SamplingParams, SequenceUpdate, TokenLogprobs
+from jserve.gateway.buffers import logprobs_bytes
 from jserve.gateway.stop_strings import StopMatcher
 from jserve.gateway.tokenizer import TextTokenizer
 
@@ -45,12 +47,18 @@ class OutputDelta:
     index: int  # choice
     text: str
     token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...] | None = None  # when requested
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # on the first delta
+    logprobs: Sequence[TokenLogprobs] | None = None  # when requested
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None  # on the first delta
     finish: FinishReason | None = None  # on the last delta of the choice
     stop_reason: str | int | None = None  # stop string or stop_token_id; None for end of sequence
     queue_s: float | None = None  # on the first delta
     ttft_s: float | None = None  # on the first delta: from `run` to the first token
+
+
+def delta_bytes(delta: OutputDelta) -> int:
+    """Memory that a delta takes while it is held, roughly."""
+    logprobs = sum(map(logprobs_bytes, (delta.logprobs, delta.prompt_logprobs)))
+    return len(delta.text) + 4 * len(delta.token_ids) + logprobs
 
 
 def join(deltas: Sequence[OutputDelta]) -> OutputDelta:
@@ -61,10 +69,20 @@ def join(deltas: Sequence[OutputDelta]) -> OutputDelta:
         first,
         text="".join(delta.text for delta in deltas),
         token_ids=tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
-        logprobs=tuple(chain.from_iterable(scored)) if scored else None,
+        logprobs=_joined(scored) if scored else None,
         finish=last.finish,
         stop_reason=last.stop_reason,
     )
+
+
+def _joined(scored: Sequence[Sequence[TokenLogprobs]]) -> Sequence[TokenLogprobs]:
+    """All positions in order, packed if they are."""
+    if not isinstance(scored[0], PackedLogprobs):
+        return tuple(chain.from_iterable(scored))
+    joined = PackedLogprobs()
+    for positions in scored:
+        joined.extend(positions)
+    return joined
 
 
 class OutputProcessor:
@@ -147,7 +165,7 @@ class OutputProcessor:
 
     def _take_settled(
         self, matcher: StopMatcher, update: SequenceUpdate
-    ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
+    ) -> tuple[tuple[int, ...], Sequence[TokenLogprobs] | None]:
         """Takes the tokens that belong to the answer for certain; the rest waits."""
         count = len(self._unsettled) if matcher.settled or update.finish is not None else 0
         if (match := matcher.match) is not None:
@@ -159,7 +177,8 @@ class OutputProcessor:
         tokens = tuple(token for token, _ in taken)
         if self._generation.sampling.logprobs is None:
             return tokens, None
-        return tokens, tuple(logprobs for _, logprobs in taken if logprobs is not None)
+        scored = (logprobs for _, logprobs in taken if logprobs is not None)
+        return tokens, PackedLogprobs(scored)
 
     def _ends_with_stop_token(self, update: SequenceUpdate) -> bool:
         return (

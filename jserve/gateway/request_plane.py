@@ -15,6 +15,7 @@ from typing import Any, TypedDict, Unpack
 from jserve.core.clock import Clock
 from jserve.core.errors import JserveError, RequestError, Unavailable, UnknownModel
 from jserve.core.request import EngineInfo, FinishReason, Request
+from jserve.gateway.buffers import BufferAccount, BufferBudget
 from jserve.gateway.chat import ChatTemplate, check_messages
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.defaults import SamplingDefaults
@@ -70,9 +71,12 @@ class OutputStream:
         stream: UpdateStream,
         ids: Sequence[str],
         metrics: RequestMetrics | None,
+        account: BufferAccount | None,
     ) -> None:
+        """`account` is closed with the stream."""
         self._owner = owner
         self._stream = stream
+        self._account = account
         self._metrics = metrics
         self._started_s = owner.clock.now_s()
         self._choices = {
@@ -133,6 +137,8 @@ class OutputStream:
             self._metrics.end(reason)
         self._choices.clear()
         self._stream.close()
+        if self._account is not None:
+            self._account.close()
         self._owner.forget(self)
 
     def fail(self, error: JserveError) -> None:
@@ -152,9 +158,12 @@ class RequestPlane:
         engine: EngineClient,
         config: GatewayConfig,
         clock: Clock,
-        bounds_choices: bool = True,
+        bounded: bool = True,
     ) -> None:
-        """Without `bounds_choices`, `n` is as large as the caller likes: `engine` refuses none."""
+        """Without `bounded` the caller is trusted, as in its own process.
+
+        Then `n` is as large as it likes, since `engine` refuses none, and it may be slow to read.
+        """
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self._templates = None if chat_template is None else TemplateProcess(chat_template)
@@ -162,7 +171,8 @@ class RequestPlane:
         self.engine = engine
         self.config = config
         self.clock = clock
-        self._bounds_choices = bounds_choices
+        self._bounded = bounded
+        self.buffers = BufferBudget(config.max_buffer_bytes, config.max_request_buffer_bytes)
         self.draining = False
         self._live: set[OutputStream] = set()
         self._idle = asyncio.Event()
@@ -361,7 +371,7 @@ class RequestPlane:
                 options.get("n"),
                 1,
                 1,
-                most_choices if self._bounds_choices else None,
+                most_choices if self._bounded else None,
             ),
             priority=integer(
                 "priority", options.get("priority"), 0, -_PRIORITY_LIMIT, _PRIORITY_LIMIT
@@ -379,11 +389,15 @@ class RequestPlane:
         )
 
     def run(
-        self, generation: GenerationRequest, metrics: GatewayMetrics | None = None
+        self,
+        generation: GenerationRequest,
+        metrics: GatewayMetrics | None = None,
+        account: BufferAccount | None = None,
     ) -> OutputStream:
         """Starts every choice. Raises Unavailable at once when no engine is there.
 
-        `metrics` count the output that is read.
+        `metrics` count the output that is read. What is not read is counted to `account`, which
+        several generations may share, else to one of its own.
         """
         if self.draining:
             raise _shutting_down()
@@ -399,12 +413,16 @@ class RequestPlane:
             for choice in range(generation.n)
         ]
         stream = self.engine.submit(requests)
+        own = self.buffers.open() if account is None and self._bounded else None
+        if (charged := account or own) is not None:
+            stream.charge(charged)
         deltas = OutputStream(
             self,
             generation,
             stream,
             [request.id for request in requests],
             None if metrics is None else metrics.start(generation),
+            own,
         )
         self._live.add(deltas)
         self._idle.clear()

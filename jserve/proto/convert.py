@@ -17,6 +17,7 @@ from jserve.core.errors import (
     RequestError,
     Unavailable,
 )
+from jserve.core.logprobs import PackedLogprobs
 from jserve.core.request import (
     EngineInfo,
     FinishReason,
@@ -148,17 +149,15 @@ def update_from_proto(message: engine_pb2.SequenceUpdate) -> SequenceUpdate:
         request_id=message.request_id,
         tokens=tuple(message.tokens),
         finish=_FINISH_FROM_PROTO[message.finish] if message.finish else None,
-        logprobs=_present(map(logprobs_from_proto, message.logprobs)) if message.logprobs else None,
-        prompt_logprobs=tuple(map(logprobs_from_proto, message.prompt_logprobs.positions))
+        logprobs=PackedLogprobs(filter(None, map(logprobs_from_proto, message.logprobs)))
+        if message.logprobs
+        else None,
+        prompt_logprobs=PackedLogprobs(map(logprobs_from_proto, message.prompt_logprobs.positions))
         if message.HasField("prompt_logprobs")
         else None,
         queue_s=message.queue_s if message.HasField("queue_s") else None,
         error=message.error or None,
     )
-
-
-def _present(logprobs: Iterable[TokenLogprobs | None]) -> tuple[TokenLogprobs, ...]:
-    return tuple(item for item in logprobs if item is not None)
 
 
 def info_to_proto(info: EngineInfo) -> engine_pb2.EngineHello:

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 
 import orjson
 
+from jserve.core.logprobs import PackedLogprobs
+from jserve.core.request import TokenLogprobs
+from jserve.gateway.buffers import BufferAccount
 from jserve.gateway.http.event_stream import event
 from jserve.gateway.http.interleave import interleaved
 from jserve.gateway.http.openai_response import Head, Json, usage_json
 from jserve.gateway.http.openai_shape import Shape
 from jserve.gateway.metrics import GatewayMetrics
-from jserve.gateway.output import join
+from jserve.gateway.output import delta_bytes, join
 from jserve.gateway.pauses import Pauses
 from jserve.gateway.request_plane import GenerationRequest, OutputDelta, OutputStream, RequestPlane
 
@@ -26,8 +29,13 @@ _LARGE = 2000
 
 
 def _num_logprobs(delta: OutputDelta) -> int:
-    entries = (*(delta.logprobs or ()), *(delta.prompt_logprobs or ()))
-    return sum(1 + len(entry.top) for entry in entries if entry is not None)
+    return sum(map(_num_entries, (delta.logprobs, delta.prompt_logprobs)))
+
+
+def _num_entries(logprobs: Sequence[TokenLogprobs | None] | None) -> int:
+    if isinstance(logprobs, PackedLogprobs):
+        return logprobs.num_entries
+    return sum(1 + len(entry.top) for entry in logprobs or () if entry is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,19 +57,26 @@ class Answer:
             JserveError: the engine refused a generation, or failed.
         """
         choices: dict[tuple[int, int], list[OutputDelta]] = {}
-        async with aclosing(interleaved(await self._start())) as deltas:
-            async for prompt, delta in deltas:
-                choices.setdefault((prompt, delta.index), []).append(delta)
-        done = [(prompt, join(choices[prompt, index])) for prompt, index in sorted(choices)]
-        if sum(map(_num_logprobs, (delta for _, delta in done))) > _LARGE:
-            return await asyncio.to_thread(self._whole, done)
-        return self._whole(done)
+        account = self.plane.buffers.open()
+        try:
+            async with aclosing(interleaved(await self._start(account))) as deltas:
+                async for prompt, delta in deltas:
+                    choices.setdefault((prompt, delta.index), []).append(delta)
+                    account.add(delta_bytes(delta))
+            done = [
+                (prompt, join(choices.pop((prompt, index)))) for prompt, index in sorted(choices)
+            ]
+            if sum(map(_num_logprobs, (delta for _, delta in done))) > _LARGE:
+                return await asyncio.to_thread(self._whole, done)
+            return self._whole(done)
+        finally:
+            account.close()
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yields the answer as server-sent events, without the closing one."""
         tokens: Counter[int] = Counter()  # by choice
         pauses = Pauses()  # a reader that was slow gets many large deltas at once
-        async with aclosing(interleaved(await self._start())) as deltas:
+        async with aclosing(interleaved(await self._start(None))) as deltas:
             async for prompt, delta in deltas:
                 pauses.start()
                 index = self._index(prompt, delta.index)
@@ -77,8 +92,11 @@ class Answer:
             yield event(self._chunk([]) | {"usage": self._usage(tokens.total())})
 
     def _whole(self, done: Sequence[tuple[int, OutputDelta]]) -> bytes:
+        # Each is written before the next one is made: as objects they take ten times the memory.
         choices = [
-            self.shape.choice(self._index(prompt, delta.index), prompt, delta)
+            orjson.Fragment(
+                orjson.dumps(self.shape.choice(self._index(prompt, delta.index), prompt, delta))
+            )
             for prompt, delta in done
         ]
         json = self.head.json(self.shape.kind, choices)
@@ -101,14 +119,14 @@ class Answer:
             json["usage"] = None
         return json
 
-    async def _start(self) -> list[OutputStream]:
+    async def _start(self, account: BufferAccount | None) -> list[OutputStream]:
         started: list[OutputStream] = []
         pauses = Pauses()
         try:
             for generation in self.generations:
                 if started:
                     await pauses.end()
-                started.append(self.plane.run(generation, self.metrics))
+                started.append(self.plane.run(generation, self.metrics, account))
         except BaseException:
             for deltas in started:
                 deltas.close()

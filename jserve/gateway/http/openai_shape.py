@@ -78,10 +78,10 @@ class CompletionShape:
         if top is None:
             return None
         ids = delta.token_ids
-        entries: tuple[TokenLogprobs | None, ...] = delta.logprobs or ()
+        entries: Sequence[TokenLogprobs | None] = delta.logprobs or ()
         if generation.echo and delta.prompt_logprobs is not None:
             ids = generation.prompt.ids + ids
-            entries = tuple(delta.prompt_logprobs) + entries
+            entries = (*delta.prompt_logprobs, *entries)
         builder = self._logprobs.get(index)
         if builder is None:
             builder = self._logprobs[index] = CompletionLogprobs(self._tokens, top)

@@ -1,0 +1,96 @@
+"""Log-probabilities of many positions in a few arrays: 8 bytes for each token and alternative."""
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
+
+from jserve.core.request import TokenLogprobs
+
+
+class PackedLogprobs(Sequence[TokenLogprobs | None]):
+    """Positions as `TokenLogprobs`, None for one without; made when they are looked at.
+
+    As objects they take twenty times the memory. Values are float32, as the device has them.
+    """
+
+    __slots__ = ("_ends", "_ids", "_ranks", "_values")
+
+    def __init__(self, positions: Iterable[TokenLogprobs | None] = ()) -> None:
+        # Of each position the token and then its alternatives, up to `_ends[position]`.
+        self._ids = array("i")
+        self._values = array("f")
+        self._ends = array("q")
+        self._ranks = array("i")  # of each position
+        self.extend(positions)
+
+    def extend(self, positions: Iterable[TokenLogprobs | None]) -> None:
+        """Adds positions at the end; only its one owner may."""
+        if isinstance(positions, PackedLogprobs):
+            offset = len(self._ids)
+            self._ids += positions._ids
+            self._values += positions._values
+            self._ends.extend(offset + end for end in positions._ends)
+            self._ranks += positions._ranks
+            return
+        for position in positions:
+            if position is not None:
+                self._ids.append(position.token_id)
+                self._values.append(position.logprob)
+                for token_id, logprob in position.top:
+                    self._ids.append(token_id)
+                    self._values.append(logprob)
+            self._ends.append(len(self._ids))
+            self._ranks.append(0 if position is None else position.rank)
+
+    @property
+    def num_entries(self) -> int:
+        """Number of log-probabilities: of tokens and of their alternatives."""
+        return len(self._ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the positions take."""
+        return 8 * len(self._ids) + 12 * len(self._ends)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __iter__(self) -> Iterator[TokenLogprobs | None]:
+        start = 0
+        for index, end in enumerate(self._ends):
+            yield self._position(index, start, end)
+            start = end
+
+    @overload
+    def __getitem__(self, index: int) -> TokenLogprobs | None: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TokenLogprobs | None, ...]: ...
+
+    def __getitem__(
+        self, index: int | slice
+    ) -> TokenLogprobs | tuple[TokenLogprobs | None, ...] | None:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        if index < 0:
+            index += len(self)
+        end = self._ends[index]  # raises IndexError
+        return self._position(index, self._ends[index - 1] if index else 0, end)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether `other` is a sequence of the same positions, packed or not."""
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]  it may grow
+
+    def __repr__(self) -> str:
+        return f"PackedLogprobs({list(self)!r})"
+
+    def _position(self, index: int, start: int, end: int) -> TokenLogprobs | None:
+        if start == end:
+            return None
+        ids, values = self._ids[start:end], self._values[start:end]
+        top = tuple(zip(ids[1:], values[1:], strict=True))
+        return TokenLogprobs(ids[0], values[0], self._ranks[index], top)
