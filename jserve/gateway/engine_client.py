@@ -118,9 +118,15 @@ class _Live:
 
     request: Request  # with the client's id
     stream: UpdateStream
+    opened_s: float = 0.0
     output: list[int] = field(default_factory=list[int])  # tokens that were received
     # When an engine stopped working on it; None again once another gave a token.
     lost_s: float | None = None
+
+    def deadline_s(self, now_s: float) -> float | None:
+        """Seconds that are left until the request's deadline."""
+        total_s = self.request.deadline_s
+        return None if total_s is None else max(0.0, total_s - (now_s - self.opened_s))
 
 
 class LiveStreams:
@@ -142,9 +148,11 @@ class LiveStreams:
         return len(self._live)
 
     def open(
-        self, client: EngineClient, requests: Sequence[Request]
+        self, client: EngineClient, requests: Sequence[Request], now_s: float = 0.0
     ) -> tuple[UpdateStream, list[Request]]:
         """Starts the stream that `requests` share; returns it, and them as the engine gets them.
+
+        Their deadlines count from `now_s`.
 
         Raises RequestError, and starts nothing, when an id is that of a live sequence or is given
         twice.
@@ -155,7 +163,7 @@ class LiveStreams:
                 raise RequestError(f"request id {request.id!r} is in use", param="request_id")
             ids.add(request.id)
         stream = UpdateStream(client, [request.id for request in requests])
-        return stream, [self._enter(_Live(request, stream)) for request in requests]
+        return stream, [self._enter(_Live(request, stream, now_s)) for request in requests]
 
     def _enter(self, live: _Live) -> Request:
         """Gives a sequence a new name; returns the request under it."""
@@ -215,14 +223,22 @@ class LiveStreams:
         """Fails the streams of sequences that only an equal engine could continue."""
         self._fail_streams(lambda live: bool(live.output), error)
 
-    def resume(self) -> list[Request]:
+    def resume(self, now_s: float = 0.0) -> list[Request]:
         """Returns every sequence, in order, under a new name, as the next engine gets it.
 
         It goes on after the tokens that were received: none is lost, and none comes twice.
         """
         old = list(self._live.values())
         self._live.clear()
-        return [replace(self._enter(live), output=tuple(live.output), resumed=True) for live in old]
+        return [
+            replace(
+                self._enter(live),
+                output=tuple(live.output),
+                resumed=True,
+                deadline_s=live.deadline_s(now_s),
+            )
+            for live in old
+        ]
 
     def abort_all(self, error: JserveError) -> None:
         """Fails every stream; an engine that still works on a sequence is told to drop it."""

@@ -148,7 +148,8 @@ class GrpcEngineClient:
             raise Overloaded(
                 f"{len(self._streams)} sequences are in flight; try again", retry_after_s=1.0
             )
-        stream, named = self._streams.open(self, requests)
+        now_s = asyncio.get_running_loop().time()
+        stream, named = self._streams.open(self, requests, now_s)
         for request in named:
             message = engine_pb2.SessionRequest(submit=request_to_proto(request))
             self._outgoing.put_nowait(message)
@@ -290,7 +291,7 @@ class GrpcEngineClient:
         if not equal:
             words = "another engine has taken over, which would answer otherwise; send it again"
             self._streams.fail_begun(Unavailable(words, retry_after_s=_RETRY_AFTER_S))
-        requests = self._streams.resume()
+        requests = self._streams.resume(asyncio.get_running_loop().time())
         for request in requests:
             message = engine_pb2.SessionRequest(submit=request_to_proto(request))
             self._outgoing.put_nowait(message)
