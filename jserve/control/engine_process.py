@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import enum
 import logging
 import signal
 from collections.abc import Callable, Sequence
@@ -12,6 +13,14 @@ from jserve.core.errors import ConfigError
 from jserve.proto.engine_status import EngineStatus, Failed, Ready, decode, describe_exit
 
 _log = logging.getLogger(__name__)
+_STACK_DUMP_S = 0.5
+
+
+class Death(enum.Enum):
+    """Why an engine process had to be started again; values are those of the metric's label."""
+
+    CRASH = "crash"
+    HANG = "hang"
 
 
 def restart_delay_s(crashes_in_a_row: int, config: ControlConfig) -> float:
@@ -36,7 +45,7 @@ class EngineProcess:
         config: ControlConfig,
         clock: Clock,
         on_status: Callable[[EngineStatus], None],
-        on_death: Callable[[], None] = lambda: None,
+        on_death: Callable[[Death], None] = lambda death: None,
     ) -> None:
         """`on_death` is called whenever an engine has ended without being asked to."""
         self._command = list(command)
@@ -49,6 +58,7 @@ class EngineProcess:
         self._stopping = asyncio.Event()
         self._failure: Failed | None = None
         self._ready_at_s: float | None = None
+        self._hangs = False  # the present engine is being ended for it
         self.num_restarts = 0
 
     @property
@@ -64,11 +74,12 @@ class EngineProcess:
         """
         crashes, was_ready = 0, False
         while not self._stopping.is_set():
-            self._failure, self._ready_at_s = None, None
+            self._failure, self._ready_at_s, self._hangs = None, None, False
             code = await self._run_once()
             if self._stopping.is_set():
                 return
-            self._on_death()
+            death = Death.HANG if self._hangs else Death.CRASH
+            self._on_death(death)
             lived_s = 0.0
             if self._ready_at_s is not None:
                 was_ready, lived_s = True, self._clock.now_s() - self._ready_at_s
@@ -77,7 +88,12 @@ class EngineProcess:
             delay_s = restart_delay_s(crashes, self._config)
             _log.error(
                 "engine died",
-                extra={"exit": describe_exit(code), "crashes": crashes, "restart_in_s": delay_s},
+                extra={
+                    "reason": death.value,
+                    "exit": describe_exit(code),
+                    "crashes": crashes,
+                    "restart_in_s": delay_s,
+                },
             )
             self.num_restarts += 1
             with contextlib.suppress(TimeoutError):
@@ -156,9 +172,27 @@ class EngineProcess:
             _log.warning("engine does not stop; killing it", extra={"pid": process.pid})
             self.kill()
 
+    def end_hung(self) -> None:
+        """Ends the present engine, which hangs; `run` starts the next one.
+
+        It first gets the time to write the stacks of its threads to standard error.
+        """
+        process = self._process
+        if process is None or self._hangs or self._stopping.is_set():
+            return
+        self._hangs = True
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGUSR1)  # the stacks; see `engine.worker.child`
+            process.send_signal(signal.SIGCONT)  # a stopped process writes nothing
+        asyncio.get_running_loop().call_later(_STACK_DUMP_S, _kill, process)
+
     def kill(self) -> None:
         """Ends the engine at once and starts no other."""
         self._stopping.set()
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+            _kill(self._process)
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()

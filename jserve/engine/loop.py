@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from heapq import heappop, heappush
 
 from jserve.core.clock import Clock
-from jserve.core.errors import JserveError
+from jserve.core.errors import JserveError, Unavailable
 from jserve.core.stats import EngineStats
 from jserve.core.step import Executor
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
@@ -35,6 +36,7 @@ class EngineLoop:
         self._outbox = outbox
         self._clock = clock
         self._num_compiles = num_compiles
+        self._deadlines: list[tuple[float, str]] = []  # a heap: when, and of which sequence
         self._draining = False
         self._stopping = False
 
@@ -66,6 +68,7 @@ class EngineLoop:
     def run_once(self) -> None:
         """Takes what came in, starts the next step, and finishes the one before it."""
         self._drain_inbox()
+        self._drop_late()
         updates = self._pipeline.turn(self._clock.now_s)
         if updates is not None:
             self._outbox.post(updates, self._stats())
@@ -76,12 +79,24 @@ class EngineLoop:
         for command in self._inbox.drain():
             match command:
                 case Submit(request):
+                    now_s = self._clock.now_s()
                     try:
-                        self._scheduler.add(request, self._clock.now_s())
+                        self._scheduler.add(request, now_s)
                     except JserveError as error:
                         self._outbox.reject(request.id, error)
+                        continue
+                    if request.deadline_s is not None:
+                        heappush(self._deadlines, (now_s + request.deadline_s, request.id))
                 case Abort(request_id):
                     self._scheduler.abort(request_id)
+
+    def _drop_late(self) -> None:
+        """Drops the sequences whose deadline has passed; nobody waits for them any more."""
+        while self._deadlines and self._deadlines[0][0] <= self._clock.now_s():
+            _, request_id = heappop(self._deadlines)
+            if self._scheduler.abort(request_id):
+                error = Unavailable("the request's deadline has passed", retry_after_s=1.0)
+                self._outbox.reject(request_id, error)
 
     def _fail_all(self, message: str) -> None:
         self._outbox.post(self._pipeline.fail(message), self._stats())

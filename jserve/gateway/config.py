@@ -65,6 +65,8 @@ class GatewayConfig:
     sse_keep_alive_s: float = 15.0  # comment frames while nothing else is sent
     grpc_keepalive_s: float = 60.0  # pings to idle clients
     reconnect_s: float = 0.25  # pause between attempts to reach the engine
+    # Longest time without a token that a running request waits for engines after one has died.
+    resume_wait_s: float = 60.0
     drain_s: float = 30.0  # time for requests to finish after SIGTERM
 
     def __post_init__(self) -> None:

@@ -3,8 +3,8 @@
 import asyncio
 import itertools
 from array import array
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from jserve.core.errors import EngineError, JserveError, Overloaded, RequestError
@@ -194,26 +194,47 @@ class UpdateStream:
             self._waiter.set_result(None)
 
 
+@dataclass(slots=True, eq=False)
+class _Live:
+    """A sequence whose end the engine has not reported."""
+
+    request: Request  # with the client's id
+    stream: UpdateStream
+    opened_s: float = 0.0
+    output: list[int] = field(default_factory=list[int])  # tokens that were received
+    # When an engine stopped working on it; None again once another gave a token.
+    lost_s: float | None = None
+
+    def deadline_s(self, now_s: float) -> float | None:
+        """Seconds that are left until the request's deadline."""
+        total_s = self.request.deadline_s
+        return None if total_s is None else max(0.0, total_s - (now_s - self.opened_s))
+
+
 class LiveStreams:
     """Owns which stream takes the updates of which live sequence of one engine client.
 
     Each sequence has a name of its own in the engine, so updates of an aborted one that are still
     on their way find no stream, though a newer sequence may have the same request id.
+
+    It remembers what each sequence has received, so another engine can continue it (`resume`).
     """
 
     def __init__(self) -> None:
         self._names: dict[str, str] = {}  # request id -> name in the engine
-        self._streams: dict[str, tuple[UpdateStream, str]] = {}  # name -> stream and request id
+        self._live: dict[str, _Live] = {}  # by name
         self._serial = itertools.count()
 
     def __len__(self) -> int:
         """Number of live sequences."""
-        return len(self._streams)
+        return len(self._live)
 
     def open(
-        self, client: EngineClient, requests: Sequence[Request]
+        self, client: EngineClient, requests: Sequence[Request], now_s: float = 0.0
     ) -> tuple[UpdateStream, list[Request]]:
         """Starts the stream that `requests` share; returns it, and them as the engine gets them.
+
+        Their deadlines count from `now_s`.
 
         Raises RequestError, and starts nothing, when an id is that of a live sequence or is given
         twice.
@@ -224,41 +245,95 @@ class LiveStreams:
                 raise RequestError(f"request id {request.id!r} is in use", param="request_id")
             ids.add(request.id)
         stream = UpdateStream(client, [request.id for request in requests])
-        named = [replace(it, id=f"{it.id}.{next(self._serial)}") for it in requests]
-        for request, sent in zip(requests, named, strict=True):
-            self._names[request.id] = sent.id
-            self._streams[sent.id] = stream, request.id
-        return stream, named
+        return stream, [self._enter(_Live(request, stream, now_s)) for request in requests]
+
+    def _enter(self, live: _Live) -> Request:
+        """Gives a sequence a new name; returns the request under it."""
+        request = live.request
+        name = f"{request.id}.{next(self._serial)}"
+        self._names[request.id] = name
+        self._live[name] = live
+        return replace(request, id=name)
 
     def close(self, request_id: str) -> str | None:
         """Forgets an aborted sequence; returns its name in the engine, None if it is not live."""
         name = self._names.pop(request_id, None)
         if name is not None:
-            del self._streams[name]
+            del self._live[name]
         return name
 
     def post(self, update: SequenceUpdate) -> None:
         """Gives an update to its stream; nobody reads that of a sequence aborted meanwhile."""
-        live = self._streams.get(update.request_id)
+        live = self._live.get(update.request_id)
         if live is None:
             return
-        stream, request_id = live
+        request_id = live.request.id
+        if update.tokens:
+            live.output += update.tokens
+            live.lost_s = None
         if update.finish is not None:
             self.close(request_id)
-        stream.post(update._replace(request_id=request_id))
+        live.stream.post(update._replace(request_id=request_id))
 
     def reject(self, name: str, error: JserveError) -> None:
         """Fails the stream of a sequence that the engine refuses."""
-        live = self._streams.get(name)
+        live = self._live.get(name)
         if live is not None:
-            stream, request_id = live
-            self.close(request_id)
-            stream.fail(error)
+            self.close(live.request.id)
+            live.stream.fail(error)
+
+    # An engine is gone, and another one comes.
+
+    def lose(self, now_s: float, name: str | None = None) -> None:
+        """Notes that nobody works on the sequence `name`, or on any, until `resume`."""
+        if name is None:
+            lost = list(self._live.values())
+        else:
+            lost = [self._live[name]] if name in self._live else []
+        for live in lost:
+            if live.lost_s is None:
+                live.lost_s = now_s
+
+    def expire(self, since_s: float, error: JserveError) -> None:
+        """Fails the streams of sequences that were lost before `since_s`, or at it.
+
+        So a sequence that ends every engine that works on it ends itself.
+        """
+        self._fail_streams(lambda live: live.lost_s is not None and live.lost_s <= since_s, error)
+
+    def fail_begun(self, error: JserveError) -> None:
+        """Fails the streams of sequences that only an equal engine could continue."""
+        self._fail_streams(lambda live: bool(live.output), error)
+
+    def resume(self, now_s: float = 0.0) -> list[Request]:
+        """Returns every sequence, in order, under a new name, as the next engine gets it.
+
+        It goes on after the tokens that were received: none is lost, and none comes twice.
+        """
+        old = list(self._live.values())
+        self._live.clear()
+        return [
+            replace(
+                self._enter(live),
+                output=tuple(live.output),
+                resumed=True,
+                deadline_s=live.deadline_s(now_s),
+            )
+            for live in old
+        ]
+
+    def abort_all(self, error: JserveError) -> None:
+        """Fails every stream; an engine that still works on a sequence is told to drop it."""
+        self._fail_streams(lambda live: True, error)
 
     def fail_all(self, error: JserveError) -> None:
         """Fails every stream, once the engine is gone: nothing is left to abort."""
-        streams = {stream for stream, _ in self._streams.values()}
-        self._streams.clear()
+        streams = {live.stream for live in self._live.values()}
+        self._live.clear()
         self._names.clear()
         for stream in streams:
+            stream.fail(error)
+
+    def _fail_streams(self, which: Callable[[_Live], bool], error: JserveError) -> None:
+        for stream in {live.stream for live in self._live.values() if which(live)}:
             stream.fail(error)

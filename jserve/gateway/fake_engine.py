@@ -48,9 +48,10 @@ class ScriptedSequences:
 
     def add(self, request: Request) -> None:
         """Queues a request; raises Overloaded when the queue is full."""
-        if len(self.waiting) >= self.info.max_queue + self.info.num_slots - len(self.running):
+        room = self.info.max_queue + self.info.num_slots - len(self.running)
+        if len(self.waiting) >= room and not request.resumed:
             raise Overloaded(f"the queue of {self.info.max_queue} is full", retry_after_s=1.0)
-        self.waiting.append(_Sequence(request, self.reply(request)))
+        self.waiting.append(_Sequence(request, self.reply(request), len(request.output)))
 
     def abort(self, request_id: str) -> None:
         """Forgets a sequence, known or not."""

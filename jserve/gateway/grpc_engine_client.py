@@ -2,18 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from jserve.core.addresses import check_engine_address, socket_path
-from jserve.core.errors import EngineError, Overloaded, Unavailable
+from jserve.core.errors import Overloaded, Unavailable
 from jserve.core.private_path import why_folder_not_private
-from jserve.core.request import EngineInfo, Request
+from jserve.core.request import EngineInfo, FinishReason, Request
 from jserve.core.stats import EngineStats
 from jserve.gateway.engine_client import LiveStreams, UpdateStream
+from jserve.gateway.engine_watch import EngineWatch, Verdict
 from jserve.proto import engine_pb2, engine_pb2_grpc
 from jserve.proto.convert import (
     error_from_rejection,
@@ -56,30 +57,55 @@ class GrpcEngineClient:
     """
 
     def __init__(
-        self, address: str | None, *, reconnect_s: float, token: str | None = None
+        self,
+        address: str | None,
+        *,
+        reconnect_s: float,
+        resume_wait_s: float = 0.0,
+        token: str | None = None,
+        watch: EngineWatch | None = None,
+        on_hang: Callable[[], None] | None = None,
     ) -> None:
+        """When the engine is gone, sequences wait for the next one, which continues them.
+
+        After `resume_wait_s` without an engine that gives them a token they fail. `on_hang` is
+        called when `watch` finds that the engine hangs, to end it. Without it nobody can: then the
+        engine gets no new work until it moves again.
+        """
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
         self._address: str | None = None
         self._token = token
+        self._watch = watch or EngineWatch()
+        self._on_hang = on_hang
+        self._gave_up = False  # what the engine had to do, since it hangs
         self._located = asyncio.Event()
         self._attempt: asyncio.Task[str] | None = None
         self._reconnect_s = reconnect_s
+        self._resume_wait_s = resume_wait_s
         self._streams = LiveStreams()
         self._outgoing: asyncio.Queue[engine_pb2.SessionRequest] | None = None
         self._connected = asyncio.Event()
         self._last_reason = ""  # for which no connection was made; logged when it changes
         self._task: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         if address is not None:
             self.connect_to(address)
 
     @property
     def ready(self) -> bool:
-        return self._outgoing is not None
+        return self._outgoing is not None and self._watch.verdict is Verdict.FINE
+
+    @property
+    def seconds_since_step(self) -> float:
+        """Seconds for which the engine has had work and has ended no step."""
+        return self._watch.standing_s
 
     def start(self) -> None:
         """Begins to connect; returns at once."""
-        self._task = asyncio.get_running_loop().create_task(self._stay_connected())
+        loop = asyncio.get_running_loop()
+        self._task = loop.create_task(self._stay_connected())
+        self._watching = loop.create_task(self._keep_watch())
 
     def connect_to(self, address: str | None) -> None:
         """Connects to `address`, and drops a connection to another; None: the engine is gone.
@@ -103,13 +129,16 @@ class GrpcEngineClient:
         await self._connected.wait()
 
     async def close(self) -> None:
-        """Drops the connection; what still ran gets an EngineError."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        """Drops the connection; what still ran gets Unavailable."""
+        tasks = [task for task in (self._task, self._watching) if task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._streams.fail_all(_stopped())
 
     def submit(self, requests: Sequence[Request]) -> UpdateStream:
-        if self._outgoing is None or self.info is None:
+        if self._outgoing is None or self.info is None or not self.ready:
             raise Unavailable(
                 "the engine is starting or restarting; try again", retry_after_s=_RETRY_AFTER_S
             )
@@ -119,7 +148,8 @@ class GrpcEngineClient:
             raise Overloaded(
                 f"{len(self._streams)} sequences are in flight; try again", retry_after_s=1.0
             )
-        stream, named = self._streams.open(self, requests)
+        now_s = asyncio.get_running_loop().time()
+        stream, named = self._streams.open(self, requests, now_s)
         for request in named:
             message = engine_pb2.SessionRequest(submit=request_to_proto(request))
             self._outgoing.put_nowait(message)
@@ -184,9 +214,12 @@ class GrpcEngineClient:
                 hello = await anext(messages, None)
             if hello is None:
                 return _CLOSED
-            self.info = info_from_proto(hello.hello)
+            known, self.info = self.info, info_from_proto(hello.hello)
             self.stats = stats_from_proto(hello.stats)
+            self._watch.reset()
+            self._gave_up = False
             self._outgoing = asyncio.Queue()
+            self._resume(equal=known is None or _gives_equal_tokens(known, self.info))
             self._connected.set()
             self._last_reason = ""
             logger.info("connected to the engine at %s: %s", address, self.info)
@@ -199,20 +232,85 @@ class GrpcEngineClient:
                 writing.cancel()
             call.cancel()
 
+    async def _keep_watch(self) -> None:
+        """Acts on an engine that hangs; its verdict alone stops new work."""
+        clock, suspected = asyncio.get_running_loop().time, False
+        while True:
+            await asyncio.sleep(self._watch.tick_s)
+            self._streams.expire(clock() - self._resume_wait_s, _stopped())
+            if self._outgoing is None:
+                continue
+            verdict = self._watch.tick(clock(), busy=len(self._streams) > 0)
+            if suspected is (verdict is Verdict.FINE):
+                suspected = not suspected
+                if suspected:
+                    logger.warning("the engine gets no more work: %s", self._watch.reason)
+                else:
+                    logger.info("the engine gets on with its work")
+            if verdict is Verdict.HUNG and not self._gave_up:
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """Tells everybody who waits for an engine that hangs, and has it ended."""
+        self._gave_up = True
+        logger.error("the engine hangs and is given up: %s", self._watch.reason)
+        self._streams.abort_all(_stopped())
+        if self._on_hang is not None:
+            self.connect_to(None)
+            self._on_hang()
+
     def _dispatch(self, message: engine_pb2.SessionResponse) -> None:
         self.stats = stats_from_proto(message.stats)
-        for update in message.updates:
-            self._streams.post(update_from_proto(update))
+        beats = message.HasField("heartbeat")
+        steps = max(self.stats.num_steps, message.heartbeat.num_steps)
+        self._watch.heard(steps, compiling=message.heartbeat.compiling if beats else None)
+        for update in map(update_from_proto, message.updates):
+            if update.finish is FinishReason.ERROR:  # the engine ends, and says so first
+                logger.warning("the engine gives a sequence up: %s", update.error)
+                self._lose(update.request_id)
+            else:
+                self._streams.post(update)
         for rejection in message.rejections:
             self._streams.reject(rejection.request_id, error_from_rejection(rejection))
 
     def _disconnect(self) -> None:
-        """Tells everybody who waits, at once; there is nothing to wait for."""
+        """Keeps what the engine worked on for the next one."""
         self._outgoing = None
         self._connected.clear()
-        self._streams.fail_all(
-            EngineError("the engine stopped while it worked on the request; send it again")
-        )
+        self._lose()
+
+    def _lose(self, name: str | None = None) -> None:
+        """Notes that nobody works on a sequence, or on any; some have waited too long already."""
+        now_s = asyncio.get_running_loop().time()
+        self._streams.lose(now_s, name)
+        self._streams.expire(now_s - self._resume_wait_s, _stopped())
+
+    def _resume(self, *, equal: bool) -> None:
+        """Gives everything to the new engine; what has begun only if it gives `equal` tokens."""
+        assert self._outgoing is not None
+        if not equal:
+            words = "another engine has taken over, which would answer otherwise; send it again"
+            self._streams.fail_begun(Unavailable(words, retry_after_s=_RETRY_AFTER_S))
+        requests = self._streams.resume(asyncio.get_running_loop().time())
+        for request in requests:
+            message = engine_pb2.SessionRequest(submit=request_to_proto(request))
+            self._outgoing.put_nowait(message)
+        if requests:
+            logger.info("%d sequences go on in the new engine", len(requests))
+
+
+def _stopped() -> Unavailable:
+    words = "the engine stopped while it worked on the request; send it again"
+    return Unavailable(words, retry_after_s=_RETRY_AFTER_S)
+
+
+def _gives_equal_tokens(one: EngineInfo, other: EngineInfo) -> bool:
+    """Whether sequences of one engine go on in the other as if nothing had happened."""
+
+    def traits(info: EngineInfo) -> tuple[object, ...]:
+        return info.model, info.numerics, info.vocab, info.max_model_len, info.eos_token_ids
+
+    return traits(one) == traits(other)
 
 
 async def _write(call: Any, outgoing: asyncio.Queue[engine_pb2.SessionRequest]) -> None:

@@ -13,6 +13,8 @@ from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import RequestPlane
 from jserve.proto import inference_pb2, inference_pb2_grpc
 
+_LONGEST_DEADLINE_S = 1e6  # gRPC's word for none is a very long time
+
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Handlers of the public API; inference.proto has the contract of each call."""
@@ -29,7 +31,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         try:
             request_id = request.request_id or new_request_id()
             generation = await parse_generation(self._plane, request, request_id)
-            running = self._plane.run(generation, self._metrics)
+            deadline_s = _time_left_s(context)
+            running = self._plane.run(generation, self._metrics, deadline_s=deadline_s)
             async with aclosing(running) as deltas:
                 async for response in responses(self._plane, generation, deltas, started_s):
                     await context.write(response)  # waits while the client's window is full
@@ -86,3 +89,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
 def new_request_id() -> str:
     return f"gen-{uuid.uuid4().hex}"
+
+
+def _time_left_s(context: Any) -> float | None:
+    """Seconds until the client's deadline; None if it has set none."""
+    left_s: float | None = context.time_remaining()
+    return None if left_s is None or left_s > _LONGEST_DEADLINE_S else max(left_s, 0.0)

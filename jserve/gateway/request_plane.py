@@ -393,14 +393,17 @@ class RequestPlane:
         generation: GenerationRequest,
         metrics: GatewayMetrics | None = None,
         account: BufferAccount | None = None,
+        *,
+        deadline_s: float | None = None,
     ) -> OutputStream:
         """Starts every choice. Raises Unavailable at once when no engine is there.
 
         `metrics` count the output that is read. What is not read is counted to `account`, which
-        several generations may share, else to one of its own.
+        several generations may share, else to one of its own. The engine drops what is not done in
+        `deadline_s` seconds, also when this gateway cannot tell it to.
         """
         if self.draining:
-            raise _shutting_down()
+            raise shutting_down()
         serial = next(self._serial)
         requests = [
             Request(
@@ -409,6 +412,7 @@ class RequestPlane:
                 sampling=generation.sampling,
                 choice=choice,
                 priority=generation.priority,
+                deadline_s=deadline_s,
             )
             for choice in range(generation.n)
         ]
@@ -439,10 +443,15 @@ class RequestPlane:
         self.draining = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
-        cut_off = tuple(self._live)
-        for deltas in cut_off:
-            deltas.fail(_shutting_down())
-        return not cut_off
+        return not self.cut_off()
+
+    def cut_off(self) -> int:
+        """Refuses new generations and fails those that run (Unavailable); returns their number."""
+        self.draining = True
+        running = tuple(self._live)
+        for deltas in running:
+            deltas.fail(shutting_down())
+        return len(running)
 
 
 def _check_unicode(text: str) -> None:
@@ -455,5 +464,6 @@ def _check_unicode(text: str) -> None:
         ) from error
 
 
-def _shutting_down() -> Unavailable:
+def shutting_down() -> Unavailable:
+    """The answer to who asks, or still waits, when the server ends."""
     return Unavailable("the server is shutting down; send the request again", retry_after_s=5.0)

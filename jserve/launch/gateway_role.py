@@ -3,6 +3,7 @@
 import asyncio
 import importlib.metadata
 import logging
+from collections.abc import Callable
 from typing import Self
 
 from jserve.checkpoints.locate import text_assets_from_config
@@ -10,6 +11,7 @@ from jserve.checkpoints.progress import FileProgress
 from jserve.config import ServeConfig
 from jserve.core.clock import WallClock
 from jserve.gateway.config import GatewayConfig
+from jserve.gateway.engine_watch import EngineWatch
 from jserve.gateway.grpc_engine_client import GrpcEngineClient
 from jserve.gateway.grpc_server import GrpcServer
 from jserve.gateway.http.app import make_app
@@ -35,12 +37,25 @@ class Gateway:
     """Both front ends and the connection to the engine. Owned by one event loop."""
 
     def __init__(
-        self, config: GatewayConfig, text: TextModel, engine_token: str | None = None
+        self,
+        config: GatewayConfig,
+        text: TextModel,
+        *,
+        engine_token: str | None = None,
+        watch: EngineWatch | None = None,
+        on_hang: Callable[[], None] | None = None,
     ) -> None:
-        """Binds the HTTP port; ConfigError if it is taken."""
+        """Binds the HTTP port; ConfigError if it is taken. `on_hang` ends an engine that hangs."""
         clock = WallClock()
         self._config = config
-        self._engine = GrpcEngineClient(None, reconnect_s=config.reconnect_s, token=engine_token)
+        self._engine = GrpcEngineClient(
+            None,
+            reconnect_s=config.reconnect_s,
+            resume_wait_s=config.resume_wait_s,
+            token=engine_token,
+            watch=watch,
+            on_hang=on_hang,
+        )
         self.plane = RequestPlane(
             tokenizer=text.tokenizer,
             chat_template=text.chat_template,
@@ -49,7 +64,9 @@ class Gateway:
             config=config,
             clock=clock,
         )
-        metrics = GatewayMetrics(clock=clock)
+        self.metrics = metrics = GatewayMetrics(
+            clock=clock, seconds_since_step=lambda: self._engine.seconds_since_step
+        )
         self._lag = LoopLag(metrics)
         version = importlib.metadata.version("jserve")
         app = make_app(self.plane, metrics, version=version)

@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import uvloop
 
 from jserve.config import ServeConfig, flatten
-from jserve.control.engine_process import EngineProcess
+from jserve.control.engine_process import Death, EngineProcess
 from jserve.core.addresses import host_and_port
 from jserve.core.clock import WallClock
 from jserve.core.errors import ConfigError
 from jserve.engine.job import COMMAND, encode_job
 from jserve.gateway.config import GatewayConfig
+from jserve.gateway.engine_watch import EngineWatch
 from jserve.launch.console import Console, show_summary
 from jserve.launch.engine_link import private_socket_folder
 from jserve.launch.jobs import engine_job
@@ -92,17 +93,24 @@ class _StartUp:
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._address: str | None = None
         self._on_address: Callable[[str | None], None] | None = None
+        self._on_death: Callable[[str], None] | None = None
 
-    def follow(self, on_address: Callable[[str | None], None]) -> None:
-        """Calls back with the engine's address, now and after restarts; None when it has died."""
-        self._on_address = on_address
+    def follow(
+        self, on_address: Callable[[str | None], None], on_death: Callable[[str], None]
+    ) -> None:
+        """Calls back with the engine's address, now and after restarts; None when it has died.
+
+        Then `on_death` is called with the reason, too.
+        """
+        self._on_address, self._on_death = on_address, on_death
         if self._address is not None:
             on_address(self._address)
 
-    def on_death(self) -> None:
+    def on_death(self, death: Death) -> None:
         """Called when an engine process has ended; nobody listens at its address any more."""
         self._address = None
-        if self._on_address is not None:
+        if self._on_address is not None and self._on_death is not None:
+            self._on_death(death.value)
             self._on_address(None)
 
     def on_status(self, status: EngineStatus) -> None:
@@ -126,6 +134,10 @@ class _StartUp:
                 self.ready.set_result(status)
             case _:
                 pass
+
+
+def _watch(config: ServeConfig) -> EngineWatch:
+    return EngineWatch(suspect_s=config.control.suspect_s, hang_s=config.control.hang_s)
 
 
 def _named(config: ServeConfig) -> GatewayConfig:
@@ -157,8 +169,10 @@ async def _serve_all(
 
         if await _first(start_up.prepared, supervision, drain):
             text = load_text(config, console)
-            async with Gateway(_named(config), text) as gateway:
-                start_up.follow(gateway.connect_to)
+            async with Gateway(
+                _named(config), text, watch=_watch(config), on_hang=engine.end_hung
+            ) as gateway:
+                start_up.follow(gateway.connect_to, gateway.metrics.count_restart)
                 ready = await _first(start_up.ready, supervision, drain)
                 if ready is not None:
                     await gateway.until_ready()
@@ -182,7 +196,7 @@ async def _serve_gateway(
     _log_config(config)
     console = Console()
     text = load_text(config, console)
-    async with Gateway(_named(config), text, token) as gateway:
+    async with Gateway(_named(config), text, engine_token=token, watch=_watch(config)) as gateway:
         gateway.connect_to(engine_address)
         console.say(f"waiting for the engine at {engine_address}")
         waiting = asyncio.create_task(gateway.until_ready())

@@ -74,19 +74,19 @@ class Scheduler:
     # Requests in and out.
 
     def add(self, request: Request, now_s: float) -> None:
-        """Queues `request`.
+        """Queues `request`. Its `output` is replayed as after a preemption.
 
         Raises:
             PromptTooLong: it can never fit, however idle the engine.
-            RequestError: its id is in use, or the prompt or max_tokens is empty.
-            Overloaded: the queue is full.
+            RequestError: its id is in use, or the prompt, max_tokens or what is left of it is 0.
+            Overloaded: the queue is full, and `request` is not resumed.
             Unavailable: the engine drains.
         """
         max_total = self._checked_max_total(request)
         if self._draining:
             raise Unavailable("the engine is draining; send to another", retry_after_s=1.0)
         num_waiting = len(self._lifecycle.waiting)
-        if num_waiting >= self._config.max_queue:
+        if num_waiting >= self._config.max_queue and not request.resumed:
             raise Overloaded(
                 f"the queue is full with {num_waiting} waiting sequences; try again later",
                 retry_after_s=self._finish_rate.drain_s(
@@ -99,8 +99,11 @@ class Scheduler:
             arrival=self._num_arrivals,
             arrival_s=now_s,
             max_total=max_total,
+            output=list(request.output),
         )
-        if request.sampling.prompt_logprobs is not None:
+        if request.output:  # its first update went out with the first of these
+            seq.reported, seq.plain = True, request.sampling.logprobs is None
+        elif request.sampling.prompt_logprobs is not None:
             seq.prompt_logprobs = [None for _ in request.prompt]
         self._num_arrivals += 1
         self._live[request.id] = seq
@@ -117,10 +120,16 @@ class Scheduler:
                 f"max_tokens is {request.sampling.max_tokens}; it must be at least 1",
                 param="max_tokens",
             )
-        if prompt + 1 > self._max_model_len:
+        if len(request.output) >= request.sampling.max_tokens:
+            raise RequestError(
+                f"output has {len(request.output)} tokens, and max_tokens is "
+                f"{request.sampling.max_tokens}: nothing is left to do",
+                param="output",
+            )
+        if prompt + len(request.output) + 1 > self._max_model_len:
             raise PromptTooLong(
-                f"the prompt has {prompt} tokens; with one token of output it exceeds the context "
-                f"of {self._max_model_len}; shorten it",
+                f"the prompt has {prompt} tokens; with {len(request.output) + 1} of output it "
+                f"exceeds the context of {self._max_model_len}; shorten it",
                 param="prompt",
             )
         max_total = min(prompt + request.sampling.max_tokens, self._max_model_len)

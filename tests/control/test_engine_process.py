@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jserve.control.config import ControlConfig
-from jserve.control.engine_process import EngineProcess, describe_exit, restart_delay_s
+from jserve.control.engine_process import Death, EngineProcess, describe_exit, restart_delay_s
 from jserve.core.clock import WallClock
 from jserve.core.errors import ConfigError
 from jserve.proto.engine_status import EngineStatus, Failed, PhaseStarted, Ready
@@ -36,6 +36,13 @@ if order == "stubborn":
     import signal
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     say("PhaseStarted", phase="stubborn", detail="")
+if order == "live a little":
+    time.sleep(0.1)
+    os.kill(os.getpid(), 9)
+if order == "dump":
+    import faulthandler, signal
+    faulthandler.register(signal.SIGUSR1, file=open(os.environ["STACKS"], "w"), all_threads=True)
+    say("PhaseStarted", phase="watched", detail="")
 if order == "crash":
     os.kill(os.getpid(), 9)
 time.sleep(60)
@@ -48,12 +55,14 @@ class Watched:
 
     def __init__(self, order: str, config: ControlConfig = _FAST) -> None:
         self.statuses: list[EngineStatus] = []
+        self.deaths: list[Death] = []
         self.engine = EngineProcess(
             [sys.executable, "-S", "-c", _CHILD],
             f"{order}\n".encode(),
             config,
             WallClock(),
             self.statuses.append,
+            self.deaths.append,
         )
 
     @property
@@ -66,8 +75,12 @@ class Watched:
                 await asyncio.sleep(0.005)
 
 
-def _run(order: str, body: Callable[[Watched, asyncio.Task[None]], Awaitable[None]]) -> Watched:
-    watched = Watched(order)
+def _run(
+    order: str,
+    body: Callable[[Watched, asyncio.Task[None]], Awaitable[None]],
+    config: ControlConfig = _FAST,
+) -> Watched:
+    watched = Watched(order, config)
 
     async def main() -> None:
         task = asyncio.create_task(watched.engine.run())
@@ -109,6 +122,7 @@ def test_killed_engine_is_started_again() -> None:
 
     watched = _run("serve", body)
     assert watched.engine.num_restarts == 1
+    assert watched.deaths == [Death.CRASH]
     assert not _is_alive(watched.ready_pids[1])
 
 
@@ -118,6 +132,45 @@ def test_engine_that_crashes_again_and_again_is_kept_trying() -> None:
         assert not task.done()
 
     _run("crash", body)
+
+
+def test_only_crashes_soon_after_ready_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    async def body(watched: Watched, task: asyncio.Task[None]) -> None:
+        await watched.until(lambda: len(watched.deaths) == 4)
+
+    slow = {"restart_delay_s": 0.01, "max_restart_delay_s": 60.0}
+    _run("live a little", body, ControlConfig(**slow, healthy_after_s=0.05))
+    delays = [record.__dict__["restart_in_s"] for record in caplog.records][:4]
+    assert delays == [0.01] * 4
+    caplog.clear()
+    _run("crash", body, ControlConfig(**slow, healthy_after_s=5.0))
+    delays = [record.__dict__["restart_in_s"] for record in caplog.records][:4]
+    assert delays == [0.01, 0.02, 0.04, 0.08]
+
+
+def test_hung_engine_leaves_its_stacks_and_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacks = tmp_path / "stacks"
+    monkeypatch.setenv("STACKS", str(stacks))
+
+    async def body(watched: Watched, task: asyncio.Task[None]) -> None:
+        await watched.until(lambda: PhaseStarted("watched") in watched.statuses)
+        (pid,) = watched.ready_pids
+        os.kill(pid, signal.SIGSTOP)
+        watched.engine.end_hung()
+        watched.engine.end_hung()  # once is enough
+        await watched.until(lambda: not _is_alive(pid))
+        assert "most recent call first" in stacks.read_text()
+        await watched.until(lambda: len(watched.ready_pids) == 2)
+
+    assert _run("dump", body).deaths == [Death.HANG]
+
+
+def test_a_config_says_first_suspect_then_hung() -> None:
+    for values in ({"suspect_s": 0.0}, {"suspect_s": 31.0}, {"suspect_s": float("nan")}):
+        with pytest.raises(ConfigError, match=r"control\.suspect_s"):
+            ControlConfig(**values)
 
 
 def test_config_error_is_raised_and_not_retried() -> None:

@@ -4,6 +4,7 @@ import threading
 import time
 
 import httpx
+import psutil
 
 from tests.e2e.server import Server, events
 
@@ -43,3 +44,9 @@ def start_reader(server: Server, max_tokens: int = 400) -> Reader:
     reader.start()
     assert reader.started.wait(30)
     return reader
+
+
+def engine_sockets(pid: int) -> set[str]:
+    """The Unix sockets of an engine that have a name."""
+    connections = psutil.Process(pid).net_connections("unix")
+    return {str(found.laddr) for found in connections if str(found.laddr).endswith(".sock")}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.e2e.faults import FOREVER, start_reader
+from tests.e2e.faults import engine_sockets, start_reader
 from tests.e2e.server import Server, serving
 
 CONFIG = "configs/tiny_random.py"
@@ -18,15 +18,9 @@ def _tcp_ports(pid: int) -> set[int]:
     return {found.laddr.port for found in psutil.Process(pid).net_connections("tcp")}
 
 
-def _engine_sockets(pid: int) -> set[str]:
-    """The Unix sockets of an engine that have a name."""
-    connections = psutil.Process(pid).net_connections("unix")
-    return {str(found.laddr) for found in connections if str(found.laddr).endswith(".sock")}
-
-
 def test_engine_is_reached_by_nobody_else(server: Server) -> None:
     assert _tcp_ports(server.engine_pid) == set()
-    (path,) = _engine_sockets(server.engine_pid)
+    (path,) = engine_sockets(server.engine_pid)
     folder = Path(path).parent
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     listening = {
@@ -35,28 +29,6 @@ def test_engine_is_reached_by_nobody_else(server: Server) -> None:
         if found.status == psutil.CONN_LISTEN
     }
     assert listening == {server.http_port, server.grpc_port}
-
-
-def test_killed_engine_is_reported_at_once_and_comes_back(server: Server) -> None:
-    pages = server.gauge("jserve_free_pages")
-    old_pid = server.engine_pid
-    old_sockets = _engine_sockets(old_pid)
-    reader = start_reader(server, FOREVER)
-    killed_at_s = time.monotonic()
-    engine = psutil.Process(old_pid)
-    engine.kill()
-    reader.join(10)
-    assert reader.error is not None
-    assert reader.ended_at_s - killed_at_s < 2.0
-    engine.wait(10)  # its last socket may be closed a moment after the first
-    refused = server.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
-    assert refused.status_code in (200, 503)
-    server.until(server.is_ready)
-    assert server.engine_pid != old_pid
-    assert _engine_sockets(server.engine_pid) != old_sockets
-    answer = server.post("/v1/completions", {"prompt": "x", "max_tokens": 4})
-    assert answer.status_code == 200
-    assert server.gauge("jserve_free_pages") == pages
 
 
 def test_sigterm_finishes_what_runs_and_exits_with_0(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The engine's loop over the simulated device: every update reaches the outbox."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -48,8 +49,9 @@ class Rig:
         self.executor = Breaking(PROGRAMS, model=MODEL, **sizes)
         self.inbox, self.outbox = Inbox(), Outbox()
         self.outbox.attach(lambda: None)
+        self.clock = ManualClock()
         self.loop = EngineLoop(
-            self.scheduler, self.executor, self.inbox, self.outbox, ManualClock(), lambda: 0
+            self.scheduler, self.executor, self.inbox, self.outbox, self.clock, lambda: 0
         )
 
     def taken(self) -> tuple[dict[str, SequenceUpdate], dict[str, Exception]]:
@@ -128,6 +130,27 @@ def test_an_abort_is_silent_and_frees_everything() -> None:
     updates, _ = rig.taken()
     assert list(updates) == ["stays"]
     assert rig.scheduler.stats().free_slots == 4
+    assert rig.scheduler.stats().free_pages == 64
+
+
+def test_a_sequence_is_dropped_when_its_deadline_passes() -> None:
+    rig = Rig()
+    rig.inbox.put(
+        Submit(replace(_request("late", 100), deadline_s=5.0)),
+        Submit(replace(_request("ends before"), deadline_s=5.0)),
+        Submit(_request("patient")),
+    )
+    for _ in range(8):
+        rig.loop.run_once()
+    updates, _ = rig.taken()
+    assert updates["ends before"].finish is FinishReason.LENGTH
+    rig.clock.advance(5.0)
+    rig.loop.drain()
+    rig.loop.run()
+    updates, rejections = rig.taken()
+    assert isinstance(rejections.pop("late"), Unavailable)
+    assert not rejections
+    assert "late" not in {name for name, update in updates.items() if update.finish}
     assert rig.scheduler.stats().free_pages == 64
 
 

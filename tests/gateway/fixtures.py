@@ -5,6 +5,7 @@ import atexit
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -58,6 +59,7 @@ class LoopThread:
         self.sequences = ScriptedSequences(info, reply)
         self.paused = threading.Event()
         self.num_added = 0
+        self.step_s = 0.0  # time that a step takes
         self._tokens_per_step = tokens_per_step
         self._stopping = False
         self._thread = threading.Thread(target=self._run)
@@ -76,6 +78,7 @@ class LoopThread:
             if self.paused.is_set() or not (self.sequences.running or self.sequences.waiting):
                 self.inbox.wait(0.005)
                 continue
+            time.sleep(self.step_s)
             updates = self.sequences.step(self._tokens_per_step)
             self.outbox.post(updates, self.sequences.stats())
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
@@ -104,5 +105,19 @@ def test_a_refused_group_leaves_no_live_sequence() -> None:
                 streams.open(engine, [request("same"), request("same")])
         assert len(streams) == 0
         assert streams.close("same") is None
+
+    asyncio.run(main())
+
+
+def test_a_resumed_request_keeps_its_deadline() -> None:
+    async def main() -> None:
+        async with closing(FakeEngine(INFO)) as engine:
+            streams = LiveStreams()
+            asked = [replace(request("a"), deadline_s=10.0), request("b")]
+            _, sent = streams.open(engine, asked, 100.0)
+            assert [it.deadline_s for it in sent] == [10.0, None]
+            assert [it.deadline_s for it in streams.resume(107.0)] == [3.0, None]
+            assert [it.deadline_s for it in streams.resume(109.0)] == [1.0, None]
+            assert [it.deadline_s for it in streams.resume(120.0)] == [0.0, None]
 
     asyncio.run(main())

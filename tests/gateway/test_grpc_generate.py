@@ -233,6 +233,12 @@ def test_client_that_goes_away_aborts_every_choice(how):
             call = stub.Generate(request, timeout=0.1 if how == "deadline" else None)
             await anext(aiter(call))
             assert engine.stats.num_running == 3
+            # The engine drops them by itself, too, if this process should not live to say so.
+            deadlines = {sent.deadline_s for sent in engine.submitted}
+            if how == "deadline":
+                assert 0 < deadlines.pop() <= 0.1
+            else:
+                assert deadlines == {None}
             if how == "cancel":
                 call.cancel()
             elif how == "disconnect":

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 
-from jserve.core.errors import EngineError, Overloaded, Unavailable
+from jserve.core.errors import Overloaded, Unavailable
 from jserve.engine.worker.session_server import serve_sessions
 from jserve.gateway.engine_client import UpdateStream
 from jserve.gateway.grpc_engine_client import GrpcEngineClient
@@ -41,9 +41,10 @@ async def one(plane: RequestPlane, rng: random.Random, outcomes: Counter[str]) -
             outcomes["finished"] += 1
         finally:
             deltas.close()
-    except (EngineError, Overloaded) as error:
-        outcomes[type(error).__name__] += 1
-    except Unavailable:  # asks again
+    except Overloaded:
+        outcomes["overloaded"] += 1
+    except Unavailable as error:  # asks again
+        outcomes["cut off"] += "stopped while" in str(error)
         await asyncio.sleep(0.01)
         await one(plane, rng, outcomes)
 
@@ -78,9 +79,9 @@ def test_nothing_is_left_behind():
             await server.stop()
 
     asyncio.run(main())
-    assert sum(outcomes.values()) == 320
+    assert outcomes["cut off"] > 0
+    assert sum(outcomes.values()) - outcomes["cut off"] == 320
     assert outcomes["finished"] > 30
     assert outcomes["cancelled"] > 30
-    assert outcomes["EngineError"] > 0
     gc.collect()
     assert not [thing for thing in gc.get_objects() if isinstance(thing, UpdateStream)]

@@ -1,5 +1,6 @@
 """From configs to a ready engine: what the worker process and `offline.py` have in common."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -9,11 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jserve.checkpoints.config import ModelConfig, check_platform
+from jserve.checkpoints.native_folder import weights_digest
 from jserve.checkpoints.tensor_source import Progress
 from jserve.engine.build.assembly import Engine, build_engine
 from jserve.engine.build.shape import stored_kv_dtype
 from jserve.engine.config import EngineConfig
 from jserve.engine.group.processes import engine_devices
+from jserve.engine.program.executable_cache import numerics_digest
 from jserve.engine.program.programs import CompiledProgram
 from jserve.engine.program.step import Params
 from jserve.model.functional import Model
@@ -76,13 +79,15 @@ def start_engine(
             mesh.size,
         )
     prepare_s = 0.0
+    weights = ""
 
     def load() -> Params:
-        nonlocal prepare_s
+        nonlocal prepare_s, weights
         started = time.perf_counter()
         prepared = prepare(model_config, on_files)
         prepare_s = time.perf_counter() - started
         on_prepared()
+        weights = repr(prepared) if prepared.folder is None else weights_digest(prepared.folder)
         on_phase("loading", f"{model_config.name} in {model_config.weights}")
         return load_params(prepared, model, shardings)
 
@@ -104,7 +109,9 @@ def start_engine(
     )
     engine.phases["load"] -= prepare_s
     engine.phases["prepare"] = prepare_s
-    return engine
+    pages = (kv_dtype, config.page_size)
+    numerics = numerics_digest(model, mesh, weights, pages, config.programs())
+    return dataclasses.replace(engine, info=dataclasses.replace(engine.info, numerics=numerics))
 
 
 def _mesh(config: EngineConfig) -> Mesh:
