@@ -195,6 +195,7 @@ class Victims:
             last_s: float | None = None
             try:
                 async with self._client.stream("POST", "/v1/completions", json=body) as reply:
+                    reply.raise_for_status()
                     async for _ in reply.aiter_bytes():
                         now_s = time.perf_counter()
                         if last_s is not None:
@@ -202,8 +203,6 @@ class Victims:
                         last_s = now_s
             except httpx.HTTPError as error:
                 self.seen.errors.append(f"stream: {error!r}")
-            if reply.status_code != 200:
-                self.seen.errors.append(f"stream: {reply.status_code}")
                 await asyncio.sleep(0.1)
 
     async def watch(self, seconds: float) -> Seen:

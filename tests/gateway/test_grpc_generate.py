@@ -181,7 +181,7 @@ BAD = {
     "max_tokens": (
         generate("xyz", max_tokens=510),
         "INVALID_ARGUMENT",
-        "3 prompt tokens + max_tokens 510 = 513 exceed this model's context of 512",
+        "maximum context length is 512 tokens, which 3 prompt tokens + max_tokens 510 = 513 exceed",
     ),
     "n": (generate(n=-1), "INVALID_ARGUMENT", "n must be from 1 to"),
     "stop": (generate(stop=[""]), "INVALID_ARGUMENT", "stop string has 0 characters"),
