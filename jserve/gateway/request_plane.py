@@ -153,6 +153,7 @@ class RequestPlane:
         config: GatewayConfig,
         clock: Clock,
         bounds_choices: bool = True,
+        config_digest: str = "",
     ) -> None:
         """Without `bounds_choices`, `n` is as large as the caller likes: `engine` refuses none."""
         self.tokenizer = tokenizer
@@ -163,6 +164,7 @@ class RequestPlane:
         self.config = config
         self.clock = clock
         self._bounds_choices = bounds_choices
+        self._config_digest = config_digest
         self.draining = False
         self._live: set[OutputStream] = set()
         self._idle = asyncio.Event()
@@ -207,7 +209,7 @@ class RequestPlane:
     @property
     def fingerprint(self) -> str:
         """OpenAI's system_fingerprint; changes with all that an answer depends on."""
-        return fingerprint(self.info, self.defaults)
+        return fingerprint(self.info, self.defaults, self._config_digest)
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The gateway, put together: one request plane over one engine, behind HTTP and gRPC."""
 
 import asyncio
+import dataclasses
 import importlib.metadata
 import logging
 from typing import Self
@@ -19,6 +20,7 @@ from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.text_model import TextModel
 from jserve.launch.console import Console
+from jserve.launch.jobs import config_digest
 
 _log = logging.getLogger(__name__)
 _STOP_GRACE_S = 1.0  # after a drain nothing runs; this is for answers still being written
@@ -27,7 +29,9 @@ _STOP_GRACE_S = 1.0  # after a drain nothing runs; this is for answers still bei
 def load_text(config: ServeConfig, console: Console) -> TextModel:
     """Reads the text side of the configured model, fetched first if it is not there."""
     progress = FileProgress("fetching", console.say)
-    return TextModel.from_assets(text_assets_from_config(config.model, progress), config.gateway)
+    assets = text_assets_from_config(config.model, progress)
+    text = TextModel.from_assets(assets, config.gateway)
+    return dataclasses.replace(text, config_digest=config_digest(config))
 
 
 class Gateway:
@@ -45,6 +49,7 @@ class Gateway:
             engine=self._engine,
             config=config,
             clock=clock,
+            config_digest=text.config_digest,
         )
         metrics = GatewayMetrics(clock=clock)
         self._lag = LoopLag(metrics)
