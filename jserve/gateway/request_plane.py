@@ -218,7 +218,7 @@ class RequestPlane:
         Raises Unavailable while the first is not known yet.
         """
         served = self.config.served_model_name or self.info.model
-        return (served, *self.config.served_model_aliases)
+        return tuple(dict.fromkeys((served, *filter(None, self.config.served_model_aliases))))
 
     def check_model(self, name: str | None) -> None:
         """Raises UnknownModel unless `name` is None, empty or a served one.
