@@ -31,6 +31,6 @@ def get_config() -> ServeConfig:
     return ServeConfig(
         model=ModelConfig(name="gemma3-270m", source=weights),
         engine=EngineConfig(num_slots=16, decode_rows=(16,), max_model_len=8192, kv_bytes=1 << 30),
-        # Google's top_k and top_p; at its temperature 1 so small a base model leaves the subject.
-        gateway=GatewayConfig(default_temperature=0.2, default_top_k=64, default_top_p=0.95),
+        # As Google's generation config has it, which the file does not carry.
+        gateway=GatewayConfig(default_temperature=1.0, default_top_k=64, default_top_p=0.95),
     )

@@ -13,9 +13,9 @@ _CAPACITIES = frozenset({"num_slots", "num_pages", "max_queue"})  # no answer de
 
 
 @functools.lru_cache(maxsize=8)
-def fingerprint(info: EngineInfo, defaults: SamplingDefaults) -> str:
-    """A digest of the version, of what the engine says of itself, and of the defaults."""
+def fingerprint(info: EngineInfo, defaults: SamplingDefaults, config_digest: str) -> str:
+    """A digest of the version, of what the engine says of itself, of defaults and config."""
     described = {it.name: getattr(info, it.name) for it in fields(info)}
     engine = [(name, it) for name, it in described.items() if name not in _CAPACITIES]
-    parts = (importlib.metadata.version("jserve"), engine, defaults)
+    parts = (importlib.metadata.version("jserve"), engine, defaults, config_digest)
     return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:_DIGITS]

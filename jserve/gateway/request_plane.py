@@ -159,6 +159,7 @@ class RequestPlane:
         config: GatewayConfig,
         clock: Clock,
         bounded: bool = True,
+        config_digest: str = "",
     ) -> None:
         """Without `bounded` the caller is trusted, as in its own process.
 
@@ -172,6 +173,7 @@ class RequestPlane:
         self.config = config
         self.clock = clock
         self._bounded = bounded
+        self._config_digest = config_digest
         self.buffers = BufferBudget(config.max_buffer_bytes, config.max_request_buffer_bytes)
         self.draining = False
         self._live: set[OutputStream] = set()
@@ -217,7 +219,7 @@ class RequestPlane:
     @property
     def fingerprint(self) -> str:
         """OpenAI's system_fingerprint; changes with all that an answer depends on."""
-        return fingerprint(self.info, self.defaults)
+        return fingerprint(self.info, self.defaults, self._config_digest)
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -226,7 +228,7 @@ class RequestPlane:
         Raises Unavailable while the first is not known yet.
         """
         served = self.config.served_model_name or self.info.model
-        return (served, *self.config.served_model_aliases)
+        return tuple(dict.fromkeys((served, *filter(None, self.config.served_model_aliases))))
 
     def check_model(self, name: str | None) -> None:
         """Raises UnknownModel unless `name` is None, empty or a served one.

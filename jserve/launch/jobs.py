@@ -1,5 +1,7 @@
 """Engine jobs made from the whole config."""
 
+import hashlib
+
 from jserve.config import ServeConfig, flatten
 from jserve.engine.job import EngineJob
 
@@ -28,14 +30,23 @@ def engine_job(
         scheduler=config.scheduler,
         platform=config.platform,
         log=config.log,
-        fields={
-            name: repr(value)
-            for name, value in flatten(config).items()
-            if name.startswith(_SHARED) and name not in _OWN
-        },
+        fields=_shared_fields(config),
         drain_s=config.drain_s,
         address=address,
         token=token,
         process=process,
         leader_address=leader_address,
     )
+
+
+def config_digest(config: ServeConfig) -> str:
+    """A digest of the fields that answers depend on, the digests of the weights' files too."""
+    return hashlib.sha256(repr(_shared_fields(config)).encode()).hexdigest()
+
+
+def _shared_fields(config: ServeConfig) -> dict[str, str]:
+    return {
+        name: repr(value)
+        for name, value in flatten(config).items()
+        if name.startswith(_SHARED) and name not in _OWN
+    }
