@@ -46,6 +46,15 @@ def _tokens() -> Histogram:
     return Histogram(_TOKENS)
 
 
+@dataclass(slots=True)
+class ConnectionCounts:
+    """HTTP connections of one gateway process."""
+
+    open: int = 0
+    refused: int = 0  # above the limit
+    timed_out: int = 0  # closed because the client kept the server waiting
+
+
 @dataclass(slots=True, kw_only=True)
 class GatewayMetrics:
     """Counters of one gateway process, for all front ends. Owned by its event loop."""
@@ -54,6 +63,7 @@ class GatewayMetrics:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     in_flight: int = 0  # generations that run
+    connections: ConnectionCounts = field(default_factory=ConnectionCounts)
     finished: dict[str, int] = field(default_factory=dict[str, int])  # by reason
     http_requests: dict[Labels, int] = field(default_factory=dict[Labels, int])
     http_duration_s: dict[Labels, Histogram] = field(default_factory=dict[Labels, Histogram])
