@@ -71,8 +71,6 @@ class GatewayConfig:
                 raise ConfigError(
                     f"gateway.{name} is empty; is a variable unset? Leave it out to have no file"
                 )
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ConfigError("gateway.tls_cert and gateway.tls_key need each other")
 
     @property
     def keys(self) -> tuple[Secret, ...]:
