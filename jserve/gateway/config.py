@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jserve.core.errors import ConfigError
+from jserve.core.field_types import check_types
 from jserve.core.secret import Secret
 
 
@@ -39,6 +40,12 @@ class GatewayConfig:
     # Unknown fields of a request: an error, or named in the header X-Jserve-Ignored-Fields.
     unknown_fields: UnknownFields = UnknownFields.REFUSE
 
+    # Bounds of connections. HTTP keeps a few more for probes; gRPC has its own count.
+    max_connections: int = 16_384
+    head_timeout_s: float = 10.0  # first byte and head of a request
+    body_timeout_s: float = 30.0  # its body, and a second more for each 16 KiB of it
+    write_timeout_s: float = 60.0  # a client that takes nothing of its answer
+
     # Bounds of one request. The engine has its own bounds of context and queue.
     max_body_bytes: int = 8 << 20  # size of an HTTP body or a gRPC message
     max_json_depth: int = 32
@@ -71,14 +78,16 @@ class GatewayConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "api_keys", _secrets(self.api_keys))
+        check_types(self, "gateway.")  # or the comparisons would fail without the name
+        for name in ("max_connections", "head_timeout_s", "body_timeout_s", "write_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"gateway.{name} is {getattr(self, name)}; more than 0 is needed")
         for name in ("api_keys_file", "tls_cert", "tls_key"):
             value = getattr(self, name)
-            if value is not None and not str(value).strip():
+            if value is not None and not value.strip():
                 raise ConfigError(
                     f"gateway.{name} is empty; is a variable unset? Leave it out to have no file"
                 )
-        if (self.tls_cert is None) != (self.tls_key is None):
-            raise ConfigError("gateway.tls_cert and gateway.tls_key need each other")
 
     @property
     def keys(self) -> tuple[Secret, ...]:

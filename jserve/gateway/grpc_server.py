@@ -12,6 +12,7 @@ from jserve.core.addresses import host_and_port
 from jserve.core.errors import ConfigError, Unauthenticated
 from jserve.gateway.api_keys import ApiKeys
 from jserve.gateway.config import GatewayConfig
+from jserve.gateway.connection_limits import ConnectionLimits
 from jserve.gateway.grpc_errors import abort
 from jserve.gateway.grpc_service import InferenceService
 from jserve.gateway.metrics import GatewayMetrics
@@ -145,12 +146,16 @@ class GrpcServer:
 
 def _options(config: GatewayConfig) -> list[tuple[str, int]]:
     keepalive_ms = int(config.grpc_keepalive_s * 1000)
+    limits = ConnectionLimits.from_config(config)
     return [
         ("grpc.max_receive_message_length", config.max_body_bytes),
         ("grpc.max_send_message_length", -1),  # bounded by the context: prompt logprobs are large
         ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
         ("grpc.so_reuseport", 0),  # a taken port is an error, not shared with a stranger
-        # Pings find dead clients, whose generations are then aborted.
+        ("grpc.max_allowed_incoming_connections", limits.max_connections),
+        # TLS, the preface and the first settings; a request's head comes in one frame after it.
+        ("grpc.server_handshake_timeout_ms", int(limits.head_timeout_s * 1000)),
+        # Pings find dead clients, and those that read nothing, whose generations are then aborted.
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.keepalive_permit_without_calls", 1),

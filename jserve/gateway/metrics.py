@@ -47,6 +47,15 @@ def _tokens() -> Histogram:
     return Histogram(_TOKENS)
 
 
+@dataclass(slots=True)
+class ConnectionCounts:
+    """HTTP connections of one gateway process."""
+
+    open: int = 0
+    refused: int = 0  # above the limit
+    timed_out: int = 0  # closed because the client kept the server waiting
+
+
 @dataclass(slots=True, kw_only=True)
 class GatewayMetrics:
     """Counters of one gateway process, for all front ends. Owned by its event loop."""
@@ -59,6 +68,7 @@ class GatewayMetrics:
     seconds_since_step: Callable[[], float] = lambda: 0.0
     # Engine processes that had to be started again, by reason.
     engine_restarts: dict[str, int] = field(default_factory=lambda: {"crash": 0, "hang": 0})
+    connections: ConnectionCounts = field(default_factory=ConnectionCounts)
     finished: dict[str, int] = field(default_factory=dict[str, int])  # by reason
     http_requests: dict[Labels, int] = field(default_factory=dict[Labels, int])
     http_duration_s: dict[Labels, Histogram] = field(default_factory=dict[Labels, Histogram])

@@ -72,7 +72,9 @@ class MetricsCollector(Collector):
         for full in ("jserve_kv_cache_usage_perc", "vllm:kv_cache_usage_perc"):
             text = "Share of the KV pages in use, 0 to 1."
             yield self._family(GaugeMetricFamily, full, text, {}, used)
+        open_text = "Open HTTP connections."
         own = (
+            ("http_connections", open_text, self._metrics.connections.open),
             ("requests_in_flight", "Generations of this gateway.", self._metrics.in_flight),
             ("engine_ready", "Whether the engine takes requests.", float(self._engine.ready)),
             (
@@ -97,6 +99,13 @@ class MetricsCollector(Collector):
         for name, text, value in shared:
             for full in (f"jserve_{name}", f"vllm:{name}"):
                 yield self._family(CounterMetricFamily, full, text, {}, value)
+        ended = (
+            ("refused", "HTTP connections above the limit.", metrics.connections.refused),
+            ("timed_out", "HTTP connections of slow clients.", metrics.connections.timed_out),
+        )
+        for name, text, value in ended:
+            full = f"jserve_http_connections_{name}"
+            yield self._family(CounterMetricFamily, full, text, {}, value)
         for full in ("jserve_request_finished", "vllm:request_success"):
             text = "Sequences that ended, by reason."
             family = CounterMetricFamily(full, text, labels=[*self._labels, "finished_reason"])

@@ -50,6 +50,9 @@ class TlsFiles:
     @classmethod
     def from_config(cls, config: GatewayConfig) -> Self | None:
         """The files that the config names; None without TLS."""
+        # Not a check of the config itself, in which `--set` changes one field at a time.
+        if (config.tls_cert is None) != (config.tls_key is None):
+            raise ConfigError("gateway.tls_cert and gateway.tls_key need each other")
         if config.tls_cert is None or config.tls_key is None:
             return None
         return cls(Path(config.tls_cert), Path(config.tls_key))

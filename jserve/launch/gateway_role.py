@@ -12,6 +12,7 @@ from jserve.checkpoints.progress import FileProgress
 from jserve.config import ServeConfig
 from jserve.core.clock import WallClock
 from jserve.gateway.config import GatewayConfig
+from jserve.gateway.connection_limits import ConnectionLimits
 from jserve.gateway.engine_watch import EngineWatch
 from jserve.gateway.grpc_engine_client import GrpcEngineClient
 from jserve.gateway.grpc_server import GrpcServer
@@ -75,12 +76,18 @@ class Gateway:
         self._lag = LoopLag(metrics)
         version = importlib.metadata.version("jserve")
         app = make_app(self.plane, metrics, version=version)
+        limits = ConnectionLimits.from_config(config)
+        if limits.lowered:
+            message = "the limit of open files leaves %d connections each to HTTP and gRPC"
+            _log.info(message, limits.max_connections)
         self._http = HttpServer(
             app,
             host=config.host,
             port=config.http_port,
             drain_s=_STOP_GRACE_S,
             tls=TlsFiles.from_config(config),
+            limits=limits,
+            counts=metrics.connections,
         )
         self._grpc = GrpcServer(self.plane, metrics)
 

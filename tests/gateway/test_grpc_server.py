@@ -12,8 +12,8 @@ from jserve.core.errors import ConfigError
 from jserve.gateway.fake_engine import FakeEngine
 from jserve.gateway.grpc_server import GrpcServer
 from jserve.gateway.metrics import GatewayMetrics
-from jserve.proto import inference_pb2
-from tests.gateway.fixtures import INFO, make_plane
+from jserve.proto import inference_pb2, inference_pb2_grpc
+from tests.gateway.fixtures import INFO, closing, make_plane
 from tests.gateway.grpc_serving import all_of, failure, generate, serving, start
 
 
@@ -139,5 +139,38 @@ def test_taken_port_is_a_config_error():
         with pytest.raises(ConfigError, match="--grpc_port"):
             await GrpcServer(plane, GatewayMetrics(clock=plane.clock)).start()
         await first.stop(0)
+
+    asyncio.run(main())
+
+
+def test_silent_connections_are_closed_and_counted():
+    """Neither a connection without HTTP/2 nor one too many stays; a channel works beside them."""
+
+    async def closed(reader: asyncio.StreamReader) -> bool:
+        try:
+            await asyncio.wait_for(reader.read(), 5)
+        except (TimeoutError, ConnectionResetError) as error:
+            return isinstance(error, ConnectionResetError)
+        return True
+
+    async def main():
+        engine = FakeEngine(INFO)
+        plane = make_plane(engine, head_timeout_s=0.3, max_connections=4)
+        server = GrpcServer(plane, GatewayMetrics(clock=plane.clock))
+        await server.start()
+        async with (
+            closing(engine),
+            grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel,
+        ):
+            await channel.channel_ready()
+            pairs = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(6)]
+            for _, writer in pairs[::2]:
+                writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+            assert await asyncio.gather(*(closed(reader) for reader, _ in pairs)) == [True] * 6
+            for _, writer in pairs:
+                writer.close()
+            stub = inference_pb2_grpc.InferenceStub(channel)
+            assert await all_of(stub.Generate(generate(max_tokens=2)))
+        await server.stop(0)
 
     asyncio.run(main())

@@ -115,12 +115,16 @@ def test_what_is_wrong_with_the_files_is_named(tmp_path):
             TlsFiles(certificate, key)
 
 
-@pytest.mark.parametrize(
-    "fields", [{"tls_cert": "a"}, {"tls_key": "a"}, {"tls_cert": "", "tls_key": ""}]
-)
+@pytest.mark.parametrize("fields", [{"tls_cert": "a"}, {"tls_key": "a"}])
 def test_certificate_and_key_are_given_together(fields):
-    with pytest.raises(ConfigError, match="tls_cert"):
-        GatewayConfig(**fields)
+    with pytest.raises(ConfigError, match=r"tls_cert and gateway\.tls_key need each other"):
+        TlsFiles.from_config(GatewayConfig(**fields))
+
+
+@pytest.mark.parametrize("name", ["tls_cert", "tls_key"])
+def test_an_empty_name_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{name} is empty"):
+        GatewayConfig(**{name: " "})
 
 
 def test_no_files_no_tls():

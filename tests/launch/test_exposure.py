@@ -95,6 +95,14 @@ def test_a_loopback_address_needs_no_keys(host: str) -> None:
     check_exposure(GatewayConfig(host=host))
 
 
+def test_tls_is_set_a_field_at_a_time() -> None:
+    config = load(TINY, ["gateway.tls_cert=/c.pem", "gateway.tls_key=/k.pem"]).gateway
+    with pytest.raises(ConfigError, match=r"/c\.pem.*No such file"):
+        check_exposure(config)
+    with pytest.raises(ConfigError, match="need each other"):
+        check_exposure(dataclasses.replace(config, tls_key=None))
+
+
 def test_a_file_of_keys_that_cannot_be_read_is_found_before_the_start() -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         check_exposure(GatewayConfig(api_keys_file="/nothing.toml"))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,10 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from jserve.core.addresses import host_and_port
 from jserve.core.errors import ConfigError
-from jserve.gateway.http.upgrade import PlainHttpProtocol
+from jserve.gateway.config import GatewayConfig
+from jserve.gateway.connection_limits import ConnectionLimits
+from jserve.gateway.http.connections import Door, TimedProtocol
+from jserve.gateway.metrics import ConnectionCounts
 from jserve.gateway.tls import TlsFiles
 
 _IDLE_S = 75.0  # a kept-alive connection without a request; load balancers close theirs at 60
@@ -20,7 +24,7 @@ _MAX_HEAD_BYTES = 64 << 10  # request line and headers
 _BACKLOG = 4096  # connections that the kernel holds until they are accepted
 
 
-class _Protocol(PlainHttpProtocol):
+class _Protocol(TimedProtocol):
     """Uvicorn's protocol; bounds the head of a request and tells all requests of a lost client."""
 
     _head_bytes: int | None = None  # bytes of the incoming head; None between heads
@@ -54,9 +58,41 @@ class _Protocol(PlainHttpProtocol):
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, door: Door) -> None:
+        super().__init__(config)
+        self._door = door
+        self._sweep_s = 0.0  # when the next one is due
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:  # the launcher owns the process's signals
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens. Unlike uvicorn's, it bounds the time of a TLS handshake."""
+        await self.lifespan.startup()
+        config, limits = self.config, self._door.limits
+        handshake_s = None if config.ssl is None else limits.head_timeout_s
+
+        def make_protocol() -> _Protocol:
+            return _Protocol(config, self.server_state, self.lifespan.state, door=self._door)
+
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(
+                make_protocol,
+                sock=each,
+                ssl=config.ssl,
+                backlog=config.backlog,
+                ssl_handshake_timeout=handshake_s,
+            )
+            for each in sockets or ()
+        ]
+        self.started = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if (now_s := time.monotonic()) >= self._sweep_s and self._door.sweep():
+            self._sweep_s = now_s + self._door.sweep_s
+        return await super().on_tick(counter)
 
 
 class HttpServer:
@@ -70,8 +106,12 @@ class HttpServer:
         port: int,
         drain_s: float,
         tls: TlsFiles | None = None,
+        limits: ConnectionLimits | None = None,
+        counts: ConnectionCounts | None = None,
     ) -> None:
         """Binds the port; 0 takes a free one. With `tls` it speaks HTTPS.
+
+        `limits` are the defaults of a config where none are given; `counts` is written to.
 
         Raises:
             ConfigError: the address cannot be bound.
@@ -92,7 +132,8 @@ class HttpServer:
             timeout_keep_alive=int(_IDLE_S),
             timeout_graceful_shutdown=max(1, round(drain_s)),
         )
-        self._server = _Server(config)
+        limits = limits or ConnectionLimits.from_config(GatewayConfig())
+        self._server = _Server(config, Door(limits, counts or ConnectionCounts()))
         self._serving: asyncio.Task[None] | None = None
 
     @property

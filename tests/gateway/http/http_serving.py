@@ -13,6 +13,7 @@ from jserve.core.clock import WallClock
 from jserve.core.request import EngineInfo
 from jserve.gateway.chat import ChatTemplate
 from jserve.gateway.config import GatewayConfig
+from jserve.gateway.connection_limits import ConnectionLimits
 from jserve.gateway.defaults import sampling_defaults
 from jserve.gateway.fake_engine import FakeEngine, Reply, echo
 from jserve.gateway.http.app import make_app
@@ -89,7 +90,14 @@ class Served:
             **self._parts,
         )
         app = make_app(self.plane, self.metrics, version="1.2.3")
-        self.server = HttpServer(app, host="127.0.0.1", port=0, drain_s=1.0)
+        self.server = HttpServer(
+            app,
+            host="127.0.0.1",
+            port=0,
+            drain_s=1.0,
+            limits=ConnectionLimits.from_config(self.plane.config),
+            counts=self.metrics.connections,
+        )
         await self.server.start()
         self.port = self.server.port
         self.url = f"http://127.0.0.1:{self.port}"
