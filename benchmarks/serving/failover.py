@@ -5,7 +5,8 @@
 Starts a server with one engine, asks every kind of request undisturbed (greedy, seeded, penalties,
 several choices, stop strings, log-probabilities; streamed and not), then asks them in a loop over
 `--streams` connections while the engine is killed (SIGKILL, or whatever `--signal` names) at random
-moments. Prints how many answers differ, and the time from the last token before a death to the
+moments. Crashes do not count as crashes in a row (control.healthy_after_s=0), which would put the
+restarts off. Prints how many answers differ, and the time from the last token before a death to the
 first after it, of each stream that was under way. Exits with 1 when an answer differs or is an
 error.
 """
@@ -168,6 +169,11 @@ async def kill(
             tally.killed_s.append(time.monotonic())
             engine.send_signal(number)
             await asyncio.to_thread(engine.wait, 120)
+            while [child.pid for child in psutil.Process(launcher).children()] in (
+                [],
+                [engine.pid],
+            ):
+                await asyncio.sleep(_POLL_S)
             await until_ready(client)
             tally.ready_s.append(time.monotonic() - tally.killed_s[-1])
             print(f"\r{count + 1} kills, {tally.answers} answers", end="", file=sys.stderr)
@@ -244,7 +250,7 @@ def main() -> int:
     command = [
         *(sys.executable, "-m", "jserve", f"--config={options.config}"),
         *(f"--http_port={http}", f"--grpc_port={grpc}"),
-        *(f"--set={assignment}" for assignment in options.set),
+        *(f"--set={assignment}" for assignment in ("control.healthy_after_s=0", *options.set)),
     ]
     with ServerProcess("jserve", command, log) as server:
         tally = asyncio.run(measure(options, f"http://127.0.0.1:{http}", server))
