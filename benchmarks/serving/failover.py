@@ -14,6 +14,7 @@ error.
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import signal
@@ -107,7 +108,7 @@ async def answer_of(client: httpx.AsyncClient, ask: Ask, tally: Tally) -> Answer
 
 async def _streamed(reply: httpx.Response, tally: Tally) -> Answer:
     choices: list[dict[str, Any]] = []
-    last_s = None
+    came_s: list[float] = []
     async for line in reply.aiter_lines():
         if not line.startswith("data: ") or line == "data: [DONE]":
             continue
@@ -115,11 +116,22 @@ async def _streamed(reply: httpx.Response, tally: Tally) -> Answer:
         if "error" in event:
             raise BenchmarkError(f"in the stream: {event['error']['message']}")
         choices += event["choices"]
-        now_s = time.monotonic()
-        if last_s is not None and any(last_s < death_s < now_s for death_s in tally.killed_s):
-            tally.gaps_s.append(now_s - last_s)
-        last_s = now_s
+        came_s.append(time.monotonic())
+    tally.gaps_s += gaps_s(came_s, tally.killed_s)
     return _joined(choices)
+
+
+def gaps_s(came_s: list[float], killed_s: list[float]) -> list[float]:
+    """The outage of each death that a stream lived through, as its reader saw it.
+
+    Tokens that were on their way still come, so it is the longest pause until the next death.
+    """
+    found_s: list[float] = []
+    for death_s, next_s in zip(killed_s, [*killed_s[1:], float("inf")], strict=False):
+        if came_s and came_s[0] < death_s < came_s[-1]:
+            pairs = itertools.pairwise(came_s)
+            found_s.append(max(b - a for a, b in pairs if b > death_s and a < next_s))
+    return found_s
 
 
 def _joined(choices: list[dict[str, Any]]) -> Answer:
