@@ -5,7 +5,8 @@
 Starts a server with one engine, asks every kind of request undisturbed (greedy, seeded, penalties,
 several choices, stop strings, log-probabilities; streamed and not), then asks them in a loop over
 `--streams` connections while the engine is killed (SIGKILL, or whatever `--signal` names) at random
-moments. Prints how many answers differ, and the time from the last token before a death to the
+moments. Crashes do not count as crashes in a row (control.healthy_after_s=0), which would put the
+restarts off. Prints how many answers differ, and the time from the last token before a death to the
 first after it, of each stream that was under way. Exits with 1 when an answer differs or is an
 error.
 """
@@ -13,6 +14,7 @@ error.
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import signal
@@ -106,7 +108,7 @@ async def answer_of(client: httpx.AsyncClient, ask: Ask, tally: Tally) -> Answer
 
 async def _streamed(reply: httpx.Response, tally: Tally) -> Answer:
     choices: list[dict[str, Any]] = []
-    last_s = None
+    came_s: list[float] = []
     async for line in reply.aiter_lines():
         if not line.startswith("data: ") or line == "data: [DONE]":
             continue
@@ -114,11 +116,22 @@ async def _streamed(reply: httpx.Response, tally: Tally) -> Answer:
         if "error" in event:
             raise BenchmarkError(f"in the stream: {event['error']['message']}")
         choices += event["choices"]
-        now_s = time.monotonic()
-        if last_s is not None and any(last_s < death_s < now_s for death_s in tally.killed_s):
-            tally.gaps_s.append(now_s - last_s)
-        last_s = now_s
+        came_s.append(time.monotonic())
+    tally.gaps_s += gaps_s(came_s, tally.killed_s)
     return _joined(choices)
+
+
+def gaps_s(came_s: list[float], killed_s: list[float]) -> list[float]:
+    """The outage of each death that a stream lived through, as its reader saw it.
+
+    Tokens that were on their way still come, so it is the longest pause until the next death.
+    """
+    found_s: list[float] = []
+    for death_s, next_s in zip(killed_s, [*killed_s[1:], float("inf")], strict=False):
+        if came_s and came_s[0] < death_s < came_s[-1]:
+            pairs = itertools.pairwise(came_s)
+            found_s.append(max(b - a for a, b in pairs if b > death_s and a < next_s))
+    return found_s
 
 
 def _joined(choices: list[dict[str, Any]]) -> Answer:
@@ -168,6 +181,11 @@ async def kill(
             tally.killed_s.append(time.monotonic())
             engine.send_signal(number)
             await asyncio.to_thread(engine.wait, 120)
+            while [child.pid for child in psutil.Process(launcher).children()] in (
+                [],
+                [engine.pid],
+            ):
+                await asyncio.sleep(_POLL_S)
             await until_ready(client)
             tally.ready_s.append(time.monotonic() - tally.killed_s[-1])
             print(f"\r{count + 1} kills, {tally.answers} answers", end="", file=sys.stderr)
@@ -244,7 +262,7 @@ def main() -> int:
     command = [
         *(sys.executable, "-m", "jserve", f"--config={options.config}"),
         *(f"--http_port={http}", f"--grpc_port={grpc}"),
-        *(f"--set={assignment}" for assignment in options.set),
+        *(f"--set={assignment}" for assignment in ("control.healthy_after_s=0", *options.set)),
     ]
     with ServerProcess("jserve", command, log) as server:
         tally = asyncio.run(measure(options, f"http://127.0.0.1:{http}", server))

@@ -21,7 +21,7 @@ class ControlConfig:
     stop_timeout_s: float = 5.0  # the engine process gets this long before it is killed
     restart_delay_s: float = 0.1
     max_restart_delay_s: float = 30.0
-    healthy_after_s: float = 5.0
+    healthy_after_s: float = 1.0
     suspect_s: float = 5.0
     hang_s: float = 30.0
 

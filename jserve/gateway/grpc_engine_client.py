@@ -200,6 +200,9 @@ class GrpcEngineClient:
                 return "the process that listens there does not answer"
             except grpc.aio.AioRpcError as error:
                 return f"{error.code().name}: {error.details()}"
+            except Exception as error:  # of an engine that speaks otherwise; the next one may not
+                logger.exception("the engine at %s is not understood", address)
+                return f"{type(error).__name__}: {error}"
 
     async def _session(self, stub: Any, address: str, token: str | None) -> str:
         nonce = new_nonce()
@@ -246,6 +249,7 @@ class GrpcEngineClient:
                 if suspected:
                     logger.warning("the engine gets no more work: %s", self._watch.reason)
                 else:
+                    self._gave_up = False
                     logger.info("the engine gets on with its work")
             if verdict is Verdict.HUNG and not self._gave_up:
                 self._give_up()

@@ -1,6 +1,7 @@
 """The link between gateway and engine on one machine: a private folder for a socket, a token."""
 
 import contextlib
+import fcntl
 import os
 import sys
 import tempfile
@@ -26,14 +27,20 @@ def private_socket_folder() -> Iterator[str]:
     parent = tempfile.gettempdir()
     if len(os.fsencode(parent)) > _MAX_FOLDER_BYTES:
         parent = "/tmp"  # noqa: S108  the folder in it is private
-    try:
-        with temporary_folder(Path(parent), f"jserve-{os.geteuid()}", mode=0o700) as folder:
-            yield f"{UNIX}{folder}/"
-    except OSError as error:
-        raise ConfigError(
-            f"{parent}: no folder for the engine's socket can be made: {error}; "
-            "set TMPDIR to a writable folder"
-        ) from error
+    with contextlib.ExitStack() as stack:
+        try:
+            name = f"jserve-{os.geteuid()}"
+            folder = stack.enter_context(temporary_folder(Path(parent), name, mode=0o700))
+            held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, held)
+            # systemd removes what is old from temporary folders, but no folder that is locked.
+            fcntl.flock(held, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ConfigError(
+                f"{parent}: no folder for the engine's socket can be made: {error}; "
+                "set TMPDIR to a writable folder"
+            ) from error
+        yield f"{UNIX}{folder}/"
 
 
 def read_token(file: str | None, environment: Mapping[str, str]) -> str | None:

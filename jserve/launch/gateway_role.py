@@ -114,7 +114,8 @@ class Gateway:
             _log.warning("requests were cut off after %.0f s", self._config.drain_s)
 
     async def __aexit__(self, *error: object) -> None:
-        """Closes both ports and the connection to the engine."""
+        """Closes both ports and the connection to the engine; who still waits gets 503."""
+        self.plane.cut_off()
         await asyncio.gather(self._http.stop(), self._grpc.stop(_STOP_GRACE_S))
         await self._engine.close()
         await self._lag.stop()

@@ -1,13 +1,18 @@
 """Crashes and stops of real processes: clients learn at once, nothing is left behind."""
 
 import signal
+import socket
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
+import httpx
 import psutil
 
-from tests.e2e.faults import engine_sockets, start_reader
+from jserve.proto import inference_pb2, inference_pb2_grpc, types_pb2
+from tests.e2e.faults import FOREVER, engine_sockets, start_reader
 from tests.e2e.server import Server, serving
 
 CONFIG = "configs/tiny_random.py"
@@ -43,9 +48,23 @@ def test_sigterm_finishes_what_runs_and_exits_with_0(tmp_path: Path) -> None:
         assert not engine.is_running()
 
 
-def test_second_signal_stops_at_once(tmp_path: Path) -> None:
-    with serving(CONFIG, tmp_path / "log") as server:
-        start_reader(server)
+def test_second_signal_stops_at_once_and_tells_who_waits(tmp_path: Path) -> None:
+    with (
+        serving(CONFIG, tmp_path / "log") as server,
+        socket.create_connection(("127.0.0.1", server.http_port)) as half_sent,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+        ThreadPoolExecutor(24) as pool,
+    ):
+        reader = start_reader(server, FOREVER)
+        body = {"prompt": "x", "max_tokens": FOREVER, "ignore_eos": True}
+        # More than there are slots: some run, some wait. And one that is never sent whole.
+        posts = [pool.submit(client.post, "/v1/completions", json=body) for _ in range(12)]
+        calls = [pool.submit(_grpc_status, server) for _ in range(4)]
+        half_sent.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        )
+        server.until(lambda: server.gauge("jserve_requests_in_flight") == 17)
         engine = psutil.Process(server.engine_pid)
         server.process.send_signal(signal.SIGINT)
         server.until(lambda: "draining" in server.output)
@@ -54,6 +73,31 @@ def test_second_signal_stops_at_once(tmp_path: Path) -> None:
         assert server.wait(10) == 130
         assert time.monotonic() - start_s < 5
         assert not engine.is_running()
+        for post in posts:
+            assert post.result().status_code == 503
+            assert post.result().json()["error"]["type"] == "service_unavailable_error"
+            assert int(post.result().headers["retry-after"]) > 0
+        reader.join(10)
+        assert reader.error["type"] == "service_unavailable_error"
+        assert {call.result() for call in calls} == {grpc.StatusCode.UNAVAILABLE}
+        half_sent.settimeout(10)
+        assert half_sent.recv(4096).startswith(b"HTTP/1.1 503 ")
+        assert "Traceback" not in server.output
+
+
+def _grpc_status(server: Server) -> grpc.StatusCode:
+    """How a long generation over gRPC ends."""
+    asked = inference_pb2.GenerateRequest(
+        text="x", sampling=types_pb2.SamplingParams(max_tokens=FOREVER, ignore_eos=True)
+    )
+    with grpc.insecure_channel(server.grpc_address) as channel:
+        call = inference_pb2_grpc.InferenceStub(channel).Generate(asked, timeout=60)
+        try:
+            for _ in call:
+                pass
+        except grpc.RpcError:
+            pass
+        return call.code()
 
 
 def test_killed_launcher_takes_the_engine_along(tmp_path: Path) -> None:

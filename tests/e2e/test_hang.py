@@ -29,7 +29,7 @@ def test_stopped_engine_is_suspected_given_up_and_replaced(hasty: Server) -> Non
     stopped_s = time.monotonic()
     os.kill(engine.pid, signal.SIGSTOP)
     hasty.until(lambda: not hasty.is_ready(), 3)
-    assert time.monotonic() - stopped_s >= 1
+    assert time.monotonic() - stopped_s > 0.7  # it counts from the last step
     assert hasty.get("/health").status_code == 200
     assert hasty.gauge("jserve_seconds_since_step") >= 1
     refused = hasty.post("/v1/completions", {"prompt": "x", "max_tokens": 1})

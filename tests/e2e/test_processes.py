@@ -74,7 +74,7 @@ def test_the_tokens_of_one_process(server: Server, group: Server) -> None:
 def test_killed_follower_takes_the_leader_along_and_both_come_back(group: Server) -> None:
     before = _answers(group)[0]["text"]
     leader, follower = psutil.Process(group.engine_pid), _follower(group)
-    reader = start_reader(group, 600)
+    reader = start_reader(group, 150)
     follower.kill()
     leader.wait(10)
     group.until(group.is_ready)

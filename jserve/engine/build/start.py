@@ -61,23 +61,8 @@ def start_engine(
     if backend_for_pages(backend, kv_dtype) is not backend:
         _log.warning("the native attention does not read %s pages; XLA's loops do", kv_dtype)
     model = Model(spec, dtype, backend, model_config.quantization, mesh)
-    for name, shape in list(model.unaccelerated_weights().items())[:1]:
-        _log.warning(
-            "%s and others, %s on a device, have no kernel for %s weights on %s: XLA makes floats "
-            "of them in every step",
-            name,
-            shape,
-            model_config.quantization.value,
-            backend.value,
-        )
+    _warn_of_slow_parts(model, model_config, mesh)
     shardings = param_shardings(model.param_specs(), spec, mesh)
-    if mesh.size > 1 and not vocab_axes(spec.vocab, mesh):
-        _log.warning(
-            "the vocabulary of %d does not divide over %d devices: each holds and computes all of "
-            "the embedding and the head",
-            spec.vocab,
-            mesh.size,
-        )
     prepare_s = 0.0
     weights = ""
 
@@ -112,6 +97,25 @@ def start_engine(
     pages = (kv_dtype, config.page_size)
     numerics = numerics_digest(model, mesh, weights, pages, config.programs())
     return dataclasses.replace(engine, info=dataclasses.replace(engine.info, numerics=numerics))
+
+
+def _warn_of_slow_parts(model: Model, config: ModelConfig, mesh: Mesh) -> None:
+    for name, shape in list(model.unaccelerated_weights().items())[:1]:
+        _log.warning(
+            "%s and others, %s on a device, have no kernel for %s weights on %s: XLA makes floats "
+            "of them in every step",
+            name,
+            shape,
+            config.quantization.value,
+            model.backend.value,
+        )
+    if mesh.size > 1 and not vocab_axes(model.spec.vocab, mesh):
+        _log.warning(
+            "the vocabulary of %d does not divide over %d devices: each holds and computes all of "
+            "the embedding and the head",
+            model.spec.vocab,
+            mesh.size,
+        )
 
 
 def _mesh(config: EngineConfig) -> Mesh:

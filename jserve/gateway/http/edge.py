@@ -1,5 +1,6 @@
 """Middleware of every HTTP exchange: request ids, the access log, metrics, and API keys."""
 
+import asyncio
 import logging
 import re
 import uuid
@@ -13,6 +14,7 @@ from jserve.gateway.api_keys import ApiKeys
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.http.errors import error_response
 from jserve.gateway.metrics import GatewayMetrics
+from jserve.gateway.request_plane import shutting_down
 
 _log = logging.getLogger(__name__)
 
@@ -22,6 +24,7 @@ IGNORED_FIELDS_HEADER = "x-jserve-ignored-fields"
 _MAX_IGNORED_NAMED = 20
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]+")
+_NO_ANSWER = 499  # nginx's number for a client that left without an answer
 _OPEN_PATHS = frozenset(("/health", "/ready", "/version", "/metrics"))  # for probes and scrapers
 
 
@@ -40,7 +43,7 @@ class Edge:
         request_id = self._request_id(Headers(scope=scope).get("x-request-id", ""))
         scope["request_id"] = request_id
         header = (b"x-request-id", request_id.encode("ascii"))
-        status = 499  # nginx's number for a client that left without an answer
+        status = _NO_ANSWER
         start_s = self._metrics.clock.now_s()
 
         async def send_with_id(message: Message) -> None:
@@ -52,6 +55,9 @@ class Edge:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:  # the server ends, and has waited long enough
+            if status == _NO_ANSWER:
+                await error_response(shutting_down())(scope, receive, send_with_id)
         finally:
             duration_s = self._metrics.clock.now_s() - start_s
             self._finish(scope, status, duration_s)
