@@ -80,7 +80,8 @@ class Request:
     """One sequence to generate in the engine; `n` choices are `n` requests.
 
     `choice` is folded into the sampling key, so the choices of one seed differ. Smaller
-    `priority` is served first; among equals the earlier arrival is.
+    `priority` is served first; among equals the tenants take turns, and of one tenant the earlier
+    arrival is first.
     """
 
     id: str  # unique among live requests
@@ -88,6 +89,8 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     choice: int = 0
     priority: int = 0
+    tenant: str = ""  # who sent it: the name of a key, or an address
+    tenant_slots: int = 0  # the most slots that the tenant may hold at a time; 0: no bound
 
 
 @dataclass(frozen=True, slots=True)

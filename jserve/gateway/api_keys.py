@@ -4,6 +4,8 @@ import hashlib
 import hmac
 from collections.abc import Iterable
 
+from jserve.gateway.tenants import Caller
+
 
 class ApiKeyCheck:
     """Knows the keys by their digests only."""
@@ -13,11 +15,17 @@ class ApiKeyCheck:
 
     def allows(self, authorization: bytes) -> bool:
         """Whether the header's value is `Bearer <key>` with a known key."""
+        return self.caller(authorization) is not None
+
+    def caller(self, authorization: bytes, *, may_set_priority: bool = False) -> Caller | None:
+        """The tenant with the key in the header's value, `Bearer <key>`; None if it is unknown."""
         scheme, _, key = authorization.partition(b" ")
         digest = _digest(key.strip())
         # Comparing every key in constant time leaks nothing by timing.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == b"bearer" and any(matches)
+        if scheme.lower() != b"bearer" or not any(matches):
+            return None
+        return Caller(f"key {digest.hex()[:12]}", may_set_priority)
 
 
 def _digest(key: bytes) -> bytes:

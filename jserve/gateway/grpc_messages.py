@@ -7,6 +7,7 @@ from jserve.core.request import FinishReason, TokenLogprobs
 from jserve.gateway.chat import check_num_messages
 from jserve.gateway.pauses import Pauses
 from jserve.gateway.request_plane import GenerationRequest, OutputDelta, Prompt, RequestPlane
+from jserve.gateway.tenants import Caller
 from jserve.gateway.tokenizer import TextTokenizer
 from jserve.gateway.validation import SamplingFields
 from jserve.proto import inference_pb2, types_pb2
@@ -41,13 +42,16 @@ async def parse_prompt(
 
 
 async def parse_generation(
-    plane: RequestPlane, message: inference_pb2.GenerateRequest, request_id: str
+    plane: RequestPlane, message: inference_pb2.GenerateRequest, request_id: str, caller: Caller
 ) -> GenerationRequest:
     """Parses and validates; see `RequestPlane.prepare` for the errors."""
     plane.check_model(message.model)
+    with plane.preparing(caller, max(message.n, 1)):
+        prompt = await parse_prompt(plane, message)
     return plane.prepare(
         id=request_id,
-        prompt=await parse_prompt(plane, message),
+        prompt=prompt,
+        caller=caller,
         sampling=sampling_fields(message.sampling),
         stop=list(message.stop[: plane.config.max_stop_strings + 1]),
         n=message.n or None,

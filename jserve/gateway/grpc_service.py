@@ -6,11 +6,13 @@ from contextlib import aclosing
 from typing import Any
 
 from jserve.core.errors import JserveError
+from jserve.gateway.api_keys import ApiKeyCheck
 from jserve.gateway.grpc_errors import abort
 from jserve.gateway.grpc_messages import parse_generation, parse_prompt, responses
 from jserve.gateway.grpc_stream import GenerateStream
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import RequestPlane
+from jserve.gateway.tenants import Caller, at_address, host_of_peer
 from jserve.proto import inference_pb2, inference_pb2_grpc
 
 
@@ -20,6 +22,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     def __init__(self, plane: RequestPlane, metrics: GatewayMetrics) -> None:
         self._plane = plane
         self._metrics = metrics
+        self._keys = ApiKeyCheck(plane.config.api_keys)
 
     async def Generate(  # noqa: N802  the names in the .proto, here and below
         self, request: inference_pb2.GenerateRequest, context: Any
@@ -28,7 +31,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         started_s = self._plane.clock.now_s()
         try:
             request_id = request.request_id or new_request_id()
-            generation = await parse_generation(self._plane, request, request_id)
+            generation = await parse_generation(
+                self._plane, request, request_id, self._caller(context)
+            )
             running = self._plane.run(generation, self._metrics)
             async with aclosing(running) as deltas:
                 async for response in responses(self._plane, generation, deltas, started_s):
@@ -42,7 +47,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         context: Any,
     ) -> None:
         """Runs many generations; ends when the client has closed its half and all have ended."""
-        stream = GenerateStream(self._plane, self._metrics, context.write)
+        stream = GenerateStream(self._plane, self._metrics, context.write, self._caller(context))
         try:
             await stream.serve(request_iterator)
         except JserveError as error:
@@ -81,6 +86,14 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             return inference_pb2.ListModelsResponse(models=[model])
         except JserveError as error:
             await abort(context, error)
+
+    def _caller(self, context: Any) -> Caller:
+        """The tenant of a call that was let in: of its key, else of its address."""
+        may = self._plane.config.any_priority
+        given = dict(context.invocation_metadata() or ()).get("authorization", "")
+        value = given.encode() if isinstance(given, str) else given
+        caller = self._keys.caller(value, may_set_priority=may)
+        return caller or at_address(host_of_peer(context.peer()), may_set_priority=may)
 
 
 def new_request_id() -> str:

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import secrets
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
@@ -23,6 +24,7 @@ from jserve.gateway.engine_client import EngineClient, UpdateStream
 from jserve.gateway.metrics import GatewayMetrics, RequestMetrics
 from jserve.gateway.output import GenerationRequest, OutputDelta, OutputProcessor, Prompt
 from jserve.gateway.template_process import TemplateProcess
+from jserve.gateway.tenants import LOCAL, Caller, TenantCounts, most_sequences
 from jserve.gateway.tokenizer import TextTokenizer, TooManyTokens
 from jserve.gateway.validation import (
     SamplingFields,
@@ -71,6 +73,7 @@ class OutputStream:
         account: BufferAccount | None,
     ) -> None:
         """`account` is closed with the stream."""
+        self.generation = generation
         self._owner = owner
         self._stream = stream
         self._account = account
@@ -169,6 +172,7 @@ class RequestPlane:
         self.config = config
         self.clock = clock
         self._bounded = bounded
+        self.tenants = TenantCounts()
         self.buffers = BufferBudget(config.max_buffer_bytes, config.max_request_buffer_bytes)
         self.draining = False
         self._live: set[OutputStream] = set()
@@ -302,11 +306,13 @@ class RequestPlane:
         id: str,  # noqa: A002
         prompt: Prompt,
         sampling: SamplingFields,
+        caller: Caller = LOCAL,
         **options: Unpack[RequestOptions],
     ) -> GenerationRequest:
         """Checks every field and resolves the defaults; None means not given.
 
-        max_tokens 0 is allowed with `echo` or prompt_logprobs: only the prompt is looked at.
+        The priority of a caller who may not set one is 0. max_tokens 0 is allowed with `echo` or
+        prompt_logprobs: only the prompt is looked at.
         Raises RequestError (with `param`), PromptTooLong, Unavailable before the engine was
         ever seen (its context length is not known yet).
         """
@@ -314,6 +320,9 @@ class RequestPlane:
         most_choices = min(config.max_choices, info.num_slots + info.max_queue)
         ids = check_prompt(prompt.ids, info)
         echoes = boolean("echo", options.get("echo"), default=False)
+        priority = integer(
+            "priority", options.get("priority"), 0, -_PRIORITY_LIMIT, _PRIORITY_LIMIT
+        )
         prompt_only = (
             type(sampling.max_tokens) is int
             and sampling.max_tokens == 0
@@ -339,9 +348,8 @@ class RequestPlane:
                 1,
                 most_choices if self._bounded else None,
             ),
-            priority=integer(
-                "priority", options.get("priority"), 0, -_PRIORITY_LIMIT, _PRIORITY_LIMIT
-            ),
+            priority=priority if caller.may_set_priority else 0,
+            caller=caller,
             echo=echoes,
             skip_special_tokens=boolean(
                 "skip_special_tokens", options.get("skip_special_tokens"), default=True
@@ -367,6 +375,22 @@ class RequestPlane:
         """
         if self.draining:
             raise _shutting_down()
+        if self._bounded:
+            self.tenants.start(generation.caller, generation.n, self._most_sequences)
+        try:
+            return self._start(generation, metrics, account)
+        except BaseException:
+            self._end(generation)
+            raise
+
+    def _start(
+        self,
+        generation: GenerationRequest,
+        metrics: GatewayMetrics | None,
+        account: BufferAccount | None,
+    ) -> OutputStream:
+        caller = generation.caller
+        max_slots = caller.max_slots or self.config.max_tenant_slots or 0
         serial = next(self._serial)
         requests = [
             Request(
@@ -375,6 +399,8 @@ class RequestPlane:
                 sampling=generation.sampling,
                 choice=choice,
                 priority=generation.priority,
+                tenant=caller.name,
+                tenant_slots=max_slots,
             )
             for choice in range(generation.n)
         ]
@@ -394,9 +420,27 @@ class RequestPlane:
         self._idle.clear()
         return deltas
 
+    def preparing(self, caller: Caller, count: int) -> AbstractContextManager[None]:
+        """Counts the sequences of a request, prompts × n, before there is any work on them.
+
+        Raises Overloaded, when it is entered, if they are too many for one tenant.
+        """
+        return self.tenants.preparing(caller, count, self._most_sequences)
+
+    @property
+    def _most_sequences(self) -> int:
+        info = self.info
+        return most_sequences(info.num_slots, info.max_queue, self.config.max_tenant_sequences)
+
+    def _end(self, generation: GenerationRequest) -> None:
+        if self._bounded:
+            self.tenants.end(generation.caller, generation.n)
+
     def forget(self, deltas: OutputStream) -> None:
         """Removes a stream that has ended; called by it."""
-        self._live.discard(deltas)
+        if deltas in self._live:
+            self._live.remove(deltas)
+            self._end(deltas.generation)
         if not self._live:
             self._idle.set()
 

@@ -3,7 +3,7 @@
 Floats become float32 on the way, which is what the device computes with.
 """
 
-from collections.abc import Callable, Iterable, Mapping, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
 from dataclasses import fields
 from typing import Any
 
@@ -148,7 +148,9 @@ def update_from_proto(message: engine_pb2.SequenceUpdate) -> SequenceUpdate:
         request_id=message.request_id,
         tokens=tuple(message.tokens),
         finish=_FINISH_FROM_PROTO[message.finish] if message.finish else None,
-        logprobs=PackedLogprobs(filter(None, map(logprobs_from_proto, message.logprobs)))
+        logprobs=PackedLogprobs(
+            it for it in map(logprobs_from_proto, message.logprobs) if it is not None
+        )
         if message.logprobs
         else None,
         prompt_logprobs=PackedLogprobs(map(logprobs_from_proto, message.prompt_logprobs.positions))
@@ -157,6 +159,10 @@ def update_from_proto(message: engine_pb2.SequenceUpdate) -> SequenceUpdate:
         queue_s=message.queue_s if message.HasField("queue_s") else None,
         error=message.error or None,
     )
+
+
+def _present(messages: Iterable[types_pb2.TokenLogprobs]) -> Iterator[TokenLogprobs]:
+    return (it for it in map(logprobs_from_proto, messages) if it is not None)
 
 
 def info_to_proto(info: EngineInfo) -> engine_pb2.EngineHello:

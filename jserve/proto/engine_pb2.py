@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from jserve.proto import types_pb2 as jserve_dot_proto_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19jserve/proto/engine.proto\x12\tjserve.v1\x1a\x18jserve/proto/types.proto\"U\n\x0eSessionRequest\x12*\n\x06submit\x18\x01 \x01(\x0b\x32\x18.jserve.v1.EngineRequestH\x00\x12\x0f\n\x05\x61\x62ort\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"z\n\rEngineRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\x05\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.jserve.v1.SamplingParams\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\x05\x12\x10\n\x08priority\x18\x05 \x01(\x05\"\xb5\x01\n\x0fSessionResponse\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x16.jserve.v1.EngineHello\x12*\n\x07updates\x18\x02 \x03(\x0b\x32\x19.jserve.v1.SequenceUpdate\x12%\n\x05stats\x18\x03 \x01(\x0b\x32\x16.jserve.v1.EngineStats\x12(\n\nrejections\x18\x04 \x03(\x0b\x32\x14.jserve.v1.Rejection\"\xa5\x01\n\x0b\x45ngineHello\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05vocab\x18\x02 \x01(\x05\x12\x15\n\rmax_model_len\x18\x03 \x01(\x05\x12\x11\n\tnum_slots\x18\x04 \x01(\x05\x12\x11\n\tnum_pages\x18\x05 \x01(\x05\x12\x11\n\tpage_size\x18\x06 \x01(\x05\x12\x11\n\tmax_queue\x18\x07 \x01(\x05\x12\x15\n\reos_token_ids\x18\x08 \x03(\x05\"\xee\x01\n\x0eSequenceUpdate\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\x05\x12\'\n\x06\x66inish\x18\x03 \x01(\x0e\x32\x17.jserve.v1.FinishReason\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.jserve.v1.TokenLogprobs\x12\x32\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32\x19.jserve.v1.PromptLogprobs\x12\x14\n\x07queue_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x07 \x01(\tB\n\n\x08_queue_s\"=\n\x0ePromptLogprobs\x12+\n\tpositions\x18\x01 \x03(\x0b\x32\x18.jserve.v1.TokenLogprobs\"\xdb\x01\n\tRejection\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.jserve.v1.Rejection.Kind\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\"i\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_INVALID\x10\x01\x12\x11\n\rKIND_TOO_LONG\x10\x02\x12\x13\n\x0fKIND_OVERLOADED\x10\x03\x12\x11\n\rKIND_DRAINING\x10\x04\"\xa2\x02\n\x0b\x45ngineStats\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\x05\x12\x13\n\x0bnum_running\x18\x02 \x01(\x05\x12\x12\n\nfree_slots\x18\x03 \x01(\x05\x12\x12\n\nfree_pages\x18\x04 \x01(\x05\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\x03\x12\x11\n\tnum_steps\x18\x06 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x03\x12\x15\n\routput_tokens\x18\x08 \x01(\x03\x12!\n\x19num_compiles_after_warmup\x18\t \x01(\x03\x12\x14\n\x0cnum_finished\x18\n \x01(\x03\x12\x13\n\x0bnum_aborted\x18\x0b \x01(\x03\x12\x19\n\x11recomputed_tokens\x18\x0c \x01(\x03\x32N\n\x06\x45ngine\x12\x44\n\x07Session\x12\x19.jserve.v1.SessionRequest\x1a\x1a.jserve.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19jserve/proto/engine.proto\x12\tjserve.v1\x1a\x18jserve/proto/types.proto\"U\n\x0eSessionRequest\x12*\n\x06submit\x18\x01 \x01(\x0b\x32\x18.jserve.v1.EngineRequestH\x00\x12\x0f\n\x05\x61\x62ort\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"\xa0\x01\n\rEngineRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\x05\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.jserve.v1.SamplingParams\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\x05\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0e\n\x06tenant\x18\x06 \x01(\t\x12\x14\n\x0ctenant_slots\x18\x07 \x01(\x05\"\xb5\x01\n\x0fSessionResponse\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x16.jserve.v1.EngineHello\x12*\n\x07updates\x18\x02 \x03(\x0b\x32\x19.jserve.v1.SequenceUpdate\x12%\n\x05stats\x18\x03 \x01(\x0b\x32\x16.jserve.v1.EngineStats\x12(\n\nrejections\x18\x04 \x03(\x0b\x32\x14.jserve.v1.Rejection\"\xa5\x01\n\x0b\x45ngineHello\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05vocab\x18\x02 \x01(\x05\x12\x15\n\rmax_model_len\x18\x03 \x01(\x05\x12\x11\n\tnum_slots\x18\x04 \x01(\x05\x12\x11\n\tnum_pages\x18\x05 \x01(\x05\x12\x11\n\tpage_size\x18\x06 \x01(\x05\x12\x11\n\tmax_queue\x18\x07 \x01(\x05\x12\x15\n\reos_token_ids\x18\x08 \x03(\x05\"\xee\x01\n\x0eSequenceUpdate\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\x05\x12\'\n\x06\x66inish\x18\x03 \x01(\x0e\x32\x17.jserve.v1.FinishReason\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.jserve.v1.TokenLogprobs\x12\x32\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32\x19.jserve.v1.PromptLogprobs\x12\x14\n\x07queue_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x07 \x01(\tB\n\n\x08_queue_s\"=\n\x0ePromptLogprobs\x12+\n\tpositions\x18\x01 \x03(\x0b\x32\x18.jserve.v1.TokenLogprobs\"\xdb\x01\n\tRejection\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.jserve.v1.Rejection.Kind\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\"i\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_INVALID\x10\x01\x12\x11\n\rKIND_TOO_LONG\x10\x02\x12\x13\n\x0fKIND_OVERLOADED\x10\x03\x12\x11\n\rKIND_DRAINING\x10\x04\"\xa2\x02\n\x0b\x45ngineStats\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\x05\x12\x13\n\x0bnum_running\x18\x02 \x01(\x05\x12\x12\n\nfree_slots\x18\x03 \x01(\x05\x12\x12\n\nfree_pages\x18\x04 \x01(\x05\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\x03\x12\x11\n\tnum_steps\x18\x06 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x03\x12\x15\n\routput_tokens\x18\x08 \x01(\x03\x12!\n\x19num_compiles_after_warmup\x18\t \x01(\x03\x12\x14\n\x0cnum_finished\x18\n \x01(\x03\x12\x13\n\x0bnum_aborted\x18\x0b \x01(\x03\x12\x19\n\x11recomputed_tokens\x18\x0c \x01(\x03\x32N\n\x06\x45ngine\x12\x44\n\x07Session\x12\x19.jserve.v1.SessionRequest\x1a\x1a.jserve.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,22 +34,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SESSIONREQUEST']._serialized_start=66
   _globals['_SESSIONREQUEST']._serialized_end=151
-  _globals['_ENGINEREQUEST']._serialized_start=153
-  _globals['_ENGINEREQUEST']._serialized_end=275
-  _globals['_SESSIONRESPONSE']._serialized_start=278
-  _globals['_SESSIONRESPONSE']._serialized_end=459
-  _globals['_ENGINEHELLO']._serialized_start=462
-  _globals['_ENGINEHELLO']._serialized_end=627
-  _globals['_SEQUENCEUPDATE']._serialized_start=630
-  _globals['_SEQUENCEUPDATE']._serialized_end=868
-  _globals['_PROMPTLOGPROBS']._serialized_start=870
-  _globals['_PROMPTLOGPROBS']._serialized_end=931
-  _globals['_REJECTION']._serialized_start=934
-  _globals['_REJECTION']._serialized_end=1153
-  _globals['_REJECTION_KIND']._serialized_start=1048
-  _globals['_REJECTION_KIND']._serialized_end=1153
-  _globals['_ENGINESTATS']._serialized_start=1156
-  _globals['_ENGINESTATS']._serialized_end=1446
-  _globals['_ENGINE']._serialized_start=1448
-  _globals['_ENGINE']._serialized_end=1526
+  _globals['_ENGINEREQUEST']._serialized_start=154
+  _globals['_ENGINEREQUEST']._serialized_end=314
+  _globals['_SESSIONRESPONSE']._serialized_start=317
+  _globals['_SESSIONRESPONSE']._serialized_end=498
+  _globals['_ENGINEHELLO']._serialized_start=501
+  _globals['_ENGINEHELLO']._serialized_end=666
+  _globals['_SEQUENCEUPDATE']._serialized_start=669
+  _globals['_SEQUENCEUPDATE']._serialized_end=907
+  _globals['_PROMPTLOGPROBS']._serialized_start=909
+  _globals['_PROMPTLOGPROBS']._serialized_end=970
+  _globals['_REJECTION']._serialized_start=973
+  _globals['_REJECTION']._serialized_end=1192
+  _globals['_REJECTION_KIND']._serialized_start=1087
+  _globals['_REJECTION_KIND']._serialized_end=1192
+  _globals['_ENGINESTATS']._serialized_start=1195
+  _globals['_ENGINESTATS']._serialized_end=1485
+  _globals['_ENGINE']._serialized_start=1487
+  _globals['_ENGINE']._serialized_end=1565
 # @@protoc_insertion_point(module_scope)

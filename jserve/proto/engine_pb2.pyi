@@ -17,18 +17,22 @@ class SessionRequest(_message.Message):
     def __init__(self, submit: _Optional[_Union[EngineRequest, _Mapping]] = ..., abort: _Optional[str] = ...) -> None: ...
 
 class EngineRequest(_message.Message):
-    __slots__ = ("id", "prompt", "sampling", "choice", "priority")
+    __slots__ = ("id", "prompt", "sampling", "choice", "priority", "tenant", "tenant_slots")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TENANT_SLOTS_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     sampling: _types_pb2.SamplingParams
     choice: int
     priority: int
-    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., choice: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
+    tenant: str
+    tenant_slots: int
+    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., choice: _Optional[int] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., tenant_slots: _Optional[int] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
     __slots__ = ("hello", "updates", "stats", "rejections")

@@ -1,4 +1,4 @@
-"""Middleware of every HTTP exchange: request ids, the access log, metrics, and API keys."""
+"""Middleware of every HTTP exchange: request ids, tenants, access log, metrics, and API keys."""
 
 import logging
 import re
@@ -12,6 +12,7 @@ from jserve.gateway.api_keys import ApiKeyCheck
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.http.errors import error_response
 from jserve.gateway.metrics import GatewayMetrics
+from jserve.gateway.tenants import at_address
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class Edge:
         self._app = app
         self._metrics = metrics
         self._max_id_chars = config.max_request_id_chars
+        self._any_priority = config.any_priority
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -33,6 +35,8 @@ class Edge:
             return
         request_id = self._request_id(Headers(scope=scope).get("x-request-id", ""))
         scope["request_id"] = request_id
+        host, _ = scope["client"] or (None, 0)
+        scope["caller"] = at_address(host, may_set_priority=self._any_priority)
         header = (b"x-request-id", request_id.encode("ascii"))
         status = 499  # nginx's number for a client that left without an answer
         start_s = self._metrics.clock.now_s()
@@ -77,6 +81,7 @@ class ApiKeys:
     def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
         self._app = app
         self._keys = ApiKeyCheck(config.api_keys)
+        self._any_priority = config.any_priority
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in _OPEN_PATHS or self._allows(scope):
@@ -86,4 +91,9 @@ class ApiKeys:
         await error_response(error)(scope, receive, send)
 
     def _allows(self, scope: Scope) -> bool:
-        return self._keys.allows(dict(scope["headers"]).get(b"authorization", b""))
+        """Whether the key is known; then the request is of its tenant."""
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        caller = self._keys.caller(given, may_set_priority=self._any_priority)
+        if caller is not None:
+            scope["caller"] = caller
+        return caller is not None
