@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -12,11 +13,12 @@ from jserve.core.errors import EngineError, Overloaded, Unavailable
 from jserve.core.request import EngineInfo, Request
 from jserve.core.stats import EngineStats
 from jserve.gateway.engine_client import LiveStreams, UpdateStream
+from jserve.gateway.pauses import Pauses
 from jserve.proto import engine_pb2, engine_pb2_grpc
 from jserve.proto.convert import (
+    RequestWriter,
     error_from_rejection,
     info_from_proto,
-    request_to_proto,
     stats_from_proto,
     update_from_proto,
 )
@@ -35,6 +37,13 @@ _HELLO_TIMEOUT_S = 5.0
 _SLACK = 64  # room for aborts that the engine has not seen yet
 
 
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """A sequence to stop, by its name in the engine."""
+
+    name: str
+
+
 class GrpcEngineClient:
     """An `EngineClient` over gRPC, owned by one event loop; `start` connects and reconnects.
 
@@ -48,7 +57,7 @@ class GrpcEngineClient:
         self._located = asyncio.Event()
         self._reconnect_s = reconnect_s
         self._streams = LiveStreams()
-        self._outgoing: asyncio.Queue[engine_pb2.SessionRequest] | None = None
+        self._outgoing: asyncio.Queue[Request | Abort] | None = None
         self._connected = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         if address is not None:
@@ -90,14 +99,13 @@ class GrpcEngineClient:
             )
         stream, named = self._streams.open(self, requests)
         for request in named:
-            message = engine_pb2.SessionRequest(submit=request_to_proto(request))
-            self._outgoing.put_nowait(message)
+            self._outgoing.put_nowait(request)
         return stream
 
     def abort(self, request_id: str) -> None:
         name = self._streams.close(request_id)
         if name is not None and self._outgoing is not None:
-            self._outgoing.put_nowait(engine_pb2.SessionRequest(abort=name))
+            self._outgoing.put_nowait(Abort(name))
 
     async def _stay_connected(self) -> None:
         try:
@@ -159,9 +167,17 @@ class GrpcEngineClient:
         )
 
 
-async def _write(call: Any, outgoing: asyncio.Queue[engine_pb2.SessionRequest]) -> None:
+async def _write(call: Any, outgoing: asyncio.Queue[Request | Abort]) -> None:
+    """Sends what is queued; makes each message only then, since a large one takes a while."""
+    pauses, writer = Pauses(), RequestWriter()
     while True:
-        message = await outgoing.get()
+        item = await outgoing.get()
+        pauses.start()
+        if isinstance(item, Abort):
+            message = engine_pb2.SessionRequest(abort=item.name)
+        else:
+            message = engine_pb2.SessionRequest(submit=writer.write(item))
+        await pauses.end()
         try:
             await call.write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):

@@ -67,6 +67,42 @@ def request_to_proto(request: Request) -> engine_pb2.EngineRequest:
     )
 
 
+class RequestWriter:
+    """`request_to_proto` for many requests: the choices of one share their sampling's message.
+
+    It may hold lists as long as the vocabulary, which take milliseconds to convert.
+    """
+
+    def __init__(self) -> None:
+        self._sampling: SamplingParams | None = None
+        self._message = types_pb2.SamplingParams()
+
+    def write(self, request: Request) -> engine_pb2.EngineRequest:
+        if request.sampling is not self._sampling:
+            self._message = sampling_to_proto(request.sampling)
+            self._sampling = request.sampling
+        return engine_pb2.EngineRequest(
+            **_to_fields(request, _REQUEST_FIELDS), sampling=self._message
+        )
+
+
+class RequestReader:
+    """`request_from_proto` for many requests: those in a row with equal sampling share it.
+
+    So 128 choices keep one list of ids, not 128.
+    """
+
+    def __init__(self) -> None:
+        self._raw = b""
+        self._sampling: SamplingParams | None = None
+
+    def read(self, message: engine_pb2.EngineRequest) -> Request:
+        raw = message.sampling.SerializeToString()
+        if self._sampling is None or raw != self._raw:
+            self._raw, self._sampling = raw, sampling_from_proto(message.sampling)
+        return Request(**_from_fields(message, _REQUEST_FIELDS), sampling=self._sampling)
+
+
 def request_from_proto(message: engine_pb2.EngineRequest) -> Request:
     return Request(
         **_from_fields(message, _REQUEST_FIELDS), sampling=sampling_from_proto(message.sampling)

@@ -21,9 +21,9 @@ from jserve.core.stats import EngineStats
 from jserve.engine.inbox import Abort, Command, Inbox, Outbox, Submit
 from jserve.proto import engine_pb2, engine_pb2_grpc
 from jserve.proto.convert import (
+    RequestReader,
     info_to_proto,
     rejection_to_proto,
-    request_from_proto,
     stats_to_proto,
     updates_to_proto,
 )
@@ -48,6 +48,7 @@ class _Session:
     rejections: list[tuple[str, JserveError]] = field(default_factory=list[tuple[str, JserveError]])
     unsent: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False  # the gateway has ended its half of the stream
+    reader: RequestReader = field(default_factory=RequestReader)
 
     def post(self, request_id: str, update: SequenceUpdate) -> None:
         """Keeps an update; a gateway that reads slowly gets those of a sequence merged."""
@@ -141,7 +142,7 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
                 return None  # finished meanwhile, or another gateway's
             self._forget(sequence)
             return Abort(sequence.engine_id)
-        request = request_from_proto(message.submit)
+        request = session.reader.read(message.submit)
         if request.id in self._by_request_id or request.id in session.updates:
             error = RequestError(f"request id {request.id!r} is in use", param="request_id")
             session.rejections.append((request.id, error))
