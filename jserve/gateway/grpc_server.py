@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 from jserve.core.errors import ConfigError, Unauthenticated
 from jserve.gateway.api_keys import ApiKeyCheck
 from jserve.gateway.config import GatewayConfig
+from jserve.gateway.grpc_bounds import BoundedMessages
 from jserve.gateway.grpc_errors import abort
 from jserve.gateway.grpc_service import InferenceService
 from jserve.gateway.metrics import GatewayMetrics
@@ -21,6 +22,7 @@ _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _WATCH_POLL_S = 0.25
 _MAX_METADATA_BYTES = 16 << 10
+_PARTS_OF_A_MESSAGE = 4  # of a chat: itself, its role, its content
 
 
 class HealthService(health_pb2_grpc.HealthServicer):
@@ -109,7 +111,10 @@ class GrpcServer:
 
     def __init__(self, plane: RequestPlane, metrics: GatewayMetrics) -> None:
         config = plane.config
-        interceptors = [ApiKeyInterceptor(config.api_keys)] if config.api_keys else []
+        interceptors: list[grpc.aio.ServerInterceptor] = []
+        if config.api_keys:
+            interceptors.append(ApiKeyInterceptor(config.api_keys))
+        interceptors.append(BoundedMessages(config.max_chat_messages * _PARTS_OF_A_MESSAGE + 2048))
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(config))
         inference_pb2_grpc.add_InferenceServicer_to_server(
             InferenceService(plane, metrics), self._server

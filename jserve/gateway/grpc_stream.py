@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import grpc
 
 from jserve.core.errors import JserveError, Overloaded, RequestError
+from jserve.gateway.grpc_bounds import TooManyParts
 from jserve.gateway.grpc_errors import make_failure
 from jserve.gateway.grpc_messages import parse_generation, responses
 from jserve.gateway.metrics import GatewayMetrics
@@ -39,10 +40,15 @@ class GenerateStream:
         self._write_lock = asyncio.Lock()
         self._live: dict[str, _Live] = {}
 
-    async def serve(self, requests: AsyncIterator[inference_pb2.GenerateStreamRequest]) -> None:
+    async def serve(
+        self, requests: AsyncIterator[inference_pb2.GenerateStreamRequest | TooManyParts]
+    ) -> None:
         """Returns when the client has closed its half and every generation has ended."""
         async with asyncio.TaskGroup() as tasks:
             async for message in requests:
+                if isinstance(message, TooManyParts):
+                    await self._fail("", make_failure(message.error))
+                    continue
                 match message.WhichOneof("kind"):
                     case "start":
                         refusal = self._admit(message.start.request_id)
