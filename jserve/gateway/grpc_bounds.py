@@ -87,7 +87,7 @@ class BoundedMessages(grpc.aio.ServerInterceptor):
         kind = getattr(parse, "__self__", None)  # `FromString` is a method of its message's class
         if not (isinstance(kind, type) and issubclass(kind, Message)):
             return handler
-        changed = {"request_deserializer": lambda data: self._parse(data, kind)}
+        changed: dict[str, Any] = {"request_deserializer": lambda data: self._parse(data, kind)}
         for name in ("unary_unary", "unary_stream"):
             if getattr(handler, name) is not None:
                 changed[name] = _refusing(getattr(handler, name))
