@@ -2,12 +2,14 @@
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from typing import Any, TypeVar, overload
 
 from jserve.core.request import TokenLogprobs
 
+P_co = TypeVar("P_co", bound=TokenLogprobs | None, covariant=True)
 
-class PackedLogprobs(Sequence[TokenLogprobs | None]):
+
+class PackedLogprobs(Sequence[P_co]):
     """Positions as `TokenLogprobs`, None for one without; made when they are looked at.
 
     As objects they take twenty times the memory. Values are float32, as the device has them.
@@ -15,7 +17,7 @@ class PackedLogprobs(Sequence[TokenLogprobs | None]):
 
     __slots__ = ("_ends", "_ids", "_ranks", "_values")
 
-    def __init__(self, positions: Iterable[TokenLogprobs | None] = ()) -> None:
+    def __init__(self, positions: Iterable[P_co] = ()) -> None:
         # Of each position the token and then its alternatives, up to `_ends[position]`.
         self._ids = array("i")
         self._values = array("f")
@@ -55,21 +57,19 @@ class PackedLogprobs(Sequence[TokenLogprobs | None]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __iter__(self) -> Iterator[TokenLogprobs | None]:
+    def __iter__(self) -> Iterator[P_co]:
         start = 0
         for index, end in enumerate(self._ends):
             yield self._position(index, start, end)
             start = end
 
     @overload
-    def __getitem__(self, index: int) -> TokenLogprobs | None: ...
+    def __getitem__(self, index: int) -> P_co: ...
 
     @overload
-    def __getitem__(self, index: slice) -> tuple[TokenLogprobs | None, ...]: ...
+    def __getitem__(self, index: slice) -> tuple[P_co, ...]: ...
 
-    def __getitem__(
-        self, index: int | slice
-    ) -> TokenLogprobs | tuple[TokenLogprobs | None, ...] | None:
+    def __getitem__(self, index: int | slice) -> P_co | tuple[P_co, ...]:
         if isinstance(index, slice):
             return tuple(self[i] for i in range(*index.indices(len(self))))
         if index < 0:
@@ -81,14 +81,15 @@ class PackedLogprobs(Sequence[TokenLogprobs | None]):
         """Whether `other` is a sequence of the same positions, packed or not."""
         if not isinstance(other, Sequence):
             return NotImplemented
-        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+        others: list[object] = list(other)  # pyright: ignore[reportUnknownArgumentType]
+        return len(self) == len(others) and list(self) == others
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]  it may grow
 
     def __repr__(self) -> str:
         return f"PackedLogprobs({list(self)!r})"
 
-    def _position(self, index: int, start: int, end: int) -> TokenLogprobs | None:
+    def _position(self, index: int, start: int, end: int) -> Any:
         if start == end:
             return None
         ids, values = self._ids[start:end], self._values[start:end]

@@ -80,7 +80,8 @@ class Request:
     """One sequence to generate in the engine; `n` choices are `n` requests.
 
     `choice` is folded into the sampling key, so the choices of one seed differ. Smaller
-    `priority` is served first; among equals the earlier arrival is.
+    `priority` is served first; among equals the tenants take turns, and of one tenant the earlier
+    arrival is first.
 
     `output` are tokens that an engine which is gone has generated; the sequence goes on after
     them, exactly as it would have there. They count as output for limits, penalties and the
@@ -95,6 +96,8 @@ class Request:
     output: tuple[int, ...] = ()  # fewer than sampling.max_tokens
     resumed: bool = False  # an engine had accepted it before: it is never refused for a full queue
     deadline_s: float | None = None  # seconds from now; dropped when they have passed
+    tenant: str = ""  # who sent it: the name of a key, or an address
+    tenant_slots: int = 0  # the most slots that the tenant may hold at a time; 0: no bound
 
 
 @dataclass(frozen=True, slots=True)

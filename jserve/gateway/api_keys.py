@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from jserve.core.errors import ConfigError
 from jserve.gateway.config import GatewayConfig, check_key
+from jserve.gateway.tenants import Caller
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _FIELDS = ("key", "sha256", "priority", "max_slots", "admin")
@@ -28,6 +29,10 @@ class KeyGrant:
     priority: bool = False  # the `priority` of its requests is obeyed
     max_slots: int | None = None  # sequences that run at a time; None: as of every tenant
     admin: bool = False
+
+    def caller(self, *, any_priority: bool = False) -> Caller:
+        """The tenant of its requests; with `any_priority` their priority is obeyed anyway."""
+        return Caller(f"key {self.name}", self.priority or any_priority, self.max_slots)
 
 
 class ApiKeys:

@@ -58,6 +58,11 @@ class GatewayConfig:
     max_streams_per_call: int = 1024  # requests in flight on one GenerateStream call
     max_grpc_streams: int = 4096  # calls on one gRPC connection
 
+    # Bounds of one tenant: all requests with one key, or from one address where there is none.
+    max_tenant_sequences: int | None = None  # in flight; None: all but a 16th of the queue
+    max_tenant_slots: int | None = None  # that run at a time; None: as many as there are
+    any_priority: bool = False  # whether everybody may set `priority`; else it has no effect
+
     # Output that clients have not read, in bytes; over a bound the request ends with an error.
     max_request_buffer_bytes: int = 32 << 20  # of one request
     max_buffer_bytes: int = 256 << 20  # of all together

@@ -14,6 +14,7 @@ from jserve.core.request import (
     FinishReason,
     Request,
     SequenceUpdate,
+    TokenLogprobs,
 )
 from jserve.core.stats import EngineStats
 from jserve.gateway.buffers import BufferAccount, logprobs_bytes
@@ -59,7 +60,7 @@ class _Unread:
     def __init__(self, update: SequenceUpdate) -> None:
         self._latest = update
         self._tokens: array[int] | None = None  # None: `_latest` is all there is
-        self._logprobs: PackedLogprobs | None = None
+        self._logprobs: PackedLogprobs[TokenLogprobs] | None = None
         self._prompt_logprobs = update.prompt_logprobs
         self._queue_s = update.queue_s
         self.num_bytes = _num_bytes(update)
@@ -73,7 +74,7 @@ class _Unread:
         self._tokens.extend(update.tokens)
         if update.logprobs is not None:
             if self._logprobs is None:
-                self._logprobs = PackedLogprobs()
+                self._logprobs = PackedLogprobs[TokenLogprobs]()
             self._logprobs.extend(update.logprobs)
         if self._prompt_logprobs is None:
             self._prompt_logprobs = update.prompt_logprobs

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -15,11 +16,12 @@ from jserve.core.request import EngineInfo, FinishReason, Request
 from jserve.core.stats import EngineStats
 from jserve.gateway.engine_client import LiveStreams, UpdateStream
 from jserve.gateway.engine_watch import EngineWatch, Verdict
+from jserve.gateway.pauses import Pauses
 from jserve.proto import engine_pb2, engine_pb2_grpc
 from jserve.proto.convert import (
+    RequestWriter,
     error_from_rejection,
     info_from_proto,
-    request_to_proto,
     stats_from_proto,
     update_from_proto,
 )
@@ -46,6 +48,13 @@ _RETRY_AFTER_S = 2.0  # an engine that restarts from a warm cache takes a few se
 _HELLO_TIMEOUT_S = 5.0
 _CLOSED = "the engine closed the session"
 _SLACK = 64  # room for aborts that the engine has not seen yet
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """A sequence to stop, by its name in the engine."""
+
+    name: str
 
 
 class GrpcEngineClient:
@@ -84,7 +93,7 @@ class GrpcEngineClient:
         self._reconnect_s = reconnect_s
         self._resume_wait_s = resume_wait_s
         self._streams = LiveStreams()
-        self._outgoing: asyncio.Queue[engine_pb2.SessionRequest] | None = None
+        self._outgoing: asyncio.Queue[Request | Abort] | None = None
         self._connected = asyncio.Event()
         self._last_reason = ""  # for which no connection was made; logged when it changes
         self._task: asyncio.Task[None] | None = None
@@ -151,14 +160,13 @@ class GrpcEngineClient:
         now_s = asyncio.get_running_loop().time()
         stream, named = self._streams.open(self, requests, now_s)
         for request in named:
-            message = engine_pb2.SessionRequest(submit=request_to_proto(request))
-            self._outgoing.put_nowait(message)
+            self._outgoing.put_nowait(request)
         return stream
 
     def abort(self, request_id: str) -> None:
         name = self._streams.close(request_id)
         if name is not None and self._outgoing is not None:
-            self._outgoing.put_nowait(engine_pb2.SessionRequest(abort=name))
+            self._outgoing.put_nowait(Abort(name))
 
     async def _stay_connected(self) -> None:
         try:
@@ -297,8 +305,7 @@ class GrpcEngineClient:
             self._streams.fail_begun(Unavailable(words, retry_after_s=_RETRY_AFTER_S))
         requests = self._streams.resume(asyncio.get_running_loop().time())
         for request in requests:
-            message = engine_pb2.SessionRequest(submit=request_to_proto(request))
-            self._outgoing.put_nowait(message)
+            self._outgoing.put_nowait(request)
         if requests:
             logger.info("%d sequences go on in the new engine", len(requests))
 
@@ -317,9 +324,17 @@ def _gives_equal_tokens(one: EngineInfo, other: EngineInfo) -> bool:
     return traits(one) == traits(other)
 
 
-async def _write(call: Any, outgoing: asyncio.Queue[engine_pb2.SessionRequest]) -> None:
+async def _write(call: Any, outgoing: asyncio.Queue[Request | Abort]) -> None:
+    """Sends what is queued; makes each message only then, since a large one takes a while."""
+    pauses, writer = Pauses(), RequestWriter()
     while True:
-        message = await outgoing.get()
+        item = await outgoing.get()
+        pauses.start()
+        if isinstance(item, Abort):
+            message = engine_pb2.SessionRequest(abort=item.name)
+        else:
+            message = engine_pb2.SessionRequest(submit=writer.write(item))
+        await pauses.end()
         try:
             await call.write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):

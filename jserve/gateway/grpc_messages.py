@@ -7,6 +7,7 @@ from jserve.core.request import FinishReason, TokenLogprobs
 from jserve.gateway.chat import check_num_messages
 from jserve.gateway.pauses import Pauses
 from jserve.gateway.request_plane import GenerationRequest, OutputDelta, Prompt, RequestPlane
+from jserve.gateway.tenants import Caller
 from jserve.gateway.tokenizer import TextTokenizer
 from jserve.gateway.validation import SamplingFields
 from jserve.proto import inference_pb2, types_pb2
@@ -24,16 +25,20 @@ async def parse_prompt(
     message: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest,
 ) -> Prompt:
     """Tokenizes text, renders a chat, takes ids as they are; RequestError if there is no input."""
+    only_counted = isinstance(message, inference_pb2.TokenizeRequest)
+    most = plane.most_counted if only_counted else None
     add_special_tokens = (
         message.add_special_tokens if message.HasField("add_special_tokens") else None
     )
     match message.WhichOneof("input"):
         case "text":
-            return await plane.text_prompt(message.text, add_special_tokens=add_special_tokens)
+            return await plane.text_prompt(
+                message.text, add_special_tokens=add_special_tokens, most=most
+            )
         case "chat":
             check_num_messages(len(message.chat.messages), plane.config.max_chat_messages)
             messages = [{"role": m.role, "content": m.content} for m in message.chat.messages]
-            return await plane.chat_prompt(messages)
+            return await plane.chat_prompt(messages, most=most)
         case "token_ids" if isinstance(message, inference_pb2.GenerateRequest):
             return plane.token_prompt(message.token_ids.ids)
         case _:
@@ -41,13 +46,16 @@ async def parse_prompt(
 
 
 async def parse_generation(
-    plane: RequestPlane, message: inference_pb2.GenerateRequest, request_id: str
+    plane: RequestPlane, message: inference_pb2.GenerateRequest, request_id: str, caller: Caller
 ) -> GenerationRequest:
     """Parses and validates; see `RequestPlane.prepare` for the errors."""
     plane.check_model(message.model)
+    with plane.preparing(caller, max(message.n, 1)):
+        prompt = await parse_prompt(plane, message)
     return plane.prepare(
         id=request_id,
-        prompt=await parse_prompt(plane, message),
+        prompt=prompt,
+        caller=caller,
         sampling=sampling_fields(message.sampling),
         stop=list(message.stop[: plane.config.max_stop_strings + 1]),
         n=message.n or None,

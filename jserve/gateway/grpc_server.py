@@ -13,6 +13,7 @@ from jserve.core.errors import ConfigError, Unauthenticated
 from jserve.gateway.api_keys import ApiKeys
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.connection_limits import ConnectionLimits
+from jserve.gateway.grpc_bounds import BoundedMessages
 from jserve.gateway.grpc_errors import abort
 from jserve.gateway.grpc_service import InferenceService
 from jserve.gateway.metrics import GatewayMetrics
@@ -24,6 +25,7 @@ _SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _WATCH_POLL_S = 0.25
 _MAX_METADATA_BYTES = 16 << 10
+_PARTS_OF_A_MESSAGE = 4  # of a chat: itself, its role, its content
 
 
 class HealthService(health_pb2_grpc.HealthServicer):
@@ -110,12 +112,14 @@ class GrpcServer:
 
     def __init__(self, plane: RequestPlane, metrics: GatewayMetrics) -> None:
         config = plane.config
-        # Who calls: `keys.find_in(context.invocation_metadata())`.
-        self.keys = ApiKeys.from_config(config) if config.has_keys else None
-        interceptors = [ApiKeyInterceptor(self.keys)] if self.keys is not None else []
+        keys = ApiKeys.from_config(config) if config.has_keys else None
+        interceptors: list[grpc.aio.ServerInterceptor] = []
+        if keys is not None:
+            interceptors.append(ApiKeyInterceptor(keys))
+        interceptors.append(BoundedMessages(config.max_chat_messages * _PARTS_OF_A_MESSAGE + 2048))
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(config))
         inference_pb2_grpc.add_InferenceServicer_to_server(
-            InferenceService(plane, metrics), self._server
+            InferenceService(plane, metrics, keys), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(HealthService(plane), self._server)
         reflection.enable_server_reflection(

@@ -6,11 +6,13 @@ from contextlib import aclosing
 from typing import Any
 
 from jserve.core.errors import JserveError
+from jserve.gateway.api_keys import ApiKeys
 from jserve.gateway.grpc_errors import abort
 from jserve.gateway.grpc_messages import parse_generation, parse_prompt, responses
 from jserve.gateway.grpc_stream import GenerateStream
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import RequestPlane
+from jserve.gateway.tenants import Caller, at_address, host_of_peer
 from jserve.proto import inference_pb2, inference_pb2_grpc
 
 _LONGEST_DEADLINE_S = 1e6  # gRPC's word for none is a very long time
@@ -19,9 +21,11 @@ _LONGEST_DEADLINE_S = 1e6  # gRPC's word for none is a very long time
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     """Handlers of the public API; inference.proto has the contract of each call."""
 
-    def __init__(self, plane: RequestPlane, metrics: GatewayMetrics) -> None:
+    def __init__(self, plane: RequestPlane, metrics: GatewayMetrics, keys: ApiKeys | None) -> None:
+        """`keys` name the tenants of calls; without any, an address does."""
         self._plane = plane
         self._metrics = metrics
+        self._keys = keys
 
     async def Generate(  # noqa: N802  the names in the .proto, here and below
         self, request: inference_pb2.GenerateRequest, context: Any
@@ -30,7 +34,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         started_s = self._plane.clock.now_s()
         try:
             request_id = request.request_id or new_request_id()
-            generation = await parse_generation(self._plane, request, request_id)
+            generation = await parse_generation(
+                self._plane, request, request_id, self._caller(context)
+            )
             deadline_s = _time_left_s(context)
             running = self._plane.run(generation, self._metrics, deadline_s=deadline_s)
             async with aclosing(running) as deltas:
@@ -45,7 +51,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         context: Any,
     ) -> None:
         """Runs many generations; ends when the client has closed its half and all have ended."""
-        stream = GenerateStream(self._plane, self._metrics, context.write)
+        stream = GenerateStream(self._plane, self._metrics, context.write, self._caller(context))
         try:
             await stream.serve(request_iterator)
         except JserveError as error:
@@ -85,6 +91,15 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             return inference_pb2.ListModelsResponse(models=models)
         except JserveError as error:
             await abort(context, error)
+
+    def _caller(self, context: Any) -> Caller:
+        """The tenant of a call that was let in: of its key, else of its address."""
+        may = self._plane.config.any_priority
+        if self._keys is not None:
+            grant = self._keys.find_in(context.invocation_metadata() or ())
+            if grant is not None:
+                return grant.caller(any_priority=may)
+        return at_address(host_of_peer(context.peer()), may_set_priority=may)
 
 
 def new_request_id() -> str:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import grpc
 
 from jserve.core.errors import JserveError, Overloaded, RequestError
+from jserve.gateway.grpc_bounds import TooManyParts
 from jserve.gateway.grpc_errors import make_failure
 from jserve.gateway.grpc_messages import parse_generation, responses
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import OutputStream, RequestPlane
+from jserve.gateway.tenants import Caller
 from jserve.proto import inference_pb2
 
 Write = Callable[[inference_pb2.GenerateResponse], Awaitable[None]]
@@ -28,17 +30,25 @@ class _Live:
 class GenerateStream:
     """State of one call. Every generation has its own task; they take turns writing."""
 
-    def __init__(self, plane: RequestPlane, metrics: GatewayMetrics, write: Write) -> None:
+    def __init__(
+        self, plane: RequestPlane, metrics: GatewayMetrics, write: Write, caller: Caller
+    ) -> None:
         self._plane = plane
+        self._caller = caller
         self._metrics = metrics
         self._unlocked_write = write
         self._write_lock = asyncio.Lock()
         self._live: dict[str, _Live] = {}
 
-    async def serve(self, requests: AsyncIterator[inference_pb2.GenerateStreamRequest]) -> None:
+    async def serve(
+        self, requests: AsyncIterator[inference_pb2.GenerateStreamRequest | TooManyParts]
+    ) -> None:
         """Returns when the client has closed its half and every generation has ended."""
         async with asyncio.TaskGroup() as tasks:
             async for message in requests:
+                if isinstance(message, TooManyParts):
+                    await self._fail("", make_failure(message.error))
+                    continue
                 match message.WhichOneof("kind"):
                     case "start":
                         refusal = self._admit(message.start.request_id)
@@ -84,7 +94,9 @@ class GenerateStream:
         started_s = self._plane.clock.now_s()
         live = self._live[message.request_id]
         try:
-            generation = await parse_generation(self._plane, message, message.request_id)
+            generation = await parse_generation(
+                self._plane, message, message.request_id, self._caller
+            )
             running = self._plane.run(generation, self._metrics)
             async with aclosing(running) as deltas:
                 live.deltas = deltas

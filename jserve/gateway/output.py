@@ -8,6 +8,7 @@ from jserve.core.logprobs import PackedLogprobs
 from jserve.core.request import FinishReason, SamplingParams, SequenceUpdate, TokenLogprobs
 from jserve.gateway.buffers import logprobs_bytes
 from jserve.gateway.stop_strings import StopMatcher
+from jserve.gateway.tenants import LOCAL, Caller
 from jserve.gateway.tokenizer import TextTokenizer
 
 
@@ -29,6 +30,7 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     n: int = 1
     priority: int = 0
+    caller: Caller = LOCAL
     echo: bool = False  # the text of each choice starts with the prompt's text
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -79,7 +81,7 @@ def _joined(scored: Sequence[Sequence[TokenLogprobs]]) -> Sequence[TokenLogprobs
     """All positions in order, packed if they are."""
     if not isinstance(scored[0], PackedLogprobs):
         return tuple(chain.from_iterable(scored))
-    joined = PackedLogprobs()
+    joined = PackedLogprobs[TokenLogprobs]()
     for positions in scored:
         joined.extend(positions)
     return joined

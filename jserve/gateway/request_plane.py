@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
@@ -24,6 +25,7 @@ from jserve.gateway.fingerprint import fingerprint
 from jserve.gateway.metrics import GatewayMetrics, RequestMetrics
 from jserve.gateway.output import GenerationRequest, OutputDelta, OutputProcessor, Prompt
 from jserve.gateway.template_process import TemplateProcess
+from jserve.gateway.tenants import LOCAL, Caller, TenantCounts, most_sequences
 from jserve.gateway.tokenizer import TextTokenizer, TooManyTokens
 from jserve.gateway.validation import (
     SamplingFields,
@@ -74,6 +76,7 @@ class OutputStream:
         account: BufferAccount | None,
     ) -> None:
         """`account` is closed with the stream."""
+        self.generation = generation
         self._owner = owner
         self._stream = stream
         self._account = account
@@ -174,6 +177,7 @@ class RequestPlane:
         self.clock = clock
         self._bounded = bounded
         self._config_digest = config_digest
+        self.tenants = TenantCounts()
         self.buffers = BufferBudget(config.max_buffer_bytes, config.max_request_buffer_bytes)
         self.draining = False
         self._live: set[OutputStream] = set()
@@ -335,11 +339,13 @@ class RequestPlane:
         id: str,  # noqa: A002
         prompt: Prompt,
         sampling: SamplingFields,
+        caller: Caller = LOCAL,
         **options: Unpack[RequestOptions],
     ) -> GenerationRequest:
         """Checks every field and resolves the defaults; None means not given.
 
-        max_tokens 0 is allowed with `echo` or prompt_logprobs: only the prompt is looked at.
+        The priority of a caller who may not set one is 0. max_tokens 0 is allowed with `echo` or
+        prompt_logprobs: only the prompt is looked at.
         Raises RequestError (with `param`), PromptTooLong, Unavailable before the engine was
         ever seen (its context length is not known yet).
         """
@@ -347,6 +353,9 @@ class RequestPlane:
         most_choices = min(config.max_choices, info.num_slots + info.max_queue)
         ids = check_prompt(prompt.ids, info)
         echoes = boolean("echo", options.get("echo"), default=False)
+        priority = integer(
+            "priority", options.get("priority"), 0, -_PRIORITY_LIMIT, _PRIORITY_LIMIT
+        )
         prompt_only = (
             type(sampling.max_tokens) is int
             and sampling.max_tokens == 0
@@ -375,9 +384,8 @@ class RequestPlane:
                 1,
                 most_choices if self._bounded else None,
             ),
-            priority=integer(
-                "priority", options.get("priority"), 0, -_PRIORITY_LIMIT, _PRIORITY_LIMIT
-            ),
+            priority=priority if caller.may_set_priority else 0,
+            caller=caller,
             echo=echoes,
             skip_special_tokens=boolean(
                 "skip_special_tokens", options.get("skip_special_tokens"), default=True
@@ -406,6 +414,23 @@ class RequestPlane:
         """
         if self.draining:
             raise shutting_down()
+        if self._bounded:
+            self.tenants.start(generation.caller, generation.n, self._most_sequences)
+        try:
+            return self._start(generation, metrics, account, deadline_s)
+        except BaseException:
+            self._end(generation)
+            raise
+
+    def _start(
+        self,
+        generation: GenerationRequest,
+        metrics: GatewayMetrics | None,
+        account: BufferAccount | None,
+        deadline_s: float | None,
+    ) -> OutputStream:
+        caller = generation.caller
+        max_slots = caller.max_slots or self.config.max_tenant_slots or 0
         serial = next(self._serial)
         requests = [
             Request(
@@ -415,6 +440,8 @@ class RequestPlane:
                 choice=choice,
                 priority=generation.priority,
                 deadline_s=deadline_s,
+                tenant=caller.name,
+                tenant_slots=max_slots,
             )
             for choice in range(generation.n)
         ]
@@ -434,9 +461,27 @@ class RequestPlane:
         self._idle.clear()
         return deltas
 
+    def preparing(self, caller: Caller, count: int) -> AbstractContextManager[None]:
+        """Counts the sequences of a request, prompts × n, before there is any work on them.
+
+        Raises Overloaded, when it is entered, if they are too many for one tenant.
+        """
+        return self.tenants.preparing(caller, count, self._most_sequences)
+
+    @property
+    def _most_sequences(self) -> int:
+        info = self.info
+        return most_sequences(info.num_slots, info.max_queue, self.config.max_tenant_sequences)
+
+    def _end(self, generation: GenerationRequest) -> None:
+        if self._bounded:
+            self.tenants.end(generation.caller, generation.n)
+
     def forget(self, deltas: OutputStream) -> None:
         """Removes a stream that has ended; called by it."""
-        self._live.discard(deltas)
+        if deltas in self._live:
+            self._live.remove(deltas)
+            self._end(deltas.generation)
         if not self._live:
             self._idle.set()
 

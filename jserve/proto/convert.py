@@ -3,7 +3,7 @@
 Floats become float32 on the way, which is what the device computes with.
 """
 
-from collections.abc import Callable, Iterable, Mapping, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
 from dataclasses import fields
 from typing import Any
 
@@ -65,6 +65,42 @@ def request_to_proto(request: Request) -> engine_pb2.EngineRequest:
     return engine_pb2.EngineRequest(
         **_to_fields(request, _REQUEST_FIELDS), sampling=sampling_to_proto(request.sampling)
     )
+
+
+class RequestWriter:
+    """`request_to_proto` for many requests: the choices of one share their sampling's message.
+
+    It may hold lists as long as the vocabulary, which take milliseconds to convert.
+    """
+
+    def __init__(self) -> None:
+        self._sampling: SamplingParams | None = None
+        self._message = types_pb2.SamplingParams()
+
+    def write(self, request: Request) -> engine_pb2.EngineRequest:
+        if request.sampling is not self._sampling:
+            self._message = sampling_to_proto(request.sampling)
+            self._sampling = request.sampling
+        return engine_pb2.EngineRequest(
+            **_to_fields(request, _REQUEST_FIELDS), sampling=self._message
+        )
+
+
+class RequestReader:
+    """`request_from_proto` for many requests: those in a row with equal sampling share it.
+
+    So 128 choices keep one list of ids, not 128.
+    """
+
+    def __init__(self) -> None:
+        self._raw = b""
+        self._sampling: SamplingParams | None = None
+
+    def read(self, message: engine_pb2.EngineRequest) -> Request:
+        raw = message.sampling.SerializeToString()
+        if self._sampling is None or raw != self._raw:
+            self._raw, self._sampling = raw, sampling_from_proto(message.sampling)
+        return Request(**_from_fields(message, _REQUEST_FIELDS), sampling=self._sampling)
 
 
 def request_from_proto(message: engine_pb2.EngineRequest) -> Request:
@@ -149,7 +185,9 @@ def update_from_proto(message: engine_pb2.SequenceUpdate) -> SequenceUpdate:
         request_id=message.request_id,
         tokens=tuple(message.tokens),
         finish=_FINISH_FROM_PROTO[message.finish] if message.finish else None,
-        logprobs=PackedLogprobs(filter(None, map(logprobs_from_proto, message.logprobs)))
+        logprobs=PackedLogprobs(
+            it for it in map(logprobs_from_proto, message.logprobs) if it is not None
+        )
         if message.logprobs
         else None,
         prompt_logprobs=PackedLogprobs(map(logprobs_from_proto, message.prompt_logprobs.positions))
@@ -158,6 +196,10 @@ def update_from_proto(message: engine_pb2.SequenceUpdate) -> SequenceUpdate:
         queue_s=message.queue_s if message.HasField("queue_s") else None,
         error=message.error or None,
     )
+
+
+def _present(messages: Iterable[types_pb2.TokenLogprobs]) -> Iterator[TokenLogprobs]:
+    return (it for it in map(logprobs_from_proto, messages) if it is not None)
 
 
 def info_to_proto(info: EngineInfo) -> engine_pb2.EngineHello:

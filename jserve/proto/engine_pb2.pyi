@@ -19,7 +19,7 @@ class SessionRequest(_message.Message):
     def __init__(self, submit: _Optional[_Union[EngineRequest, _Mapping]] = ..., abort: _Optional[str] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class EngineRequest(_message.Message):
-    __slots__ = ("id", "prompt", "sampling", "choice", "priority", "output", "resumed", "deadline_s")
+    __slots__ = ("id", "prompt", "sampling", "choice", "priority", "output", "resumed", "deadline_s", "tenant", "tenant_slots")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,8 @@ class EngineRequest(_message.Message):
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    TENANT_SLOTS_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     sampling: _types_pb2.SamplingParams
@@ -36,7 +38,9 @@ class EngineRequest(_message.Message):
     output: _containers.RepeatedScalarFieldContainer[int]
     resumed: bool
     deadline_s: float
-    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., choice: _Optional[int] = ..., priority: _Optional[int] = ..., output: _Optional[_Iterable[int]] = ..., resumed: _Optional[bool] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    tenant: str
+    tenant_slots: int
+    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., choice: _Optional[int] = ..., priority: _Optional[int] = ..., output: _Optional[_Iterable[int]] = ..., resumed: _Optional[bool] = ..., deadline_s: _Optional[float] = ..., tenant: _Optional[str] = ..., tenant_slots: _Optional[int] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
     __slots__ = ("hello", "updates", "stats", "rejections", "heartbeat")

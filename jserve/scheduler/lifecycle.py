@@ -1,10 +1,11 @@
 """The state machine of sequences, with the queues and slots that it moves them between."""
 
 import heapq
+from collections import Counter
 
 from jserve.cache.kv_cache import Hit, KVCache, PageDelta
 from jserve.scheduler.policy import Policy
-from jserve.scheduler.queue import RankedQueue
+from jserve.scheduler.queue import RankedQueue, WaitingQueue
 from jserve.scheduler.sequence import Event, Rank, Sequence, SequenceState
 
 
@@ -22,11 +23,12 @@ class Lifecycle:
         if num_slots < 1:
             raise ValueError(f"num_slots is {num_slots}; an engine has at least 1")
         # Others read the queues; only this class changes them.
-        self.waiting = RankedQueue()
+        self.waiting = WaitingQueue()
         self.running = RankedQueue()
         self._policy = policy
         self._num_slots = num_slots
         self._free_slots = list(range(num_slots))  # a heap: the lowest is taken first
+        self._slots_of: dict[str, int] = {}  # slots that each tenant holds
         self._cache = cache
 
     @property
@@ -39,6 +41,11 @@ class Lifecycle:
         """The slot that `admit` gives next: the lowest that is free."""
         return self._free_slots[0]
 
+    @property
+    def next_waiting(self) -> Sequence | None:
+        """The sequence that waits for a slot and gets it next; None if nobody may have one."""
+        return self.waiting.next(self._slots_of)
+
     # Transitions.
 
     def arrive(self, seq: Sequence, now_s: float) -> None:
@@ -48,8 +55,10 @@ class Lifecycle:
     def admit(self, seq: Sequence, hit: Hit) -> PageDelta:
         """WAITING → RUNNING in `next_slot`; returns the pages of `hit`, which are its first."""
         _require(seq, SequenceState.WAITING)
-        self.waiting.remove(seq)
+        self.waiting.serve(seq)
         seq.state = SequenceState.RUNNING
+        tenant = seq.request.tenant
+        self._slots_of[tenant] = self._slots_of.get(tenant, 0) + 1
         seq.slot = heapq.heappop(self._free_slots)
         tokens = seq.tokens
         if hit.num_tokens >= len(tokens):
@@ -124,6 +133,10 @@ class Lifecycle:
         _require(seq, SequenceState.RUNNING)
         self.running.remove(seq)
         heapq.heappush(self._free_slots, seq.slot)
+        tenant = seq.request.tenant
+        self._slots_of[tenant] -= 1
+        if not self._slots_of[tenant]:
+            del self._slots_of[tenant]
         self._cache.release(seq.pages, seq.computed_tokens)
 
     def audit(self, live: list[Sequence]) -> list[str]:
@@ -137,6 +150,9 @@ class Lifecycle:
             if {id(seq) for seq in members} != {id(seq) for seq in live if seq.state is state}:
                 problems.append(f"the {state.value} queue does not hold who is {state.value}")
         slots = sorted([*self._free_slots, *(seq.slot for seq in self.running)])
+        held = Counter(seq.request.tenant for seq in self.running)
+        if held != self._slots_of:
+            problems.append(f"tenants hold {dict(held)}, counted are {self._slots_of}")
         if slots != list(range(self._num_slots)):
             problems.append(f"slots are lost or held twice: {slots}")
         return problems

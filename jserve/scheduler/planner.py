@@ -178,7 +178,7 @@ class Planner:
             program = self._programs.decode(num_tokens, 1)
         return self._step(program, 1, rows, draft.admissions)
 
-    # Admission takes the head of the queue only, so nobody is overtaken.
+    # Admission takes the next of the queue only, so nobody is overtaken out of turn.
 
     def _admission_room(self) -> AdmissionRoom:
         """Room that is neither owed to half computed prompts nor kept for growth."""
@@ -191,9 +191,11 @@ class Planner:
         )
 
     def _head_fits(self) -> bool:
-        if not len(self._waiting) or not self._lifecycle.num_free_slots:
+        if not self._lifecycle.num_free_slots:
             return False
-        head = self._waiting.first
+        head = self._lifecycle.next_waiting
+        if head is None:
+            return False
         return self._admission_room().fits(self._hit(head), head.num_context)
 
     def _hit(self, seq: Sequence) -> Hit:
@@ -222,8 +224,10 @@ class Planner:
             return
         room = self._admission_room()
         num_processors = 0
-        while len(self._waiting) and self._lifecycle.num_free_slots and draft.left > 0:
-            seq = self._waiting.first
+        while self._lifecycle.num_free_slots and draft.left > 0:
+            seq = self._lifecycle.next_waiting
+            if seq is None:
+                return
             admission, hit = self._admission(seq)
             num_processors += admission.processor_rows
             if num_processors > self._max_processor_rows:

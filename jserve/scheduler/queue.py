@@ -1,7 +1,7 @@
 """Sequences in the order of their rank."""
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 
 from jserve.scheduler.sequence import Rank, Sequence
@@ -63,3 +63,57 @@ class RankedQueue:
             if sequences[index].rank != seq.rank:
                 break
         raise ValueError(f"{seq.id} is not in the queue")
+
+
+class WaitingQueue(RankedQueue):
+    """Sequences that wait, of tenants who take turns.
+
+    The next one is of the smallest priority; among those, one that ran before goes first, since it
+    only continues; then it is the turn of the tenant who was served the longest time ago, or never
+    while it waited; of one tenant the smallest rank is next.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._of_tenants: dict[str, RankedQueue] = {}
+        self._turns: dict[str, int] = {}  # number of the last turn of each tenant who waits
+        self._num_turns = 0
+
+    def add(self, seq: Sequence) -> None:
+        super().add(seq)
+        tenant = seq.request.tenant
+        if tenant not in self._of_tenants:
+            self._of_tenants[tenant] = RankedQueue()
+            self._turns[tenant] = 0
+        self._of_tenants[tenant].add(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        super().remove(seq)
+        tenant = seq.request.tenant
+        queue = self._of_tenants[tenant]
+        queue.remove(seq)
+        if not len(queue):
+            del self._of_tenants[tenant], self._turns[tenant]
+
+    def serve(self, seq: Sequence) -> None:
+        """Removes the member `seq`, which gets its slot: its tenant has had its turn."""
+        self._num_turns += 1
+        self._turns[seq.request.tenant] = self._num_turns
+        self.remove(seq)
+
+    def next(self, num_running: Mapping[str, int]) -> Sequence | None:
+        """The member to be served next, None if there is none.
+
+        `num_running` counts the slots of each tenant; one that holds as many as it may is left out.
+        """
+        best: Sequence | None = None
+        best_key: tuple[object, ...] = ()
+        for tenant, queue in self._of_tenants.items():
+            seq = queue.first
+            most = seq.request.tenant_slots
+            if most and num_running.get(tenant, 0) >= most:
+                continue
+            key = (seq.request.priority, seq.queue_s is None, self._turns[tenant], seq.rank)
+            if best is None or key < best_key:
+                best, best_key = seq, key
+        return best

@@ -34,7 +34,7 @@ def test_generate_streams_text_that_joins_to_the_answer():
 
 def test_every_sampling_field_reaches_the_engine():
     async def main():
-        async with serving() as (stub, engine, _, _):
+        async with serving(any_priority=True) as (stub, engine, _, _):
             sampling = types_pb2.SamplingParams(
                 temperature=0.5,
                 top_k=7,

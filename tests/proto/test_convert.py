@@ -25,6 +25,8 @@ from jserve.core.request import (
 from jserve.core.stats import EngineStats
 from jserve.proto import engine_pb2, types_pb2
 from jserve.proto.convert import (
+    RequestReader,
+    RequestWriter,
     error_from_rejection,
     info_from_proto,
     info_to_proto,
@@ -71,6 +73,8 @@ REQUESTS = st.builds(
     sampling=SAMPLING,
     choice=IDS,
     priority=INT32,
+    tenant=st.text(st.characters(codec="utf-8"), max_size=9),
+    tenant_slots=INT32,
 )
 LOGPROBS = st.builds(
     TokenLogprobs,
@@ -160,3 +164,16 @@ def test_refusals_keep_type_message_and_delay(error):
     assert type(again) is type(error)
     assert str(again) == str(error)
     assert getattr(again, "retry_after_s", None) == getattr(error, "retry_after_s", None)
+
+
+def test_choices_share_their_sampling_on_both_sides():
+    shared = SamplingParams(allowed_token_ids=tuple(range(1000)), logit_bias=((3, 1.5), (9, -2.0)))
+    other = SamplingParams(seed=7)
+    samplings = (shared, shared, other, shared)
+    sent = [Request(id=str(i), prompt=(1,), sampling=it) for i, it in enumerate(samplings)]
+    writer, reader = RequestWriter(), RequestReader()
+    wires = [writer.write(request).SerializeToString() for request in sent]
+    assert wires == [request_to_proto(request).SerializeToString() for request in sent]
+    got = [reader.read(engine_pb2.EngineRequest.FromString(wire)) for wire in wires]
+    assert got == sent
+    assert got[0].sampling is got[1].sampling

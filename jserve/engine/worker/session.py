@@ -22,9 +22,9 @@ from jserve.core.stats import EngineStats
 from jserve.engine.inbox import Abort, Command, Inbox, Outbox, Submit
 from jserve.proto import engine_pb2, engine_pb2_grpc
 from jserve.proto.convert import (
+    RequestReader,
     info_to_proto,
     rejection_to_proto,
-    request_from_proto,
     stats_to_proto,
     updates_to_proto,
 )
@@ -54,6 +54,7 @@ class _Session:
     heartbeat: engine_pb2.Heartbeat | None = None  # due since the last message
     unsent: asyncio.Event = field(default_factory=asyncio.Event)
     closed: bool = False  # the gateway has ended its half of the stream
+    reader: RequestReader = field(default_factory=RequestReader)
 
     def post(self, request_id: str, update: SequenceUpdate) -> None:
         """Keeps an update; a gateway that reads slowly gets those of a sequence merged."""
@@ -170,7 +171,7 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             return Abort(sequence.engine_id)
         if kind != "submit":
             return None  # of a newer version
-        request = request_from_proto(message.submit)
+        request = session.reader.read(message.submit)
         try:
             if request.id in self._by_request_id or request.id in session.updates:
                 raise RequestError(f"request id {request.id!r} is in use", param="request_id")

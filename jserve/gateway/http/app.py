@@ -48,7 +48,7 @@ def make_app(plane: RequestPlane, metrics: GatewayMetrics, *, version: str) -> A
         },
     )
     if config.has_keys:
-        app = RequireKey(app, ApiKeys.from_config(config))
+        app = RequireKey(app, ApiKeys.from_config(config), any_priority=config.any_priority)
     app = Cors(app, config.cors_origins)
     return Edge(CheckHost(app, config), metrics, config)
 

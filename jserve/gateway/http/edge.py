@@ -1,4 +1,4 @@
-"""Middleware of every HTTP exchange: request ids, the access log, metrics, and API keys."""
+"""Middleware of every HTTP exchange: request ids, tenants, access log, metrics, and API keys."""
 
 import asyncio
 import logging
@@ -15,6 +15,7 @@ from jserve.gateway.config import GatewayConfig
 from jserve.gateway.http.errors import error_response
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import shutting_down
+from jserve.gateway.tenants import at_address
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Edge:
         self._app = app
         self._metrics = metrics
         self._max_id_chars = config.max_request_id_chars
+        self._any_priority = config.any_priority
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,6 +44,8 @@ class Edge:
             return
         request_id = self._request_id(Headers(scope=scope).get("x-request-id", ""))
         scope["request_id"] = request_id
+        host, _ = scope["client"] or (None, 0)
+        scope["caller"] = at_address(host, may_set_priority=self._any_priority)
         header = (b"x-request-id", request_id.encode("ascii"))
         status = _NO_ANSWER
         start_s = self._metrics.clock.now_s()
@@ -97,19 +101,20 @@ def _ignored(scope: Scope) -> list[tuple[bytes, bytes]]:
 class RequireKey:
     """Requires `Authorization: Bearer <key>` with a known key; probes are open.
 
-    `scope["api_key"]` is the key's `KeyGrant`.
+    The key's tenant becomes `scope["caller"]`.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, *, any_priority: bool) -> None:
         self._app = app
         self._keys = keys
+        self._any_priority = any_priority
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            scope["api_key"] = self._keys.find(given)
-            if scope["api_key"] is None:
+            grant = self._keys.find(dict(scope["headers"]).get(b"authorization", b""))
+            if grant is None:
                 message = "the API key is missing or wrong; send Authorization: Bearer <key>"
                 await error_response(Unauthenticated(message))(scope, receive, send)
                 return
+            scope["caller"] = grant.caller(any_priority=self._any_priority)
         await self._app(scope, receive, send)

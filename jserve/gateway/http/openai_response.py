@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import orjson
+
 from jserve.core.request import TokenLogprobs
 from jserve.gateway.request_plane import OutputDelta
 
@@ -37,7 +39,7 @@ class Head:
     model: str
     fingerprint: str  # OpenAI's system_fingerprint: equal ones give equal answers to equal seeds
 
-    def json(self, kind: str, choices: Sequence[Json]) -> Json:
+    def json(self, kind: str, choices: Sequence[Json | orjson.Fragment]) -> Json:
         """Makes an answer or a chunk; `kind` is OpenAI's `object`."""
         return {
             "id": self.id,

@@ -24,6 +24,7 @@ from jserve.gateway.http.request_bodies import RequestBodies
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.pauses import Pauses
 from jserve.gateway.request_plane import GenerationRequest, Prompt, RequestPlane
+from jserve.gateway.tenants import Caller
 from jserve.gateway.validation import check_id_lists
 
 # OpenAI's default of completions, and vLLM's, whatever the generation config says; a chat goes on
@@ -74,8 +75,12 @@ class OpenAIRoutes:
     async def completions(self, request: Request) -> Response:
         asked = await self._bodies.completion(request)
         self._plane.check_model(asked.model)
-        prompts = await self._prompts(asked)
-        generations = await self._prepare("cmpl", _with_echo(asked), prompts, echo=asked.echo)
+        caller: Caller = request.scope["caller"]
+        with self._plane.preparing(caller, len(asked.prompts) * asked.n):
+            prompts = await self._prompts(asked)
+            generations = await self._prepare(
+                "cmpl", caller, _with_echo(asked), prompts, echo=asked.echo
+            )
         shape = CompletionShape(
             generations,
             self._plane.tokenizer,
@@ -86,13 +91,15 @@ class OpenAIRoutes:
     async def chat_completions(self, request: Request) -> Response:
         asked = await self._bodies.chat(request)
         self._plane.check_model(asked.model)
-        prompt = await self._plane.chat_prompt(
-            asked.messages,
-            add_generation_prompt=asked.add_generation_prompt,
-            variables=asked.template_variables,
-            ignored=request.scope.get(IGNORED_FIELDS),
-        )
-        generations = await self._prepare("chatcmpl", asked, [prompt], echo=False)
+        caller: Caller = request.scope["caller"]
+        with self._plane.preparing(caller, asked.n):
+            prompt = await self._plane.chat_prompt(
+                asked.messages,
+                add_generation_prompt=asked.add_generation_prompt,
+                variables=asked.template_variables,
+                ignored=request.scope.get(IGNORED_FIELDS),
+            )
+            generations = await self._prepare("chatcmpl", caller, asked, [prompt], echo=False)
         shape = ChatShape(self._plane.tokenizer)
         return await self._respond(request, asked, generations, shape)
 
@@ -126,6 +133,7 @@ class OpenAIRoutes:
     async def _prepare(
         self,
         prefix: str,
+        caller: Caller,
         asked: CompletionRequest | ChatRequest,
         prompts: Sequence[Prompt],
         *,
@@ -141,6 +149,7 @@ class OpenAIRoutes:
                 id=f"{answer_id}-{i}" if i else answer_id,
                 prompt=prompt,
                 sampling=sampling,
+                caller=caller,
                 stop=asked.stop,
                 n=asked.n,
                 priority=asked.priority,

@@ -1,5 +1,6 @@
 """NumPy records of a request's sampling, as the engine packs them at admission."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -54,7 +55,8 @@ def host_row(
         row[name] = converted[name] if name in converted else getattr(sampling, name)
     if not bits & (Processor.MASK | Processor.BIAS):
         return HostRow(row, None)
-    return HostRow(row, _processor_row(sampling, vocab))
+    rules = sampling.logit_bias, sampling.allowed_token_ids, sampling.bad_token_ids
+    return HostRow(row, _processor_row(*rules, vocab))
 
 
 def _stop_ids(
@@ -79,18 +81,24 @@ def _processors(sampling: SamplingParams) -> Processor:
     return bits
 
 
-def _processor_row(sampling: SamplingParams, vocab: int) -> np.ndarray:
+@lru_cache(maxsize=4)  # the choices of a request come one after another
+def _processor_row(
+    bias: tuple[tuple[int, float], ...],
+    allowed_ids: tuple[int, ...],
+    bad_ids: tuple[int, ...],
+    vocab: int,
+) -> np.ndarray:
     row = np.zeros((), processor_row_dtype(vocab))
-    bias = sampling.logit_bias
     row["bias_ids"] = -1
     row["bias_ids"][: len(bias)] = [token for token, _ in bias]
     row["bias"][: len(bias)] = [value for _, value in bias]
 
     allowed = np.zeros(row["mask"].size * 32, bool)
-    if sampling.allowed_token_ids:
-        allowed[list(sampling.allowed_token_ids)] = True
+    if allowed_ids:
+        allowed[list(allowed_ids)] = True
     else:
         allowed[:vocab] = True
-    allowed[list(sampling.bad_token_ids)] = False
+    allowed[list(bad_ids)] = False
     row["mask"] = np.packbits(allowed, bitorder="little").view("<u4")
+    row.flags.writeable = False  # others get it too
     return row

@@ -24,7 +24,7 @@ def served() -> Iterator[Served]:
     def reply(request: Any) -> list[int]:
         return [*TEXT.encode(), END]
 
-    with serving(reply=reply) as served:
+    with serving(reply=reply, any_priority=True) as served:
         yield served
 
 
