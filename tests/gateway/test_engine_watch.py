@@ -39,7 +39,7 @@ def test_an_engine_that_works_or_has_no_work_is_fine() -> None:
     assert watched.pass_s(100, steps_a_second=1) is Verdict.FINE
     assert watched.watch.standing_s <= 1
     assert watched.pass_s(100, busy=False) is Verdict.FINE
-    assert watched.pass_s(4, steps_a_second=0) is Verdict.FINE
+    assert watched.pass_s(3.5) is Verdict.FINE  # with the second before it: less than 5
 
 
 def test_a_number_that_stands_still() -> None:
