@@ -50,7 +50,7 @@ async def parse_generation(
 ) -> GenerationRequest:
     """Parses and validates; see `RequestPlane.prepare` for the errors."""
     plane.check_model(message.model)
-    with plane.preparing(caller, max(message.n, 1)):
+    with plane.preparing(caller, 1, message.n or None):
         prompt = await parse_prompt(plane, message)
     return plane.prepare(
         id=request_id,

@@ -14,16 +14,17 @@ from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
 from jserve.core.clock import Clock
-from jserve.core.errors import JserveError, RequestError, Unavailable, UnknownModel
-from jserve.core.request import EngineInfo, FinishReason, Request
+from jserve.core.errors import RequestError, Unavailable, UnknownModel
+from jserve.core.request import EngineInfo, Request
 from jserve.gateway.buffers import BufferAccount, BufferBudget
 from jserve.gateway.chat import ChatTemplate, check_messages
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.defaults import SamplingDefaults
-from jserve.gateway.engine_client import EngineClient, UpdateStream
+from jserve.gateway.engine_client import EngineClient
 from jserve.gateway.fingerprint import fingerprint
-from jserve.gateway.metrics import GatewayMetrics, RequestMetrics
-from jserve.gateway.output import GenerationRequest, OutputDelta, OutputProcessor, Prompt
+from jserve.gateway.metrics import GatewayMetrics
+from jserve.gateway.output import GenerationRequest, OutputDelta, Prompt
+from jserve.gateway.output_stream import OutputStream
 from jserve.gateway.template_process import TemplateProcess
 from jserve.gateway.tenants import LOCAL, Caller, TenantCounts, most_sequences
 from jserve.gateway.tokenizer import TextTokenizer, TooManyTokens
@@ -56,97 +57,6 @@ class RequestOptions(TypedDict, total=False):
     skip_special_tokens: bool | None
     include_stop_str_in_output: bool | None
     default_max_tokens: int | None  # instead of the model's default; the context bounds it
-
-
-class OutputStream:
-    """An asynchronous iterator of `OutputDelta`; choices interleave.
-
-    `__anext__` may be cancelled (a timeout for keep-alive frames) and called again without loss.
-    Errors of the engine (Overloaded, Unavailable, EngineError, RequestError) are raised by it, the
-    first two by the first call if at all. `close` aborts every choice; idempotent, never blocks.
-    """
-
-    def __init__(
-        self,
-        owner: "RequestPlane",
-        generation: GenerationRequest,
-        stream: UpdateStream,
-        ids: Sequence[str],
-        metrics: RequestMetrics | None,
-        account: BufferAccount | None,
-    ) -> None:
-        """`account` is closed with the stream."""
-        self.generation = generation
-        self._owner = owner
-        self._stream = stream
-        self._account = account
-        self._metrics = metrics
-        self._started_s = owner.clock.now_s()
-        self._choices = {
-            request_id: OutputProcessor(generation, index, owner.tokenizer)
-            for index, request_id in enumerate(ids)
-        }
-        self._unseen = set(ids)  # choices without a delta yet
-        self._unfinished = generation.n
-
-    @property
-    def finished(self) -> bool:
-        """Whether every choice came to its end; False for one that was cut off."""
-        return self._unfinished == 0
-
-    def __aiter__(self) -> "OutputStream":
-        return self
-
-    async def __anext__(self) -> OutputDelta:
-        try:
-            while True:
-                update = await self._stream.__anext__()
-                choice = self._choices.get(update.request_id)
-                if choice is not None:
-                    break
-        except asyncio.CancelledError:
-            raise
-        except (JserveError, StopAsyncIteration):
-            self._close("error")
-            raise
-        except BaseException:
-            self.close()
-            raise
-        delta = choice.feed(update)
-        if update.request_id in self._unseen:
-            self._unseen.discard(update.request_id)
-            delta = replace(delta, ttft_s=self._owner.clock.now_s() - self._started_s)
-        if self._metrics is not None:
-            self._metrics.count(delta)
-        if delta.finish is not None:
-            self._unfinished -= delta.finish is not FinishReason.ABORT
-            del self._choices[update.request_id]
-            if update.finish is None:
-                self._stream.drop(update.request_id)
-            if not self._choices:
-                self.close()
-        return delta
-
-    def close(self) -> None:
-        """Aborts the choices that still run; a pending `__anext__` ends."""
-        self._close("abort")
-
-    async def aclose(self) -> None:
-        """Calls `close`; for contextlib.aclosing."""
-        self.close()
-
-    def _close(self, reason: str) -> None:
-        if self._metrics is not None:
-            self._metrics.end(reason)
-        self._choices.clear()
-        self._stream.close()
-        if self._account is not None:
-            self._account.close()
-        self._owner.forget(self)
-
-    def fail(self, error: JserveError) -> None:
-        """Aborts the choices that still run; the reader gets `error`."""
-        self._stream.fail(error)
 
 
 class RequestPlane:
@@ -350,7 +260,6 @@ class RequestPlane:
         ever seen (its context length is not known yet).
         """
         info, config = self.info, self.config
-        most_choices = min(config.max_choices, info.num_slots + info.max_queue)
         ids = check_prompt(prompt.ids, info)
         echoes = boolean("echo", options.get("echo"), default=False)
         priority = integer(
@@ -377,13 +286,7 @@ class RequestPlane:
                 max_count=config.max_stop_strings,
                 max_chars=config.max_stop_string_chars,
             ),
-            n=integer(
-                "n",
-                options.get("n"),
-                1,
-                1,
-                most_choices if self._bounded else None,
-            ),
+            n=self._choices(options.get("n")),
             priority=priority if caller.may_set_priority else 0,
             caller=caller,
             echo=echoes,
@@ -450,23 +353,33 @@ class RequestPlane:
         if (charged := account or own) is not None:
             stream.charge(charged)
         deltas = OutputStream(
-            self,
             generation,
             stream,
             [request.id for request in requests],
             None if metrics is None else metrics.start(generation),
             own,
+            tokenizer=self.tokenizer,
+            clock=self.clock,
+            on_end=self.forget,
         )
         self._live.add(deltas)
         self._idle.clear()
         return deltas
 
-    def preparing(self, caller: Caller, count: int) -> AbstractContextManager[None]:
+    def preparing(
+        self, caller: Caller, num_prompts: int, n: int | None
+    ) -> AbstractContextManager[None]:
         """Counts the sequences of a request, prompts × n, before there is any work on them.
 
-        Raises Overloaded, when it is entered, if they are too many for one tenant.
+        Raises RequestError if `n` is out of range. Raises Overloaded, when it is entered, if they
+        are too many for one tenant.
         """
-        return self.tenants.preparing(caller, count, self._most_sequences)
+        choices = self._choices(n)
+        return self.tenants.preparing(caller, num_prompts * choices, self._most_sequences)
+
+    def _choices(self, n: int | None) -> int:
+        most = min(self.config.max_choices, self.info.num_slots + self.info.max_queue)
+        return integer("n", n, 1, 1, most if self._bounded else None)
 
     @property
     def _most_sequences(self) -> int:

@@ -77,6 +77,9 @@ class TextTokenizer:
             frozenset(token_id for token_id, token in added.items() if token.special),
             frozenset(added),
         )
+        _ = (
+            self._longest_token
+        )  # the whole vocabulary, which takes 50 ms, before there are requests
 
     def encode(
         self, text: str, *, add_special_tokens: bool | None = None, most: int | None = None

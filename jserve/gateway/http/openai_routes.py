@@ -76,7 +76,7 @@ class OpenAIRoutes:
         asked = await self._bodies.completion(request)
         self._plane.check_model(asked.model)
         caller: Caller = request.scope["caller"]
-        with self._plane.preparing(caller, len(asked.prompts) * asked.n):
+        with self._plane.preparing(caller, len(asked.prompts), asked.n):
             prompts = await self._prompts(asked)
             generations = await self._prepare(
                 "cmpl", caller, _with_echo(asked), prompts, echo=asked.echo
@@ -92,7 +92,7 @@ class OpenAIRoutes:
         asked = await self._bodies.chat(request)
         self._plane.check_model(asked.model)
         caller: Caller = request.scope["caller"]
-        with self._plane.preparing(caller, asked.n):
+        with self._plane.preparing(caller, 1, asked.n):
             prompt = await self._plane.chat_prompt(
                 asked.messages,
                 add_generation_prompt=asked.add_generation_prompt,
