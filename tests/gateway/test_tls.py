@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 import httpx
 import pytest
+import uvloop
 from starlette.responses import PlainTextResponse
 
 from jserve.core.errors import ConfigError
@@ -68,6 +69,27 @@ def test_https_follows_the_files(tmp_path, caplog):
     said = [record.getMessage() for record in caplog.records]
     assert sum("stays as it is" in message for message in said) == 1
     assert said[-1] == "the TLS certificate was read anew"
+
+
+def test_every_connection_is_answered_under_uvloop(tmp_path):
+    """A client of TLS 1.3 sends its request with the last message of the handshake."""
+    pair = make_pair(tmp_path, "first")
+
+    def ask(port: int) -> str:
+        verify = ssl.create_default_context(cafile=str(pair.certificate))
+        return httpx.get(f"https://localhost:{port}/", verify=verify).text
+
+    async def main():
+        tls = TlsFiles(pair.certificate, pair.key)
+        app = PlainTextResponse("alive")
+        server = HttpServer(app, host="127.0.0.1", port=0, drain_s=1.0, tls=tls)
+        await server.start()
+        texts = await asyncio.gather(*(asyncio.to_thread(ask, server.port) for _ in range(30)))
+        assert texts == ["alive"] * 30
+        await server.stop()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
 
 
 def test_grpc_follows_the_files(tmp_path):

@@ -128,7 +128,10 @@ LONG_HEAD = HEAD.replace(b": 34", b": %d" % len(LONG))
 
 
 def test_a_client_that_reads_nothing_is_left():
-    with serving(write_timeout_s=SHORT_S, max_queue=4096) as served, connect(served) as raw:
+    with (
+        serving(write_timeout_s=SHORT_S, max_queue=4096) as served,
+        connect(served, SO_RCVBUF=4096) as raw,
+    ):
         raw.sendall(LONG_HEAD + LONG)
         end_s = time.monotonic() + 10
         while served.metrics.connections.open and time.monotonic() < end_s:
