@@ -240,10 +240,10 @@ def _max_tokens(
     max_tokens = integer("max_tokens", value, 0, 1, _INT32_MAX)
     if max_tokens > room:
         raise PromptTooLong(
-            f"This model's maximum context length is {info.max_model_len} tokens; "
+            f"This model's maximum context length is {info.max_model_len} tokens, which "
             f"{prompt_tokens} prompt tokens + max_tokens {max_tokens} = "
-            f"{prompt_tokens + max_tokens} exceed this model's context of {info.max_model_len} "
-            f"tokens; shorten the prompt or set max_tokens to at most {room}",
+            f"{prompt_tokens + max_tokens} exceed; shorten the prompt or set max_tokens to at most "
+            f"{room}",
             param="max_tokens",
         )
     return max_tokens

@@ -100,14 +100,18 @@ class RequestReader:
         raw = message.sampling.SerializeToString()
         if self._sampling is None or raw != self._raw:
             self._raw, self._sampling = raw, sampling_from_proto(message.sampling)
-        return Request(**_from_fields(message, _REQUEST_FIELDS), sampling=self._sampling)
+        return _request(message, self._sampling)
 
 
 def request_from_proto(message: engine_pb2.EngineRequest) -> Request:
+    return _request(message, sampling_from_proto(message.sampling))
+
+
+def _request(message: engine_pb2.EngineRequest, sampling: SamplingParams) -> Request:
     values = _from_fields(message, _REQUEST_FIELDS)
     if not message.HasField("deadline_s"):
         values["deadline_s"] = None
-    return Request(**values, sampling=sampling_from_proto(message.sampling))
+    return Request(**values, sampling=sampling)
 
 
 def _to_fields(value: object, names: Iterable[str]) -> dict[str, Any]:

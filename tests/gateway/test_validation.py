@@ -257,9 +257,8 @@ def test_impossible_values_of_a_generation_config_are_named(given):
     with pytest.raises(ConfigError, match=f"generation config: {name}"):
         sampling_defaults(given, GatewayConfig())
     ours = "max_tokens" if name == "max_new_tokens" else name
-    config = replace(GatewayConfig(), **{f"default_{ours}": value})
     with pytest.raises(ConfigError, match=f"gateway.default_{ours}"):
-        sampling_defaults({}, config)
+        sampling_defaults({}, replace(GatewayConfig(), **{f"default_{ours}": value}))
 
 
 @pytest.mark.parametrize("top_k", [-1, 0])
