@@ -280,7 +280,7 @@ class LLM:
 
     def chat_prompt(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The token ids of a conversation in the model's chat template, for `generate`."""
-        return list(self._loop.call(self._plane.chat_prompt(list(messages))).ids)
+        return list(self._loop.call(self._plane.prompts.of_chat(list(messages))).ids)
 
     async def _prepare(
         self,
@@ -296,9 +296,9 @@ class LLM:
         generations: list[GenerationRequest] = []
         for index, (prompt, fields) in enumerate(zip(prompts, sampling, strict=True)):
             if isinstance(prompt, str):
-                ids = await self._plane.text_prompt(prompt)
+                ids = await self._plane.prompts.of_text(prompt)
             else:
-                ids = self._plane.token_prompt(_token_ids(prompt, index))
+                ids = self._plane.prompts.of_ids(_token_ids(prompt, index))
             name = f"offline-{next(self._serial)}"
             generations.append(self._plane.prepare(id=name, prompt=ids, sampling=fields, **options))
         return generations

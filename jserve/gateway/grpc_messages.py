@@ -26,21 +26,21 @@ async def parse_prompt(
 ) -> Prompt:
     """Tokenizes text, renders a chat, takes ids as they are; RequestError if there is no input."""
     only_counted = isinstance(message, inference_pb2.TokenizeRequest)
-    most = plane.most_counted if only_counted else None
+    most = plane.prompts.most_counted if only_counted else None
     add_special_tokens = (
         message.add_special_tokens if message.HasField("add_special_tokens") else None
     )
     match message.WhichOneof("input"):
         case "text":
-            return await plane.text_prompt(
+            return await plane.prompts.of_text(
                 message.text, add_special_tokens=add_special_tokens, most=most
             )
         case "chat":
             check_num_messages(len(message.chat.messages), plane.config.max_chat_messages)
             messages = [{"role": m.role, "content": m.content} for m in message.chat.messages]
-            return await plane.chat_prompt(messages, most=most)
+            return await plane.prompts.of_chat(messages, most=most)
         case "token_ids" if isinstance(message, inference_pb2.GenerateRequest):
-            return plane.token_prompt(message.token_ids.ids)
+            return plane.prompts.of_ids(message.token_ids.ids)
         case _:
             raise RequestError("no input; set text, token_ids or chat", param="input")
 

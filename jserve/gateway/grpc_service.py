@@ -75,7 +75,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Detokenizes, special tokens included."""
         try:
             self._plane.check_model(request.model)
-            text = await self._plane.detokenize("token_ids", request.token_ids)
+            text = await self._plane.prompts.detokenize("token_ids", request.token_ids)
             return inference_pb2.DetokenizeResponse(text=text)
         except JserveError as error:
             await abort(context, error)

@@ -8,16 +8,16 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 from jserve.core.clock import Clock
-from jserve.core.errors import RequestError, Unavailable, UnknownModel
+from jserve.core.errors import Unavailable, UnknownModel
 from jserve.core.request import EngineInfo, Request
 from jserve.gateway.buffers import BufferAccount, BufferBudget
-from jserve.gateway.chat import ChatTemplate, check_messages
+from jserve.gateway.chat import ChatTemplate
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.defaults import SamplingDefaults
 from jserve.gateway.engine_client import EngineClient
@@ -25,9 +25,9 @@ from jserve.gateway.fingerprint import fingerprint
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.output import GenerationRequest, OutputDelta, Prompt
 from jserve.gateway.output_stream import OutputStream
-from jserve.gateway.template_process import TemplateProcess
+from jserve.gateway.prompts import PromptMaker
 from jserve.gateway.tenants import LOCAL, Caller, TenantCounts, most_sequences
-from jserve.gateway.tokenizer import TextTokenizer, TooManyTokens
+from jserve.gateway.tokenizer import TextTokenizer
 from jserve.gateway.validation import (
     SamplingFields,
     boolean,
@@ -35,15 +35,11 @@ from jserve.gateway.validation import (
     check_request_id,
     check_stop,
     integer,
-    prompt_too_long,
     resolve_sampling,
-    token_ids,
 )
 
 __all__ = ["GenerationRequest", "OutputDelta", "OutputStream", "Prompt", "RequestPlane"]
 
-_LONG_TEXT_CHARS = 64 << 10  # longer texts are first checked by a lower bound of their tokens
-_MOST_COUNTED = 1 << 18  # tokens that are only counted; more would hold the event loop
 _PRIORITY_LIMIT = 2**31 - 1
 
 
@@ -80,7 +76,7 @@ class RequestPlane:
         """
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        self._templates = None if chat_template is None else TemplateProcess(chat_template)
+        self.prompts = PromptMaker(tokenizer, chat_template, config, lambda: self.info)
         self.defaults = defaults
         self.engine = engine
         self.config = config
@@ -96,16 +92,6 @@ class RequestPlane:
         # Ids are unique in the engine, whatever ids the clients of several gateways choose.
         self._id_prefix = secrets.token_hex(6)
         self._serial = itertools.count()
-
-    def warm(self) -> None:
-        """Starts what the first request would wait for; does not wait for it."""
-        if self._templates is not None:
-            self._templates.warm()
-
-    def close(self) -> None:
-        """Ends the processes that the plane has started."""
-        if self._templates is not None:
-            self._templates.close()
 
     @property
     def model_name(self) -> str:
@@ -155,93 +141,6 @@ class RequestPlane:
             raise UnknownModel(
                 f"model {name[:200]!r} is not served here; {served} is", param="model"
             )
-
-    @property
-    def most_counted(self) -> int:
-        """The most tokens of a text that is only tokenized, or detokenized."""
-        return max(self.info.max_model_len, _MOST_COUNTED)
-
-    async def text_prompt(
-        self, text: str, *, add_special_tokens: bool | None = None, most: int | None = None
-    ) -> Prompt:
-        """Tokenizes one text; see `text_prompts`."""
-        prompts = await self.text_prompts([text], add_special_tokens=add_special_tokens, most=most)
-        return prompts[0]
-
-    async def text_prompts(
-        self,
-        texts: Sequence[str],
-        *,
-        add_special_tokens: bool | None = None,
-        most: int | None = None,
-    ) -> list[Prompt]:
-        """Tokenizes; None keeps the tokenizer's own habit of adding a BOS.
-
-        Raises:
-            RequestError: a text is no valid Unicode.
-            PromptTooLong: a text has more than `most` tokens; None stands for the context.
-        """
-        if most is None:
-            most = self.info.max_model_len
-        for text in texts:
-            _check_unicode(text)
-            if len(text) > _LONG_TEXT_CHARS:
-                least = await asyncio.to_thread(self.tokenizer.least_tokens, text)
-                if least > most:
-                    raise prompt_too_long(f"at least {least}", most)
-        try:
-            encoded = await self.tokenizer.encode_all(
-                texts, add_special_tokens=add_special_tokens, most=most
-            )
-        except TooManyTokens as error:
-            raise prompt_too_long(str(error.num_tokens), most) from None
-        return [Prompt(tuple(ids), text) for ids, text in zip(encoded, texts, strict=True)]
-
-    def token_prompt(self, ids: Sequence[int]) -> Prompt:
-        """Makes a prompt of token ids, which are checked."""
-        return Prompt(check_prompt(ids, self.info))
-
-    async def detokenize(self, name: str, ids: Any) -> str:
-        """Returns the text of `ids`, special tokens included; field `name` of a request has them.
-
-        Raises RequestError if they are no ids of the vocabulary, or too many.
-        """
-        if isinstance(ids, Sequence) and len(ids) > self.most_counted:
-            message = f"{name} has {len(ids)} ids; at most {self.most_counted}"
-            raise RequestError(message, param=name)
-        checked = token_ids(name, ids, self.info.vocab)
-        return await self.tokenizer.decode_async(checked, skip_special_tokens=False)
-
-    async def chat_prompt(
-        self,
-        messages: Any,
-        *,
-        add_generation_prompt: bool = True,
-        variables: Mapping[str, Any] | None = None,
-        ignored: list[str] | None = None,
-        most: int | None = None,
-    ) -> Prompt:
-        """Checks the messages, renders the model's chat template and tokenizes.
-
-        `variables` are for the template, before those of the model. Unknown fields of messages are
-        added to `ignored`, or refused without it.
-
-        The template writes the BOS itself, if the model wants one. RequestError if the model has
-        no template; PromptTooLong as of `text_prompts`.
-        """
-        checked = check_messages(
-            messages, max_messages=self.config.max_chat_messages, ignored=ignored
-        )
-        if self.chat_template is None or self._templates is None:
-            raise RequestError(
-                f"model {self.model_name!r} has no chat template; "
-                "use completions with a prompt instead of chat messages",
-                param="messages",
-            )
-        text = await self._templates.render(
-            checked, add_generation_prompt=add_generation_prompt, variables=dict(variables or {})
-        )
-        return await self.text_prompt(text, add_special_tokens=False, most=most)
 
     def prepare(
         self,
@@ -412,16 +311,6 @@ class RequestPlane:
         for deltas in running:
             deltas.fail(shutting_down())
         return len(running)
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"the text holds a lone surrogate at character {error.start}; send valid Unicode",
-            param="prompt",
-        ) from error
 
 
 def shutting_down() -> Unavailable:

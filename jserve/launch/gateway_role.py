@@ -97,7 +97,7 @@ class Gateway:
         await self._http.start()
         self._engine.start()
         self._lag.start()
-        self.plane.warm()
+        self.plane.prompts.warm()
         return self
 
     def connect_to(self, engine_address: str | None) -> None:
@@ -119,4 +119,4 @@ class Gateway:
         await asyncio.gather(self._http.stop(), self._grpc.stop(_STOP_GRACE_S))
         await self._engine.close()
         await self._lag.stop()
-        self.plane.close()
+        self.plane.prompts.close()

@@ -166,15 +166,15 @@ def test_names_prompts_and_ids_are_checked():
         with pytest.raises(UnknownModel, match="'x' is not served here; 'tiny' is"):
             plane.check_model("x")
         with pytest.raises(RequestError, match="lone surrogate at character 1"):
-            await plane.text_prompt("a\ud800")
+            await plane.prompts.of_text("a\ud800")
         for bad in ("", "a" * 129, "é", "a\n"):
             with pytest.raises(RequestError, match="request id"):
                 plane.prepare(id=bad, prompt=Prompt((5,)), sampling=SamplingFields())
         with pytest.raises(RequestError, match="n must be from 1 to 12"):
             prepare(plane, n=13)
         with pytest.raises(PromptTooLong, match="at least"):
-            await plane.text_prompt("x" * 10**6)
-        chat = await plane.chat_prompt([{"role": "user", "content": "<s>x"}])
+            await plane.prompts.of_text("x" * 10**6)
+        chat = await plane.prompts.of_chat([{"role": "user", "content": "<s>x"}])
         assert chat.text == "[user] <s>x\n[assistant] "
         assert chat.ids.count(0) == 1
 

@@ -93,7 +93,7 @@ class OpenAIRoutes:
         self._plane.check_model(asked.model)
         caller: Caller = request.scope["caller"]
         with self._plane.preparing(caller, 1, asked.n):
-            prompt = await self._plane.chat_prompt(
+            prompt = await self._plane.prompts.of_chat(
                 asked.messages,
                 add_generation_prompt=asked.add_generation_prompt,
                 variables=asked.template_variables,
@@ -119,14 +119,14 @@ class OpenAIRoutes:
         """Texts are tokenized together; a request has texts or token ids."""
         texts = [it for it in asked.prompts if isinstance(it, str)]
         if texts:
-            return await self._plane.text_prompts(
+            return await self._plane.prompts.of_texts(
                 texts, add_special_tokens=asked.add_special_tokens
             )
         pauses = Pauses()
         prompts: list[Prompt] = []
         for ids in asked.prompts:
             assert not isinstance(ids, str)
-            prompts.append(self._plane.token_prompt(ids))
+            prompts.append(self._plane.prompts.of_ids(ids))
             await pauses.end()
         return prompts
 

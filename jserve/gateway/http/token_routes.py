@@ -50,7 +50,9 @@ class TokenRoutes:
         """The text of `tokens`, special tokens included."""
         asked = await self._bodies.detokenize(request)
         self._plane.check_model(asked.model)
-        return json_response({"prompt": await self._plane.detokenize("tokens", asked.tokens)})
+        return json_response(
+            {"prompt": await self._plane.prompts.detokenize("tokens", asked.tokens)}
+        )
 
     async def tokenizer_info(self, request: Request) -> Response:
         """The tokenizer's settings, with which a client can render chats and count tokens."""
@@ -65,12 +67,12 @@ class TokenRoutes:
         return texts
 
     async def _prompt(self, asked: TokenizeRequest, ignored: list[str] | None) -> Prompt:
-        most = self._plane.most_counted
+        most = self._plane.prompts.most_counted
         if asked.prompt is not None:
-            return await self._plane.text_prompt(
+            return await self._plane.prompts.of_text(
                 asked.prompt, add_special_tokens=asked.add_special_tokens, most=most
             )
-        return await self._plane.chat_prompt(
+        return await self._plane.prompts.of_chat(
             asked.messages,
             add_generation_prompt=asked.add_generation_prompt,
             variables=asked.template_variables,

@@ -1,0 +1,142 @@
+"""Prompts from what clients send: text, token ids or a conversation."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jserve.core.errors import RequestError
+from jserve.core.request import EngineInfo
+from jserve.gateway.chat import ChatTemplate, check_messages
+from jserve.gateway.config import GatewayConfig
+from jserve.gateway.output import Prompt
+from jserve.gateway.template_process import TemplateProcess
+from jserve.gateway.tokenizer import TextTokenizer, TooManyTokens
+from jserve.gateway.validation import check_prompt, prompt_too_long, token_ids
+
+_LONG_TEXT_CHARS = 64 << 10  # longer texts are first checked by a lower bound of their tokens
+_MOST_COUNTED = 1 << 18  # tokens that are only counted; more would hold the event loop
+
+
+class PromptMaker:
+    """Renders and tokenizes beside the event loop; owns the processes of the chat template."""
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        template: ChatTemplate | None,
+        config: GatewayConfig,
+        info: Callable[[], EngineInfo],
+    ) -> None:
+        """`info` raises Unavailable until the engine was reached, and so does every prompt."""
+        self._tokenizer = tokenizer
+        self._template = template
+        self._config = config
+        self._info = info
+        self._templates = None if template is None else TemplateProcess(template)
+
+    def warm(self) -> None:
+        """Starts what the first request would wait for; does not wait for it."""
+        if self._templates is not None:
+            self._templates.warm()
+
+    def close(self) -> None:
+        """Ends the processes that it has started."""
+        if self._templates is not None:
+            self._templates.close()
+
+    @property
+    def most_counted(self) -> int:
+        """The most tokens of a text that is only tokenized, or detokenized."""
+        return max(self._info().max_model_len, _MOST_COUNTED)
+
+    async def of_text(
+        self, text: str, *, add_special_tokens: bool | None = None, most: int | None = None
+    ) -> Prompt:
+        """Tokenizes one text; see `of_texts`."""
+        prompts = await self.of_texts([text], add_special_tokens=add_special_tokens, most=most)
+        return prompts[0]
+
+    async def of_texts(
+        self,
+        texts: Sequence[str],
+        *,
+        add_special_tokens: bool | None = None,
+        most: int | None = None,
+    ) -> list[Prompt]:
+        """Tokenizes; None keeps the tokenizer's own habit of adding a BOS.
+
+        Raises:
+            RequestError: a text is no valid Unicode.
+            PromptTooLong: a text has more than `most` tokens; None stands for the context.
+        """
+        if most is None:
+            most = self._info().max_model_len
+        for text in texts:
+            _check_unicode(text)
+            if len(text) > _LONG_TEXT_CHARS:
+                least = await asyncio.to_thread(self._tokenizer.least_tokens, text)
+                if least > most:
+                    raise prompt_too_long(f"at least {least}", most)
+        try:
+            encoded = await self._tokenizer.encode_all(
+                texts, add_special_tokens=add_special_tokens, most=most
+            )
+        except TooManyTokens as error:
+            raise prompt_too_long(str(error.num_tokens), most) from None
+        return [Prompt(tuple(ids), text) for ids, text in zip(encoded, texts, strict=True)]
+
+    def of_ids(self, ids: Sequence[int]) -> Prompt:
+        """Makes a prompt of token ids, which are checked."""
+        return Prompt(check_prompt(ids, self._info()))
+
+    async def detokenize(self, name: str, ids: Any) -> str:
+        """Returns the text of `ids`, special tokens included; field `name` of a request has them.
+
+        Raises RequestError if they are no ids of the vocabulary, or too many.
+        """
+        if isinstance(ids, Sequence) and len(ids) > self.most_counted:
+            message = f"{name} has {len(ids)} ids; at most {self.most_counted}"
+            raise RequestError(message, param=name)
+        checked = token_ids(name, ids, self._info().vocab)
+        return await self._tokenizer.decode_async(checked, skip_special_tokens=False)
+
+    async def of_chat(
+        self,
+        messages: Any,
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+        ignored: list[str] | None = None,
+        most: int | None = None,
+    ) -> Prompt:
+        """Checks the messages, renders the model's chat template and tokenizes.
+
+        `variables` are for the template, before those of the model. Unknown fields of messages are
+        added to `ignored`, or refused without it.
+
+        The template writes the BOS itself, if the model wants one. RequestError if the model has
+        no template; PromptTooLong as of `of_texts`.
+        """
+        checked = check_messages(
+            messages, max_messages=self._config.max_chat_messages, ignored=ignored
+        )
+        if self._template is None or self._templates is None:
+            raise RequestError(
+                "the model has no chat template; use completions with a prompt instead of chat "
+                "messages",
+                param="messages",
+            )
+        text = await self._templates.render(
+            checked, add_generation_prompt=add_generation_prompt, variables=dict(variables or {})
+        )
+        return await self.of_text(text, add_special_tokens=False, most=most)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text holds a lone surrogate at character {error.start}; send valid Unicode",
+            param="prompt",
+        ) from error
