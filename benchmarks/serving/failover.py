@@ -33,6 +33,7 @@ import psutil
 from benchmarks.serving import failures, report
 from benchmarks.serving.failures import BenchmarkError
 from benchmarks.serving.servers import ServerProcess, free_port
+from jserve.engine.job import COMMAND
 
 _START_TIMEOUT_S = 600.0
 _POLL_S = 0.02
@@ -177,20 +178,27 @@ async def kill(
     try:
         for count in range(options.kills):
             await asyncio.sleep(rng.uniform(options.min_life_s, options.max_life_s))
-            (engine,) = psutil.Process(launcher).children()
+            (engine,) = engines(launcher)
             tally.killed_s.append(time.monotonic())
             engine.send_signal(number)
             await asyncio.to_thread(engine.wait, 120)
-            while [child.pid for child in psutil.Process(launcher).children()] in (
-                [],
-                [engine.pid],
-            ):
+            while [child.pid for child in engines(launcher)] in ([], [engine.pid]):
                 await asyncio.sleep(_POLL_S)
             await until_ready(client)
             tally.ready_s.append(time.monotonic() - tally.killed_s[-1])
             print(f"\r{count + 1} kills, {tally.answers} answers", end="", file=sys.stderr)
     finally:
         tally.done.set()
+
+
+def engines(launcher: int) -> list[psutil.Process]:
+    """Children of the launcher that are engines; others render templates and read bodies."""
+    found: list[psutil.Process] = []
+    for child in psutil.Process(launcher).children():
+        with contextlib.suppress(psutil.Error):
+            if COMMAND[-1] in child.cmdline():
+                found.append(child)
+    return found
 
 
 async def until_ready(client: httpx.AsyncClient) -> None:

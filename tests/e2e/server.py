@@ -14,6 +14,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from jserve.engine.job import COMMAND
+
 REPOSITORY = Path(__file__).parents[2]
 START_TIMEOUT_S = 180.0  # compilation on a loaded machine
 
@@ -76,8 +78,10 @@ class Server:
 
     @property
     def engine_pid(self) -> int:
-        (engine,) = psutil.Process(self.process.pid).children()
-        return engine.pid
+        """The engine's process id; the launcher has other children, for templates and bodies."""
+        children = psutil.Process(self.process.pid).children()
+        (engine,) = [child.pid for child in children if COMMAND[-1] in child.cmdline()]
+        return engine
 
     def get(self, path: str) -> httpx.Response:
         return self._client.get(path)

@@ -56,8 +56,7 @@ def test_a_request_that_is_not_read_ends_and_holds_nothing():
             answer = httpx.post(served.url + COMPLETIONS, json=short).json()
             assert answer["choices"][0]["text"] == "abc"
             text = rest_of(unread)
-        assert max(held) > limit // 4
-        assert max(held) <= limit
+        assert 0 < max(held) <= limit
         assert b"max_request_buffer_bytes" in text
         assert b'"rate_limit_error"' in text
         assert len(served.engine.aborted) == MUCH["n"]
