@@ -5,7 +5,7 @@ JserveError
 │   ├── PromptTooLong         prompt + max_tokens exceed the context
 │   ├── UnknownModel          (HTTP 404, NOT_FOUND)
 │   └── Unauthenticated       (HTTP 401, UNAUTHENTICATED)
-├── Overloaded                the queue is full (HTTP 429, RESOURCE_EXHAUSTED), retry later
+├── Overloaded                a queue or bound is full (HTTP 429, RESOURCE_EXHAUSTED), retry later
 ├── Unavailable               no engine can answer now (HTTP 503, UNAVAILABLE), retry later
 ├── EngineError               the server's fault (HTTP 500, INTERNAL)
 └── ConfigError               a config or a model file is wrong; raised before serving
@@ -55,7 +55,7 @@ class _RetryLater(JserveError):
 
 
 class Overloaded(_RetryLater):
-    """The queue is full; try again after `retry_after_s` seconds."""
+    """The queue, or what one client may have, is full; try again after `retry_after_s` seconds."""
 
 
 class Unavailable(_RetryLater):

@@ -19,6 +19,7 @@ from jserve.core.request import (
 
 MAX_LOGIT_BIAS_VALUE = 100.0
 _MAX_ID_CHARS = 256
+_MAX_TENANT_CHARS = 256
 _MAX_INT32 = 2**31 - 1
 _BOUNDED: tuple[tuple[str, Bounds, bool], ...] = tuple(
     (field.name, field.metadata["bounds"], field.default is None)
@@ -34,6 +35,10 @@ def check_request(request: Request, info: EngineInfo) -> None:
     for name, value in (("choice", request.choice), ("priority", request.priority)):
         if not -_MAX_INT32 <= value <= _MAX_INT32 or (name == "choice" and value < 0):
             _refuse(name, f"is {value}")
+    if len(request.tenant) > _MAX_TENANT_CHARS:
+        _refuse("tenant", f"has {len(request.tenant)} characters; at most {_MAX_TENANT_CHARS}")
+    if not 0 <= request.tenant_slots <= _MAX_INT32:
+        _refuse("tenant_slots", f"is {request.tenant_slots}, not from 0 to {_MAX_INT32}")
     _check_lengths(request, info)
     _check_ids("prompt", request.prompt, info.vocab)
     _check_ids("output", request.output, info.vocab)

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import itertools
 import os
 import re
 import stat
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from jserve.core.errors import ConfigError
-from jserve.gateway.config import GatewayConfig, check_key
+from jserve.gateway.config import MAX_SLOTS, GatewayConfig, check_key
 from jserve.gateway.tenants import Caller
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
@@ -54,8 +55,10 @@ class ApiKeys:
         grants: dict[bytes, KeyGrant] = {}
         if config.api_keys_file is not None:
             grants = _read_file(Path(config.api_keys_file))
-        for i, key in enumerate(config.keys, 1):
-            grants.setdefault(_digest(key.reveal().encode()), KeyGrant(name=f"key-{i}"))
+        taken = {grant.name for grant in grants.values()}
+        names = (name for i in itertools.count(1) if (name := f"key-{i}") not in taken)
+        for key in config.keys:
+            grants.setdefault(_digest(key.reveal().encode()), KeyGrant(name=next(names)))
         return cls(grants)
 
     def find(self, authorization: bytes | str) -> KeyGrant | None:
@@ -140,8 +143,8 @@ def _grant(path: Path, name: str, table: Any) -> tuple[bytes, KeyGrant]:
         if not isinstance(table.get(field, False), bool):
             raise ConfigError(f"{where}.{field} must be true or false")
     max_slots = table.get("max_slots")
-    if max_slots is not None and (type(max_slots) is not int or max_slots < 1):
-        raise ConfigError(f"{where}.max_slots must be a whole number from 1")
+    if max_slots is not None and (type(max_slots) is not int or not 1 <= max_slots <= MAX_SLOTS):
+        raise ConfigError(f"{where}.max_slots must be a whole number from 1 to {MAX_SLOTS}")
     if "key" in table:
         if not isinstance(table["key"], str):
             raise ConfigError(f"{where}.key must be text")

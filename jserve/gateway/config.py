@@ -8,6 +8,8 @@ from jserve.core.errors import ConfigError
 from jserve.core.field_types import check_types
 from jserve.core.secret import Secret
 
+MAX_SLOTS = 2**31 - 1  # the most of a bound of slots or sequences; as on the wire
+
 
 class UnknownFields(enum.Enum):
     """What becomes of request fields that no API of this server has."""
@@ -77,7 +79,7 @@ class GatewayConfig:
     sse_keep_alive_s: float = 15.0  # comment frames while nothing else is sent
     grpc_keepalive_s: float = 60.0  # pings to idle clients
     reconnect_s: float = 0.25  # pause between attempts to reach the engine
-    # Longest time without a token that a running request waits for engines after one has died.
+    # Longest time that a running request waits for the next engine after one has died.
     resume_wait_s: float = 60.0
     drain_s: float = 30.0  # time for requests to finish after SIGTERM
 
@@ -87,6 +89,13 @@ class GatewayConfig:
         for name in ("max_connections", "head_timeout_s", "body_timeout_s", "write_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"gateway.{name} is {getattr(self, name)}; more than 0 is needed")
+        for name in ("max_tenant_sequences", "max_tenant_slots"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= MAX_SLOTS:
+                raise ConfigError(f"gateway.{name} is {value}; it must be 1 or more, or None")
+        for name in ("max_request_buffer_bytes", "max_buffer_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"gateway.{name} is {getattr(self, name)}; it must be 1 or more")
         for name in ("api_keys_file", "tls_cert", "tls_key"):
             value = getattr(self, name)
             if value is not None and not value.strip():

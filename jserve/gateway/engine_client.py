@@ -14,7 +14,6 @@ from jserve.core.request import (
     FinishReason,
     Request,
     SequenceUpdate,
-    TokenLogprobs,
 )
 from jserve.core.stats import EngineStats
 from jserve.gateway.buffers import BufferAccount, logprobs_bytes
@@ -42,8 +41,9 @@ class EngineClient(Protocol):
         """Starts sequences that share one stream of updates, usually the choices of one prompt.
 
         Raises at once Unavailable when no engine is there, and RequestError when an id is that of a
-        live sequence or is given twice. A refusal by the engine (Overloaded, RequestError) or its
-        death (EngineError) is raised by the stream.
+        live sequence or is given twice, Overloaded when too many are in flight. A refusal by the
+        engine (Overloaded, RequestError) is raised by the stream. When the engine dies, sequences
+        go on in the next one; the stream raises Unavailable if there is none in time.
         """
         ...
 
@@ -57,24 +57,20 @@ class _Unread:
 
     __slots__ = ("_latest", "_logprobs", "_prompt_logprobs", "_queue_s", "_tokens", "num_bytes")
 
-    def __init__(self, update: SequenceUpdate) -> None:
-        self._latest = update
-        self._tokens: array[int] | None = None  # None: `_latest` is all there is
-        self._logprobs: PackedLogprobs[TokenLogprobs] | None = None
-        self._prompt_logprobs = update.prompt_logprobs
-        self._queue_s = update.queue_s
-        self.num_bytes = _num_bytes(update)
+    def __init__(self, first: SequenceUpdate, second: SequenceUpdate) -> None:
+        self._tokens = array("i", first.tokens)
+        self._logprobs = None if first.logprobs is None else PackedLogprobs(first.logprobs)
+        self._prompt_logprobs = first.prompt_logprobs
+        self._queue_s = first.queue_s
+        self.num_bytes = _num_bytes(first)
+        self.add(second)
 
     def add(self, update: SequenceUpdate) -> None:
         """Merges the next update."""
-        if self._tokens is None:
-            self._tokens = array("i", self._latest.tokens)
-            if self._latest.logprobs is not None:
-                self._logprobs = PackedLogprobs(self._latest.logprobs)
         self._tokens.extend(update.tokens)
         if update.logprobs is not None:
             if self._logprobs is None:
-                self._logprobs = PackedLogprobs[TokenLogprobs]()
+                self._logprobs = PackedLogprobs()
             self._logprobs.extend(update.logprobs)
         if self._prompt_logprobs is None:
             self._prompt_logprobs = update.prompt_logprobs
@@ -85,8 +81,6 @@ class _Unread:
 
     def take(self) -> SequenceUpdate:
         """Returns all as one update."""
-        if self._tokens is None:
-            return self._latest
         return self._latest._replace(
             tokens=tuple(self._tokens),
             logprobs=self._logprobs,
@@ -96,9 +90,10 @@ class _Unread:
 
 
 def _num_bytes(update: SequenceUpdate) -> int:
-    return 4 * len(update.tokens) + sum(
-        map(logprobs_bytes, (update.logprobs, update.prompt_logprobs))
-    )
+    num_bytes = 4 * len(update.tokens)
+    if update.logprobs is not None or update.prompt_logprobs is not None:
+        num_bytes += logprobs_bytes(update.logprobs) + logprobs_bytes(update.prompt_logprobs)
+    return num_bytes
 
 
 class UpdateStream:
@@ -111,7 +106,8 @@ class UpdateStream:
     def __init__(self, client: EngineClient, request_ids: Sequence[str]) -> None:
         self._client = client
         self._live = set(request_ids)  # sequences whose finish the engine has not reported
-        self._unread: dict[str, _Unread] = {}  # in order of the first unread update
+        # In order of the first unread update; one alone is kept as it is.
+        self._unread: dict[str, SequenceUpdate | _Unread] = {}
         self._error: JserveError | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._account: BufferAccount | None = None
@@ -129,14 +125,14 @@ class UpdateStream:
             self._live.discard(update.request_id)
         unread = self._unread.get(update.request_id)
         if unread is None:
-            unread = self._unread[update.request_id] = _Unread(update)
-            before = 0
-        else:
-            before = unread.num_bytes
+            self._unread[update.request_id] = update
+        elif isinstance(unread, _Unread):
             unread.add(update)
+        else:
+            self._unread[update.request_id] = _Unread(unread, update)
         self._wake()
         if self._account is not None:
-            self._account.add(unread.num_bytes - before)
+            self._account.add(_num_bytes(update))
 
     def fail(self, error: JserveError) -> None:
         """Ends the stream with `error`, after the updates already there; the rest is aborted."""
@@ -174,15 +170,16 @@ class UpdateStream:
                 self._waiter = None
         unread = self._unread.pop(next(iter(self._unread)))
         self._forget(unread)
-        update = unread.take()
+        update = unread.take() if isinstance(unread, _Unread) else unread
         if update.finish is FinishReason.ERROR:
             self.close()
             raise EngineError(update.error or "the engine failed on this request")
         return update
 
-    def _forget(self, unread: _Unread | None) -> None:
+    def _forget(self, unread: SequenceUpdate | _Unread | None) -> None:
         if unread is not None and self._account is not None:
-            self._account.add(-unread.num_bytes)
+            num_bytes = unread.num_bytes if isinstance(unread, _Unread) else _num_bytes(unread)
+            self._account.add(-num_bytes)
 
     def _overflow(self, error: Overloaded) -> None:
         """Drops what nobody reads; the reader gets `error` next."""
@@ -195,6 +192,9 @@ class UpdateStream:
             self._waiter.set_result(None)
 
 
+_MAX_DEATHS = 3  # with this many engines lost since its last token, a sequence fails
+
+
 @dataclass(slots=True, eq=False)
 class _Live:
     """A sequence whose end the engine has not reported."""
@@ -203,8 +203,8 @@ class _Live:
     stream: UpdateStream
     opened_s: float = 0.0
     output: list[int] = field(default_factory=list[int])  # tokens that were received
-    # When an engine stopped working on it; None again once another gave a token.
-    lost_s: float | None = None
+    lost_s: float | None = None  # when its engine was lost; None while an engine has it
+    num_deaths: int = 0  # engines that were lost since it last got a token
 
     def deadline_s(self, now_s: float) -> float | None:
         """Seconds that are left until the request's deadline."""
@@ -271,7 +271,7 @@ class LiveStreams:
         request_id = live.request.id
         if update.tokens:
             live.output += update.tokens
-            live.lost_s = None
+            live.num_deaths = 0
         if update.finish is not None:
             self.close(request_id)
         live.stream.post(update._replace(request_id=request_id))
@@ -292,15 +292,24 @@ class LiveStreams:
         else:
             lost = [self._live[name]] if name in self._live else []
         for live in lost:
+            # One death may be told twice: by the engine itself, and by the end of its session.
             if live.lost_s is None:
                 live.lost_s = now_s
+                live.num_deaths += 1
 
     def expire(self, since_s: float, error: JserveError) -> None:
-        """Fails the streams of sequences that were lost before `since_s`, or at it.
+        """Fails the streams of sequences that have had no engine since `since_s` or earlier.
 
-        So a sequence that ends every engine that works on it ends itself.
+        A sequence that has lost three engines since its last token fails at once, so a request that
+        kills every engine ends itself.
         """
-        self._fail_streams(lambda live: live.lost_s is not None and live.lost_s <= since_s, error)
+
+        def is_over(live: _Live) -> bool:
+            if live.lost_s is None:
+                return False
+            return live.lost_s <= since_s or live.num_deaths >= _MAX_DEATHS
+
+        self._fail_streams(is_over, error)
 
     def fail_begun(self, error: JserveError) -> None:
         """Fails the streams of sequences that only an equal engine could continue."""
@@ -313,6 +322,8 @@ class LiveStreams:
         """
         old = list(self._live.values())
         self._live.clear()
+        for live in old:
+            live.lost_s = None  # time in the new engine's queue is no time without an engine
         return [
             replace(
                 self._enter(live),

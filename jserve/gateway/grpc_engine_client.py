@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from jserve.core.addresses import check_engine_address, socket_path
-from jserve.core.errors import Overloaded, Unavailable
+from jserve.core.errors import EngineError, JserveError, Overloaded, Unavailable
 from jserve.core.private_path import why_folder_not_private
 from jserve.core.request import EngineInfo, FinishReason, Request
 from jserve.core.stats import EngineStats
@@ -77,9 +77,9 @@ class GrpcEngineClient:
     ) -> None:
         """When the engine is gone, sequences wait for the next one, which continues them.
 
-        After `resume_wait_s` without an engine that gives them a token they fail. `on_hang` is
-        called when `watch` finds that the engine hangs, to end it. Without it nobody can: then the
-        engine gets no new work until it moves again.
+        Sequences fail after `resume_wait_s` without an engine, or when they have lost three engines
+        since their last token. `on_hang` is called when `watch` finds that the engine hangs, to
+        end it. Without `on_hang` nobody can: then the engine gets no new work until it moves again.
         """
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
@@ -234,7 +234,8 @@ class GrpcEngineClient:
             self._connected.set()
             self._last_reason = ""
             logger.info("connected to the engine at %s: %s", address, self.info)
-            writing = asyncio.create_task(_write(call, self._outgoing))
+            writing = asyncio.create_task(_write(call, self._outgoing, self._streams.reject))
+            writing.add_done_callback(lambda task: _end_session(call, task))
             async for message in messages:
                 self._dispatch(message)
             return _CLOSED
@@ -324,17 +325,40 @@ def _gives_equal_tokens(one: EngineInfo, other: EngineInfo) -> bool:
     return traits(one) == traits(other)
 
 
-async def _write(call: Any, outgoing: asyncio.Queue[Request | Abort]) -> None:
-    """Sends what is queued; makes each message only then, since a large one takes a while."""
+def _end_session(call: Any, writing: asyncio.Task[None]) -> None:
+    """Cancels the call of a writer that has ended: what is queued would never be sent."""
+    if not writing.cancelled() and (error := writing.exception()) is not None:
+        logger.error("the session ends, since nothing can be sent to the engine", exc_info=error)
+    call.cancel()  # does nothing if the call has ended already
+
+
+async def _write(
+    call: Any,
+    outgoing: asyncio.Queue[Request | Abort],
+    reject: Callable[[str, JserveError], None],
+) -> None:
+    """Sends what is queued; makes each message only then, since a large one takes a while.
+
+    A sequence whose message cannot be made gets an EngineError by `reject`; the others go on.
+    """
     pauses, writer = Pauses(), RequestWriter()
     while True:
         item = await outgoing.get()
         pauses.start()
-        if isinstance(item, Abort):
-            message = engine_pb2.SessionRequest(abort=item.name)
-        else:
-            message = engine_pb2.SessionRequest(submit=writer.write(item))
+        message = None
+        try:
+            if isinstance(item, Abort):
+                message = engine_pb2.SessionRequest(abort=item.name)
+            else:
+                message = engine_pb2.SessionRequest(submit=writer.write(item))
+        except Exception as error:  # whatever it is, it concerns this sequence alone
+            name = item.name if isinstance(item, Abort) else item.id
+            logger.exception("no message to the engine can be made of %r", name)
+            words = f"the request cannot be sent to the engine: {type(error).__name__}: {error}"
+            reject(name, EngineError(words))
         await pauses.end()
+        if message is None:
+            continue
         try:
             await call.write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):

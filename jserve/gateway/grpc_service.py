@@ -51,7 +51,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         context: Any,
     ) -> None:
         """Runs many generations; ends when the client has closed its half and all have ended."""
-        stream = GenerateStream(self._plane, self._metrics, context.write, self._caller(context))
+        stream = GenerateStream(
+            self._plane,
+            self._metrics,
+            context.write,
+            self._caller(context),
+            lambda: _time_left_s(context),
+        )
         try:
             await stream.serve(request_iterator)
         except JserveError as error:

@@ -31,12 +31,19 @@ class GenerateStream:
     """State of one call. Every generation has its own task; they take turns writing."""
 
     def __init__(
-        self, plane: RequestPlane, metrics: GatewayMetrics, write: Write, caller: Caller
+        self,
+        plane: RequestPlane,
+        metrics: GatewayMetrics,
+        write: Write,
+        caller: Caller,
+        time_left_s: Callable[[], float | None] = lambda: None,
     ) -> None:
+        """`time_left_s` returns the seconds until the call's deadline; None if it has none."""
         self._plane = plane
         self._caller = caller
         self._metrics = metrics
         self._unlocked_write = write
+        self._time_left_s = time_left_s
         self._write_lock = asyncio.Lock()
         self._live: dict[str, _Live] = {}
 
@@ -97,7 +104,7 @@ class GenerateStream:
             generation = await parse_generation(
                 self._plane, message, message.request_id, self._caller
             )
-            running = self._plane.run(generation, self._metrics)
+            running = self._plane.run(generation, self._metrics, deadline_s=self._time_left_s())
             async with aclosing(running) as deltas:
                 live.deltas = deltas
                 if live.cancelled:

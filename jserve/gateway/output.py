@@ -87,6 +87,20 @@ def _joined(scored: Sequence[Sequence[TokenLogprobs]]) -> Sequence[TokenLogprobs
     return joined
 
 
+def echoed(generation: GenerationRequest, tokenizer: TextTokenizer) -> str:
+    """The text before the output of each choice: the prompt's, where it is asked for.
+
+    A prompt of ids is echoed as it was given, its special tokens too. A character that it leaves
+    unfinished is completed by the output.
+    """
+    prompt = generation.prompt
+    if not generation.echo:
+        return ""
+    if prompt.text is not None:
+        return prompt.text
+    return tokenizer.detokenizer(skip_special_tokens=False).push(prompt.ids)
+
+
 class OutputProcessor:
     """Turns the updates of one sequence into deltas; owned by whoever reads the updates.
 
@@ -94,7 +108,14 @@ class OutputProcessor:
     `include_stop_str_in_output`. Stop strings are looked for after `min_tokens` tokens.
     """
 
-    def __init__(self, generation: GenerationRequest, index: int, tokenizer: TextTokenizer) -> None:
+    def __init__(
+        self,
+        generation: GenerationRequest,
+        index: int,
+        tokenizer: TextTokenizer,
+        head: str | None = None,
+    ) -> None:
+        """`head` is `echoed` of the generation, which its choices share; None: it is made here."""
         self._generation = generation
         self._index = index
         self._matcher = StopMatcher(generation.stop) if generation.stop else None
@@ -102,17 +123,10 @@ class OutputProcessor:
         self._unsettled: list[tuple[int, TokenLogprobs | None]] = []
         self._ends: list[int] = []  # for each, the characters fed to the matcher so far
         self._fed_chars = 0
-        self._head = ""  # text before the output
-        prompt = generation.prompt
+        self._head = echoed(generation, tokenizer) if head is None else head
         self._detokenizer = tokenizer.detokenizer(
-            skip_special_tokens=generation.skip_special_tokens, prompt=prompt.ids
+            skip_special_tokens=generation.skip_special_tokens, prompt=generation.prompt.ids
         )
-        if generation.echo and prompt.text is None:
-            # The prompt is echoed as it was given, its special tokens too. A character that it
-            # leaves unfinished is completed by the output.
-            self._head = tokenizer.detokenizer(skip_special_tokens=False).push(prompt.ids)
-        elif generation.echo:
-            self._head = prompt.text or ""
 
     def feed(self, update: SequenceUpdate) -> OutputDelta:
         """Returns the delta for an update; it may finish though the update does not."""

@@ -10,7 +10,7 @@ from jserve.core.request import FinishReason
 from jserve.gateway.buffers import BufferAccount
 from jserve.gateway.engine_client import UpdateStream
 from jserve.gateway.metrics import RequestMetrics
-from jserve.gateway.output import GenerationRequest, OutputDelta, OutputProcessor
+from jserve.gateway.output import GenerationRequest, OutputDelta, OutputProcessor, echoed
 from jserve.gateway.tokenizer import TextTokenizer
 
 
@@ -18,8 +18,9 @@ class OutputStream:
     """An asynchronous iterator of `OutputDelta`; choices interleave.
 
     `__anext__` may be cancelled (a timeout for keep-alive frames) and called again without loss.
-    Errors of the engine (Overloaded, Unavailable, EngineError, RequestError) are raised by it, the
-    first two by the first call if at all. `close` aborts every choice; idempotent, never blocks.
+    Errors of the engine (Overloaded, Unavailable, EngineError, RequestError) are raised by any
+    call: Overloaded also when too much is unread, Unavailable when an engine is lost and none
+    follows. `close` aborts every choice; idempotent, never blocks.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class OutputStream:
         self._account = account
         self._metrics = metrics
         self._started_s = clock.now_s()
+        head = echoed(generation, tokenizer)
         self._choices = {
-            request_id: OutputProcessor(generation, index, tokenizer)
+            request_id: OutputProcessor(generation, index, tokenizer, head)
             for index, request_id in enumerate(ids)
         }
         self._unseen = set(ids)  # choices without a delta yet

@@ -5,7 +5,7 @@ import fcntl
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
 from jserve.checkpoints.temporary import temporary_folder
@@ -15,7 +15,10 @@ from jserve.core.private_path import why_not_private
 from jserve.proto.session_auth import MIN_TOKEN_BYTES
 
 TOKEN_VARIABLE = "JSERVE_ENGINE_TOKEN"  # noqa: S105  the name of one
-_MAX_FOLDER_BYTES = 60  # of the temporary folder: a socket's whole path has room for 107
+_MAX_SOCKET_PATH_BYTES = 107  # Linux has 108 for the path of a Unix socket, with a NUL
+# What follows the temporary folder: temporary_folder's name, then session_server's.
+_SOCKET_PATH_END = f"/.jserve-{os.geteuid()}.{'f' * 16}.tmp/engine-{'f' * 8}.sock"
+_MAX_FOLDER_BYTES = _MAX_SOCKET_PATH_BYTES - len(_SOCKET_PATH_END)
 
 
 @contextlib.contextmanager
@@ -43,13 +46,14 @@ def private_socket_folder() -> Iterator[str]:
         yield f"{UNIX}{folder}/"
 
 
-def read_token(file: str | None, environment: Mapping[str, str]) -> str | None:
+def read_token(file: str | None, environment: MutableMapping[str, str]) -> str | None:
     """The token of gateway and engine, from `file` (`-`: standard input) or the environment.
 
-    Raises ConfigError if it is too short, or if other users can read the file.
+    The variable is removed from `environment`, so child processes do not inherit it. Raises
+    ConfigError if the token is too short, or if other users can read the file.
     """
+    token = environment.pop(TOKEN_VARIABLE, None)  # also if a file has precedence over it
     if file is None:
-        token = environment.get(TOKEN_VARIABLE)
         return None if token is None else _checked(token.strip(), TOKEN_VARIABLE)
     if file == "-":
         return _checked(sys.stdin.readline().strip(), "standard input")

@@ -17,6 +17,7 @@ from jserve.gateway.engine_watch import EngineWatch
 from jserve.gateway.grpc_engine_client import GrpcEngineClient
 from jserve.gateway.grpc_server import GrpcServer
 from jserve.gateway.http.app import make_app
+from jserve.gateway.http.request_bodies import RequestBodies
 from jserve.gateway.http.server import HttpServer
 from jserve.gateway.loop_lag import LoopLag
 from jserve.gateway.metrics import GatewayMetrics
@@ -75,7 +76,8 @@ class Gateway:
         )
         self._lag = LoopLag(metrics)
         version = importlib.metadata.version("jserve")
-        app = make_app(self.plane, metrics, version=version)
+        self._bodies = RequestBodies(self.plane)
+        app = make_app(self.plane, metrics, version=version, bodies=self._bodies)
         limits = ConnectionLimits.from_config(config)
         if limits.lowered:
             message = "the limit of open files leaves %d connections each to HTTP and gRPC"
@@ -120,3 +122,4 @@ class Gateway:
         await self._engine.close()
         await self._lag.stop()
         self.plane.prompts.close()
+        self._bodies.close()

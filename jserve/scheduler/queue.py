@@ -7,6 +7,7 @@ from operator import attrgetter
 from jserve.scheduler.sequence import Rank, Sequence
 
 _RANK: Callable[[Sequence], Rank] = attrgetter("rank")
+_MAX_TURNS = 4096  # of tenants who may not wait any more; all of those are forgotten above it
 
 
 class RankedQueue:
@@ -69,22 +70,24 @@ class WaitingQueue(RankedQueue):
     """Sequences that wait, of tenants who take turns.
 
     The next one is of the smallest priority; among those, one that ran before goes first, since it
-    only continues; then it is the turn of the tenant who was served the longest time ago, or never
-    while it waited; of one tenant the smallest rank is next.
+    only continues; then it is the turn of the tenant who was served the longest time ago; of one
+    tenant the smallest rank is next. A tenant who begins to wait comes behind nobody, and before
+    nobody who waits for longer: one that returns after each answer gets no more than its share.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._of_tenants: dict[str, RankedQueue] = {}
-        self._turns: dict[str, int] = {}  # number of the last turn of each tenant who waits
+        self._turns: dict[str, int] = {}  # number of each tenant's last turn, or as if it had one
         self._num_turns = 0
 
     def add(self, seq: Sequence) -> None:
         super().add(seq)
         tenant = seq.request.tenant
         if tenant not in self._of_tenants:
+            waiting = min((self._turns[other] for other in self._of_tenants), default=0)
+            self._turns[tenant] = max(self._turns.get(tenant, 0), waiting)
             self._of_tenants[tenant] = RankedQueue()
-            self._turns[tenant] = 0
         self._of_tenants[tenant].add(seq)
 
     def remove(self, seq: Sequence) -> None:
@@ -93,7 +96,9 @@ class WaitingQueue(RankedQueue):
         queue = self._of_tenants[tenant]
         queue.remove(seq)
         if not len(queue):
-            del self._of_tenants[tenant], self._turns[tenant]
+            del self._of_tenants[tenant]
+            if len(self._turns) > _MAX_TURNS:
+                self._turns = {other: self._turns[other] for other in self._of_tenants}
 
     def serve(self, seq: Sequence) -> None:
         """Removes the member `seq`, which gets its slot: its tenant has had its turn."""

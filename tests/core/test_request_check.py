@@ -85,6 +85,9 @@ def test_masks_that_leave_nothing() -> None:
         ({"prompt": (-1,)}, "prompt"),
         ({"choice": -1}, "choice"),
         ({"priority": 2**31}, "priority"),
+        ({"tenant": "x" * 257}, "tenant"),
+        ({"tenant_slots": -1}, "tenant_slots"),
+        ({"tenant_slots": 2**31}, "tenant_slots"),
         ({"output": (410,)}, "output"),
         ({"output": (5,) * 16}, "output"),
         ({"deadline_s": NAN}, "deadline_s"),
@@ -125,5 +128,6 @@ def test_the_extremes_that_are_allowed() -> None:
         prompt_logprobs=0,
     )
     check_request(replace(GOOD, sampling=widest, deadline_s=0.0), INFO)
+    check_request(replace(GOOD, tenant="x" * 256, tenant_slots=2**31 - 1), INFO)
     check_request(replace(GOOD, sampling=SamplingParams(stop_token_ids=(5,) * 40)), INFO)
     check_request(replace(GOOD, sampling=SamplingParams(max_tokens=510, min_tokens=510)), INFO)

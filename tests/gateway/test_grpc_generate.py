@@ -5,6 +5,7 @@ import asyncio
 import grpc
 import pytest
 
+from jserve.gateway.prompts import PromptMaker
 from jserve.proto import inference_pb2, types_pb2
 from tests.gateway.fixtures import INFO, eventually
 from tests.gateway.grpc_serving import PROMPT, all_of, failure, generate, serving
@@ -150,7 +151,8 @@ def test_chat_tokenize_detokenize_and_models():
             assert engine.submitted[1].prompt == (5, 6)
             models = await stub.ListModels(inference_pb2.ListModelsRequest())
             assert [(m.id, m.max_model_len) for m in models.models] == [("public", 512)]
-            plane.chat_template = None
+            plane.prompts.close()
+            plane.prompts = PromptMaker(plane.tokenizer, None, plane.config, lambda: plane.info)
             error = await failure(stub.Tokenize(inference_pb2.TokenizeRequest(chat=chat)))
             assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert "no chat template" in error.details()

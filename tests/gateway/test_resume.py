@@ -4,13 +4,15 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from jserve.core.errors import Unavailable
+from jserve.core.errors import EngineError, Unavailable
 from jserve.core.request import EngineInfo, FinishReason, Request, SamplingParams, SequenceUpdate
 from jserve.core.stats import EngineStats
 from jserve.engine.worker.session_server import serve_sessions
+from jserve.gateway import grpc_engine_client
 from jserve.gateway.engine_client import UpdateStream
 from jserve.gateway.grpc_engine_client import GrpcEngineClient
 from jserve.gateway.request_plane import Prompt
@@ -183,20 +185,80 @@ def test_nobody_waits_longer_than_the_deadline() -> None:
 def test_a_request_that_ends_every_engine_ends_itself() -> None:
     async def main(site: Site) -> None:
         stream = None
-        failed = False
-        for _ in range(100):
-            async with site.engine():
+        for num_deaths in range(1, 4):
+            async with site.engine() as loop:
                 stream = stream or site.client.submit([request("poison")])
-                await asyncio.sleep(0.02)
-            failed = len(site.client._streams) == 0
-            if failed:
-                break
-        assert failed
+                await eventually(lambda loop=loop: loop.num_added == 1)
+            assert (len(site.client._streams) == 0) is (num_deaths == 3)
         assert stream is not None
         with pytest.raises(Unavailable):
             await anext(stream)
 
-    run(main, resume_wait_s=0.5)
+    run(main)
+
+
+def test_a_token_forgets_the_deaths_before_it() -> None:
+    async def main(site: Site) -> None:
+        stream = None
+        for life in range(4):  # the fourth death is the second since the token
+            async with site.engine() as loop:
+                stream = stream or site.client.submit([request("a")])
+                await eventually(lambda loop=loop: loop.num_added == 1)
+                if life == 2:
+                    loop.paused.clear()
+                    await take(stream, 1)
+                    loop.paused.set()
+        assert len(site.client._streams) == 1
+
+    run(main)
+
+
+def test_time_in_the_next_engine_is_no_time_without_one() -> None:
+    async def main(site: Site) -> None:
+        async with site.engine():
+            stream = site.client.submit([request("a")])
+        async with site.engine() as second:
+            await asyncio.sleep(0.8)  # in its queue
+            second.paused.clear()
+            assert tokens([update async for update in stream]) == scripted(request("a"))[:40]
+
+    run(main, resume_wait_s=0.3)
+
+
+def test_a_request_that_cannot_be_sent_fails_alone() -> None:
+    async def main(site: Site) -> None:
+        async with site.engine() as loop:
+            loop.paused.clear()
+            bad = site.client.submit([replace(request("bad"), tenant_slots=2**31)])
+            good = site.client.submit([request("a")])
+            with pytest.raises(EngineError, match="cannot be sent to the engine"):
+                await anext(bad)
+            assert tokens([update async for update in good]) == scripted(request("a"))[:40]
+        assert len(site.client._streams) == 0
+
+    run(main)
+
+
+def test_a_session_whose_writer_ends_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_sessions = 0
+    write = grpc_engine_client._write
+
+    async def fail_once(*args: Any) -> None:
+        nonlocal num_sessions
+        num_sessions += 1
+        if num_sessions == 1:
+            raise OSError("a fault of the writer")
+        await write(*args)
+
+    async def main(site: Site) -> None:
+        async with site.engine() as loop:
+            stream = site.client.submit([request("a")])
+            loop.paused.clear()
+            assert tokens([update async for update in stream]) == scripted(request("a"))[:40]
+        assert num_sessions == 2
+
+    monkeypatch.setattr(grpc_engine_client, "_write", fail_once)
+    run(main)
 
 
 def test_only_an_equal_engine_continues_what_has_begun() -> None:

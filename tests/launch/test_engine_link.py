@@ -1,6 +1,7 @@
 """The private folder of the engine's socket, and where gateway and engine find their token."""
 
 import io
+import socket
 import stat
 import sys
 import tempfile
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jserve.core.errors import ConfigError
-from jserve.launch.engine_link import private_socket_folder, read_token
+from jserve.launch.engine_link import _MAX_FOLDER_BYTES, private_socket_folder, read_token
 
 TOKEN = "0123456789abcdef" * 2
 
@@ -33,6 +34,20 @@ def test_a_long_temporary_folder_is_no_obstacle(
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     with private_socket_folder() as address:
         assert len(address) < 90
+
+
+def test_a_socket_fits_into_the_longest_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        for room, fits in ((_MAX_FOLDER_BYTES, True), (_MAX_FOLDER_BYTES + 1, False)):
+            parent = Path(short) / ("x" * (room - len(short) - 1))
+            parent.mkdir()
+            monkeypatch.setattr(tempfile, "tempdir", str(parent))
+            with private_socket_folder() as address, socket.socket(socket.AF_UNIX) as unix:
+                folder = Path(address.removeprefix("unix:"))
+                assert (folder.parent == parent) is fits
+                path = folder / "engine-01234567.sock"
+                assert not fits or len(str(path)) == 107
+                unix.bind(str(path))
 
 
 def test_no_place_for_a_folder_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +79,9 @@ def test_a_token_comes_from_the_environment_or_standard_input(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert read_token(None, {}) is None
-    assert read_token(None, {"JSERVE_ENGINE_TOKEN": f" {TOKEN}\n"}) == TOKEN
+    environment = {"JSERVE_ENGINE_TOKEN": f" {TOKEN}\n", "HOME": "/"}
+    assert read_token(None, environment) == TOKEN
+    assert environment == {"HOME": "/"}  # children inherit no secret
     for empty in ("", " ", "short"):
         with pytest.raises(ConfigError, match="JSERVE_ENGINE_TOKEN"):
             read_token(None, {"JSERVE_ENGINE_TOKEN": empty})

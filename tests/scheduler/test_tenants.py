@@ -42,6 +42,19 @@ def test_tenants_take_turns():
     assert admitted(rig) == ["a0", "b0", "c0", "a1", "b1", "a2", "a3", "a4", "a5"]
 
 
+def test_who_returns_after_each_answer_gets_no_more_than_a_share():
+    rig = Rig(num_slots=1)
+    for i in range(10):
+        add(rig, f"b{i}", "bob")
+    add(rig, "a0", "ann")
+    for i in range(1, 40):
+        while f"a{i - 1}" not in admitted(rig):
+            rig.step()
+        add(rig, f"a{i}", "ann")
+    assert sum(name.startswith("b") for name in admitted(rig)[:20]) == 10
+    run(rig)
+
+
 def test_one_request_waits_for_one_slot_and_not_for_all_of_another_tenant():
     rig = Rig(num_slots=2)
     for i in range(50):

@@ -26,14 +26,21 @@ from jserve.gateway.request_plane import RequestPlane
 _log = logging.getLogger(__name__)
 
 
-def make_app(plane: RequestPlane, metrics: GatewayMetrics, *, version: str) -> ASGIApp:
+def make_app(
+    plane: RequestPlane,
+    metrics: GatewayMetrics,
+    *,
+    version: str,
+    bodies: RequestBodies | None = None,
+) -> ASGIApp:
     """The ASGI application over `plane`; `metrics` is shared with the other front ends.
 
+    The caller closes the `bodies` it passes; those made here end with the application.
     From outside in: request ids and counts, `Host`, CORS, API keys, routes.
     """
     config = plane.config
     registry = make_registry(metrics, plane.engine, lambda: plane.model_name)
-    bodies = RequestBodies(plane)
+    bodies = bodies or RequestBodies(plane)
     app: ASGIApp = Starlette(
         routes=[
             *OpenAIRoutes(plane, metrics, bodies).routes(),

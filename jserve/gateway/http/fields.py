@@ -12,6 +12,8 @@ from jserve.core.errors import RequestError
 
 T = TypeVar("T")
 
+# Names of ignored fields that are kept: what the answer's header shows, and one to say "more".
+MAX_IGNORED = 20 + 1
 _MAX_EXACT = 2.0**53  # larger floats are whole as well, but not exact
 
 
@@ -67,7 +69,7 @@ class Fields:
     def __init__(
         self, data: Mapping[str, Any], where: str = "", ignored: list[str] | None = None
     ) -> None:
-        """With `ignored`, unknown fields are added to it instead of refused."""
+        """With `ignored`, unknown fields are added to it, up to `MAX_IGNORED`; none is refused."""
         self._left = dict(data)
         self._where = where
         self.ignored = ignored
@@ -126,7 +128,8 @@ class Fields:
         for key, value in self._left.items():
             name = self.name(key)
             if key not in unsupported and self.ignored is not None:
-                self.ignored.append(_cut(name))
+                if len(self.ignored) < MAX_IGNORED:
+                    self.ignored.append(_cut(name))
             elif key not in unsupported:
                 near = get_close_matches(key[:60], known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -76,20 +76,33 @@ class Answer:
         """Yields the answer as server-sent events, without the closing one."""
         tokens: Counter[int] = Counter()  # by choice
         pauses = Pauses()  # a reader that was slow gets many large deltas at once
-        async with aclosing(interleaved(await self._start(None))) as deltas:
-            async for prompt, delta in deltas:
-                pauses.start()
-                index = self._index(prompt, delta.index)
-                tokens[index] += len(delta.token_ids)
-                if _num_logprobs(delta) > _LARGE:
-                    data = await asyncio.to_thread(self._event, prompt, delta, tokens[index])
-                else:
-                    data = self._event(prompt, delta, tokens[index])
-                await pauses.end()
-                if data:
-                    yield data
+        account = self.plane.buffers.open()
+        try:
+            async with aclosing(interleaved(await self._start(account))) as deltas:
+                async for prompt, delta in deltas:
+                    index = self._index(prompt, delta.index)
+                    tokens[index] += len(delta.token_ids)
+                    if delta.logprobs is None and delta.prompt_logprobs is None:
+                        data = self._event(prompt, delta, tokens[index])
+                    else:
+                        data = await self._large_event(prompt, delta, tokens[index], pauses)
+                    if data:
+                        yield data
+        finally:
+            account.close()
         if self.include_usage:
             yield event(self._chunk([]) | {"usage": self._usage(tokens.total())})
+
+    async def _large_event(
+        self, prompt: int, delta: OutputDelta, num_tokens: int, pauses: Pauses
+    ) -> bytes:
+        pauses.start()
+        if _num_logprobs(delta) > _LARGE:
+            data = await asyncio.to_thread(self._event, prompt, delta, num_tokens)
+        else:
+            data = self._event(prompt, delta, num_tokens)
+        await pauses.end()
+        return data
 
     def _whole(self, done: Sequence[tuple[int, OutputDelta]]) -> bytes:
         # Each is written before the next one is made: as objects they take ten times the memory.

@@ -6,19 +6,22 @@ well. A body of 64 kB takes a few milliseconds.
 
 import pickle
 from array import array
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
 
-from jserve.core.errors import RequestError
+from jserve.core.errors import Overloaded, RequestError
 from jserve.core.request import EngineInfo
 from jserve.gateway.chat import check_messages
 from jserve.gateway.config import UnknownFields
 from jserve.gateway.defaults import SamplingDefaults
 from jserve.gateway.http.body import parse_object, read_body
 from jserve.gateway.http.edge import IGNORED_FIELDS
+from jserve.gateway.http.fields import MAX_IGNORED
 from jserve.gateway.http.openai_request import (
     ChatRequest,
     CompletionRequest,
@@ -34,6 +37,7 @@ from jserve.gateway.http.token_request import (
 from jserve.gateway.job_child import Handler
 from jserve.gateway.job_process import JobLimits, JobProcesses, JobStopped
 from jserve.gateway.request_plane import RequestPlane
+from jserve.gateway.tenants import Caller
 from jserve.gateway.validation import (
     SamplingFields,
     check_id_lists,
@@ -46,6 +50,8 @@ from jserve.gateway.validation import (
 _LARGE_BYTES = 64 << 10
 _LIMITS = JobLimits(cpu_s=15.0, memory_bytes=2 << 30, wall_s=60.0)
 _NICENESS = 5  # an engine on the same processor comes first
+_MOST = 2  # processes, so that one slow body does not hold up the others
+_MOST_OF_TENANT = 2  # of the largest bodies: bytes of one tenant that wait or are read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,11 +94,19 @@ _PARSERS: Mapping[str, Callable[[Mapping[str, Any], Bounds], Any]] = {
 
 
 class RequestBodies:
-    """Reads the bodies of all routes. Owned by the application."""
+    """Reads the bodies of all routes.
+
+    The processes start with the first large bodies, and end at `close` or with this object.
+    """
 
     def __init__(self, plane: RequestPlane) -> None:
         self._plane = plane
-        self._large = JobProcesses(__name__, b"", _LIMITS, niceness=_NICENESS)
+        self._large = JobProcesses(__name__, b"", _LIMITS, most=_MOST, niceness=_NICENESS)
+        self._large_bytes = Counter[str]()  # by tenant: waiting or being read
+
+    def close(self) -> None:
+        """Ends the processes; bodies that they read are refused."""
+        self._large.close()
 
     async def completion(self, request: Request) -> CompletionRequest:
         return await self._read(request, "completion")
@@ -118,15 +132,38 @@ class RequestBodies:
             ignore_unknown=config.unknown_fields is UnknownFields.IGNORE,
             info=self._plane.engine.info,
         )
-        parsed = await self._parsed(kind, body, bounds)
+        if len(body) <= _LARGE_BYTES:
+            parsed = _PARSERS[kind](parse_object(body, bounds.max_depth), bounds)
+        else:
+            with self._large_of(request.scope["caller"], len(body)):
+                parsed = await self._read_large(kind, body, bounds)
         if bounds.ignore_unknown:
             request.scope[IGNORED_FIELDS] = list(parsed.ignored)
         return parsed
 
-    async def _parsed(self, kind: str, body: bytes, bounds: Bounds) -> Any:
-        if len(body) <= _LARGE_BYTES:
-            return _PARSERS[kind](parse_object(body, bounds.max_depth), bounds)
-        assert self._plane.info is bounds.info  # raises Unavailable while there is none
+    @contextmanager
+    def _large_of(self, caller: Caller, num_bytes: int) -> Iterator[None]:
+        """Counts a large body of a tenant. Raises Overloaded if too much of its is in line.
+
+        In bytes: many conversations of 100 kB are read at once, 8 MB of lists one after another.
+        """
+        most = _MOST_OF_TENANT * self._plane.config.max_body_bytes
+        if self._large_bytes[caller.name] + num_bytes > most:
+            raise Overloaded(
+                f"bodies of {self._large_bytes[caller.name]} bytes of this client are being read; "
+                f"send this one once they are answered: {most} bytes are read at a time",
+                retry_after_s=1.0,
+            )
+        self._large_bytes[caller.name] += num_bytes
+        try:
+            yield
+        finally:
+            self._large_bytes[caller.name] -= num_bytes
+            if not self._large_bytes[caller.name]:
+                del self._large_bytes[caller.name]  # there is no end of tenants
+
+    async def _read_large(self, kind: str, body: bytes, bounds: Bounds) -> Any:
+        bounds = replace(bounds, info=self._plane.info)  # Unavailable before there is an engine
         try:
             parsed = await self._large.call(pickle.dumps((kind, body, bounds)))
         except JobStopped as error:
@@ -156,7 +193,7 @@ def _checked(parsed: Any, bounds: Bounds) -> Any:
             max_messages=bounds.max_messages,
             ignored=ignored if bounds.ignore_unknown else None,
         )
-        parsed = replace(parsed, messages=checked, ignored=tuple(ignored))
+        parsed = replace(parsed, messages=checked, ignored=tuple(ignored[:MAX_IGNORED]))
     if isinstance(parsed, CompletionRequest | ChatRequest):
         check_stop(
             parsed.stop, max_count=bounds.max_stop_strings, max_chars=bounds.max_stop_string_chars

@@ -17,6 +17,7 @@ from jserve.gateway.connection_limits import ConnectionLimits
 from jserve.gateway.defaults import sampling_defaults
 from jserve.gateway.fake_engine import FakeEngine, Reply, echo
 from jserve.gateway.http.app import make_app
+from jserve.gateway.http.request_bodies import RequestBodies
 from jserve.gateway.http.server import HttpServer
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import RequestPlane
@@ -89,7 +90,8 @@ class Served:
             clock=self.clock,
             **self._parts,
         )
-        app = make_app(self.plane, self.metrics, version="1.2.3")
+        self.bodies = RequestBodies(self.plane)
+        app = make_app(self.plane, self.metrics, version="1.2.3", bodies=self.bodies)
         self.server = HttpServer(
             app,
             host="127.0.0.1",
@@ -106,6 +108,7 @@ class Served:
         """Ends the server, the loop and the thread."""
         self.call(self.server.stop)
         self.call(self.engine.close)
+        self.bodies.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
