@@ -27,8 +27,8 @@ from jserve.proto import group_pb2
 from jserve.proto.steps import StepReader, StepWriter
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
-from tests.scheduler.rig import Rig
 from tests.scheduler.drill import MODEL, Drill, Engine, engines
+from tests.scheduler.rig import Rig
 
 MAX_BYTES = 4096  # bytes of a step that admits nobody
 
