@@ -77,8 +77,9 @@ def test_where_other_machines_ask_every_name_is_allowed():
 
 
 @pytest.mark.parametrize("kind", LogFormat)
-def test_a_path_forges_no_log_line(served, caplog, kind):
-    with caplog.at_level(logging.DEBUG):
+def test_a_path_forges_no_log_line(caplog, kind):
+    # A server of its own: one that others have asked may still log an answer to them.
+    with caplog.at_level(logging.DEBUG), serving() as served:
         forged = "%0a2026-01-01T00:00:00.000Z%20ERROR%20root%20FORGED%1b[2J%c2%85%e2%80%a8"
         for path in (f"/{forged}", "/v1/%0d%0aFORGED", "/a%20200%20in%200.1%20ms"):
             with socket.create_connection(("127.0.0.1", served.port), timeout=5) as raw:
