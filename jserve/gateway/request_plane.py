@@ -68,7 +68,6 @@ class RequestPlane:
         config: GatewayConfig,
         clock: Clock,
         bounded: bool = True,
-        config_digest: str = "",
     ) -> None:
         """Without `bounded` the caller is trusted, as in its own process.
 
@@ -82,7 +81,6 @@ class RequestPlane:
         self.config = config
         self.clock = clock
         self._bounded = bounded
-        self._config_digest = config_digest
         self.tenants = TenantCounts()
         self.buffers = BufferBudget(config.max_buffer_bytes, config.max_request_buffer_bytes)
         self.draining = False
@@ -119,7 +117,7 @@ class RequestPlane:
     @property
     def fingerprint(self) -> str:
         """OpenAI's system_fingerprint; changes with all that an answer depends on."""
-        return fingerprint(self.info, self.defaults, self._config_digest)
+        return fingerprint(self.info, self.defaults)
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ class TextModel:
     tokenizer: TextTokenizer
     chat_template: ChatTemplate | None  # None: the model has none
     defaults: SamplingDefaults
-    config_digest: str = ""  # of the config of model and engine, for the fingerprint of answers
 
     @classmethod
     def from_assets(cls, assets: TextAssets, config: GatewayConfig) -> "TextModel":

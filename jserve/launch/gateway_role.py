@@ -1,7 +1,6 @@
 """The gateway, put together: one request plane over one engine, behind HTTP and gRPC."""
 
 import asyncio
-import dataclasses
 import importlib.metadata
 import logging
 from collections.abc import Callable
@@ -25,7 +24,6 @@ from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.text_model import TextModel
 from jserve.gateway.tls import TlsFiles
 from jserve.launch.console import Console
-from jserve.launch.jobs import config_digest
 
 _log = logging.getLogger(__name__)
 _STOP_GRACE_S = 1.0  # after a drain nothing runs; this is for answers still being written
@@ -35,8 +33,7 @@ def load_text(config: ServeConfig, console: Console) -> TextModel:
     """Reads the text side of the configured model, fetched first if it is not there."""
     progress = FileProgress("fetching", console.say)
     assets = text_assets_from_config(config.model, progress)
-    text = TextModel.from_assets(assets, config.gateway)
-    return dataclasses.replace(text, config_digest=config_digest(config))
+    return TextModel.from_assets(assets, config.gateway)
 
 
 class Gateway:
@@ -69,7 +66,6 @@ class Gateway:
             engine=self._engine,
             config=config,
             clock=clock,
-            config_digest=text.config_digest,
         )
         self.metrics = metrics = GatewayMetrics(
             clock=clock, seconds_since_step=lambda: self._engine.seconds_since_step

@@ -1,7 +1,5 @@
 """Engine jobs made from the whole config."""
 
-import hashlib
-
 from jserve.config import ServeConfig, flatten
 from jserve.engine.job import EngineJob
 
@@ -30,23 +28,14 @@ def engine_job(
         scheduler=config.scheduler,
         platform=config.platform,
         log=config.log,
-        fields=_shared_fields(config),
+        fields={
+            name: repr(value)
+            for name, value in flatten(config).items()
+            if name.startswith(_SHARED) and name not in _OWN
+        },
         drain_s=config.drain_s,
         address=address,
         token=token,
         process=process,
         leader_address=leader_address,
     )
-
-
-def config_digest(config: ServeConfig) -> str:
-    """A digest of the fields that answers depend on, the digests of the weights' files too."""
-    return hashlib.sha256(repr(_shared_fields(config)).encode()).hexdigest()
-
-
-def _shared_fields(config: ServeConfig) -> dict[str, str]:
-    return {
-        name: repr(value)
-        for name, value in flatten(config).items()
-        if name.startswith(_SHARED) and name not in _OWN
-    }

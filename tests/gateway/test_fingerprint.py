@@ -9,7 +9,7 @@ from jserve.gateway.defaults import SamplingDefaults
 from jserve.gateway.fingerprint import fingerprint
 from tests.gateway.fixtures import INFO
 
-BASE = fingerprint(INFO, SamplingDefaults(), "config")
+BASE = fingerprint(INFO, SamplingDefaults())
 
 
 def test_it_looks_like_openais():
@@ -18,14 +18,14 @@ def test_it_looks_like_openais():
 
 @pytest.mark.parametrize("field", [{"num_slots": 1}, {"num_pages": 1}, {"max_queue": 1}])
 def test_capacities_do_not_change_it(field):
-    assert fingerprint(replace(INFO, **field), SamplingDefaults(), "config") == BASE
+    assert fingerprint(replace(INFO, **field), SamplingDefaults()) == BASE
 
 
 def test_answers_depend_on_the_rest():
     others = {
-        fingerprint(replace(INFO, model="other"), SamplingDefaults(), "config"),
-        fingerprint(replace(INFO, max_model_len=99), SamplingDefaults(), "config"),
-        fingerprint(INFO, SamplingDefaults(temperature=0.5), "config"),
-        fingerprint(INFO, SamplingDefaults(), "other"),
+        fingerprint(replace(INFO, model="other"), SamplingDefaults()),
+        fingerprint(replace(INFO, max_model_len=99), SamplingDefaults()),
+        fingerprint(INFO, SamplingDefaults(temperature=0.5)),
+        fingerprint(replace(INFO, numerics="other"), SamplingDefaults()),
     }
     assert len(others - {BASE}) == 4
