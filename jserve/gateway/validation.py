@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from jserve.core.request import (
     EngineInfo,
     SamplingParams,
 )
+from jserve.core.request_check import MAX_LOGIT_BIAS_VALUE, leaves_no_token
 from jserve.gateway.defaults import SamplingDefaults
 
 # Logits / temperature overflow float32 at smaller temperatures; vLLM raises them to it as well.
@@ -301,7 +302,9 @@ def _logit_bias(value: Any, vocab: int) -> tuple[tuple[int, float], ...]:
         token_ids("logit_bias", (token_id,), vocab)
         if token_id in biases:
             raise RequestError(f"logit_bias names token {token_id} twice", param="logit_bias")
-        biases[token_id] = number(f"logit_bias.{token_id}", bias, None, -100, 100)
+        biases[token_id] = number(
+            f"logit_bias.{token_id}", bias, None, -MAX_LOGIT_BIAS_VALUE, MAX_LOGIT_BIAS_VALUE
+        )
     return tuple(sorted(biases.items()))
 
 
@@ -310,13 +313,7 @@ def _check_something_is_left(sampling: SamplingParams, info: EngineInfo) -> None
     most_masked = len(sampling.bad_token_ids) + len(sampling.stop_token_ids) + MAX_STOP_TOKEN_IDS
     if most_masked < (len(sampling.allowed_token_ids) or info.vocab):
         return  # without making sets of lists as long as the vocabulary
-    masked: Collection[int] = set(sampling.bad_token_ids)
-    if sampling.min_tokens:
-        masked |= set(sampling.stop_token_ids)
-        if not sampling.ignore_eos:
-            masked |= set(info.eos_token_ids)
-    left = set(sampling.allowed_token_ids) - masked if sampling.allowed_token_ids else None
-    if (left is None and len(masked) >= info.vocab) or (left is not None and not left):
+    if leaves_no_token(sampling, info):
         raise RequestError(
             "allowed_token_ids, bad_token_ids and min_tokens together leave no token to generate",
             param="allowed_token_ids" if sampling.allowed_token_ids else "bad_token_ids",

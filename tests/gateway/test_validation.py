@@ -148,7 +148,8 @@ def test_masks_that_leave_nothing_are_refused():
     assert "no token" in str(refused(allowed_token_ids=[3], bad_token_ids=[3]))
     assert "no token" in str(refused(bad_token_ids=list(range(INFO.vocab))))
     assert "no token" in str(refused(allowed_token_ids=[1], min_tokens=1))
-    resolve(allowed_token_ids=[1], min_tokens=1, ignore_eos=True)
+    # End-of-sequence ids are masked until min_tokens, though they end nothing; as in vLLM.
+    assert "no token" in str(refused(allowed_token_ids=[1], min_tokens=1, ignore_eos=True))
     resolve(allowed_token_ids=[1])
 
 
