@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from jserve.core.clock import Clock
 from jserve.core.errors import JserveError, Unavailable
@@ -14,6 +14,7 @@ from jserve.engine.step_log import StepLog
 from jserve.scheduler.scheduler import Scheduler
 
 _IDLE_WAIT_S = 0.5  # an idle engine wakes up to look whether it was asked to stop
+_SPARE_DEADLINES = 1024  # of ended sequences, that are kept
 
 
 class EngineLoop:
@@ -86,9 +87,17 @@ class EngineLoop:
                         self._outbox.reject(request.id, error)
                         continue
                     if request.deadline_s is not None:
-                        heappush(self._deadlines, (now_s + request.deadline_s, request.id))
+                        self._keep_deadline(now_s + request.deadline_s, request.id)
                 case Abort(request_id):
                     self._scheduler.abort(request_id)
+
+    def _keep_deadline(self, end_s: float, request_id: str) -> None:
+        live = self._scheduler.is_live
+        if len(self._deadlines) > 2 * self._scheduler.num_live + _SPARE_DEADLINES:
+            # Sequences that ended in time leave theirs, which may be days away.
+            self._deadlines = [item for item in self._deadlines if live(item[1])]
+            heapify(self._deadlines)
+        heappush(self._deadlines, (end_s, request_id))
 
     def _drop_late(self) -> None:
         """Drops the sequences whose deadline has passed; nobody waits for them any more."""

@@ -19,6 +19,7 @@ from jserve.gateway.defaults import SamplingDefaults
 # Logits / temperature overflow float32 at smaller temperatures; vLLM raises them to it as well.
 MIN_TEMPERATURE = 0.01
 _INT32_MAX = 2**31 - 1
+_FLOAT32_TINY = 2.0**-126  # the smallest normal number
 # Larger floats are whole, and outside any bounds: what JSON's reader makes of longer integers.
 _MAX_EXACT = 2.0**53
 
@@ -228,7 +229,9 @@ def _resolve_bounded(field: Field[Any], given: SamplingFields, default: Any) -> 
     if value is None:
         return default
     if isinstance(field.default, float):
-        return number(name, value, default, bounds.low, bounds.high, above_low=bounds.above_low)
+        found = number(name, value, default, bounds.low, bounds.high, above_low=bounds.above_low)
+        # The device computes in float32, in which a smaller one would be the bound itself.
+        return max(found, _FLOAT32_TINY) if bounds.above_low else found
     return integer(name, value, 0, bounds.low, bounds.high)
 
 

@@ -142,6 +142,15 @@ class Scheduler:
             )
         return max_total
 
+    @property
+    def num_live(self) -> int:
+        """Number of sequences that wait or run."""
+        return len(self._live)
+
+    def is_live(self, request_id: str) -> bool:
+        """Whether the sequence waits or runs."""
+        return request_id in self._live
+
     def abort(self, request_id: str) -> bool:
         """Drops a sequence and frees what it holds; results in flight for it are discarded.
 

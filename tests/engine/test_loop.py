@@ -161,3 +161,18 @@ def test_an_idle_loop_wakes_up_to_stop() -> None:
     rig.loop.stop()
     thread.join(timeout=5)
     assert not thread.is_alive()
+
+
+def test_deadlines_of_ended_sequences_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jserve.engine.loop._SPARE_DEADLINES", 4)
+    rig = Rig()
+    rig.inbox.put(Submit(replace(_request("long", 100), deadline_s=100.0)))
+    most = 0
+    for i in range(40):
+        rig.inbox.put(Submit(replace(_request(f"r{i}", 1), deadline_s=1e6)))
+        rig.loop.run_once()
+        most = max(most, len(rig.loop._deadlines))
+    assert most <= 15  # of 41, with at most five alive
+    rig.clock.advance(100.0)
+    rig.loop.run_once()
+    assert isinstance(rig.taken()[1]["long"], Unavailable)  # its deadline is kept

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -142,6 +143,11 @@ def test_limits_count_what_the_device_must_hold():
     resolve(stop_token_ids=list(range(1, 33)))  # the model's own ids among them
     assert "at most 300" in str(refused(logit_bias=dict.fromkeys(range(301), 1.0)))
     assert "twice" in str(refused(logit_bias={5: 1.0, "5": 2.0}))
+
+
+@pytest.mark.parametrize("field", ["top_p", "repetition_penalty"])
+def test_numbers_too_small_for_the_device_are_not_its_zero(field):
+    assert np.float32(getattr(resolve(**{field: 1e-50}), field)) > 0
 
 
 def test_masks_that_leave_nothing_are_refused():
