@@ -18,3 +18,8 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: must hold a JSON object")
     return value
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """As `read_json`; an empty object if there is no such file."""
+    return read_json(path) if path.is_file() else {}

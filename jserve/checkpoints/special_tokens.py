@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from jserve.checkpoints.json_file import read_json
+from jserve.checkpoints.json_file import read_optional_json
 from jserve.core.errors import ConfigError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -25,10 +25,10 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     The map counts, null included, unless the config has `added_tokens_decoder`, which is how
     newer tools write what the map was for. Lists of further tokens are joined.
     """
-    config = _optional(folder / TOKENIZER_CONFIG)
+    config = read_optional_json(folder / TOKENIZER_CONFIG)
     if "added_tokens_decoder" in config:
         return config
-    for name, value in _optional(folder / SPECIAL_TOKENS_MAP).items():
+    for name, value in read_optional_json(folder / SPECIAL_TOKENS_MAP).items():
         known = config.get(name)
         if name in _LISTS and isinstance(value, list) and isinstance(known, list):
             value = [*known, *(token for token in cast(list[Any], value) if token not in known)]
@@ -96,7 +96,3 @@ def _special_tokens(config: Mapping[str, Any]) -> list[Any]:
         token for token in decoder.values() if isinstance(token, Mapping) and token.get("special")
     ]
     return tokens
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}

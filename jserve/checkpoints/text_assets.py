@@ -13,7 +13,7 @@ from typing import Any
 from jserve.checkpoints.gguf_header import GgufHeader, read_header
 from jserve.checkpoints.gguf_tokenizer import adds_bos, end_token_ids, tokenizer_json
 from jserve.checkpoints.hf_config import eos_token_ids
-from jserve.checkpoints.json_file import read_json
+from jserve.checkpoints.json_file import read_optional_json
 from jserve.checkpoints.special_tokens import (
     TOKENIZER_CONFIG,
     mark_special,
@@ -154,14 +154,14 @@ def _from_gguf(header: GgufHeader) -> TextAssets:
 def _from_folder(folder: Path) -> TextAssets:
     tokenizer = _read_tokenizer(folder)
     config = read_tokenizer_config(folder)
-    generation = _optional_json(folder / GENERATION_CONFIG)
+    generation = read_optional_json(folder / GENERATION_CONFIG)
     special = named_tokens(config)
     ids = _token_ids(folder / TOKENIZER, tokenizer)
     bos = special.get("bos_token")
     if bos is not None and bos not in ids:
         raise ConfigError(f"{folder / TOKENIZER_CONFIG}: bos_token {bos!r} is not in {TOKENIZER}")
     ends = dict.fromkeys(
-        (*eos_token_ids(generation), *eos_token_ids(_optional_json(folder / CONFIG)))
+        (*eos_token_ids(generation), *eos_token_ids(read_optional_json(folder / CONFIG)))
     )
     if special.get("eos_token") in ids:
         ends[ids[special["eos_token"]]] = None
@@ -213,10 +213,6 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if template is not None and not isinstance(template, str):
         raise ConfigError(f"{folder / TOKENIZER_CONFIG}: chat_template must be text")
     return template
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 def _write(path: Path, text: str) -> None:

@@ -144,13 +144,6 @@ class TextTokenizer:
         tokens = self._tokenizer.get_vocab(with_added_tokens=False)
         return max(*(len(t.content.encode()) for t in added), *map(len, tokens), 1)
 
-    async def encode_async(
-        self, text: str, *, add_special_tokens: bool | None = None, most: int | None = None
-    ) -> list[int]:
-        """Runs `encode` off the event loop when the text is long."""
-        encoded = await self.encode_all([text], add_special_tokens=add_special_tokens, most=most)
-        return encoded[0]
-
     async def encode_all(
         self,
         texts: Sequence[str],

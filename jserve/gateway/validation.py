@@ -21,7 +21,7 @@ MIN_TEMPERATURE = 0.01
 _INT32_MAX = 2**31 - 1
 _FLOAT32_TINY = 2.0**-126  # the smallest normal number
 # Larger floats are whole, and outside any bounds: what JSON's reader makes of longer integers.
-_MAX_EXACT = 2.0**53
+MAX_EXACT = 2.0**53
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +187,7 @@ def integer(
     """An integer in [low, high], None: without end; `high_name` names the bound in the message."""
     if value is None:
         return default
-    huge = isinstance(value, float) and _MAX_EXACT < abs(value) < math.inf
+    huge = isinstance(value, float) and MAX_EXACT < abs(value) < math.inf
     if isinstance(value, bool) or not (isinstance(value, int) or huge):
         raise RequestError(f"{name} must be an integer, not {_show(value)}", param=name)
     if isinstance(value, int) and low <= value and (high is None or value <= high):

@@ -189,11 +189,7 @@ def update_from_proto(message: engine_pb2.SequenceUpdate) -> SequenceUpdate:
         request_id=message.request_id,
         tokens=tuple(message.tokens),
         finish=_FINISH_FROM_PROTO[message.finish] if message.finish else None,
-        logprobs=PackedLogprobs(
-            it for it in map(logprobs_from_proto, message.logprobs) if it is not None
-        )
-        if message.logprobs
-        else None,
+        logprobs=PackedLogprobs(_present(message.logprobs)) if message.logprobs else None,
         prompt_logprobs=PackedLogprobs(map(logprobs_from_proto, message.prompt_logprobs.positions))
         if message.HasField("prompt_logprobs")
         else None,

@@ -5,19 +5,10 @@ from dataclasses import replace
 import pytest
 
 from jserve.core.errors import PromptTooLong, RequestError
-from jserve.core.request import EngineInfo, Request, SamplingParams
+from jserve.core.request import Request, SamplingParams
 from jserve.core.request_check import check_request
+from tests.gateway.fixtures import INFO
 
-INFO = EngineInfo(
-    model="tiny",
-    vocab=410,
-    max_model_len=512,
-    num_slots=4,
-    num_pages=100,
-    page_size=16,
-    max_queue=8,
-    eos_token_ids=(1, 2),
-)
 GOOD = Request(id="a", prompt=(7, 8))
 NAN, INF = float("nan"), float("inf")
 

@@ -91,8 +91,8 @@ def test_long_text_is_encoded_in_another_thread():
     text = "Hello, world! " * 1000
 
     async def main():
-        assert await tokenizer.encode_async(text) == encode(text)
-        assert await tokenizer.encode_async("short") == encode("short")
+        assert await tokenizer.encode_all([text]) == [encode(text)]
+        assert await tokenizer.encode_all(["short"]) == [encode("short")]
 
     asyncio.run(main())
     assert threads[0] is not threading.main_thread()

@@ -13,6 +13,7 @@ from jserve.core.errors import Unauthenticated
 from jserve.gateway.api_keys import ApiKeys
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.http.errors import error_response
+from jserve.gateway.http.fields import MAX_NAMED
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import shutting_down
 from jserve.gateway.tenants import at_address
@@ -22,7 +23,6 @@ _log = logging.getLogger(__name__)
 # Key of an ASGI scope: a list of the names of fields that the request has and this server has not.
 IGNORED_FIELDS = "ignored_fields"
 IGNORED_FIELDS_HEADER = "x-jserve-ignored-fields"
-_MAX_IGNORED_NAMED = 20
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]+")
 _NO_ANSWER = 499  # nginx's number for a client that left without an answer
@@ -93,8 +93,8 @@ def _ignored(scope: Scope) -> list[tuple[bytes, bytes]]:
     if not names:
         return []
     # Names are the client's: what a header or a list of names cannot hold is percent-encoded.
-    shown = [quote(name, safe="[]/.") for name in dict.fromkeys(names[:_MAX_IGNORED_NAMED])]
-    shown += ["..."] * (len(names) > _MAX_IGNORED_NAMED)
+    shown = [quote(name, safe="[]/.") for name in dict.fromkeys(names[:MAX_NAMED])]
+    shown += ["..."] * (len(names) > MAX_NAMED)
     return [(IGNORED_FIELDS_HEADER.encode(), ", ".join(shown).encode("ascii"))]
 
 

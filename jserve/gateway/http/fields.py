@@ -9,12 +9,12 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from jserve.core.errors import RequestError
+from jserve.gateway.validation import MAX_EXACT
 
 T = TypeVar("T")
 
-# Names of ignored fields that are kept: what the answer's header shows, and one to say "more".
-MAX_IGNORED = 20 + 1
-_MAX_EXACT = 2.0**53  # larger floats are whole as well, but not exact
+MAX_NAMED = 20  # names of ignored fields that the answer's header shows
+MAX_IGNORED = MAX_NAMED + 1  # of those that are kept; one more tells that there are more
 
 
 def shown(value: object) -> str:
@@ -54,7 +54,7 @@ def _cut(name: str) -> str:
 
 def as_integer(value: Any) -> Any:
     """Returns `value`, as an integer if it is a whole number that was written as a float."""
-    if type(value) is float and value.is_integer() and abs(value) <= _MAX_EXACT:
+    if type(value) is float and value.is_integer() and abs(value) <= MAX_EXACT:
         return int(value)
     return value
 
