@@ -98,6 +98,7 @@ class Request:
     deadline_s: float | None = None  # seconds from now; dropped when they have passed
     tenant: str = ""  # who sent it: the name of a key, or an address
     tenant_slots: int = 0  # the most slots that the tenant may hold at a time; 0: no bound
+    cache_salt: str = ""  # computed tokens are shared among requests of the same salt only
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,7 @@ class SequenceUpdate(NamedTuple):
         None  # seconds from arrival to first scheduling; set on the first update
     )
     error: str | None = None  # set when finish is ERROR
+    cached_tokens: int = 0  # prompt tokens that were not computed; set on the first update
 
     def then(self, later: "SequenceUpdate") -> "SequenceUpdate":
         """Merges this update with the next one of the same sequence."""
@@ -141,6 +143,7 @@ class SequenceUpdate(NamedTuple):
             logprobs=logprobs,
             prompt_logprobs=later.prompt_logprobs if prompt is None else prompt,
             queue_s=later.queue_s if self.queue_s is None else self.queue_s,
+            cached_tokens=self.cached_tokens + later.cached_tokens,
         )
 
 
@@ -157,3 +160,6 @@ class EngineInfo:
     max_queue: int
     eos_token_ids: tuple[int, ...]
     numerics: str = ""  # digest of all that tokens depend on: engines of the same give the same
+    # With `page_size` all that the digests of pages depend on, beside salt and tokens; see `pages`.
+    weights: str = ""  # digest
+    kv_dtype: str = ""

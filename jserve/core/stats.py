@@ -44,6 +44,9 @@ class EngineStats:
     )
     free_slots: int = _gauge("free_slots", "Slots without a sequence.")
     free_pages: int = _gauge("free_pages", "KV pages without a sequence.")
+    cached_pages: int = _gauge(
+        "cached_pages", "Free KV pages whose content is kept for prompts that begin alike."
+    )
     num_preemptions: int = _counter(
         "num_preemptions", "Sequences that lost their pages.", vllm=True
     )
@@ -55,6 +58,13 @@ class EngineStats:
     num_finished: int = _counter("sequences_finished", "Sequences that reached their end.")
     num_aborted: int = _counter("sequences_aborted", "Sequences that were aborted.")
     recomputed_tokens: int = _counter("recomputed_tokens", "Computed tokens that preemptions lost.")
+    prefix_query_tokens: int = _counter(
+        "prefix_query_tokens", "Tokens of admitted sequences, looked up among computed ones."
+    )
+    prefix_hit_tokens: int = _counter("prefix_hit_tokens", "Tokens that were found and shared.")
+    prefix_evicted_pages: int = _counter(
+        "prefix_evicted_pages", "Kept KV pages that were given away."
+    )
     num_compiles_after_warmup: int = _counter(
         "compiles_after_warmup", "Programs compiled while serving; should be 0."
     )

@@ -175,6 +175,7 @@ def updates_to_proto(
             message.queue_s = update.queue_s
         if update.error is not None:
             message.error = update.error
+        message.cached_tokens = update.cached_tokens
         if update.logprobs is not None:
             for logprobs in update.logprobs:
                 logprobs_to_proto(logprobs, message.logprobs.add())
@@ -195,6 +196,7 @@ def update_from_proto(message: engine_pb2.SequenceUpdate) -> SequenceUpdate:
         else None,
         queue_s=message.queue_s if message.HasField("queue_s") else None,
         error=message.error or None,
+        cached_tokens=message.cached_tokens,
     )
 
 

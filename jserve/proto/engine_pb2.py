@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from jserve.proto import types_pb2 as jserve_dot_proto_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19jserve/proto/engine.proto\x12\tjserve.v1\x1a\x18jserve/proto/types.proto\"f\n\x0eSessionRequest\x12*\n\x06submit\x18\x01 \x01(\x0b\x32\x18.jserve.v1.EngineRequestH\x00\x12\x0f\n\x05\x61\x62ort\x18\x02 \x01(\tH\x00\x12\x0f\n\x05proof\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04kind\"\xe9\x01\n\rEngineRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\x05\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.jserve.v1.SamplingParams\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\x05\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0e\n\x06output\x18\x06 \x03(\x05\x12\x0f\n\x07resumed\x18\x07 \x01(\x08\x12\x17\n\ndeadline_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06tenant\x18\t \x01(\t\x12\x14\n\x0ctenant_slots\x18\n \x01(\x05\x42\r\n\x0b_deadline_s\"\xde\x01\n\x0fSessionResponse\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x16.jserve.v1.EngineHello\x12*\n\x07updates\x18\x02 \x03(\x0b\x32\x19.jserve.v1.SequenceUpdate\x12%\n\x05stats\x18\x03 \x01(\x0b\x32\x16.jserve.v1.EngineStats\x12(\n\nrejections\x18\x04 \x03(\x0b\x32\x14.jserve.v1.Rejection\x12\'\n\theartbeat\x18\x05 \x01(\x0b\x32\x14.jserve.v1.Heartbeat\"[\n\tHeartbeat\x12\x11\n\tnum_steps\x18\x01 \x01(\x03\x12\x13\n\x0bunchanged_s\x18\x02 \x01(\x01\x12\x13\n\x0bnum_running\x18\x03 \x01(\x05\x12\x11\n\tcompiling\x18\x04 \x01(\x08\"\xb7\x01\n\x0b\x45ngineHello\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05vocab\x18\x02 \x01(\x05\x12\x15\n\rmax_model_len\x18\x03 \x01(\x05\x12\x11\n\tnum_slots\x18\x04 \x01(\x05\x12\x11\n\tnum_pages\x18\x05 \x01(\x05\x12\x11\n\tpage_size\x18\x06 \x01(\x05\x12\x11\n\tmax_queue\x18\x07 \x01(\x05\x12\x15\n\reos_token_ids\x18\x08 \x03(\x05\x12\x10\n\x08numerics\x18\x0b \x01(\t\"\xee\x01\n\x0eSequenceUpdate\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\x05\x12\'\n\x06\x66inish\x18\x03 \x01(\x0e\x32\x17.jserve.v1.FinishReason\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.jserve.v1.TokenLogprobs\x12\x32\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32\x19.jserve.v1.PromptLogprobs\x12\x14\n\x07queue_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x07 \x01(\tB\n\n\x08_queue_s\"=\n\x0ePromptLogprobs\x12+\n\tpositions\x18\x01 \x03(\x0b\x32\x18.jserve.v1.TokenLogprobs\"\xdb\x01\n\tRejection\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.jserve.v1.Rejection.Kind\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\"i\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_INVALID\x10\x01\x12\x11\n\rKIND_TOO_LONG\x10\x02\x12\x13\n\x0fKIND_OVERLOADED\x10\x03\x12\x11\n\rKIND_DRAINING\x10\x04\"\xa2\x02\n\x0b\x45ngineStats\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\x05\x12\x13\n\x0bnum_running\x18\x02 \x01(\x05\x12\x12\n\nfree_slots\x18\x03 \x01(\x05\x12\x12\n\nfree_pages\x18\x04 \x01(\x05\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\x03\x12\x11\n\tnum_steps\x18\x06 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x03\x12\x15\n\routput_tokens\x18\x08 \x01(\x03\x12!\n\x19num_compiles_after_warmup\x18\t \x01(\x03\x12\x14\n\x0cnum_finished\x18\n \x01(\x03\x12\x13\n\x0bnum_aborted\x18\x0b \x01(\x03\x12\x19\n\x11recomputed_tokens\x18\x0c \x01(\x03\x32N\n\x06\x45ngine\x12\x44\n\x07Session\x12\x19.jserve.v1.SessionRequest\x1a\x1a.jserve.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19jserve/proto/engine.proto\x12\tjserve.v1\x1a\x18jserve/proto/types.proto\"f\n\x0eSessionRequest\x12*\n\x06submit\x18\x01 \x01(\x0b\x32\x18.jserve.v1.EngineRequestH\x00\x12\x0f\n\x05\x61\x62ort\x18\x02 \x01(\tH\x00\x12\x0f\n\x05proof\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04kind\"\xfd\x01\n\rEngineRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\x05\x12+\n\x08sampling\x18\x03 \x01(\x0b\x32\x19.jserve.v1.SamplingParams\x12\x0e\n\x06\x63hoice\x18\x04 \x01(\x05\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0e\n\x06output\x18\x06 \x03(\x05\x12\x0f\n\x07resumed\x18\x07 \x01(\x08\x12\x17\n\ndeadline_s\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06tenant\x18\t \x01(\t\x12\x14\n\x0ctenant_slots\x18\n \x01(\x05\x12\x12\n\ncache_salt\x18\x0b \x01(\tB\r\n\x0b_deadline_s\"\xde\x01\n\x0fSessionResponse\x12%\n\x05hello\x18\x01 \x01(\x0b\x32\x16.jserve.v1.EngineHello\x12*\n\x07updates\x18\x02 \x03(\x0b\x32\x19.jserve.v1.SequenceUpdate\x12%\n\x05stats\x18\x03 \x01(\x0b\x32\x16.jserve.v1.EngineStats\x12(\n\nrejections\x18\x04 \x03(\x0b\x32\x14.jserve.v1.Rejection\x12\'\n\theartbeat\x18\x05 \x01(\x0b\x32\x14.jserve.v1.Heartbeat\"[\n\tHeartbeat\x12\x11\n\tnum_steps\x18\x01 \x01(\x03\x12\x13\n\x0bunchanged_s\x18\x02 \x01(\x01\x12\x13\n\x0bnum_running\x18\x03 \x01(\x05\x12\x11\n\tcompiling\x18\x04 \x01(\x08\"\xda\x01\n\x0b\x45ngineHello\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05vocab\x18\x02 \x01(\x05\x12\x15\n\rmax_model_len\x18\x03 \x01(\x05\x12\x11\n\tnum_slots\x18\x04 \x01(\x05\x12\x11\n\tnum_pages\x18\x05 \x01(\x05\x12\x11\n\tpage_size\x18\x06 \x01(\x05\x12\x11\n\tmax_queue\x18\x07 \x01(\x05\x12\x15\n\reos_token_ids\x18\x08 \x03(\x05\x12\x10\n\x08numerics\x18\x0b \x01(\t\x12\x0f\n\x07weights\x18\x0c \x01(\t\x12\x10\n\x08kv_dtype\x18\r \x01(\t\"\x85\x02\n\x0eSequenceUpdate\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\x05\x12\'\n\x06\x66inish\x18\x03 \x01(\x0e\x32\x17.jserve.v1.FinishReason\x12*\n\x08logprobs\x18\x04 \x03(\x0b\x32\x18.jserve.v1.TokenLogprobs\x12\x32\n\x0fprompt_logprobs\x18\x05 \x01(\x0b\x32\x19.jserve.v1.PromptLogprobs\x12\x14\n\x07queue_s\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x15\n\rcached_tokens\x18\x08 \x01(\x05\x42\n\n\x08_queue_s\"=\n\x0ePromptLogprobs\x12+\n\tpositions\x18\x01 \x03(\x0b\x32\x18.jserve.v1.TokenLogprobs\"\xdb\x01\n\tRejection\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.jserve.v1.Rejection.Kind\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x15\n\rretry_after_s\x18\x04 \x01(\x01\"i\n\x04Kind\x12\x14\n\x10KIND_UNSPECIFIED\x10\x00\x12\x10\n\x0cKIND_INVALID\x10\x01\x12\x11\n\rKIND_TOO_LONG\x10\x02\x12\x13\n\x0fKIND_OVERLOADED\x10\x03\x12\x11\n\rKIND_DRAINING\x10\x04\"\x8e\x03\n\x0b\x45ngineStats\x12\x13\n\x0bnum_waiting\x18\x01 \x01(\x05\x12\x13\n\x0bnum_running\x18\x02 \x01(\x05\x12\x12\n\nfree_slots\x18\x03 \x01(\x05\x12\x12\n\nfree_pages\x18\x04 \x01(\x05\x12\x17\n\x0fnum_preemptions\x18\x05 \x01(\x03\x12\x11\n\tnum_steps\x18\x06 \x01(\x03\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x03\x12\x15\n\routput_tokens\x18\x08 \x01(\x03\x12!\n\x19num_compiles_after_warmup\x18\t \x01(\x03\x12\x14\n\x0cnum_finished\x18\n \x01(\x03\x12\x13\n\x0bnum_aborted\x18\x0b \x01(\x03\x12\x19\n\x11recomputed_tokens\x18\x0c \x01(\x03\x12\x14\n\x0c\x63\x61\x63hed_pages\x18\r \x01(\x05\x12\x1b\n\x13prefix_query_tokens\x18\x0e \x01(\x03\x12\x19\n\x11prefix_hit_tokens\x18\x0f \x01(\x03\x12\x1c\n\x14prefix_evicted_pages\x18\x10 \x01(\x03\x32N\n\x06\x45ngine\x12\x44\n\x07Session\x12\x19.jserve.v1.SessionRequest\x1a\x1a.jserve.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,23 +35,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSIONREQUEST']._serialized_start=66
   _globals['_SESSIONREQUEST']._serialized_end=168
   _globals['_ENGINEREQUEST']._serialized_start=171
-  _globals['_ENGINEREQUEST']._serialized_end=404
-  _globals['_SESSIONRESPONSE']._serialized_start=407
-  _globals['_SESSIONRESPONSE']._serialized_end=629
-  _globals['_HEARTBEAT']._serialized_start=631
-  _globals['_HEARTBEAT']._serialized_end=722
-  _globals['_ENGINEHELLO']._serialized_start=725
-  _globals['_ENGINEHELLO']._serialized_end=908
-  _globals['_SEQUENCEUPDATE']._serialized_start=911
-  _globals['_SEQUENCEUPDATE']._serialized_end=1149
-  _globals['_PROMPTLOGPROBS']._serialized_start=1151
-  _globals['_PROMPTLOGPROBS']._serialized_end=1212
-  _globals['_REJECTION']._serialized_start=1215
-  _globals['_REJECTION']._serialized_end=1434
-  _globals['_REJECTION_KIND']._serialized_start=1329
-  _globals['_REJECTION_KIND']._serialized_end=1434
-  _globals['_ENGINESTATS']._serialized_start=1437
-  _globals['_ENGINESTATS']._serialized_end=1727
-  _globals['_ENGINE']._serialized_start=1729
-  _globals['_ENGINE']._serialized_end=1807
+  _globals['_ENGINEREQUEST']._serialized_end=424
+  _globals['_SESSIONRESPONSE']._serialized_start=427
+  _globals['_SESSIONRESPONSE']._serialized_end=649
+  _globals['_HEARTBEAT']._serialized_start=651
+  _globals['_HEARTBEAT']._serialized_end=742
+  _globals['_ENGINEHELLO']._serialized_start=745
+  _globals['_ENGINEHELLO']._serialized_end=963
+  _globals['_SEQUENCEUPDATE']._serialized_start=966
+  _globals['_SEQUENCEUPDATE']._serialized_end=1227
+  _globals['_PROMPTLOGPROBS']._serialized_start=1229
+  _globals['_PROMPTLOGPROBS']._serialized_end=1290
+  _globals['_REJECTION']._serialized_start=1293
+  _globals['_REJECTION']._serialized_end=1512
+  _globals['_REJECTION_KIND']._serialized_start=1407
+  _globals['_REJECTION_KIND']._serialized_end=1512
+  _globals['_ENGINESTATS']._serialized_start=1515
+  _globals['_ENGINESTATS']._serialized_end=1913
+  _globals['_ENGINE']._serialized_start=1915
+  _globals['_ENGINE']._serialized_end=1993
 # @@protoc_insertion_point(module_scope)

@@ -19,7 +19,7 @@ class SessionRequest(_message.Message):
     def __init__(self, submit: _Optional[_Union[EngineRequest, _Mapping]] = ..., abort: _Optional[str] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class EngineRequest(_message.Message):
-    __slots__ = ("id", "prompt", "sampling", "choice", "priority", "output", "resumed", "deadline_s", "tenant", "tenant_slots")
+    __slots__ = ("id", "prompt", "sampling", "choice", "priority", "output", "resumed", "deadline_s", "tenant", "tenant_slots", "cache_salt")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class EngineRequest(_message.Message):
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     TENANT_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     sampling: _types_pb2.SamplingParams
@@ -40,7 +41,8 @@ class EngineRequest(_message.Message):
     deadline_s: float
     tenant: str
     tenant_slots: int
-    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., choice: _Optional[int] = ..., priority: _Optional[int] = ..., output: _Optional[_Iterable[int]] = ..., resumed: _Optional[bool] = ..., deadline_s: _Optional[float] = ..., tenant: _Optional[str] = ..., tenant_slots: _Optional[int] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., choice: _Optional[int] = ..., priority: _Optional[int] = ..., output: _Optional[_Iterable[int]] = ..., resumed: _Optional[bool] = ..., deadline_s: _Optional[float] = ..., tenant: _Optional[str] = ..., tenant_slots: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
     __slots__ = ("hello", "updates", "stats", "rejections", "heartbeat")
@@ -69,7 +71,7 @@ class Heartbeat(_message.Message):
     def __init__(self, num_steps: _Optional[int] = ..., unchanged_s: _Optional[float] = ..., num_running: _Optional[int] = ..., compiling: _Optional[bool] = ...) -> None: ...
 
 class EngineHello(_message.Message):
-    __slots__ = ("model", "vocab", "max_model_len", "num_slots", "num_pages", "page_size", "max_queue", "eos_token_ids", "numerics")
+    __slots__ = ("model", "vocab", "max_model_len", "num_slots", "num_pages", "page_size", "max_queue", "eos_token_ids", "numerics", "weights", "kv_dtype")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VOCAB_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +81,8 @@ class EngineHello(_message.Message):
     MAX_QUEUE_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUMERICS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     model: str
     vocab: int
     max_model_len: int
@@ -88,10 +92,12 @@ class EngineHello(_message.Message):
     max_queue: int
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     numerics: str
-    def __init__(self, model: _Optional[str] = ..., vocab: _Optional[int] = ..., max_model_len: _Optional[int] = ..., num_slots: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_queue: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., numerics: _Optional[str] = ...) -> None: ...
+    weights: str
+    kv_dtype: str
+    def __init__(self, model: _Optional[str] = ..., vocab: _Optional[int] = ..., max_model_len: _Optional[int] = ..., num_slots: _Optional[int] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_queue: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., numerics: _Optional[str] = ..., weights: _Optional[str] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
 
 class SequenceUpdate(_message.Message):
-    __slots__ = ("request_id", "tokens", "finish", "logprobs", "prompt_logprobs", "queue_s", "error")
+    __slots__ = ("request_id", "tokens", "finish", "logprobs", "prompt_logprobs", "queue_s", "error", "cached_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +105,7 @@ class SequenceUpdate(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     tokens: _containers.RepeatedScalarFieldContainer[int]
     finish: _types_pb2.FinishReason
@@ -106,7 +113,8 @@ class SequenceUpdate(_message.Message):
     prompt_logprobs: PromptLogprobs
     queue_s: float
     error: str
-    def __init__(self, request_id: _Optional[str] = ..., tokens: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[_types_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., queue_s: _Optional[float] = ..., error: _Optional[str] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., tokens: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[_types_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., queue_s: _Optional[float] = ..., error: _Optional[str] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class PromptLogprobs(_message.Message):
     __slots__ = ("positions",)
@@ -139,7 +147,7 @@ class Rejection(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., kind: _Optional[_Union[Rejection.Kind, str]] = ..., message: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class EngineStats(_message.Message):
-    __slots__ = ("num_waiting", "num_running", "free_slots", "free_pages", "num_preemptions", "num_steps", "prompt_tokens", "output_tokens", "num_compiles_after_warmup", "num_finished", "num_aborted", "recomputed_tokens")
+    __slots__ = ("num_waiting", "num_running", "free_slots", "free_pages", "num_preemptions", "num_steps", "prompt_tokens", "output_tokens", "num_compiles_after_warmup", "num_finished", "num_aborted", "recomputed_tokens", "cached_pages", "prefix_query_tokens", "prefix_hit_tokens", "prefix_evicted_pages")
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     FREE_SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +160,10 @@ class EngineStats(_message.Message):
     NUM_FINISHED_FIELD_NUMBER: _ClassVar[int]
     NUM_ABORTED_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_PAGES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_EVICTED_PAGES_FIELD_NUMBER: _ClassVar[int]
     num_waiting: int
     num_running: int
     free_slots: int
@@ -164,4 +176,8 @@ class EngineStats(_message.Message):
     num_finished: int
     num_aborted: int
     recomputed_tokens: int
-    def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., free_slots: _Optional[int] = ..., free_pages: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., num_compiles_after_warmup: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_aborted: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ...) -> None: ...
+    cached_pages: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    prefix_evicted_pages: int
+    def __init__(self, num_waiting: _Optional[int] = ..., num_running: _Optional[int] = ..., free_slots: _Optional[int] = ..., free_pages: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., num_compiles_after_warmup: _Optional[int] = ..., num_finished: _Optional[int] = ..., num_aborted: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., cached_pages: _Optional[int] = ..., prefix_query_tokens: _Optional[int] = ..., prefix_hit_tokens: _Optional[int] = ..., prefix_evicted_pages: _Optional[int] = ...) -> None: ...
