@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jserve.cache.config import CacheConfig
 from jserve.checkpoints.config import ModelConfig
 from jserve.control.config import ControlConfig
 from jserve.core.errors import ConfigError
@@ -33,6 +34,7 @@ class ServeConfig:
     platform: PlatformConfig = field(default_factory=PlatformConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     log: LogConfig = field(default_factory=LogConfig)

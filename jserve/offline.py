@@ -186,7 +186,12 @@ class LLM:
         """
         _pin(config.platform)
         engine = start_engine(
-            config.model, config.engine, config.scheduler, on_files=on_files, on_phase=on_phase
+            config.model,
+            config.engine,
+            config.scheduler,
+            config.cache,
+            on_files=on_files,
+            on_phase=on_phase,
         )
         assets = text_assets_from_config(config.model, on_files)
         self.text = TextModel.from_assets(assets, config.gateway)

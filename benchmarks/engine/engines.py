@@ -87,6 +87,7 @@ def _random(
         lambda: model.init(0, shardings),
         serve.engine,
         serve.scheduler,
+        cache_config=serve.cache,
         cache_folder=Path(serve.model.cache_dir).expanduser(),
         on_program=lambda made: on_program(made.program.name),
     )
@@ -105,7 +106,12 @@ def _loaded(serve: ServeConfig, on_program: OnProgram) -> tuple[ModelSpec, Engin
             on_program(detail.partition(" in ")[0])
 
     engine = start_engine(
-        serve.model, serve.engine, serve.scheduler, on_files=on_files, on_phase=on_phase
+        serve.model,
+        serve.engine,
+        serve.scheduler,
+        serve.cache,
+        on_files=on_files,
+        on_phase=on_phase,
     )
     return model_spec(serve.model, on_files), engine
 

@@ -3,76 +3,58 @@
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from jserve.cache.layout import KVLayout
 from jserve.cache.page_pool import PagePool
+from jserve.cache.pages import NO_HIT, PENDING, Hit, PageDelta, Pages
+from jserve.cache.prefix import PageChain, PrefixIndex
 from jserve.core.errors import EngineError
+from jserve.core.pages import Digest, root_digest
 from jserve.core.request import Request
 from jserve.core.step import Move, NewPages
 
-# Pages that were added to a sequence's page tables; the scheduler carries it into a chunk.
-PageDelta = tuple[NewPages, ...]
+_NEVER = 1 << 62  # a number of tokens that no sequence has
 
 
-class Pages:
-    """The pages of one sequence in every group. Only `KVCache` looks inside.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixSharing:
+    """What pages of a cache depend on, beside salt and tokens, and which of them are shared."""
 
-    Attributes:
-        capacity: tokens that they hold. All that the scheduler reads, and it does for every row.
-    """
-
-    __slots__ = ("capacity", "tables")
-
-    def __init__(self, num_groups: int) -> None:
-        self.capacity = 0
-        self.tables: list[list[int]] = [[] for _ in range(num_groups)]  # page ids in order
-
-    @property
-    def num_pages(self) -> int:
-        """Pages in all groups."""
-        return sum(map(len, self.tables))
-
-
-NO_PAGES = Pages(0)  # for sequences that never had a slot
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """Computed tokens at the start of a sequence whose K and V are in pages already.
-
-    Attributes:
-        num_tokens: less than the sequence has: the last one must still be computed.
-        tables: page ids by group, known to `KVCache` alone.
-        num_pages: pages in all groups.
-        num_evictable: pages among them that nobody uses; they count as free until they are adopted.
-    """
-
-    num_tokens: int = 0
-    tables: tuple[tuple[int, ...], ...] = ()
-    num_pages: int = 0
-    num_evictable: int = 0
-
-    @property
-    def num_entries(self) -> int:
-        """Entries of the device's page table that the hit fills, in the group with most of them."""
-        return max(map(len, self.tables), default=0)
-
-
-NO_HIT = Hit()
+    weights: str = ""  # digest
+    kv_dtype: str = ""
+    generated: bool = True  # share what decode steps have written, too
+    compare_tokens: bool = False  # an error where two contents have one name; for debugging
 
 
 class KVCache:
     """Owns every page of an engine. One owner, the scheduler; one thread.
 
     A released page may still be written by steps in flight: programs run in the order of their
-    submission, so the next holder of the page writes it later.
+    submission, so the next holder of the page writes it later. For the same reason the full pages
+    of a prompt may be shared as soon as the step that computes them is planned.
     """
 
-    def __init__(self, layout: KVLayout, num_pages: int) -> None:
+    def __init__(
+        self, layout: KVLayout, num_pages: int, sharing: PrefixSharing | None = None
+    ) -> None:
+        """Without `sharing`, nothing that was computed is kept.
+
+        Raises:
+            ValueError: pages of more than one group are to be shared.
+        """
         self.layout = layout
         self._page_sizes = tuple(group.page_size for group in layout.groups)
-        self._pool = PagePool(num_pages)
         self._moves: list[Move] = []
+        self._sharing = sharing
+        self._index: PrefixIndex | None = None
+        if sharing is not None:
+            if len(layout.groups) > 1:
+                raise ValueError(f"prefixes of {len(layout.groups)} page groups cannot be shared")
+            self._index = PrefixIndex(compare_tokens=sharing.compare_tokens)
+        self._pool = PagePool(num_pages, None if self._index is None else self._index.evict)
+        # By name: the sequence that is about to compute the page.
+        self._pending: dict[Digest, Pages] = {}
 
     @property
     def num_pages(self) -> int:
@@ -83,6 +65,21 @@ class KVCache:
     def num_free(self) -> int:
         """Pages that can be taken now, evictable ones included."""
         return self._pool.num_free
+
+    @property
+    def num_cached(self) -> int:
+        """Pages among the free ones whose content is kept."""
+        return self._pool.num_cached
+
+    @property
+    def num_evicted(self) -> int:
+        """Pages whose content was kept and then given up."""
+        return 0 if self._index is None else self._index.num_evicted
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether `match` can find anything."""
+        return self._index is not None
 
     # Pages needed by tokens.
 
@@ -149,25 +146,91 @@ class KVCache:
 
     # Pages held by sequences.
 
-    def match(self, request: Request, tokens: tuple[int, ...]) -> Hit:
-        """The longest start of `tokens` that is in memory already. Nothing is taken.
+    def chain(self, request: Request, output: list[int]) -> PageChain:
+        """The chain of a sequence, for its whole life; `output` is its list of output tokens."""
+        root = b""
+        if (sharing := self._sharing) is not None:
+            root = root_digest(
+                weights=sharing.weights,
+                kv_dtype=sharing.kv_dtype,
+                page_size=self._page_sizes[0],
+                salt=request.cache_salt,
+            )
+        return PageChain(root, request.prompt, output, self._page_sizes[0])
 
-        `tokens` are the prompt of `request` and its output so far. The hit is good until pages are
-        taken or released, and never costs more than no hit. Nothing is kept yet, so nothing is
-        found.
+    def match(self, chain: PageChain) -> Hit:
+        """The longest start of a sequence's tokens that is in memory already. Nothing is taken.
+
+        The hit is good until pages are taken or released, and never costs more than no hit. It has
+        full pages only, and leaves the last token, from whose computation the next one comes.
         """
-        return NO_HIT
+        if self._index is None:
+            return NO_HIT
+        most = (chain.num_tokens - 1) // chain.page_size
+        digests = chain.digests(most)
+        ids = self._index.match(islice(digests, most))
+        pending = len(ids) < most and digests[len(ids)] in self._pending
+        if not ids:
+            return PENDING if pending else NO_HIT
+        evictable = sum(map(self._pool.is_cached, ids))
+        return Hit(len(ids) * chain.page_size, (tuple(ids),), len(ids), evictable, pending)
 
-    def adopt(self, hit: Hit) -> tuple[Pages, PageDelta]:
-        """Pages of a new sequence that starts with `hit`, and what the device must know of them."""
-        pages = Pages(len(self._page_sizes))
-        if not hit.num_pages:
-            return pages, ()
+    def adopt(self, hit: Hit, chain: PageChain, num_context: int) -> tuple[Pages, PageDelta]:
+        """Pages of a new sequence that starts with `hit`, and what the device must know of them.
+
+        Prompt chunks will compute the first `num_context` tokens, and others may wait for those.
+        """
+        pages = Pages(len(self._page_sizes), chain, num_context)
+        if hit.num_pages:
+            self._share(hit, pages)
+        if self._index is not None:
+            pages.num_kept = hit.num_pages
+            full = num_context // chain.page_size
+            for digest in islice(chain.digests(full), hit.num_pages, full):
+                self._pending.setdefault(digest, pages)
+        return pages, tuple(NewPages(group, 0, ids) for group, ids in enumerate(hit.tables) if ids)
+
+    def _share(self, hit: Hit, pages: Pages) -> None:
         for table, ids in zip(pages.tables, hit.tables, strict=True):
             self._pool.share(ids)
+            if self._index is not None:
+                self._index.use(ids)
             table += ids
         self._measure(pages)
-        return pages, tuple(NewPages(group, 0, ids) for group, ids in enumerate(hit.tables) if ids)
+
+    def keep(self, pages: Pages, num_tokens: int) -> None:
+        """Lets others share the full pages among the first `num_tokens` tokens of `pages`.
+
+        These tokens are known, and computed once the steps planned so far have run.
+        """
+        if self._index is None:
+            return
+        full = min(num_tokens, self._most_kept(pages)) // self._page_sizes[0]
+        if full <= pages.num_kept:
+            return
+        [table], chain = pages.tables, pages.chain
+        digests = chain.digests(full)
+        for index in range(pages.num_kept, full):
+            self._forget_pending(digests[index], pages)
+            generated = (index + 1) * chain.page_size > pages.num_context
+            self._index.insert(table[index], chain, index, generated=generated)
+        pages.num_kept = full
+
+    def next_keep(self, pages: Pages) -> int:
+        """The number of tokens at which `keep` has something to do again."""
+        if self._index is None:
+            return _NEVER
+        num_tokens = (pages.num_kept + 1) * self._page_sizes[0]
+        return num_tokens if num_tokens <= self._most_kept(pages) else _NEVER
+
+    def _most_kept(self, pages: Pages) -> int:
+        """Tokens of `pages` at most that others may share."""
+        generated = self._sharing is not None and self._sharing.generated
+        return _NEVER if generated else pages.num_context
+
+    def _forget_pending(self, digest: Digest, pages: Pages) -> None:
+        if self._pending.get(digest) is pages:
+            del self._pending[digest]
 
     def grow(self, pages: Pages, num_tokens: int) -> PageDelta | None:
         """Makes `pages` hold `num_tokens` tokens; None, and nothing is taken, if too few are free.
@@ -204,15 +267,32 @@ class KVCache:
         self._measure(pages)
         return tuple(delta)
 
-    def release(self, pages: Pages, tokens: tuple[int, ...]) -> None:
-        """Takes `pages` back, which must not be used again; `tokens` are what they hold.
+    def release(self, pages: Pages, num_tokens: int) -> None:
+        """Takes `pages` back, which must not be used again.
 
-        Tokens that are not known yet, since their step is in flight, are not among `tokens`.
+        The first `num_tokens` tokens of them are known, and computed once the steps planned so far
+        have run.
         """
+        if self._index is None:
+            for table in pages.tables:
+                self._pool.release(table)
+        else:
+            self._leave(self._index, pages, num_tokens)
         for table in pages.tables:
-            self._pool.release(table)
             table.clear()
         pages.capacity = 0
+
+    def _leave(self, index: PrefixIndex, pages: Pages, num_tokens: int) -> None:
+        """Releases `pages`, and keeps those that can be found."""
+        self.keep(pages, num_tokens)
+        chain, full = pages.chain, pages.num_context // self._page_sizes[0]
+        for digest in islice(chain.digests(full), pages.num_kept, full):
+            self._forget_pending(digest, pages)
+        [table] = pages.tables
+        self._pool.release(page for page in table if not index.has(page))
+        named = [page for page in reversed(table) if index.has(page)]
+        self._pool.release(named, keep=True)
+        index.leave(page for page in named if self._pool.is_cached(page))
 
     def take_moves(self) -> tuple[Move, ...]:
         """Hands out, once, the page copies that the next step must run before its program."""
@@ -245,6 +325,10 @@ class KVCache:
             refs = self._pool.num_refs(page)
             if holders[page] != refs:
                 problems.append(f"page {page} has {refs} references, {holders[page]} holders")
+        if self._index is not None:
+            problems += self._index.audit(
+                page for page in range(1, self.num_pages + 1) if self._pool.is_cached(page)
+            )
         return problems
 
     def _missing(self, wanted: Iterable[tuple[Pages, int]]) -> int:
@@ -287,14 +371,3 @@ class AdmissionRoom:
         """Subtracts a sequence that is admitted, and its headroom."""
         self._free_pages -= self._cache.cost(hit, num_tokens) + self._headroom_pages
         self._num_entries += hit.num_entries
-
-
-def joined(first: PageDelta, then: PageDelta) -> PageDelta:
-    """One delta for two that follow each other."""
-    if not first or not then:
-        return first or then
-    ids = {new.group: new for new in first}
-    for new in then:
-        before = ids.get(new.group)
-        ids[new.group] = new if before is None else before._replace(ids=before.ids + new.ids)
-    return tuple(ids.values())

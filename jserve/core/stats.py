@@ -57,11 +57,15 @@ class EngineStats:
     output_tokens: int = _counter("engine_output_tokens", "Tokens that sequences were given.")
     num_finished: int = _counter("sequences_finished", "Sequences that reached their end.")
     num_aborted: int = _counter("sequences_aborted", "Sequences that were aborted.")
-    recomputed_tokens: int = _counter("recomputed_tokens", "Computed tokens that preemptions lost.")
-    prefix_query_tokens: int = _counter(
-        "prefix_query_tokens", "Tokens of admitted sequences, looked up among computed ones."
+    recomputed_tokens: int = _counter(
+        "recomputed_tokens", "Tokens that were computed again after a preemption."
     )
-    prefix_hit_tokens: int = _counter("prefix_hit_tokens", "Tokens that were found and shared.")
+    prefix_query_tokens: int = _counter(
+        "prefix_query_tokens", "Prompt tokens that were looked up among computed ones."
+    )
+    prefix_hit_tokens: int = _counter(
+        "prefix_hit_tokens", "Prompt tokens that were found, and not computed."
+    )
     prefix_evicted_pages: int = _counter(
         "prefix_evicted_pages", "Kept KV pages that were given away."
     )

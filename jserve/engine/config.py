@@ -124,15 +124,6 @@ class EngineConfig:
         experts = self.expert_parallel
         return {"model": self.tensor_parallel // experts, "expert": experts}
 
-    @property
-    def history_rows(self) -> int:
-        """Rows of history in one step; 0 where no sequence starts with computed pages.
-
-        Such a sequence needs moves so far: a cache that finds pages without them must be counted
-        here, or its first hit of a request with penalties is refused by `pack`.
-        """
-        return self.processor_rows if self.host_pages else 0
-
     def programs(self) -> tuple[Program, ...]:
         """The programs to compile; sizes beyond the slots collapse into one."""
         rows = sorted({min(size, self.num_slots) for size in (*self.decode_rows, self.num_slots)})

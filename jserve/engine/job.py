@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+from jserve.cache.config import CacheConfig
 from jserve.checkpoints.config import ModelConfig
 from jserve.core.logs import LogConfig
 from jserve.engine.config import EngineConfig, PlatformConfig
@@ -28,6 +29,7 @@ class EngineJob:
     model: ModelConfig
     engine: EngineConfig
     scheduler: SchedulerConfig
+    cache: CacheConfig
     platform: PlatformConfig
     log: LogConfig
     # Config values by dotted name, as text: all processes of one engine must agree on them.

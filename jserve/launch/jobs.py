@@ -26,6 +26,7 @@ def engine_job(
         model=config.model,
         engine=config.engine,
         scheduler=config.scheduler,
+        cache=config.cache,
         platform=config.platform,
         log=config.log,
         fields={

@@ -29,6 +29,8 @@ class SchedulerConfig:
     # Pages that must stay free per running sequence when another is admitted. Without them, a
     # sequence could be admitted only to be preempted, and computed again, a few tokens later.
     headroom_pages: int = 1
+    # Sequences that may be admitted before one that waits for a page which another is computing.
+    max_overtakes: int = 8
     max_retry_after_s: float = 30.0  # longest wait that a refused client is told
 
     def __post_init__(self) -> None:
@@ -39,6 +41,7 @@ class SchedulerConfig:
         _at_least("decode_wait_s", self.decode_wait_s, 0)
         _at_least("max_partial_prefills", self.max_partial_prefills, 1)
         _at_least("headroom_pages", self.headroom_pages, 0)
+        _at_least("max_overtakes", self.max_overtakes, 0)
         _at_least("max_retry_after_s", self.max_retry_after_s, 1)
 
 

@@ -2,8 +2,10 @@
 
 import heapq
 from collections import Counter
+from collections.abc import Collection
 
-from jserve.cache.kv_cache import Hit, KVCache, PageDelta
+from jserve.cache.kv_cache import KVCache
+from jserve.cache.pages import Hit, PageDelta
 from jserve.scheduler.policy import Policy
 from jserve.scheduler.queue import RankedQueue, WaitingQueue
 from jserve.scheduler.sequence import Event, Rank, Sequence, SequenceState
@@ -41,10 +43,12 @@ class Lifecycle:
         """The slot that `admit` gives next: the lowest that is free."""
         return self._free_slots[0]
 
-    @property
-    def next_waiting(self) -> Sequence | None:
-        """The sequence that waits for a slot and gets it next; None if nobody may have one."""
-        return self.waiting.next(self._slots_of)
+    def next_waiting(self, passed: Collection[Sequence] = ()) -> Sequence | None:
+        """The sequence that waits for a slot and gets it next; None if nobody may have one.
+
+        Those `passed` over are left out.
+        """
+        return self.waiting.next(self._slots_of, passed)
 
     # Transitions.
 
@@ -60,13 +64,14 @@ class Lifecycle:
         tenant = seq.request.tenant
         self._slots_of[tenant] = self._slots_of.get(tenant, 0) + 1
         seq.slot = heapq.heappop(self._free_slots)
-        tokens = seq.tokens
+        tokens = seq.chain.tokens()
         if hit.num_tokens >= len(tokens):
             raise ValueError(f"{seq.id}: a hit of {hit.num_tokens} tokens leaves none to compute")
         seq.context = tokens[:-1] if seq.resumes_after(hit.num_tokens) else tokens
         seq.num_tokens = len(tokens)
         seq.num_computed = hit.num_tokens
-        seq.pages, delta = self._cache.adopt(hit)
+        seq.pages, delta = self._cache.adopt(hit, seq.chain, len(seq.context))
+        self._note_next_keep(seq)
         self.running.add(seq)
         return delta
 
@@ -92,6 +97,15 @@ class Lifecycle:
         elif seq.state is SequenceState.RUNNING:
             self._vacate(seq)
         seq.state = SequenceState.FINISHED
+
+    def keep(self, seq: Sequence) -> None:
+        """Lets others share what the running `seq` has computed by the end of the latest plan."""
+        self._cache.keep(seq.pages, seq.num_known)
+        self._note_next_keep(seq)
+
+    def _note_next_keep(self, seq: Sequence) -> None:
+        # The newest output token is not computed yet.
+        seq.keep_output = self._cache.next_keep(seq.pages) - len(seq.request.prompt) + 1
 
     # Decisions of the policy.
 
@@ -137,7 +151,7 @@ class Lifecycle:
         self._slots_of[tenant] -= 1
         if not self._slots_of[tenant]:
             del self._slots_of[tenant]
-        self._cache.release(seq.pages, seq.computed_tokens)
+        self._cache.release(seq.pages, seq.num_known)
 
     def audit(self, live: list[Sequence]) -> list[str]:
         """Lists what is wrong if `live` are all sequences; for tests."""

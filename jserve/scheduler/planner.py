@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from jserve.cache.kv_cache import NO_HIT, AdmissionRoom, Hit, KVCache, PageDelta, joined
+from jserve.cache.kv_cache import AdmissionRoom, KVCache
+from jserve.cache.pages import NO_HIT, Hit, PageDelta, joined
 from jserve.core.stats import EngineStats
 from jserve.core.step import Admission, Chunk, Program, StepPlan
 from jserve.scheduler.config import SchedulerConfig
@@ -28,6 +29,7 @@ class Step:
 
     plan: StepPlan
     rows: Rows
+    prompts: tuple[Sequence, ...] = ()  # sequences with a prompt chunk
     planned_s: float = 0.0
 
 
@@ -97,6 +99,8 @@ class Planner:
             return None
         step.planned_s = now_s
         self._counters.num_steps += 1
+        for seq in step.prompts:  # no earlier: nothing is shared within a step
+            self._lifecycle.keep(seq)
         for seq in step.rows.sequences:
             if seq.num_tokens == seq.max_total:  # its last token is in flight: it needs no more
                 self._lifecycle.retire(seq)
@@ -135,7 +139,12 @@ class Planner:
         return self._step(self._programs.decode(len(rows.chunks), steps), steps, rows)
 
     def _step(
-        self, program: Program, num_steps: int, rows: Rows, admissions: Iterable[Admission] = ()
+        self,
+        program: Program,
+        num_steps: int,
+        rows: Rows,
+        admissions: Iterable[Admission] = (),
+        prompts: Iterable[Sequence] = (),
     ) -> Step:
         plan = StepPlan(
             step_id=self._counters.num_steps,
@@ -145,7 +154,7 @@ class Planner:
             admissions=tuple(admissions),
             moves=self._cache.take_moves() if rows.chunks else (),
         )
-        return Step(plan, rows)
+        return Step(plan, rows, tuple(prompts))
 
     def _mixed_step(self, now_s: float) -> Step:
         running = self._running
@@ -176,7 +185,8 @@ class Planner:
             program = self._programs.mixed(num_tokens, len(rows.chunks))
         else:
             program = self._programs.decode(num_tokens, 1)
-        return self._step(program, 1, rows, draft.admissions)
+        prompts = rows.sequences[len(draft.decodes) :]
+        return self._step(program, 1, rows, draft.admissions, prompts)
 
     # Admission takes the next of the queue only, so nobody is overtaken out of turn.
 
@@ -193,30 +203,45 @@ class Planner:
     def _head_fits(self) -> bool:
         if not self._lifecycle.num_free_slots:
             return False
-        head = self._lifecycle.next_waiting
-        if head is None:
-            return False
-        return self._admission_room().fits(self._hit(head), head.num_context)
+        seq, hit = self._candidate([])
+        return seq is not None and self._admission_room().fits(hit, seq.num_context)
+
+    def _candidate(self, passed: list[Sequence]) -> tuple[Sequence | None, Hit]:
+        """The sequence to be admitted next and what it finds in memory; None if nobody may be.
+
+        One whose next page another sequence is about to compute is passed over, and added to
+        `passed`: soon it finds more. It is not for ever: `max_overtakes` bounds how many are
+        admitted before it, and how many are looked at.
+        """
+        most = self._config.max_overtakes
+        while (seq := self._lifecycle.next_waiting(passed)) is not None:
+            hit = self._hit(seq)
+            if not hit.pending or seq.num_passed >= most:
+                return seq, hit
+            if len(passed) == most:
+                break
+            passed.append(seq)
+        return None, NO_HIT
 
     def _hit(self, seq: Sequence) -> Hit:
         """The computed tokens that `seq` finds in memory."""
         if seq.prompt_logprobs is not None:  # they come from computing the prompt
             return NO_HIT
-        return self._cache.match(seq.request, seq.tokens)
+        return self._cache.match(seq.chain)
 
-    def _admission(self, seq: Sequence) -> tuple[Admission, Hit]:
+    def _admission(self, seq: Sequence, hit: Hit) -> tuple[Admission, Hit]:
         """The admission of `seq` to the next free slot, and the hit that it starts with."""
-        for hit in (self._hit(seq), NO_HIT):
+        for usable in (hit, NO_HIT):
             admission = Admission(
                 self._lifecycle.next_slot,
                 seq.request,
                 tuple(seq.output),
-                num_computed=hit.num_tokens,
-                last_token=seq.output[-1] if seq.resumes_after(hit.num_tokens) else None,
+                num_computed=usable.num_tokens,
+                last_token=seq.output[-1] if seq.resumes_after(usable.num_tokens) else None,
             )
             if admission.history_rows <= self._max_processor_rows:
                 break  # else its history fits into no step: it is computed again
-        return admission, hit
+        return admission, usable
 
     def _admit(self, draft: _Draft) -> None:
         """Admits sequences to `draft` until one must wait."""
@@ -224,11 +249,12 @@ class Planner:
             return
         room = self._admission_room()
         num_processors = 0
+        passed: list[Sequence] = []
         while self._lifecycle.num_free_slots and draft.left > 0:
-            seq = self._lifecycle.next_waiting
+            seq, hit = self._candidate(passed)
             if seq is None:
                 return
-            admission, hit = self._admission(seq)
+            admission, hit = self._admission(seq, hit)
             num_processors += admission.processor_rows
             if num_processors > self._max_processor_rows:
                 return
@@ -238,11 +264,14 @@ class Planner:
                 return
             room.take(hit, seq.num_context)
             self._enter(draft, seq, admission, hit)
+            for other in passed:
+                other.num_passed += 1
 
     def _enter(self, draft: _Draft, seq: Sequence, admission: Admission, hit: Hit) -> None:
         if seq.queue_s is None:
-            seq.queue_s = draft.now_s - seq.arrival_s
-            self._counters.prompt_tokens += len(seq.request.prompt)
+            self._count_first_admission(seq, hit, draft.now_s)
+        self._counters.recomputed_tokens += max(0, seq.num_lost - hit.num_tokens)
+        seq.num_lost = 0
         pages = self._lifecycle.admit(seq, hit)
         draft.admissions.append(admission)
         if admission.last_token is not None:
@@ -254,6 +283,15 @@ class Planner:
         grant = _Grant(seq, pages=pages)
         self._extend(draft, grant, draft.share)
         draft.prompts.append(grant)
+
+    def _count_first_admission(self, seq: Sequence, hit: Hit, now_s: float) -> None:
+        seq.queue_s = now_s - seq.arrival_s
+        num_prompt = len(seq.request.prompt)
+        self._counters.prompt_tokens += num_prompt
+        if self._cache.shares_prefixes and seq.prompt_logprobs is None:
+            seq.cached_tokens = min(hit.num_tokens, num_prompt)
+            self._counters.prefix_query_tokens += num_prompt
+            self._counters.prefix_hit_tokens += seq.cached_tokens
 
     # Memory goes by rank: the policy's victims rank behind the sequence that lacks a page.
 
@@ -302,7 +340,7 @@ class Planner:
 
     def _preempt(self, seq: Sequence, now_s: float) -> None:
         self._counters.num_preemptions += 1
-        self._counters.recomputed_tokens += seq.num_computed
+        seq.num_lost = seq.num_computed
         self._lifecycle.preempt(seq, now_s)
 
 

@@ -1,7 +1,7 @@
 """Sequences in the order of their rank."""
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from operator import attrgetter
 
 from jserve.scheduler.sequence import Rank, Sequence
@@ -71,8 +71,8 @@ class WaitingQueue(RankedQueue):
 
     The next one is of the smallest priority; among those, one that ran before goes first, since it
     only continues; then it is the turn of the tenant who was served the longest time ago; of one
-    tenant the smallest rank is next. A tenant who begins to wait comes behind nobody, and before
-    nobody who waits for longer: one that returns after each answer gets no more than its share.
+    tenant the smallest rank is next. A tenant who begins to wait gets the turn of the one who waits
+    for the longest time, and no earlier: one that returns after each answer gets its share only.
     """
 
     def __init__(self) -> None:
@@ -106,15 +106,19 @@ class WaitingQueue(RankedQueue):
         self._turns[seq.request.tenant] = self._num_turns
         self.remove(seq)
 
-    def next(self, num_running: Mapping[str, int]) -> Sequence | None:
-        """The member to be served next, None if there is none.
+    def next(
+        self, num_running: Mapping[str, int], passed: Collection[Sequence] = ()
+    ) -> Sequence | None:
+        """The member to be served next, None if there is none; those `passed` over are left out.
 
         `num_running` counts the slots of each tenant; one that holds as many as it may is left out.
         """
         best: Sequence | None = None
         best_key: tuple[object, ...] = ()
         for tenant, queue in self._of_tenants.items():
-            seq = queue.first
+            seq = queue.first if not passed else _first_but(queue, passed)
+            if seq is None:
+                continue
             most = seq.request.tenant_slots
             if most and num_running.get(tenant, 0) >= most:
                 continue
@@ -122,3 +126,8 @@ class WaitingQueue(RankedQueue):
             if best is None or key < best_key:
                 best, best_key = seq, key
         return best
+
+
+def _first_but(queue: RankedQueue, passed: Collection[Sequence]) -> Sequence | None:
+    """The first member that is not among `passed`; sequences are equal to themselves alone."""
+    return next((seq for seq in queue if seq not in passed), None)

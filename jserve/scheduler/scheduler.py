@@ -93,13 +93,15 @@ class Scheduler:
                     num_waiting, self._config.max_retry_after_s
                 ),
             )
+        output = list(request.output)
         seq = Sequence(
             id=request.id,
             request=_with_limit(request, max_total),
             arrival=self._num_arrivals,
             arrival_s=now_s,
             max_total=max_total,
-            output=list(request.output),
+            chain=self._cache.chain(request, output),
+            output=output,
         )
         if request.output:  # its first update went out with the first of these
             seq.reported, seq.plain = True, request.sampling.logprobs is None
@@ -195,6 +197,8 @@ class Scheduler:
             num_running=len(self._live) - num_waiting,
             free_slots=self._lifecycle.num_free_slots,
             free_pages=self._cache.num_free,
+            cached_pages=self._cache.num_cached,
+            prefix_evicted_pages=self._cache.num_evicted,
         )
 
     def audit(self) -> Audit:
@@ -263,6 +267,8 @@ class Scheduler:
                 self._finish_rate.record(now_s)
             elif state is not running or num != chunks[row].max_new:
                 self._settle(seq, chunks[row].max_new - num, now_s)
+            if len(seq.output) >= seq.keep_output and seq.state is running:
+                self._lifecycle.keep(seq)
             if not new and finish is None:
                 continue
             if seq.plain:
@@ -339,6 +345,7 @@ def _full_update(
         logprobs=of_tokens,
         prompt_logprobs=None if of_prompt is None else tuple(of_prompt),
         queue_s=seq.queue_s,
+        cached_tokens=seq.cached_tokens,
     )
 
 

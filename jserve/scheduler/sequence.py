@@ -15,7 +15,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jserve.cache.kv_cache import NO_PAGES, Pages
+from jserve.cache.pages import NO_PAGES, Pages
+from jserve.cache.prefix import PageChain
 from jserve.core.request import Request, TokenLogprobs
 
 # Smaller ranks are served first and preempted last. No two sequences have the same: `Lifecycle`
@@ -66,6 +67,7 @@ class Sequence:
     arrival: int
     arrival_s: float
     max_total: int  # prompt and output tokens at which it ends
+    chain: PageChain  # of its prompt and of `output`
     rank: Rank = ()  # changed by `RankedQueue.rerank` alone once the sequence is in a queue
     state: SequenceState = SequenceState.WAITING  # changed by `Lifecycle` alone
     output: list[int] = field(default_factory=list[int])  # committed tokens
@@ -74,6 +76,9 @@ class Sequence:
     reported: bool = False  # the first update is out
     plain: bool = False  # later updates carry tokens alone
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # collected over chunks
+    cached_tokens: int = 0  # of the prompt, found when it was first admitted
+    num_passed: int = 0  # sequences admitted before it while it waited for a page to be shared
+    num_lost: int = 0  # computed tokens that a preemption took, until they are found or not
 
     # Valid during the present stay in a slot:
     slot: int = 0
@@ -81,6 +86,7 @@ class Sequence:
     context: tuple[int, ...] = ()  # tokens that chunks compute: the prompt and the output so far
     num_tokens: int = 0
     num_computed: int = 0  # positions whose K and V are written
+    keep_output: int = 0  # output tokens at which another page is full and can be shared
 
     @property
     def num_context(self) -> int:
@@ -88,18 +94,14 @@ class Sequence:
         return len(self.request.prompt) + len(self.output)
 
     @property
-    def tokens(self) -> tuple[int, ...]:
-        """The prompt and the committed output."""
-        return self.request.prompt + tuple(self.output)
-
-    @property
-    def computed_tokens(self) -> tuple[int, ...]:
+    def num_known(self) -> int:
         """Tokens that are known and whose K and V are in the pages, once what is in flight has run.
 
-        The newest output token is never among them: the step that follows it computes it.
+        Of the output since its admission, the newest token is never among them: the step that
+        follows it computes it.
         """
-        known = len(self.request.prompt) + max(0, len(self.output) - 1)
-        return self.tokens[: min(self.num_computed, known)]
+        decoded = len(self.request.prompt) + len(self.output) - 1
+        return min(self.num_computed, max(len(self.context), decoded))
 
     def resumes_after(self, num_computed: int) -> bool:
         """Whether it decodes next if its first `num_computed` tokens are computed.

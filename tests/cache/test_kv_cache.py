@@ -7,12 +7,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from jserve.cache.kv_cache import NO_HIT, Hit, KVCache, PageDelta, Pages, joined
+from jserve.cache.kv_cache import KVCache
 from jserve.cache.layout import KVLayout, PageGroup, kv_layout, single_group
+from jserve.cache.pages import NO_HIT, Hit, PageDelta, Pages, joined
+from jserve.cache.prefix import PageChain
 from jserve.core.errors import ConfigError
 from jserve.core.model_spec import ModelSpec
 from jserve.core.request import Request, SamplingParams
 from jserve.core.step import NewPages
+
+CHAIN = PageChain(b"", (), [], 4)
 
 
 def layout(*page_sizes: int) -> KVLayout:
@@ -49,7 +53,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule()
     def enter(self) -> None:
-        pages, delta = self.cache.adopt(NO_HIT)
+        pages, delta = self.cache.adopt(NO_HIT, CHAIN, 0)
         assert delta == ()
         self.add(pages, delta, 0)
 
@@ -75,7 +79,7 @@ class CacheMachine(RuleBasedStateMachine):
         more = num_tokens + data.draw(st.integers(0, 9))
         free = self.cache.num_free
         cost = self.cache.cost(hit, more)
-        pages, delta = self.cache.adopt(hit)
+        pages, delta = self.cache.adopt(hit, CHAIN, 0)
         assert self.cache.num_free == free  # sharing takes nothing
         self.add(pages, delta, num_tokens)
         fits = self.cache.grow(pages, more)
@@ -137,7 +141,7 @@ class CacheMachine(RuleBasedStateMachine):
     def leave(self, data: st.DataObject) -> None:
         index = data.draw(st.integers(0, len(self.held) - 1))
         pages = self.held.pop(index)
-        self.cache.release(pages, ())
+        self.cache.release(pages, 0)
         assert (pages.capacity, pages.num_pages) == (0, 0)
         del self.lengths[index], self.device[index]
 
@@ -164,7 +168,7 @@ TestKVCache.settings = settings(
 
 def test_the_group_with_the_least_room_limits_what_pages_hold() -> None:
     cache = KVCache(layout(3, 5), 10)
-    pages, _ = cache.adopt(NO_HIT)
+    pages, _ = cache.adopt(NO_HIT, CHAIN, 0)
     assert cache.grow(pages, 7) == (NewPages(0, 0, (1, 2, 3)), NewPages(1, 0, (4, 5)))
     assert pages.capacity == 9
     assert cache.grow(pages, 10) == (NewPages(0, 3, (6,)),)
@@ -173,7 +177,8 @@ def test_the_group_with_the_least_room_limits_what_pages_hold() -> None:
 
 def test_nothing_is_found_yet() -> None:
     request = Request(id="a", prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=1))
-    assert KVCache(single_group(1), 4).match(request, request.prompt) == NO_HIT
+    cache = KVCache(single_group(1), 4)
+    assert cache.match(cache.chain(request, [])) == NO_HIT
 
 
 def test_an_evictable_hit_costs_what_it_takes_from_others() -> None:
@@ -199,7 +204,7 @@ def test_the_hits_of_a_step_have_as_many_entries_as_one_sequence() -> None:
 
 def test_the_audit_sees_a_page_that_nobody_holds() -> None:
     cache = KVCache(single_group(4), 3)
-    pages, _ = cache.adopt(NO_HIT)
+    pages, _ = cache.adopt(NO_HIT, CHAIN, 0)
     cache.grow(pages, 5)
     assert cache.audit([pages]) == []
     assert cache.audit([]) == [

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jserve.cache.kv_cache import KVCache
+from jserve.cache.config import CacheConfig
+from jserve.cache.kv_cache import KVCache, PrefixSharing
 from jserve.cache.layout import single_group
 from jserve.checkpoints.config import Quantization
 from jserve.core.model_spec import ModelSpec
@@ -92,14 +93,15 @@ class Harness:
             lambda: self.params,
             config,
             SCHEDULER,
+            cache_config=CacheConfig(prefix=False),  # or runs would depend on those before
             cache_folder=cache_folder,
         )
 
-    def scheduler_with(self, num_pages: int) -> Scheduler:
+    def scheduler_with(self, num_pages: int, sharing: PrefixSharing | None = None) -> Scheduler:
         """A scheduler that uses fewer pages than there are, which forces preemptions."""
         return Scheduler(
             SCHEDULER,
-            cache=KVCache(single_group(self.config.page_size), num_pages),
+            cache=KVCache(single_group(self.config.page_size), num_pages, sharing),
             num_slots=self.config.num_slots,
             max_model_len=self.engine.info.max_model_len,
             programs=self.config.programs(),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jserve.cache.config import CacheConfig
 from jserve.checkpoints.config import ModelConfig, Quantization, RandomWeights
 from jserve.core.errors import ConfigError
 from jserve.core.request import Request, SamplingParams
@@ -104,6 +105,7 @@ def test_more_devices_than_there_are_is_refused() -> None:
             ModelConfig(name="wide", source=RandomWeights(spec=WIDE)),
             config,
             SchedulerConfig(),
+            CacheConfig(),
             on_files=lambda done, total: None,
         )
 
@@ -126,6 +128,7 @@ def test_what_cannot_be_shared_is_refused(
             ModelConfig(name="odd", source=source, quantization=quantization),
             config,
             SchedulerConfig(),
+            CacheConfig(),
             on_files=lambda done, total: None,
         )
 

@@ -92,6 +92,7 @@ UPDATES = st.builds(
     prompt_logprobs=st.none() | st.lists(st.none() | LOGPROBS, max_size=3).map(tuple),
     queue_s=st.none() | st.floats(0, 1e9),
     error=st.none() | st.text("xyz", min_size=1, max_size=5),
+    cached_tokens=IDS,
 )
 
 

@@ -1,6 +1,7 @@
 """Random orders to a scheduler on a simulated device; each answer is checked by content."""
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 from hypothesis import strategies as st
@@ -9,9 +10,9 @@ from jserve.cache.kv_cache import KVCache
 from jserve.cache.layout import single_group
 from jserve.core.errors import Overloaded, PromptTooLong
 from jserve.core.request import Request, SamplingParams, SequenceUpdate, TokenLogprobs
-from jserve.core.step import Program, ProgramKind, StepPlan
+from jserve.core.step import Admission, Program, ProgramKind, StepPlan
 from jserve.engine.pipeline import Pipeline
-from jserve.scheduler.audit import Audit
+from jserve.scheduler.audit import Audit, SequenceRecord
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
 from jserve.scheduler.sequence import SequenceState
@@ -111,6 +112,10 @@ class Drill:
         self.queue_s: dict[str, float] = {}  # queue times of live sequences that were admitted
         self.updates: dict[str, list[SequenceUpdate]] = {}
         self.turns: list[tuple[int, ...]] = []  # prompts with their whole answers, the latest
+        self.salted: dict[str, list[tuple[int, ...]]] = {}  # all that was computed, by salt
+        self.overtaken = Counter[str]()  # newcomers before a live sequence that waited
+        self.num_overtaken = 0
+        self.cached_tokens: dict[str, int] = {}  # of live sequences that were admitted
         self.num_done = 0
         self.num_in_flight_preemptions = 0
         self.num_leaving_aborts = 0  # of sequences with a page on its way to the host
@@ -199,6 +204,7 @@ class Drill:
                 prompt_logprobs=pick.choice((None, None, None, 0, 2)),
             ),
             priority=pick.choice((0, 0, 0, 1, -1)),
+            cache_salt=pick.choice(("", "", "other")) if self.shares else "",
         )
 
     def abort(self) -> None:
@@ -210,8 +216,20 @@ class Drill:
             self.num_leaving_aborts += self.cache.leaves(self.known_tokens(name))
         assert self.scheduler.abort(name)
         assert not self.scheduler.abort(name)
-        del self.requests[name]
-        self.queue_s.pop(name, None)
+        self.remember(self.requests.pop(name))
+        for known in (self.queue_s, self.cached_tokens, self.overtaken):
+            known.pop(name, None)
+
+    def remember(self, request: Request) -> None:
+        """Keeps all tokens that were, or may have been, computed for a sequence that ends."""
+        if self.shares:
+            whole = request.prompt + tuple(MODEL.generate(request, self.engine.max_model_len)[0])
+            self.salted.setdefault(request.cache_salt, []).append(whole)
+
+    @property
+    def shares(self) -> bool:
+        """Whether pages are kept by the cache itself, not by one made for tests."""
+        return self.cache.shares_prefixes
 
     def known_tokens(self, name: str) -> tuple[int, ...]:
         updates = self.updates[name]
@@ -259,10 +277,44 @@ class Drill:
             if admission.output:  # the prompt was reported with the first token
                 [chunk] = [chunk for chunk in plan.chunks if chunk.slot == admission.slot]
                 assert chunk.prompt_targets == ()
+            if self.shares:
+                self.check_salt(admission)
+            first = min(admission.num_computed, len(admission.request.prompt))
+            self.cached_tokens.setdefault(name, first)
+            self.overtaken.pop(name, None)
         if plan.admissions and after.waiting:
             admitted = {a.slot for a in plan.admissions}
             newcomers = [seq.rank for seq in after.running if seq.slot in admitted]
-            assert max(newcomers, default=(-9,)) < after.waiting[0].rank
+            latest = max(newcomers, default=(-9,))
+            for seq in after.waiting:
+                if seq.rank < latest:
+                    self.check_overtaken(seq, sum(seq.rank < rank for rank in newcomers), after)
+
+    def check_salt(self, admission: Admission) -> None:
+        """What the sequence found had been computed under its own salt."""
+        request, num_computed = admission.request, admission.num_computed
+        found = (request.prompt + admission.output)[:num_computed]
+        alive = [
+            (*other.prompt, *MODEL.generate(other, self.engine.max_model_len)[0])
+            for other in self.requests.values()
+            if other.cache_salt == request.cache_salt
+        ]
+        known = [*self.salted.get(request.cache_salt, ()), *alive]
+        assert any(tokens[:num_computed] == found for tokens in known)
+
+    def check_overtaken(self, seq: SequenceRecord, times: int, after: Audit) -> None:
+        """A page that `seq` needs was being computed, and it does not happen to it for ever."""
+        assert self.shares
+        request, size = self.requests[seq.id], self.engine.page_size
+        others = [self.requests[other.id] for other in (*after.running, *after.retired)]
+        assert any(
+            other.cache_salt == request.cache_salt and other.prompt[:size] == request.prompt[:size]
+            for other in others
+        )
+        self.overtaken[seq.id] += times
+        self.num_overtaken += times
+        # Those passed over are fewer than the slots that one step fills at a time.
+        assert self.overtaken[seq.id] < self.engine.config.max_overtakes + self.engine.num_slots
 
     def commit(self) -> None:
         if not self.pipeline.num_in_flight:
@@ -274,9 +326,14 @@ class Drill:
             updates.append(update)
             first = len(updates) == 1
             assert update.queue_s == (self.queue_s[update.request_id] if first else None)
+            cached_tokens = self.cached_tokens[update.request_id] if first else 0
+            assert not self.shares or update.cached_tokens == cached_tokens
             if update.finish is not None:
-                self.check_answer(self.requests.pop(update.request_id), updates)
-                del self.queue_s[update.request_id]
+                request = self.requests.pop(update.request_id)
+                self.remember(request)
+                self.check_answer(request, updates)
+                del self.queue_s[update.request_id], self.cached_tokens[update.request_id]
+                self.overtaken.pop(update.request_id, None)
                 self.num_done += 1
 
     # Invariants.
@@ -287,7 +344,7 @@ class Drill:
         assert not found.problems
         stats = self.scheduler.stats()
         held = sum(seq.num_pages for seq in found.running)
-        if isinstance(self.cache, SharingCache):
+        if self.shares or isinstance(self.cache, SharingCache):
             assert stats.free_pages >= self.engine.num_pages - held
         else:
             assert stats.free_pages == self.engine.num_pages - held

@@ -5,10 +5,11 @@ import random
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from jserve.cache.kv_cache import NO_HIT, Hit, KVCache, PageDelta, Pages
+from jserve.cache.kv_cache import KVCache
 from jserve.cache.layout import single_group
 from jserve.cache.page_pool import PagePool
-from jserve.core.request import Request
+from jserve.cache.pages import NO_HIT, Hit, PageDelta, Pages
+from jserve.cache.prefix import PageChain
 from jserve.core.step import Move, MoveKind, NewPages
 
 
@@ -36,7 +37,8 @@ class SharingCache(KVCache):
         self._tokens_of: dict[int, tuple[int, ...]] = {}
         self.seen = Counter[str]()
 
-    def match(self, request: Request, tokens: tuple[int, ...]) -> Hit:
+    def match(self, chain: PageChain) -> Hit:
+        tokens = chain.tokens()
         ids: list[int] = []
         while (end := (len(ids) + 1) * self._size) < len(tokens):
             page = self._pages_of.get(tokens[:end])
@@ -61,15 +63,15 @@ class SharingCache(KVCache):
         if not best:
             return hit
         evictable = hit.num_evictable + self._pool.is_cached(source)
-        return CopyHit(start + best, hit.tables or ((),), hit.num_pages, evictable, source)
+        return CopyHit(start + best, hit.tables or ((),), hit.num_pages, evictable, source=source)
 
-    def adopt(self, hit: Hit) -> tuple[Pages, PageDelta]:
+    def adopt(self, hit: Hit, chain: PageChain, num_context: int) -> tuple[Pages, PageDelta]:
         self.seen["hit"] += hit.num_tokens > 0
         self.seen["shared"] += any(self._pool.num_refs(page) for page in sum(hit.tables, ()))
         if not isinstance(hit, CopyHit):
-            return super().adopt(hit)
+            return super().adopt(hit, chain, num_context)
         self._pool.share([hit.source])  # until the copy is planned
-        pages, _ = super().adopt(replace(hit, num_pages=1))
+        pages, _ = super().adopt(replace(hit, num_pages=1), chain, num_context)
         [own] = self._pool.take(1)
         self._pool.release([hit.source], keep=True)
         self._moves.append(Move(MoveKind.COPY, 0, hit.source, own))
@@ -79,7 +81,8 @@ class SharingCache(KVCache):
         self._measure(pages)
         return pages, (NewPages(0, 0, tuple(table)),)
 
-    def release(self, pages: Pages, tokens: tuple[int, ...]) -> None:
+    def release(self, pages: Pages, num_tokens: int) -> None:
+        tokens = pages.chain.tokens(0, num_tokens)
         [table] = pages.tables
         if self._random.random() < self._keep:
             for index, page in enumerate(table[: self.pages_for(len(tokens))]):

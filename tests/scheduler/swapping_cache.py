@@ -4,9 +4,10 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from jserve.cache.kv_cache import NO_HIT, Hit, KVCache, PageDelta, Pages
+from jserve.cache.kv_cache import KVCache
 from jserve.cache.layout import single_group
-from jserve.core.request import Request
+from jserve.cache.pages import NO_HIT, Hit, PageDelta, Pages
+from jserve.cache.prefix import PageChain
 from jserve.core.step import Move, MoveKind
 
 
@@ -47,7 +48,8 @@ class SwappingCache(KVCache):
         """Whether a page of these first `tokens` of a sequence is on its way to the host."""
         return any(key == tokens[: len(key)] for key in self._leaving.values())
 
-    def match(self, request: Request, tokens: tuple[int, ...]) -> Hit:
+    def match(self, chain: PageChain) -> Hit:
+        tokens = chain.tokens()
         found: list[int] = []
         num_tokens = 0
         while (full := self._landed_page(tokens, num_tokens + self._size)) is not None:
@@ -68,8 +70,8 @@ class SwappingCache(KVCache):
             return None
         return page
 
-    def adopt(self, hit: Hit) -> tuple[Pages, PageDelta]:
-        pages, delta = super().adopt(hit)
+    def adopt(self, hit: Hit, chain: PageChain, num_context: int) -> tuple[Pages, PageDelta]:
+        pages, delta = super().adopt(hit, chain, num_context)
         if not isinstance(hit, HostHit):
             return pages, delta
         delta = self.grow(pages, hit.num_tokens)
@@ -80,12 +82,13 @@ class SwappingCache(KVCache):
         self.seen["inside"] += hit.num_tokens % self._size > 0
         return pages, delta
 
-    def release(self, pages: Pages, tokens: tuple[int, ...]) -> None:
+    def release(self, pages: Pages, num_tokens: int) -> None:
+        tokens = pages.chain.tokens(0, num_tokens)
         if self._random.random() < self._keep:
             held = pages.tables[0][: self.pages_for(len(tokens))]
             for index, page in enumerate(held):
                 self._move_out(page, tokens[: (index + 1) * self._size])
-        super().release(pages, tokens)
+        super().release(pages, num_tokens)
 
     def _move_out(self, page: int, tokens: tuple[int, ...]) -> None:
         if tokens in self._host_of or not (self._free_host or self._on_host):

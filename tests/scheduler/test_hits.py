@@ -2,8 +2,10 @@
 
 import pytest
 
-from jserve.cache.kv_cache import NO_HIT, Hit, KVCache, PageDelta, Pages
+from jserve.cache.kv_cache import KVCache
 from jserve.cache.layout import single_group
+from jserve.cache.pages import NO_HIT, Hit, PageDelta, Pages
+from jserve.cache.prefix import PageChain
 from jserve.core import step
 from jserve.core.request import Request
 from jserve.core.step import ProgramKind
@@ -20,12 +22,13 @@ class KeepingCache(KVCache):
         self.kept: dict[tuple[int, ...], tuple[int, ...]] = {}
         self.refuses = False  # no page is free until somebody is preempted
 
-    def match(self, request: Request, tokens: tuple[int, ...]) -> Hit:
+    def match(self, chain: PageChain) -> Hit:
+        tokens = chain.tokens()
         ids = self.kept.get(tokens[:-1])
         return NO_HIT if ids is None else Hit(len(tokens) - 1, (ids,), len(ids))
 
-    def adopt(self, hit: Hit) -> tuple[Pages, PageDelta]:
-        pages = super().adopt(hit)
+    def adopt(self, hit: Hit, chain: PageChain, num_context: int) -> tuple[Pages, PageDelta]:
+        pages = super().adopt(hit, chain, num_context)
         if hit.num_pages:
             self._pool.release(hit.tables[0])
         return pages
@@ -35,12 +38,13 @@ class KeepingCache(KVCache):
             return None
         return super().grow(pages, num_tokens)
 
-    def release(self, pages: Pages, tokens: tuple[int, ...]) -> None:
+    def release(self, pages: Pages, num_tokens: int) -> None:
+        tokens = pages.chain.tokens(0, num_tokens)
         self.refuses = False
         ids = tuple(pages.tables[0][: self.pages_for(len(tokens))])
         self._pool.share(ids)
         self.kept[tokens] = ids
-        super().release(pages, tokens)
+        super().release(pages, num_tokens)
 
 
 def preempted(**sampling: object) -> tuple[Rig, Request]:
@@ -122,7 +126,7 @@ def test_prompt_logprobs_are_computed_though_the_prompt_is_known() -> None:
 
 def test_the_whole_prompt_is_never_a_hit() -> None:
     cache = KeepingCache()
-    cache.match = lambda request, tokens: Hit(len(tokens))
+    cache.match = lambda chain: Hit(chain.num_tokens)
     rig = Rig(cache=cache)
     rig.add("a")
     with pytest.raises(ValueError, match="a hit of 3 tokens leaves none to compute"):

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jserve.cache.kv_cache import KVCache, PrefixSharing
+from jserve.cache.layout import single_group
 from jserve.core.step import MoveKind, Program, ProgramKind
 from jserve.scheduler.config import SchedulerConfig
 from tests.scheduler.drill import Drill, Engine, engines
@@ -50,6 +52,26 @@ def test_100_000_orders_with_shared_cached_and_copied_pages(
     engine: Engine, seed: int, depth: int
 ) -> None:
     Drill(engine, seed, depth, sharing(engine, seed)).run(500)
+
+
+def prefixes(engine: Engine) -> KVCache:
+    sharing = PrefixSharing(compare_tokens=True)
+    return KVCache(single_group(engine.page_size), engine.num_pages, sharing)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(engine=engines(), seed=st.integers(0, 1 << 32), depth=st.sampled_from((1, 2, 3)))
+def test_random_load_with_prefixes(engine: Engine, seed: int, depth: int) -> None:
+    Drill(engine, seed, depth, prefixes(engine)).run(500)
+
+
+@pytest.mark.sweep
+@settings(
+    max_examples=2200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(engine=engines(), seed=st.integers(0, 1 << 32), depth=st.sampled_from((1, 2, 3)))
+def test_1_000_000_orders_with_prefixes(engine: Engine, seed: int, depth: int) -> None:
+    Drill(engine, seed, depth, prefixes(engine)).run(500)
 
 
 def swapping(engine: Engine, seed: int) -> SwappingCache:
@@ -123,6 +145,24 @@ def test_the_drill_reaches_every_kind_of_hit(seed: int) -> None:
     assert sum(admission.num_computed > 0 for admission in admissions) == seen["hit"]
     assert sum(len(plan.moves) for plan in drill.plans) == seen["copied"]
     assert any(admission.history_rows for admission in admissions)
+    assert drill.num_done > 100
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_drill_reaches_what_prefixes_bring(seed: int) -> None:
+    engine = replace(CROWDED, num_pages=24)
+    drill = Drill(engine, seed, cache=prefixes(engine))
+    drill.weights = [5, 1, 3, 3]
+    drill.run(3000)
+    stats = drill.scheduler.stats()
+    assert min(stats.num_preemptions, stats.prefix_evicted_pages) > 20
+    assert drill.num_overtaken > 0
+    assert 0 < stats.prefix_hit_tokens < stats.prefix_query_tokens
+    admissions = [admission for plan in drill.plans for admission in plan.admissions]
+    hits = [admission for admission in admissions if admission.num_computed]
+    assert any(a.num_computed > len(a.request.prompt) for a in hits), "no hit on generated tokens"
+    assert any(a.last_token is not None for a in hits), "no decode row starts"
+    assert any(a.history_rows for a in hits)
     assert drill.num_done > 100
 
 

@@ -5,6 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from jserve.cache.prefix import PageChain
 from jserve.core.request import Request, SamplingParams
 from jserve.scheduler.queue import RankedQueue
 from jserve.scheduler.sequence import Sequence
@@ -14,7 +15,8 @@ RANKS = st.integers(0, 3).map(lambda first: (float(first),))  # few, so that man
 
 def sequence(name: str, *rank: float) -> Sequence:
     request = Request(id=name, prompt=(1,), sampling=SamplingParams(max_tokens=1))
-    return Sequence(name, request, arrival=0, arrival_s=0.0, max_total=2, rank=rank)
+    chain = PageChain(b"", (1,), [], 1)
+    return Sequence(name, request, 0, 0.0, max_total=2, chain=chain, rank=rank)
 
 
 class QueueMachine(RuleBasedStateMachine):

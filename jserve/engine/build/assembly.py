@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import Mesh
 
+from jserve.cache.config import CacheConfig
 from jserve.cache.kv_cache import KVCache
 from jserve.core.request import EngineInfo
 from jserve.core.step import Program
 from jserve.engine.build.shape import EngineShape, abstract_params
+from jserve.engine.build.sharing import prefix_sharing
 from jserve.engine.build.sizing import shape_engine
 from jserve.engine.config import EngineConfig
 from jserve.engine.executor import DeviceExecutor
@@ -37,6 +39,8 @@ from jserve.model.functional import Model
 from jserve.pallas_kernels.backend import Backend
 from jserve.scheduler.config import SchedulerConfig
 from jserve.scheduler.scheduler import Scheduler
+
+CACHE_DEFAULTS = CacheConfig()
 
 _A = TypeVar("_A")
 _B = TypeVar("_B")
@@ -66,12 +70,15 @@ def build_engine(
     config: EngineConfig,
     scheduler_config: SchedulerConfig,
     *,
+    cache_config: CacheConfig = CACHE_DEFAULTS,
+    weights_digest: Callable[[], str] = str,
     cache_folder: Path | None,
     on_program: Callable[[CompiledProgram], None] = lambda _: None,
 ) -> Engine:
     """Compiles the programs while `load_params` reads the parameters.
 
-    `load_params` returns arrays with the shardings of `model.sharding`.
+    `load_params` returns arrays with the shardings of `model.sharding`; after it, `weights_digest`
+    returns the digest of the weights.
     """
     cache = None
     if config.cache_executables and cache_folder:
@@ -99,6 +106,7 @@ def build_engine(
     if config.host_pages:
         moves = compile_moves(state.kv, cache)
         mover = PageMover(moves, state.kv, config.host_pages)
+    weights = weights_digest()
     info = EngineInfo(
         model=name,
         vocab=model.spec.vocab,
@@ -108,10 +116,16 @@ def build_engine(
         page_size=config.page_size,
         max_queue=scheduler_config.max_queue,
         eos_token_ids=model.spec.eos_token_ids,
+        weights=weights,
+        kv_dtype=str(shape.kv_dtype),
     )
     scheduler = Scheduler(
         scheduler_config,
-        cache=KVCache(shape.layout, shape.num_pages),
+        cache=KVCache(
+            shape.layout,
+            shape.num_pages,
+            prefix_sharing(cache_config, model, shape.kv_dtype, weights),
+        ),
         num_slots=config.num_slots,
         max_model_len=shape.max_model_len,
         programs=config.programs(),

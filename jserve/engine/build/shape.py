@@ -80,7 +80,7 @@ def least_shape(model: Model, mesh: AnyMesh, config: EngineConfig) -> EngineShap
         config.processor_rows,
         pages_per_slot=-(-max_model_len // config.page_size),
         page_groups=len(layout.groups),
-        history_rows=config.history_rows,
+        history_rows=config.processor_rows,
     )
     return EngineShape(batch, GRID, max_model_len, dtype, kv_heads, layout)
 

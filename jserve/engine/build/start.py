@@ -9,6 +9,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jserve.cache.config import CacheConfig
 from jserve.checkpoints.config import ModelConfig, check_platform
 from jserve.checkpoints.native_folder import weights_digest
 from jserve.checkpoints.tensor_source import Progress
@@ -33,6 +34,7 @@ def start_engine(
     model_config: ModelConfig,
     config: EngineConfig,
     scheduler_config: SchedulerConfig,
+    cache_config: CacheConfig,
     *,
     on_files: Progress,
     on_prepared: Callable[[], None] = lambda: None,
@@ -89,6 +91,8 @@ def start_engine(
         load,
         config,
         scheduler_config,
+        cache_config=cache_config,
+        weights_digest=lambda: weights,
         cache_folder=Path(model_config.cache_dir).expanduser(),
         on_program=ready,
     )

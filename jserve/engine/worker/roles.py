@@ -66,6 +66,7 @@ def _start(job: EngineJob, report: Report) -> Engine:
         job.model,
         job.engine,
         job.scheduler,
+        job.cache,
         on_files=_progress(report),
         on_prepared=lambda: report(ModelPrepared()),
         on_phase=lambda phase, detail: report(PhaseStarted(phase, detail)),

@@ -12,6 +12,7 @@ from tests.model_files import tiny_weights, write_gguf
 _START = """
 import json, sys
 import jax
+from jserve.cache.config import CacheConfig
 from jserve.engine.config import EngineConfig
 from jserve.engine.build.start import start_engine
 from jserve.checkpoints.config import ModelConfig
@@ -31,6 +32,7 @@ engine = start_engine(
         num_slots=2, num_pages=32, max_model_len=64, mixed_tokens=(8,), decode_rows=(2,)
     ),
     SchedulerConfig(),
+    CacheConfig(),
     on_files=lambda done, total: phases.append("converting"),
 )
 cached = [program.cached for program in engine.programs]

@@ -18,13 +18,12 @@ from jserve.core.step import (
     StepPlan,
     page_entries,
 )
-from jserve.engine.build.shape import least_shape
 from jserve.engine.program.batch import BatchShape, layout, pack
 from jserve.engine.program.layout import result_layout
 from jserve.engine.program.step import make_step
 from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh
-from tests.engine.engine_harness import CONFIG, TINY
+from tests.engine.engine_harness import TINY
 
 MIXED, DECODE = Program(ProgramKind.MIXED, 16, 4), Program(ProgramKind.DECODE, 4, 4, 8)
 PLAIN = BatchShape(num_slots=4, vocab=70, page_size=4, processor_rows=2, pages_per_slot=30)
@@ -169,10 +168,3 @@ def test_rows_of_history_are_bounded_as_those_of_masks_are() -> None:
         pack(StepPlan(0, MIXED, 1, chunks, admissions), WITH_HISTORY, ())
     with pytest.raises(ValueError, match="more than 0 history rows"):
         pack(StepPlan(0, MIXED, 1, chunks[:2], admissions[:2]), PLAIN, ())
-
-
-def test_only_an_engine_whose_sequences_can_start_with_pages_sends_history() -> None:
-    model, mesh = Model(TINY, jnp.float32), device_mesh(jax.devices()[:1], model=1)
-    assert least_shape(model, mesh, CONFIG).batch.history_rows == 0
-    moving = dataclasses.replace(CONFIG, host_pages=8)
-    assert least_shape(model, mesh, moving).batch.history_rows == CONFIG.processor_rows
