@@ -167,9 +167,8 @@ class KVCache:
         if self._index is None:
             return NO_HIT
         most = (chain.num_tokens - 1) // chain.page_size
-        digests = chain.digests(most)
-        ids = self._index.match(islice(digests, most))
-        pending = len(ids) < most and digests[len(ids)] in self._pending
+        ids = self._index.match(chain, most)
+        pending = len(ids) < most and chain.digests(most)[len(ids)] in self._pending
         if not ids:
             return PENDING if pending else NO_HIT
         evictable = sum(map(self._pool.is_cached, ids))
@@ -281,6 +280,32 @@ class KVCache:
         for table in pages.tables:
             table.clear()
         pages.capacity = 0
+
+    def retire(self, pages: Pages, num_tokens: int, num_planned: int) -> None:
+        """Releases `pages` of which steps in flight compute the last of `num_planned` tokens.
+
+        Pages that are full then are kept if they can be; `settle` says what they hold.
+        """
+        self.keep(pages, num_tokens)
+        if self._index is not None:
+            [table] = pages.tables
+            full = min(num_planned, self._most_kept(pages)) // self._page_sizes[0]
+            for index in range(pages.num_kept, full):
+                before = table[index - 1] if index else None
+                pages.expected.append((index, self._index.expect(table[index], before)))
+        self.release(pages, num_tokens)
+
+    def settle(self, pages: Pages, num_tokens: int) -> None:
+        """Lets others share what `retire` has kept, of which `num_tokens` tokens are known now."""
+        if self._index is None:
+            return
+        for index, node in pages.expected:
+            known = (index + 1) * self._page_sizes[0] <= num_tokens
+            named = known and self._index.arrived(node, pages.chain, index)
+            if not named and self._index.is_kept(node):
+                self._index.forget(node)
+                self._pool.drop([node.page])
+        pages.expected.clear()
 
     def _leave(self, index: PrefixIndex, pages: Pages, num_tokens: int) -> None:
         """Releases `pages`, and keeps those that can be found."""

@@ -8,6 +8,7 @@ import heapq
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 from jserve.core.errors import EngineError
@@ -49,6 +50,10 @@ class PageChain:
             else head + tuple(self._output[max(0, start - split) : end - split])
         )
 
+    def page_tokens(self, index: int) -> tuple[int, ...]:
+        """The tokens of page `index`."""
+        return self.tokens(index * self.page_size, (index + 1) * self.page_size)
+
     def digests(self, count: int) -> Sequence[Digest]:
         """The names of the first pages; at least `count`, which must be full."""
         known = self._digests
@@ -74,15 +79,15 @@ class PageEvent(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class _Node:
-    """A page whose content is known."""
+class Node:
+    """A page whose content is known, or will be. Only `PrefixIndex` looks inside."""
 
-    digest: Digest
-    parent_digest: Digest
-    parent: "_Node | None"
     page: int
-    generated: bool
-    tokens: tuple[int, ...] | None  # kept to compare contents, while debugging
+    parent: "Node | None"
+    digest: Digest = b""  # empty until the content is known
+    parent_digest: Digest = b""
+    generated: bool = True
+    tokens: tuple[int, ...] | None = None  # kept to compare contents, while debugging
     num_cached_children: int = 0
     used_at: int = 0  # when a sequence left it
     cached: bool = False  # nobody holds the page
@@ -98,9 +103,9 @@ class PrefixIndex:
 
     def __init__(self, *, compare_tokens: bool = False) -> None:
         """With `compare_tokens`, two contents of one name are an error, not one of them."""
-        self._nodes: dict[Digest, _Node] = {}
-        self._of_page: dict[int, _Node] = {}
-        self._leaves: list[tuple[int, int, _Node]] = []  # a heap; entries may be out of date
+        self._nodes: dict[Digest, Node] = {}
+        self._of_page: dict[int, Node] = {}
+        self._leaves: list[tuple[int, int, Node]] = []  # a heap; entries may be out of date
         self._time = 0
         self._num_events = 0
         self._events = deque[PageEvent](maxlen=_MAX_EVENTS)
@@ -114,25 +119,24 @@ class PrefixIndex:
         """Whether `page` can be found."""
         return page in self._of_page
 
-    def match(self, digests: Iterable[Digest]) -> list[int]:
-        """The pages of the longest start of `digests` of which all are here."""
+    def match(self, chain: PageChain, count: int) -> list[int]:
+        """The longest start of the first `count` pages of `chain` that is here.
+
+        Raises:
+            EngineError: a page has other tokens than its name says, and the index compares them.
+        """
         pages: list[int] = []
         nodes = self._nodes
-        for digest in digests:
+        for digest in islice(chain.digests(count), count):
             node = nodes.get(digest)
             if node is None:
                 break
+            if self._compare_tokens:
+                _compare(node, chain, len(pages))
             pages.append(node.page)
         return pages
 
-    def insert(
-        self,
-        page: int,
-        chain: PageChain,
-        index: int,
-        *,
-        generated: bool,
-    ) -> None:
+    def insert(self, page: int, chain: PageChain, index: int, *, generated: bool) -> None:
         """Names a used `page`, which is number `index` of `chain`.
 
         Nothing happens if another page has this content: this one is freed when it is left.
@@ -140,23 +144,32 @@ class PrefixIndex:
         Raises:
             EngineError: the other page has different tokens, and the index compares them.
         """
-        digests = chain.digests(index + 1)
-        digest = digests[index]
-        tokens = None
-        if self._compare_tokens:
-            size = chain.page_size
-            tokens = chain.tokens(index * size, (index + 1) * size)
-        known = self._nodes.get(digest)
-        if known is not None:
-            if tokens != known.tokens:
-                raise EngineError(
-                    f"pages {page} and {known.page} of different tokens have one name"
-                )
-            return
-        parent_digest = digests[index - 1] if index else chain.root
-        node = _Node(digest, parent_digest, self._nodes.get(parent_digest), page, generated, tokens)
-        self._nodes[digest] = self._of_page[page] = node
-        self._tell(node, stored=True)
+        parent = self._nodes.get(chain.digests(index)[index - 1]) if index else None
+        node = Node(page, parent, generated=generated)
+        if self._name(node, chain, index):
+            self._of_page[page] = node
+
+    def expect(self, page: int, before: int | None) -> Node:
+        """Keeps a used `page`, which goes on after page `before`, though its tokens are not known.
+
+        It may be evicted, and is not found before `arrived` says what it holds.
+        """
+        parent = None if before is None else self._of_page.get(before)
+        node = self._of_page[page] = Node(page, parent)
+        return node
+
+    def arrived(self, node: Node, chain: PageChain, index: int) -> bool:
+        """Names an expected page; False if another page has this content, or it was evicted."""
+        return self.is_kept(node) and self._name(node, chain, index)
+
+    def is_kept(self, node: Node) -> bool:
+        """Whether an expected page was not evicted."""
+        return self._of_page.get(node.page) is node
+
+    def forget(self, node: Node) -> None:
+        """Drops an expected page, of which nothing will be known; nobody holds it."""
+        self._leave_cached(node)
+        del self._of_page[node.page]
 
     def use(self, pages: Iterable[int]) -> None:
         """Notes that a sequence holds `pages`, some of which nobody had held."""
@@ -186,9 +199,10 @@ class PrefixIndex:
             used_at, _, node = heapq.heappop(self._leaves)
             if not node.cached or node.num_cached_children or used_at != node.used_at:
                 continue  # out of date
-            self._leave_cached(node)
-            del self._nodes[node.digest], self._of_page[node.page]
-            self._tell(node, stored=False)
+            self.forget(node)
+            if node.digest:
+                del self._nodes[node.digest]
+                self._tell(node, stored=False)
             pages.append(node.page)
         self.num_evicted += len(pages)
         return pages
@@ -214,36 +228,62 @@ class PrefixIndex:
         """Lists what is wrong if nobody holds the pages `cached`; for tests."""
         problems: list[str] = []
         cached = set(cached)
-        children = dict.fromkeys(map(id, self._nodes.values()), 0)
-        for digest, node in self._nodes.items():
-            if node.digest != digest or self._of_page.get(node.page) is not node:
-                problems.append(f"page {node.page} is not found under its name")
+        children = dict.fromkeys(map(id, self._of_page.values()), 0)
+        for page, node in self._of_page.items():
+            if node.page != page or (node.digest and self._nodes.get(node.digest) is not node):
+                problems.append(f"page {page} is not found under its name")
+            if not node.digest and not node.cached:
+                problems.append(f"page {page} is used and has no name")
             if node.cached != (node.page in cached):
                 problems.append(f"page {node.page}: cached is {node.cached}")
             if node.cached and id(node.parent) in children:
                 children[id(node.parent)] += 1
         offered = {id(node) for used_at, _, node in self._leaves if used_at == node.used_at}
-        for node in self._nodes.values():
+        for node in self._of_page.values():
             if node.num_cached_children != children[id(node)]:
                 problems.append(f"page {node.page} miscounts what continues it")
             if node.cached and not node.num_cached_children and id(node) not in offered:
                 problems.append(f"page {node.page} can never be evicted")
-        if len(self._of_page) != len(self._nodes) or not cached <= set(self._of_page):
-            problems.append("pages without a name are kept, or named twice")
+        if len(self._nodes) != sum(bool(node.digest) for node in self._of_page.values()):
+            problems.append("a name stands for a page that is not kept")
+        if not cached <= set(self._of_page):
+            problems.append("a page is kept, and nothing is known of it")
         return problems
 
-    def _offer(self, node: _Node) -> None:
+    def _name(self, node: Node, chain: PageChain, index: int) -> bool:
+        """Lets `node` be found as page `index` of `chain`; False if another page already is."""
+        digests = chain.digests(index + 1)
+        known = self._nodes.get(digests[index])
+        if known is not None:
+            if self._compare_tokens:
+                _compare(known, chain, index)
+            return False
+        node.digest = digests[index]
+        node.parent_digest = digests[index - 1] if index else chain.root
+        if self._compare_tokens:
+            node.tokens = chain.page_tokens(index)
+        self._nodes[node.digest] = node
+        self._tell(node, stored=True)
+        return True
+
+    def _offer(self, node: Node) -> None:
         """Lets `node` be evicted, if it is cached and nothing that is kept continues it."""
         if node.cached and not node.num_cached_children:
             heapq.heappush(self._leaves, (node.used_at, node.page, node))
 
-    def _leave_cached(self, node: _Node) -> None:
+    def _leave_cached(self, node: Node) -> None:
         node.cached = False
         if (parent := node.parent) is not None:
             parent.num_cached_children -= 1
             self._offer(parent)
 
-    def _tell(self, node: _Node, *, stored: bool) -> None:
+    def _tell(self, node: Node, *, stored: bool) -> None:
         event = PageEvent(self._num_events, stored, node.digest, node.parent_digest, node.generated)
         self._num_events += 1
         self._events.append(event)
+
+
+def _compare(node: Node, chain: PageChain, index: int) -> None:
+    """Raises EngineError if `node` is found as page `index` of `chain` and has other tokens."""
+    if node.tokens != chain.page_tokens(index):
+        raise EngineError(f"page {node.page} and one of different tokens have one name")

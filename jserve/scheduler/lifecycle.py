@@ -82,12 +82,14 @@ class Lifecycle:
 
     def retire(self, seq: Sequence) -> None:
         """RUNNING → RETIRED: the last token of `seq` is in flight, its slot and pages are free."""
-        self._vacate(seq)
+        self._leave_slot(seq)
+        self._cache.retire(seq.pages, seq.num_known, seq.num_computed)
         seq.state = SequenceState.RETIRED
 
     def requeue(self, seq: Sequence, now_s: float) -> None:
         """RETIRED → WAITING: the device yielded less than planned, so tokens are owed after all."""
         _require(seq, SequenceState.RETIRED)
+        self._cache.settle(seq.pages, seq.num_known)
         self._wait(seq, Event.REQUEUE, now_s)
 
     def finish(self, seq: Sequence) -> None:
@@ -96,6 +98,8 @@ class Lifecycle:
             self.waiting.remove(seq)
         elif seq.state is SequenceState.RUNNING:
             self._vacate(seq)
+        elif seq.state is SequenceState.RETIRED:
+            self._cache.settle(seq.pages, seq.num_known)
         seq.state = SequenceState.FINISHED
 
     def keep(self, seq: Sequence) -> None:
@@ -144,6 +148,10 @@ class Lifecycle:
 
     def _vacate(self, seq: Sequence) -> None:
         """Takes slot and pages of the running `seq` back; the caller sets its next state."""
+        self._leave_slot(seq)
+        self._cache.release(seq.pages, seq.num_known)
+
+    def _leave_slot(self, seq: Sequence) -> None:
         _require(seq, SequenceState.RUNNING)
         self.running.remove(seq)
         heapq.heappush(self._free_slots, seq.slot)
@@ -151,7 +159,6 @@ class Lifecycle:
         self._slots_of[tenant] -= 1
         if not self._slots_of[tenant]:
             del self._slots_of[tenant]
-        self._cache.release(seq.pages, seq.num_known)
 
     def audit(self, live: list[Sequence]) -> list[str]:
         """Lists what is wrong if `live` are all sequences; for tests."""

@@ -148,9 +148,9 @@ def test_the_drill_reaches_every_kind_of_hit(seed: int) -> None:
     assert drill.num_done > 100
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_drill_reaches_what_prefixes_bring(seed: int) -> None:
-    engine = replace(CROWDED, num_pages=24)
+@pytest.mark.parametrize(("seed", "page_size"), [(0, 2), (1, 2), (2, 1)])
+def test_the_drill_reaches_what_prefixes_bring(seed: int, page_size: int) -> None:
+    engine = replace(CROWDED, page_size=page_size, num_pages=48 // page_size)
     drill = Drill(engine, seed, cache=prefixes(engine))
     drill.weights = [5, 1, 3, 3]
     drill.run(3000)
@@ -161,7 +161,8 @@ def test_the_drill_reaches_what_prefixes_bring(seed: int) -> None:
     admissions = [admission for plan in drill.plans for admission in plan.admissions]
     hits = [admission for admission in admissions if admission.num_computed]
     assert any(a.num_computed > len(a.request.prompt) for a in hits), "no hit on generated tokens"
-    assert any(a.last_token is not None for a in hits), "no decode row starts"
+    if page_size == 1:  # what a preempted sequence has computed is found to its last token
+        assert sum(a.last_token is not None for a in hits) > 1
     assert any(a.history_rows for a in hits)
     assert drill.num_done > 100
 
