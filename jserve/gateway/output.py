@@ -55,6 +55,7 @@ class OutputDelta:
     stop_reason: str | int | None = None  # stop string or stop_token_id; None for end of sequence
     queue_s: float | None = None  # on the first delta
     ttft_s: float | None = None  # on the first delta: from `run` to the first token
+    cached_tokens: int = 0  # on the first delta: prompt tokens that were not computed
 
 
 def delta_bytes(delta: OutputDelta) -> int:
@@ -156,6 +157,7 @@ class OutputProcessor:
             finish=update.finish if match is None else FinishReason.STOP,
             stop_reason=self._stop_token(update) if match is None else match.stop,
             queue_s=update.queue_s,
+            cached_tokens=update.cached_tokens,
         )
 
     def _match(self, matcher: StopMatcher, update: SequenceUpdate) -> str:
@@ -220,4 +222,5 @@ class OutputProcessor:
             prompt_logprobs=update.prompt_logprobs,
             finish=FinishReason.LENGTH if update.finish is FinishReason.STOP else update.finish,
             queue_s=update.queue_s,
+            cached_tokens=update.cached_tokens,
         )

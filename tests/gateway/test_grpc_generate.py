@@ -33,6 +33,21 @@ def test_generate_streams_text_that_joins_to_the_answer():
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_usage_says_what_the_first_choice_found_of_the_prompt(n):
+    async def main():
+        async with serving(cached=lambda request: 32 - 16 * request.choice) as (stub, _, _, _):
+            *others, last = await all_of(stub.Generate(generate(max_tokens=3, n=n)))
+            assert last.usage.cached_tokens == 32
+            assert not any(message.HasField("usage") for message in others)
+        async with serving() as (stub, _, _, _):
+            *_, last = await all_of(stub.Generate(generate(max_tokens=3, n=n)))
+            assert last.HasField("usage")
+            assert last.usage.cached_tokens == 0
+
+    asyncio.run(main())
+
+
 def test_every_sampling_field_reaches_the_engine():
     async def main():
         async with serving(any_priority=True) as (stub, engine, _, _):
