@@ -75,6 +75,7 @@ REQUESTS = st.builds(
     priority=INT32,
     tenant=st.text(st.characters(codec="utf-8"), max_size=9),
     tenant_slots=INT32,
+    cache_salt=st.text(st.characters(codec="utf-8"), max_size=9),
 )
 LOGPROBS = st.builds(
     TokenLogprobs,
@@ -92,6 +93,7 @@ UPDATES = st.builds(
     prompt_logprobs=st.none() | st.lists(st.none() | LOGPROBS, max_size=3).map(tuple),
     queue_s=st.none() | st.floats(0, 1e9),
     error=st.none() | st.text("xyz", min_size=1, max_size=5),
+    cached_tokens=IDS,
 )
 
 
