@@ -67,6 +67,7 @@ async def parse_generation(
         include_stop_str_in_output=message.include_stop_str_in_output
         if message.HasField("include_stop_str_in_output")
         else None,
+        cache_salt=message.cache_salt if message.HasField("cache_salt") else None,
     )
 
 

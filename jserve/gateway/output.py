@@ -1,7 +1,7 @@
 """One choice of a generation: updates of token ids in, deltas of text out. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
 from jserve.core.logprobs import PackedLogprobs
@@ -35,6 +35,7 @@ class GenerationRequest:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     prompt_only: bool = False  # max_tokens was 0: the one generated token is not shown
+    cache_salt: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,29 @@ def test_every_sampling_field_reaches_the_engine():
     asyncio.run(main())
 
 
+def test_a_cache_salt_is_the_given_one_or_that_of_the_key():
+    async def main():
+        async with serving(api_keys=("one", "two")) as (stub, engine, _, _):
+            for key, fields in (
+                ("one", {}),
+                ("one", {"cache_salt": "shared"}),
+                ("two", {}),
+                ("two", {"cache_salt": "shared"}),
+            ):
+                metadata = (("authorization", f"Bearer {key}"),)
+                await all_of(stub.Generate(generate(max_tokens=1, **fields), metadata=metadata))
+            one, given, two, given_by_two = (request.cache_salt for request in engine.submitted)
+            assert given == given_by_two == "given:shared"
+            assert one != two
+            assert one.startswith("tenant:")
+            assert two.startswith("tenant:")
+        async with serving() as (stub, engine, _, _):
+            await all_of(stub.Generate(generate(max_tokens=1)))
+            assert engine.submitted[0].cache_salt == ""
+
+    asyncio.run(main())
+
+
 def test_unset_fields_take_defaults_and_unseeded_requests_differ():
     async def main():
         async with serving() as (stub, engine, _, _):
@@ -203,6 +226,8 @@ BAD = {
     "n": (generate(n=-1), "INVALID_ARGUMENT", "n must be from 1 to"),
     "stop": (generate(stop=[""]), "INVALID_ARGUMENT", "stop string has 0 characters"),
     "id": (generate(request_id="a\nb"), "INVALID_ARGUMENT", "printable ASCII"),
+    "empty salt": (generate(cache_salt=""), "INVALID_ARGUMENT", "cache_salt must be a text of 1"),
+    "salt": (generate(cache_salt="s" * 257), "INVALID_ARGUMENT", "cache_salt must be a text of 1"),
 }
 
 
