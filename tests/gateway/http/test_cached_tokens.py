@@ -108,6 +108,23 @@ def test_a_prompt_that_is_only_scored_says_it(served: Served) -> None:
     assert usage["prompt_tokens_details"] == {"cached_tokens": 32}
 
 
+def test_metrics_count_looked_up_and_found_tokens(served: Served) -> None:
+    def counts() -> tuple[float, float]:
+        lines = httpx.get(f"{served.url}/metrics").text.splitlines()
+        values = [
+            float(line.rpartition(" ")[2])
+            for name in ("jserve_prefix_query_tokens_total{", "jserve_prefix_hit_tokens_total{")
+            for line in lines
+            if line.startswith(name)
+        ]
+        assert len(values) == 2
+        return values[0], values[1]
+
+    queried, found = counts()
+    post(served, COMPLETIONS, {"prompt": ["abcd", "cold"]})
+    assert counts() == (queried + 8, found + 64)
+
+
 def test_a_stop_string_loses_nothing(served: Served) -> None:
     """The first delta shows nothing then, since it may begin the stop string."""
     body = {"prompt": "hi", "stop": "okay", "stream": True}
