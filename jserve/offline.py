@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, TypeVar, Unpack
 
@@ -53,6 +53,8 @@ class Completion:
     stop_reason: str | int | None = None  # the stop string or stop token id that matched
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    # Prompt tokens that were not computed again. Equal answers may differ in it.
+    num_cached_tokens: int = field(default=0, compare=False)
 
 
 class InProcessEngine:
@@ -221,8 +223,8 @@ class LLM:
         """Completes every prompt, `n` times each, in the order of the prompts.
 
         `sampling` is one for all prompts, or one for each; its fields that are None take the
-        model's defaults. Options (`n`, `stop`, `echo`, …) are those of a served request. Raises
-        RequestError, before anything runs, when a prompt, a field or an option is wrong, and
+        model's defaults. Options (`n`, `stop`, `cache_salt`, …) are those of a served request.
+        Raises RequestError, before anything runs, when a prompt, a field or an option is wrong, and
         TypeError when there is no such option.
         """
         wanted = _prompts(prompts)
@@ -394,4 +396,5 @@ def _completion(prompt: PromptLike, deltas: Sequence[OutputDelta]) -> Completion
         stop_reason=whole.stop_reason,
         logprobs=None if whole.logprobs is None else tuple(whole.logprobs),
         prompt_logprobs=None if whole.prompt_logprobs is None else tuple(whole.prompt_logprobs),
+        num_cached_tokens=whole.cached_tokens,
     )

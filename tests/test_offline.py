@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import itertools
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -14,9 +15,10 @@ from jserve.cache.kv_cache import KVCache
 from jserve.cache.layout import single_group
 from jserve.config import load
 from jserve.core.errors import ConfigError, EngineError, PromptTooLong, RequestError
-from jserve.core.request import EngineInfo, FinishReason
+from jserve.core.request import EngineInfo, FinishReason, Request, SequenceUpdate
 from jserve.core.step import Program, ProgramKind, StepPlan, StepResult
 from jserve.engine.config import Platform
+from jserve.gateway.engine_client import UpdateStream
 from jserve.gateway.request_plane import GenerationRequest, OutputStream
 from jserve.gateway.validation import SamplingFields
 from jserve.offline import LLM
@@ -123,6 +125,29 @@ def test_options_of_a_served_request_are_options_here(llm: LLM) -> None:
     assert len(prompt_only.prompt_logprobs or ()) == len("options")
     with pytest.raises(RequestError, match="n must be at least 1"):
         llm.generate("options", GREEDY, n=0, use_tqdm=False)
+
+
+def test_a_salt_goes_in_and_cached_tokens_come_out(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (plain,) = llm.generate("cached", GREEDY, use_tqdm=False)
+    submit, post = llm._engine.submit, llm._engine._streams.post
+    salts: list[str] = []
+
+    def submitted(requests: Sequence[Request]) -> UpdateStream:
+        salts.extend(request.cache_salt for request in requests)
+        return submit(requests)
+
+    def posted(update: SequenceUpdate) -> None:
+        post(update._replace(cached_tokens=4))  # of which those after the first do not count
+
+    monkeypatch.setattr(llm._engine, "submit", submitted)
+    monkeypatch.setattr(llm._engine._streams, "post", posted)
+    salted = llm.generate(["cached"] * 2, GREEDY, cache_salt="mine", use_tqdm=False)
+    assert [completion.num_cached_tokens for completion in salted] == [4, 4]
+    assert salted == [plain] * 2  # what was found changes no answer
+    llm.generate("cached", GREEDY, use_tqdm=False)
+    assert salts == ["given:mine", "given:mine", ""]
 
 
 def test_an_unknown_option_is_a_type_error(llm: LLM) -> None:

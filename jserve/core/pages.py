@@ -5,9 +5,11 @@ mean equal tokens from the start on, computed with the same weights, and whoever
 name the pages of any prompt.
 """
 
-from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
+from struct import Struct
+
+from jserve.core.request import EngineInfo
 
 DIGEST_BYTES = 16
 
@@ -34,14 +36,27 @@ def root_digest(
     return digest.digest()
 
 
+def root_of(info: EngineInfo, cache_salt: str, adapter: str = "") -> Digest:
+    """The root of the pages that an engine keeps for requests of `cache_salt`.
+
+    Whoever has the engine's hello and a request names its pages with this and `page_digests`.
+    """
+    return root_digest(
+        weights=info.weights,
+        kv_dtype=info.kv_dtype,
+        page_size=info.page_size,
+        adapter=adapter,
+        salt=cache_salt,
+    )
+
+
 def page_digests(parent: Digest, tokens: Sequence[int], page_size: int) -> list[Digest]:
     """The names of the full pages of `tokens`, which follow the page named `parent`."""
-    data = memoryview(array("i", tokens)).cast("B")  # int32
-    size = 4 * page_size
+    # The machine of a gateway and that of its engine may order bytes differently.
+    pack = Struct(f"<{page_size}i").pack  # int32, little-endian
     digests: list[Digest] = []
-    for start in range(0, len(data) - size + 1, size):
-        parent = blake2b(
-            parent + bytes(data[start : start + size]), digest_size=DIGEST_BYTES
-        ).digest()
+    for end in range(page_size, len(tokens) + 1, page_size):
+        page = pack(*tokens[end - page_size : end])
+        parent = blake2b(parent + page, digest_size=DIGEST_BYTES).digest()
         digests.append(parent)
     return digests

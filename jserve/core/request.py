@@ -98,7 +98,9 @@ class Request:
     deadline_s: float | None = None  # seconds from now; dropped when they have passed
     tenant: str = ""  # who sent it: the name of a key, or an address
     tenant_slots: int = 0  # the most slots that the tenant may hold at a time; 0: no bound
-    cache_salt: str = ""  # computed tokens are shared among requests of the same salt only
+    # Computed tokens are shared among requests of the same salt only. Whoever knows a salt can
+    # learn by timing what was asked under it, so no log shows it.
+    cache_salt: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,15 @@ class StatKind(enum.Enum):
     COUNTER = "counter"  # only grows
 
 
-def _gauge(metric: str, text: str, *, vllm: bool = False) -> Any:
+def _gauge(metric: str, text: str, *, vllm: str | None = None) -> Any:
     return _stat(StatKind.GAUGE, metric, text, vllm)
 
 
-def _counter(metric: str, text: str, *, vllm: bool = False) -> Any:
+def _counter(metric: str, text: str, *, vllm: str | None = None) -> Any:
     return _stat(StatKind.COUNTER, metric, text, vllm)
 
 
-def _stat(kind: StatKind, metric: str, text: str, vllm: bool) -> Any:
+def _stat(kind: StatKind, metric: str, text: str, vllm: str | None) -> Any:
     return field(default=0, metadata={"kind": kind, "metric": metric, "help": text, "vllm": vllm})
 
 
@@ -32,15 +32,17 @@ class EngineStats:
     """Load of an engine after a step. Counters grow for the life of the engine process.
 
     The scheduler owns the one that changes and hands out copies. Metadata of a field: `kind`;
-    `metric`, its name at /metrics after `jserve_`; `help`; `vllm`, whether vLLM has a metric of
-    that name.
+    `metric`, its name at /metrics after `jserve_`; `help`; `vllm`, the name of vLLM's metric of
+    the same meaning, after `vllm:`, or None.
     """
 
-    num_waiting: int = _gauge("num_requests_waiting", "Sequences that wait for a slot.", vllm=True)
+    num_waiting: int = _gauge(
+        "num_requests_waiting", "Sequences that wait for a slot.", vllm="num_requests_waiting"
+    )
     num_running: int = _gauge(
         "num_requests_running",
         "Sequences that hold a slot, or have left it with their last tokens in flight.",
-        vllm=True,
+        vllm="num_requests_running",
     )
     free_slots: int = _gauge("free_slots", "Slots without a sequence.")
     free_pages: int = _gauge("free_pages", "KV pages without a sequence.")
@@ -48,7 +50,7 @@ class EngineStats:
         "cached_pages", "Free KV pages whose content is kept for prompts that begin alike."
     )
     num_preemptions: int = _counter(
-        "num_preemptions", "Sequences that lost their pages.", vllm=True
+        "num_preemptions", "Sequences that lost their pages.", vllm="num_preemptions"
     )
     num_steps: int = _counter("engine_steps", "Steps of the engine.")
     prompt_tokens: int = _counter(
@@ -61,10 +63,14 @@ class EngineStats:
         "recomputed_tokens", "Tokens that were computed again after a preemption."
     )
     prefix_query_tokens: int = _counter(
-        "prefix_query_tokens", "Prompt tokens that were looked up among computed ones."
+        "prefix_query_tokens",
+        "Prompt tokens that were looked up among computed ones.",
+        vllm="prefix_cache_queries",
     )
     prefix_hit_tokens: int = _counter(
-        "prefix_hit_tokens", "Prompt tokens that were found, and not computed."
+        "prefix_hit_tokens",
+        "Prompt tokens that were found, and not computed.",
+        vllm="prefix_cache_hits",
     )
     prefix_evicted_pages: int = _counter(
         "prefix_evicted_pages", "Kept KV pages that were given away."

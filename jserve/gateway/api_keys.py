@@ -8,11 +8,12 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from jserve.core.errors import ConfigError
+from jserve.gateway.cache_salts import tenant_salt
 from jserve.gateway.config import MAX_SLOTS, GatewayConfig, check_key
 from jserve.gateway.tenants import Caller
 
@@ -30,10 +31,18 @@ class KeyGrant:
     priority: bool = False  # the `priority` of its requests is obeyed
     max_slots: int | None = None  # sequences that run at a time; None: as of every tenant
     admin: bool = False
+    # Names what only this caller shares. A key without a name goes by its digest here, since its
+    # number changes with the list of keys, and computed prompts outlive the gateway in an engine.
+    identity: str = field(default="", repr=False)
 
     def caller(self, *, any_priority: bool = False) -> Caller:
         """The tenant of its requests; with `any_priority` their priority is obeyed anyway."""
-        return Caller(f"key {self.name}", self.priority or any_priority, self.max_slots)
+        return Caller(
+            f"key {self.name}",
+            self.priority or any_priority,
+            self.max_slots,
+            cache_salt=tenant_salt(self.identity or f"key {self.name}"),
+        )
 
 
 class ApiKeys:
@@ -58,7 +67,9 @@ class ApiKeys:
         taken = {grant.name for grant in grants.values()}
         names = (name for i in itertools.count(1) if (name := f"key-{i}") not in taken)
         for key in config.keys:
-            grants.setdefault(_digest(key.reveal().encode()), KeyGrant(name=next(names)))
+            digest = _digest(key.reveal().encode())
+            identity = f"sha256 {digest.hex()}"
+            grants.setdefault(digest, KeyGrant(name=next(names), identity=identity))
         return cls(grants)
 
     def find(self, authorization: bytes | str) -> KeyGrant | None:
@@ -139,9 +150,9 @@ def _grant(path: Path, name: str, table: Any) -> tuple[bytes, KeyGrant]:
         raise ConfigError(f"{where} has no field {unknown[0]!r}; it has {', '.join(_FIELDS)}")
     if ("key" in table) == ("sha256" in table):
         raise ConfigError(f"{where} needs one of key and sha256")
-    for field in ("priority", "admin"):
-        if not isinstance(table.get(field, False), bool):
-            raise ConfigError(f"{where}.{field} must be true or false")
+    for right in ("priority", "admin"):
+        if not isinstance(table.get(right, False), bool):
+            raise ConfigError(f"{where}.{right} must be true or false")
     max_slots = table.get("max_slots")
     if max_slots is not None and (type(max_slots) is not int or not 1 <= max_slots <= MAX_SLOTS):
         raise ConfigError(f"{where}.max_slots must be a whole number from 1 to {MAX_SLOTS}")

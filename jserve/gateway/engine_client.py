@@ -55,13 +55,17 @@ class EngineClient(Protocol):
 class _Unread:
     """Updates of one sequence that were not read yet, merged without copying them each time."""
 
-    __slots__ = ("_latest", "_logprobs", "_prompt_logprobs", "_queue_s", "_tokens", "num_bytes")
+    __slots__ = (
+        *("_cached_tokens", "_latest", "_logprobs", "_prompt_logprobs", "_queue_s", "_tokens"),
+        "num_bytes",
+    )
 
     def __init__(self, first: SequenceUpdate, second: SequenceUpdate) -> None:
         self._tokens = array("i", first.tokens)
         self._logprobs = None if first.logprobs is None else PackedLogprobs(first.logprobs)
         self._prompt_logprobs = first.prompt_logprobs
         self._queue_s = first.queue_s
+        self._cached_tokens = first.cached_tokens
         self.num_bytes = _num_bytes(first)
         self.add(second)
 
@@ -76,6 +80,7 @@ class _Unread:
             self._prompt_logprobs = update.prompt_logprobs
         if self._queue_s is None:
             self._queue_s = update.queue_s
+        self._cached_tokens += update.cached_tokens
         self._latest = update
         self.num_bytes += _num_bytes(update)
 
@@ -86,6 +91,7 @@ class _Unread:
             logprobs=self._logprobs,
             prompt_logprobs=self._prompt_logprobs,
             queue_s=self._queue_s,
+            cached_tokens=self._cached_tokens,
         )
 
 
@@ -205,6 +211,7 @@ class _Live:
     output: list[int] = field(default_factory=list[int])  # tokens that were received
     lost_s: float | None = None  # when its engine was lost; None while an engine has it
     num_deaths: int = 0  # engines that were lost since it last got a token
+    begun: bool = False  # an update was received
 
     def deadline_s(self, now_s: float) -> float | None:
         """Seconds that are left until the request's deadline."""
@@ -274,7 +281,10 @@ class LiveStreams:
             live.num_deaths = 0
         if update.finish is not None:
             self.close(request_id)
-        live.stream.post(update._replace(request_id=request_id))
+        # What the next engine finds of the prompt is not what its client waited for.
+        cached_tokens = 0 if live.begun else update.cached_tokens
+        live.begun = True
+        live.stream.post(update._replace(request_id=request_id, cached_tokens=cached_tokens))
 
     def reject(self, name: str, error: JserveError) -> None:
         """Fails the stream of a sequence that the engine refuses."""

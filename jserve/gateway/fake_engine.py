@@ -16,6 +16,7 @@ from jserve.core.stats import EngineStats
 from jserve.gateway.engine_client import LiveStreams, UpdateStream
 
 Reply = Callable[[Request], Sequence[int]]
+Cached = Callable[[Request], int]  # prompt tokens that need not be computed
 
 
 def echo(request: Request) -> Sequence[int]:
@@ -24,11 +25,16 @@ def echo(request: Request) -> Sequence[int]:
     return request.prompt * repeats
 
 
+def nothing_cached(request: Request) -> int:
+    return 0
+
+
 @dataclass(slots=True)
 class _Sequence:
     request: Request
     script: Sequence[int]
     done: int = 0
+    begun: bool = False
 
 
 @dataclass(slots=True)
@@ -41,10 +47,13 @@ class ScriptedSequences:
 
     info: EngineInfo
     reply: Reply = echo
+    cached: Cached = nothing_cached
     waiting: list[_Sequence] = field(default_factory=list[_Sequence])
     running: list[_Sequence] = field(default_factory=list[_Sequence])
     _steps: int = 0
     _output: int = 0
+    _queried: int = 0  # prompt tokens, of which
+    _found: int = 0  # were cached
 
     def add(self, request: Request) -> None:
         """Queues a request; raises Overloaded when the queue is full."""
@@ -78,6 +87,8 @@ class ScriptedSequences:
             free_pages=self.info.num_pages,
             num_steps=self._steps,
             output_tokens=self._output,
+            prefix_query_tokens=self._queried,
+            prefix_hit_tokens=self._found,
         )
 
     def _advance(self, sequence: _Sequence, num_tokens: int) -> SequenceUpdate:
@@ -86,6 +97,7 @@ class ScriptedSequences:
         if not sampling.ignore_eos:
             stops.update(self.info.eos_token_ids)
         first = sequence.done == 0
+        cached_tokens = 0 if sequence.begun else self._begin(sequence)
         tokens: list[int] = []
         finish = None
         while finish is None and len(tokens) < num_tokens:
@@ -111,7 +123,16 @@ class ScriptedSequences:
             if sampling.prompt_logprobs is None or not first
             else (None, *(self._logprobs(t, sampling.prompt_logprobs) for t in prompt[1:])),
             0.0 if first else None,
+            cached_tokens=cached_tokens,
         )
+
+    def _begin(self, sequence: _Sequence) -> int:
+        """Returns the prompt tokens that are cached."""
+        sequence.begun = True
+        found = self.cached(sequence.request)
+        self._queried += len(sequence.request.prompt)
+        self._found += found
+        return found
 
     def _logprobs(self, token: int, num_top: int) -> TokenLogprobs:
         top = ((token + i, -0.5 * (i + 1)) for i in range(num_top) if token + i < self.info.vocab)
@@ -129,6 +150,7 @@ class FakeEngine:
         info: EngineInfo,
         *,
         reply: Reply = echo,
+        cached: Cached = nothing_cached,
         step_s: float = 0.0,
         tokens_per_step: int = 1,
     ) -> None:
@@ -136,7 +158,7 @@ class FakeEngine:
         self.ready = True
         self.aborted: list[str] = []
         self.submitted: list[Request] = []
-        self._sequences = ScriptedSequences(info, reply)
+        self._sequences = ScriptedSequences(info, reply, cached)
         self._step_s = step_s
         self._tokens_per_step = tokens_per_step
         self._streams = LiveStreams()

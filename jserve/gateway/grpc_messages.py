@@ -67,6 +67,7 @@ async def parse_generation(
         include_stop_str_in_output=message.include_stop_str_in_output
         if message.HasField("include_stop_str_in_output")
         else None,
+        cache_salt=message.cache_salt if message.HasField("cache_salt") else None,
     )
 
 
@@ -109,7 +110,7 @@ async def responses(
     fewer, larger ones.
     """
     unfinished = set(range(generation.n))
-    num_output = 0
+    num_output = num_cached = 0
     queue_s = 0.0
     ttft_s: float | None = None
 
@@ -118,6 +119,7 @@ async def responses(
         if not unfinished:
             message.usage.prompt_tokens = len(generation.prompt.ids)
             message.usage.completion_tokens = num_output
+            message.usage.cached_tokens = num_cached
             message.timings.queue_s = queue_s
             message.timings.ttft_s = ttft_s or 0.0
             message.timings.total_s = plane.clock.now_s() - started_s
@@ -128,6 +130,7 @@ async def responses(
         if ttft_s is None:
             ttft_s = plane.clock.now_s() - started_s
         num_output += len(delta.token_ids)
+        num_cached += delta.cached_tokens if delta.index == 0 else 0  # the prompt counts once
         queue_s = max(queue_s, delta.queue_s or 0.0)
         pauses.start()
         message = make_response(delta, generation.id, plane.tokenizer)

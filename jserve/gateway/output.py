@@ -1,7 +1,7 @@
 """One choice of a generation: updates of token ids in, deltas of text out. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
 from jserve.core.logprobs import PackedLogprobs
@@ -35,6 +35,7 @@ class GenerationRequest:
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     prompt_only: bool = False  # max_tokens was 0: the one generated token is not shown
+    cache_salt: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class OutputDelta:
     stop_reason: str | int | None = None  # stop string or stop_token_id; None for end of sequence
     queue_s: float | None = None  # on the first delta
     ttft_s: float | None = None  # on the first delta: from `run` to the first token
+    cached_tokens: int = 0  # on the first delta: prompt tokens that were not computed
 
 
 def delta_bytes(delta: OutputDelta) -> int:
@@ -156,6 +158,7 @@ class OutputProcessor:
             finish=update.finish if match is None else FinishReason.STOP,
             stop_reason=self._stop_token(update) if match is None else match.stop,
             queue_s=update.queue_s,
+            cached_tokens=update.cached_tokens,
         )
 
     def _match(self, matcher: StopMatcher, update: SequenceUpdate) -> str:
@@ -220,4 +223,5 @@ class OutputProcessor:
             prompt_logprobs=update.prompt_logprobs,
             finish=FinishReason.LENGTH if update.finish is FinishReason.STOP else update.finish,
             queue_s=update.queue_s,
+            cached_tokens=update.cached_tokens,
         )

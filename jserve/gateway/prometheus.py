@@ -61,10 +61,10 @@ class MetricsCollector(Collector):
         stats = self._engine.stats
         for field in fields(EngineStats):
             family = _FAMILIES[field.metadata["kind"]]
-            name, text = field.metadata["metric"], field.metadata["help"]
-            yield self._family(family, f"jserve_{name}", text, {}, getattr(stats, field.name))
-            if field.metadata["vllm"]:
-                yield self._family(family, f"vllm:{name}", text, {}, getattr(stats, field.name))
+            text, value = field.metadata["help"], getattr(stats, field.name)
+            yield self._family(family, f"jserve_{field.metadata['metric']}", text, {}, value)
+            if (vllm := field.metadata["vllm"]) is not None:
+                yield self._family(family, f"vllm:{vllm}", text, {}, value)
 
     def _gauges(self) -> Iterator[Metric]:
         stats, info = self._engine.stats, self._engine.info

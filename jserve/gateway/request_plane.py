@@ -17,6 +17,7 @@ from jserve.core.clock import Clock
 from jserve.core.errors import Unavailable, UnknownModel
 from jserve.core.request import EngineInfo, Request
 from jserve.gateway.buffers import BufferAccount, BufferBudget
+from jserve.gateway.cache_salts import given_salt
 from jserve.gateway.chat import ChatTemplate
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.defaults import SamplingDefaults
@@ -53,6 +54,7 @@ class RequestOptions(TypedDict, total=False):
     skip_special_tokens: bool | None
     include_stop_str_in_output: bool | None
     default_max_tokens: int | None  # instead of the model's default; the context bounds it
+    cache_salt: str | None  # computed prompts are shared with requests of the same salt only
 
 
 class RequestPlane:
@@ -196,6 +198,7 @@ class RequestPlane:
                 default=False,
             ),
             prompt_only=prompt_only,
+            cache_salt=given_salt(options.get("cache_salt")) or caller.cache_salt,
         )
 
     def run(
@@ -242,6 +245,7 @@ class RequestPlane:
                 deadline_s=deadline_s,
                 tenant=caller.name,
                 tenant_slots=max_slots,
+                cache_salt=generation.cache_salt,
             )
             for choice in range(generation.n)
         ]

@@ -17,6 +17,8 @@ class Caller:
     name: str
     may_set_priority: bool = False
     max_slots: int | None = None  # None: `gateway.max_tenant_slots`
+    # Of requests that give none; empty for all callers without a key, who share computed prompts.
+    cache_salt: str = field(default="", repr=False)
 
 
 LOCAL = Caller("", may_set_priority=True)  # a program that runs the engine itself

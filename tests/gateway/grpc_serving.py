@@ -6,7 +6,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from jserve.gateway.fake_engine import FakeEngine, echo
+from jserve.gateway.fake_engine import FakeEngine, echo, nothing_cached
 from jserve.gateway.grpc_server import GrpcServer
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.proto import inference_pb2, inference_pb2_grpc, types_pb2
@@ -16,9 +16,9 @@ PROMPT = "Hello, 你好 👍! "
 
 
 @asynccontextmanager
-async def serving(*, step_s=0.0, reply=echo, channel_options=(), **config):
+async def serving(*, step_s=0.0, reply=echo, cached=nothing_cached, channel_options=(), **config):
     """A running server: yields (stub, engine, plane, channel)."""
-    engine = FakeEngine(INFO, step_s=step_s, reply=reply)
+    engine = FakeEngine(INFO, step_s=step_s, reply=reply, cached=cached)
     plane = make_plane(engine, **config)
     server = GrpcServer(plane, GatewayMetrics(clock=plane.clock))
     await server.start()

@@ -46,11 +46,35 @@ def test_a_key_of_the_file_is_found_with_its_name_and_rights(tmp_path):
     assert keys.find_in([]) is None
 
 
+def test_each_key_has_a_salt_that_no_other_key_gets_later(tmp_path):
+    def salt(key: str, **config) -> str:
+        grant = ApiKeys.from_config(GatewayConfig(**config)).find(f"Bearer {key}")
+        assert grant is not None
+        return grant.caller().cache_salt
+
+    path = key_file(tmp_path)
+    named = [salt(key, api_keys_file=path) for key in ("plain-key", "hashed-key")]
+    assert named == ["tenant:key team-a", "tenant:key team-b"]
+    one, two = (salt(key, api_keys=("one", "two")) for key in ("one", "two"))
+    assert one != two
+    # A list in another order, or without a key that was withdrawn, is read at the next start.
+    assert (salt("one", api_keys=("two", "one")), salt("two", api_keys=("two",))) == (one, two)
+    digest = hashlib.sha256(b"one").hexdigest()
+    assert one == f"tenant:sha256 {digest}"
+
+
 def test_keys_of_the_config_join_those_of_the_file(tmp_path):
     path = key_file(tmp_path, mode=0o400)
     config = GatewayConfig(api_keys=("first", "plain-key"), api_keys_file=path)
     keys = ApiKeys.from_config(config)
-    assert keys.find("Bearer first") == KeyGrant(name="key-1")
+    first = keys.find("Bearer first")
+    assert first is not None
+    assert (first.name, first.priority, first.max_slots, first.admin) == (
+        "key-1",
+        False,
+        None,
+        False,
+    )
     found = keys.find("Bearer plain-key")
     assert found is not None
     assert (found.name, found.priority) == ("team-a", True)

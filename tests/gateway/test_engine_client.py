@@ -109,6 +109,43 @@ def test_a_refused_group_leaves_no_live_sequence() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("num_reads", [1, 3])
+def test_cached_tokens_come_once_however_updates_are_merged(num_reads: int) -> None:
+    async def main() -> None:
+        engine = FakeEngine(INFO)
+        streams = LiveStreams()
+        stream, (named,) = streams.open(engine, [request("a")])
+        updates: list[SequenceUpdate] = []
+        for token, cached in ((1, 32), (2, 0), (3, 0)):
+            end = FinishReason.LENGTH if token == 3 else None
+            streams.post(SequenceUpdate(named.id, (token,), end, cached_tokens=cached))
+            if num_reads == 3:
+                updates.append(await anext(stream))
+        updates += [update async for update in stream]
+        assert len(updates) == num_reads
+        assert [update.cached_tokens for update in updates] == [32, 0, 0][:num_reads]
+
+    asyncio.run(main())
+
+
+def test_a_resumed_sequence_tells_what_its_first_engine_found() -> None:
+    """An engine that dies before its first update has told nothing; the next one's counts."""
+
+    async def main() -> None:
+        streams = LiveStreams()
+        stream, (named, _) = streams.open(FakeEngine(INFO), [request("a"), request("b")])
+        streams.post(SequenceUpdate(named.id, (1,), cached_tokens=16))
+        streams.lose(0.0)
+        for resumed in streams.resume():
+            streams.post(SequenceUpdate(resumed.id, (2,), FinishReason.LENGTH, cached_tokens=48))
+        found: dict[str, int] = {}
+        async for update in stream:
+            found[update.request_id] = found.get(update.request_id, 0) + update.cached_tokens
+        assert found == {"a": 16, "b": 48}
+
+    asyncio.run(main())
+
+
 def test_a_resumed_request_keeps_its_deadline() -> None:
     async def main() -> None:
         async with closing(FakeEngine(INFO)) as engine:

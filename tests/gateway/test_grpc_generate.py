@@ -33,6 +33,21 @@ def test_generate_streams_text_that_joins_to_the_answer():
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_usage_says_what_the_first_choice_found_of_the_prompt(n):
+    async def main():
+        async with serving(cached=lambda request: 32 - 16 * request.choice) as (stub, _, _, _):
+            *others, last = await all_of(stub.Generate(generate(max_tokens=3, n=n)))
+            assert last.usage.cached_tokens == 32
+            assert not any(message.HasField("usage") for message in others)
+        async with serving() as (stub, _, _, _):
+            *_, last = await all_of(stub.Generate(generate(max_tokens=3, n=n)))
+            assert last.HasField("usage")
+            assert last.usage.cached_tokens == 0
+
+    asyncio.run(main())
+
+
 def test_every_sampling_field_reaches_the_engine():
     async def main():
         async with serving(any_priority=True) as (stub, engine, _, _):
@@ -76,6 +91,29 @@ def test_every_sampling_field_reaches_the_engine():
             ]
             assert not first.prompt_logprobs[0].HasField("chosen")
             assert first.prompt_logprobs[1].chosen.token_id == engine.submitted[0].prompt[1]
+
+    asyncio.run(main())
+
+
+def test_a_cache_salt_is_the_given_one_or_that_of_the_key():
+    async def main():
+        async with serving(api_keys=("one", "two")) as (stub, engine, _, _):
+            for key, fields in (
+                ("one", {}),
+                ("one", {"cache_salt": "shared"}),
+                ("two", {}),
+                ("two", {"cache_salt": "shared"}),
+            ):
+                metadata = (("authorization", f"Bearer {key}"),)
+                await all_of(stub.Generate(generate(max_tokens=1, **fields), metadata=metadata))
+            one, given, two, given_by_two = (request.cache_salt for request in engine.submitted)
+            assert given == given_by_two == "given:shared"
+            assert one != two
+            assert one.startswith("tenant:")
+            assert two.startswith("tenant:")
+        async with serving() as (stub, engine, _, _):
+            await all_of(stub.Generate(generate(max_tokens=1)))
+            assert engine.submitted[0].cache_salt == ""
 
     asyncio.run(main())
 
@@ -188,6 +226,8 @@ BAD = {
     "n": (generate(n=-1), "INVALID_ARGUMENT", "n must be from 1 to"),
     "stop": (generate(stop=[""]), "INVALID_ARGUMENT", "stop string has 0 characters"),
     "id": (generate(request_id="a\nb"), "INVALID_ARGUMENT", "printable ASCII"),
+    "empty salt": (generate(cache_salt=""), "INVALID_ARGUMENT", "cache_salt must be a text of 1"),
+    "salt": (generate(cache_salt="s" * 257), "INVALID_ARGUMENT", "cache_salt must be a text of 1"),
 }
 
 

@@ -130,6 +130,18 @@ def test_prompt_only_and_echo():
     run(scenario)
 
 
+def test_the_salt_reaches_every_choice_and_is_text_that_can_be_sent():
+    async def scenario(plane, engine):
+        assert [p async for p in plane.run(prepare(plane, n=2, cache_salt="s" * 256))]
+        assert [it.cache_salt for it in engine.submitted] == ["given:" + "s" * 256] * 2
+        for wrong in ("", "s" * 257, "half \ud800", b"bytes", 0):
+            with pytest.raises(RequestError, match="cache_salt must be a text") as caught:
+                prepare(plane, cache_salt=wrong)
+            assert caught.value.param == "cache_salt"
+
+    run(scenario)
+
+
 def test_errors_of_the_engine_reach_the_reader():
     async def scenario(plane, engine):
         held = plane.run(prepare(plane, n=12))

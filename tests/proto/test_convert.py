@@ -75,6 +75,7 @@ REQUESTS = st.builds(
     priority=INT32,
     tenant=st.text(st.characters(codec="utf-8"), max_size=9),
     tenant_slots=INT32,
+    cache_salt=st.text(st.characters(codec="utf-8"), max_size=9),
 )
 LOGPROBS = st.builds(
     TokenLogprobs,
@@ -142,7 +143,7 @@ def test_merged_updates_say_what_both_said(first, second):
 
 
 def test_info_and_stats_survive():
-    info = EngineInfo("m", 10, 20, 3, 4, 16, 7, (1, 2))
+    info = EngineInfo("m", 10, 20, 3, 4, 16, 7, (1, 2), "n", "w", "float32")
     assert info_from_proto(info_to_proto(info)) == info
     stats = EngineStats(**{field.name: i for i, field in enumerate(fields(EngineStats), 1)})
     assert stats_from_proto(stats_to_proto(stats)) == stats

@@ -75,6 +75,7 @@ class Answer:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yields the answer as server-sent events, without the closing one."""
         tokens: Counter[int] = Counter()  # by choice
+        cached: Counter[int] = Counter()  # by prompt
         pauses = Pauses()  # a reader that was slow gets many large deltas at once
         account = self.plane.buffers.open()
         try:
@@ -82,25 +83,28 @@ class Answer:
                 async for prompt, delta in deltas:
                     index = self._index(prompt, delta.index)
                     tokens[index] += len(delta.token_ids)
+                    if delta.index == 0:
+                        cached[prompt] += delta.cached_tokens
+                    usage = self._usage_so_far(prompt, tokens[index], cached[prompt])
                     if delta.logprobs is None and delta.prompt_logprobs is None:
-                        data = self._event(prompt, delta, tokens[index])
+                        data = self._event(prompt, delta, usage)
                     else:
-                        data = await self._large_event(prompt, delta, tokens[index], pauses)
+                        data = await self._large_event(prompt, delta, usage, pauses)
                     if data:
                         yield data
         finally:
             account.close()
         if self.include_usage:
-            yield event(self._chunk([]) | {"usage": self._usage(tokens.total())})
+            yield event(self._chunk([]) | {"usage": self._usage(tokens.total(), cached.total())})
 
     async def _large_event(
-        self, prompt: int, delta: OutputDelta, num_tokens: int, pauses: Pauses
+        self, prompt: int, delta: OutputDelta, usage: Json, pauses: Pauses
     ) -> bytes:
         pauses.start()
         if _num_logprobs(delta) > _LARGE:
-            data = await asyncio.to_thread(self._event, prompt, delta, num_tokens)
+            data = await asyncio.to_thread(self._event, prompt, delta, usage)
         else:
-            data = self._event(prompt, delta, num_tokens)
+            data = self._event(prompt, delta, usage)
         await pauses.end()
         return data
 
@@ -113,18 +117,19 @@ class Answer:
             for prompt, delta in done
         ]
         json = self.head.json(self.shape.kind, choices)
-        json["usage"] = self._usage(sum(len(delta.token_ids) for _, delta in done))
+        json["usage"] = self._usage(
+            sum(len(delta.token_ids) for _, delta in done),
+            sum(delta.cached_tokens for _, delta in done if delta.index == 0),
+        )
         return orjson.dumps(json | self.shape.beside(done[0][1].prompt_logprobs, whole=True))
 
-    def _event(self, prompt: int, delta: OutputDelta, num_tokens: int) -> bytes:
+    def _event(self, prompt: int, delta: OutputDelta, usage: Json) -> bytes:
+        """Writes one chunk, with fields of `usage` if there are any; empty if it shows nothing."""
         choice = self.shape.chunk(self._index(prompt, delta.index), prompt, delta)
         if choice is None:
             return b""
         chunk = self._chunk([choice]) | self.shape.beside(delta.prompt_logprobs, whole=False)
-        if self.continuous_usage:  # of this choice so far, as in vLLM and SGLang
-            prompt_tokens = len(self.generations[prompt].prompt.ids)
-            chunk["usage"] = usage_json(prompt_tokens, num_tokens)
-        return event(chunk)
+        return event(chunk | usage)
 
     def _chunk(self, choices: list[Json]) -> Json:
         json = self.head.json(self.shape.chunk_kind, choices)
@@ -149,5 +154,14 @@ class Answer:
     def _index(self, prompt: int, choice: int) -> int:
         return prompt * self.generations[prompt].n + choice
 
-    def _usage(self, completion_tokens: int) -> Json:
-        return usage_json(sum(len(it.prompt.ids) for it in self.generations), completion_tokens)
+    def _usage_so_far(self, prompt: int, num_tokens: int, cached_tokens: int) -> Json:
+        """The field of a chunk with what one choice has used so far, as in vLLM and SGLang."""
+        if not self.continuous_usage:
+            return {}
+        prompt_tokens = len(self.generations[prompt].prompt.ids)
+        return {"usage": usage_json(prompt_tokens, num_tokens, cached_tokens)}
+
+    def _usage(self, completion_tokens: int, cached_tokens: int) -> Json:
+        """The usage of the whole answer. Of each prompt the first choice says what was cached."""
+        prompt_tokens = sum(len(it.prompt.ids) for it in self.generations)
+        return usage_json(prompt_tokens, completion_tokens, cached_tokens)

@@ -27,7 +27,6 @@ WITHOUT_EFFECT = {
     "prompt_cache_key": Fields.string,
     "prompt_cache_options": Fields.mapping,
     "prompt_cache_retention": Fields.string,
-    "cache_salt": Fields.string,
     "session_id": Fields.string,
     "request_id": Fields.string,  # the header X-Request-Id names a request
 }
@@ -84,7 +83,7 @@ _SHARED_FIELDS = (
     *SAMPLING,
     *WITHOUT_EFFECT,
     *("model", "n", "stop", "stream", "stream_options", "logprobs", "max_tokens", "priority"),
-    *("response_format", "skip_special_tokens", "include_stop_str_in_output"),
+    *("response_format", "skip_special_tokens", "include_stop_str_in_output", "cache_salt"),
 )
 COMPLETION_FIELDS = (*_SHARED_FIELDS, "prompt", "echo", "best_of", "add_special_tokens")
 CHAT_FIELDS = (

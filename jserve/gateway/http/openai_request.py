@@ -4,7 +4,7 @@ What is honoured, accepted without effect or refused is listed in `openai_fields
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jserve.core.errors import RequestError
@@ -36,6 +36,7 @@ class OpenAIRequest:
     skip_special_tokens: bool | None
     include_stop_str_in_output: bool | None
     priority: int | None
+    cache_salt: Any = field(repr=False)  # unchecked; `cache_salts.given_salt` does it
     ignored: tuple[str, ...]  # names of unknown fields, where those are not refused
 
 
@@ -150,6 +151,7 @@ def _shared(fields: Fields) -> dict[str, Any]:
         "skip_special_tokens": fields.boolean("skip_special_tokens"),
         "include_stop_str_in_output": fields.boolean("include_stop_str_in_output"),
         "priority": fields.integer("priority"),
+        "cache_salt": fields.raw("cache_salt"),
     }
 
 

@@ -157,6 +157,7 @@ class OpenAIRoutes:
                 skip_special_tokens=asked.skip_special_tokens,
                 include_stop_str_in_output=asked.include_stop_str_in_output,
                 default_max_tokens=self._default_max_tokens(asked),
+                cache_salt=asked.cache_salt,
             )
             generations.append(generation)
             await pauses.end()

@@ -16,6 +16,7 @@ from starlette.requests import Request
 
 from jserve.core.errors import Overloaded, RequestError
 from jserve.core.request import EngineInfo
+from jserve.gateway.cache_salts import given_salt
 from jserve.gateway.chat import check_messages
 from jserve.gateway.config import UnknownFields
 from jserve.gateway.defaults import SamplingDefaults
@@ -198,6 +199,7 @@ def _checked(parsed: Any, bounds: Bounds) -> Any:
         check_stop(
             parsed.stop, max_count=bounds.max_stop_strings, max_chars=bounds.max_stop_string_chars
         )
+        given_salt(parsed.cache_salt)
         parsed = replace(parsed, sampling=_checked_sampling(parsed.sampling, info))
     if isinstance(parsed, CompletionRequest):
         return replace(parsed, prompts=tuple(_packed_prompt(it, info) for it in parsed.prompts))

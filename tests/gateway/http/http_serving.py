@@ -15,7 +15,7 @@ from jserve.gateway.chat import ChatTemplate
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.connection_limits import ConnectionLimits
 from jserve.gateway.defaults import sampling_defaults
-from jserve.gateway.fake_engine import FakeEngine, Reply, echo
+from jserve.gateway.fake_engine import Cached, FakeEngine, Reply, echo, nothing_cached
 from jserve.gateway.http.app import make_app
 from jserve.gateway.http.request_bodies import RequestBodies
 from jserve.gateway.http.server import HttpServer
@@ -54,6 +54,7 @@ class Served:
         self,
         *,
         reply: Reply,
+        cached: Cached,
         step_s: float,
         num_slots: int,
         max_queue: int,
@@ -70,7 +71,7 @@ class Served:
             max_queue=max_queue,
             eos_token_ids=(END,),
         )
-        self.engine = FakeEngine(info, reply=reply, step_s=step_s)
+        self.engine = FakeEngine(info, reply=reply, cached=cached, step_s=step_s)
         template = None if chat_template is None else ChatTemplate(chat_template, special_tokens={})
         self.clock = WallClock()
         self.metrics = GatewayMetrics(clock=self.clock)
@@ -148,6 +149,7 @@ class Served:
 def serving(
     *,
     reply: Reply = echo,
+    cached: Cached = nothing_cached,
     step_s: float = 0.0,
     num_slots: int = 8,
     max_queue: int = 64,
@@ -157,6 +159,7 @@ def serving(
     """A server for one test; nothing may be left running in it at the end."""
     served = Served(
         reply=reply,
+        cached=cached,
         step_s=step_s,
         num_slots=num_slots,
         max_queue=max_queue,

@@ -44,8 +44,10 @@ def generation(n: int = 1) -> GenerationRequest:
     return GenerationRequest(id="g", prompt=Prompt((1, 2, 3)), sampling=SamplingParams(), n=n)
 
 
-def samples(metrics: GatewayMetrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    registry = make_registry(metrics, cast(Any, Engine()), lambda: "name")
+def samples(
+    metrics: GatewayMetrics, engine: Engine | None = None
+) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    registry = make_registry(metrics, cast(Any, engine or Engine()), lambda: "name")
     text = generate_latest(registry).decode()
     found: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
     for family in text_string_to_metric_families(text):
@@ -128,6 +130,23 @@ def test_every_engine_statistic_is_exposed_with_its_value_and_help() -> None:
         kind, text = field.metadata["kind"].value, field.metadata["help"]
         assert (getattr(stats, field.name), kind, text) in seen, field.name
         assert text.endswith(".")
+
+
+def test_the_prefix_cache_is_counted_under_these_names_and_vllms() -> None:
+    engine = Engine()
+    engine.stats = EngineStats(
+        cached_pages=5, prefix_query_tokens=80, prefix_hit_tokens=48, prefix_evicted_pages=2
+    )
+    found = samples(GatewayMetrics(clock=ManualClock()), engine)
+    expected = {
+        "jserve_prefix_query_tokens_total": 80,
+        "jserve_prefix_hit_tokens_total": 48,
+        "jserve_prefix_evicted_pages_total": 2,
+        "jserve_cached_pages": 5,
+        "vllm:prefix_cache_queries_total": 80,
+        "vllm:prefix_cache_hits_total": 48,
+    }
+    assert {name: found[name, ()] for name in expected} == expected
 
 
 def test_choices_of_a_prompt_count_it_once() -> None:
