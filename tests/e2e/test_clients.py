@@ -48,6 +48,38 @@ def test_openai_client(server: Server, greedy: str) -> None:
         assert chat.choices[0].message.role == "assistant"
 
 
+def test_the_second_turn_of_a_chat_finds_the_first(server: Server) -> None:
+    hits_before = hit_tokens(server)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+        model = client.models.list().data[0].id
+        turns = [{"role": "user", "content": "Count the stars above the harbour. " * 3}]
+        cached: list[int] = []
+        lengths: list[int] = []
+        for question in ("And those below?", ""):
+            answer = client.chat.completions.create(
+                model=model, messages=turns, max_tokens=40, temperature=0
+            )
+            usage = answer.usage
+            assert usage is not None
+            assert usage.prompt_tokens_details is not None
+            cached.append(usage.prompt_tokens_details.cached_tokens or 0)
+            lengths.append(usage.prompt_tokens)
+            turns.append({"role": "assistant", "content": answer.choices[0].message.content})
+            turns.append({"role": "user", "content": question})
+    assert cached[0] == 0
+    # At least the first question; of the answer, as much as its text is tokenized alike again.
+    page = 16
+    assert lengths[0] // page * page - page <= cached[1] < lengths[1]
+    assert cached[1] % page == 0
+    assert hit_tokens(server) - hits_before == cached[1]
+
+
+def hit_tokens(server: Server) -> int:
+    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+    [line] = [line for line in lines if line.startswith("jserve_prefix_hit_tokens_total ")]
+    return int(float(line.split()[1]))
+
+
 def test_async_openai_client_streams(server: Server, greedy: str) -> None:
     async def ask() -> str:
         async with openai.AsyncOpenAI(

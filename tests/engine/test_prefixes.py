@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jserve.cache.kv_cache import PrefixSharing
+from jserve.cache.kv_cache import KVCache, PrefixSharing
+from jserve.cache.layout import single_group
+from jserve.core.pages import page_digests, root_of
 from jserve.core.request import Request, SamplingParams
 from jserve.pallas_kernels.backend import Backend
 from jserve.scheduler.scheduler import Scheduler
@@ -107,6 +109,14 @@ def test_what_pages_held_before_changes_no_bit(engine: Harness) -> None:
     finally:
         state = executor._state
         executor._state = state._replace(kv=jax.tree.map(jnp.zeros_like, state.kv))
+
+
+def test_a_gateway_names_pages_as_the_engine_does(engine: Harness) -> None:
+    cache = KVCache(single_group(PAGE), CONFIG.num_pages, SHARING)
+    request = Request(id="a", prompt=SYSTEM, cache_salt="tenant:x")
+    info = replace(engine.engine.info, weights=SHARING.weights, kv_dtype=SHARING.kv_dtype)
+    names = page_digests(root_of(info, "tenant:x"), SYSTEM, info.page_size)
+    assert list(cache.chain(request, []).digests(3)) == names
 
 
 def test_elsewhere_pages_of_prompts_alone_are_shared(programs_folder) -> None:
