@@ -74,10 +74,8 @@ def test_the_second_turn_of_a_chat_finds_the_first(server: Server) -> None:
     assert hit_tokens(server) - hits_before == cached[1]
 
 
-def hit_tokens(server: Server) -> int:
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    [line] = [line for line in lines if line.startswith("jserve_prefix_hit_tokens_total ")]
-    return int(float(line.split()[1]))
+def hit_tokens(server: Server) -> float:
+    return server.gauge("jserve_prefix_hit_tokens_total")
 
 
 def test_async_openai_client_streams(server: Server, greedy: str) -> None:
