@@ -62,7 +62,7 @@ class Ask:
 
 @dataclass(slots=True)
 class Tally:
-    """What has happened so far. Owned by the event loop."""
+    """The counts of a run so far. Owned by the event loop."""
 
     expected: dict[int, Answer] = field(default_factory=dict[int, Answer])
     answers: int = 0

@@ -1,4 +1,4 @@
-"""What one hostile client costs the others: each attack beside good streams, against a quiet time.
+"""The cost of one hostile client to others: attacks beside good streams, against quiet times.
 
     python -m benchmarks.serving.hostile --url http://127.0.0.1:8000 --streams 4 --seconds 8
 
@@ -143,7 +143,7 @@ async def attack(name: str, url: str, model: str, seconds: float) -> None:
 
 @dataclass
 class Seen:
-    """What the victims saw in one stretch of time."""
+    """The waits and errors that victims saw in one stretch of time."""
 
     health_ms: list[float] = field(default_factory=list[float])
     gaps_ms: list[float] = field(default_factory=list[float])
@@ -206,7 +206,7 @@ class Victims:
                 await asyncio.sleep(0.1)
 
     async def watch(self, seconds: float) -> Seen:
-        """What is seen from now on, for some time."""
+        """Collects what the victims see from now on, for `seconds`."""
         self.seen = Seen()
         await asyncio.sleep(seconds)
         return self.seen

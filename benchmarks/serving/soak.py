@@ -30,7 +30,7 @@ _GAUGES = ("jserve_free_slots", "jserve_free_pages", "jserve_num_requests_runnin
 
 @dataclass
 class Tally:
-    """Counts of what happened so far. Owned by the event loop."""
+    """The counts of a run so far. Owned by the event loop."""
 
     outcomes: Counter[str] = field(default_factory=Counter[str])
     errors: list[str] = field(default_factory=list[str])

@@ -24,7 +24,7 @@ def why_not_private(found: os.stat_result) -> str | None:
 
 
 def why_folder_not_private(folder: Path) -> str | None:
-    """As `why_not_private` for a folder that is no symbolic link, or why there is none."""
+    """Returns the reason why `folder`, or a link in its place, is not ours alone; None if it is."""
     try:
         found = folder.lstat()
     except OSError as error:

@@ -12,7 +12,7 @@ MAX_SLOTS = 2**31 - 1  # the most of a bound of slots or sequences; as on the wi
 
 
 class UnknownFields(enum.Enum):
-    """What becomes of request fields that no API of this server has."""
+    """The treatment of request fields that no API of this server has."""
 
     REFUSE = "refuse"
     IGNORE = "ignore"

@@ -1,4 +1,4 @@
-"""How many connections clients may hold, and how long one may keep the server waiting."""
+"""Bounds of the number of connections, and of the time that one keeps the server waiting."""
 
 import resource
 from dataclasses import dataclass

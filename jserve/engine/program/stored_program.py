@@ -20,7 +20,7 @@ _PACKAGE = "jserve."  # named tuples of other packages are not looked up
 
 
 class StoredProgram(NamedTuple):
-    """What `serialize_executable.serialize` returns."""
+    """A compiled program as `serialize_executable.serialize` returns it."""
 
     payload: bytes
     in_tree: Any  # a PyTreeDef

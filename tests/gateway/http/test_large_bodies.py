@@ -99,8 +99,6 @@ UNNOTICED_S = 0.05  # some of the bodies below are refused early
 HOSTILE = {
     "lists": b'{"prompt": [' + b"[]," * 500_000 + b"[]]}",
     "ids": b'{"prompt": [' + b"5," * 1_500_000 + b"5]}",
-    "biases": json.dumps({"prompt": "x", "logit_bias": dict.fromkeys(range(100_000), 1)}).encode(),
-    "a deep list": b'{"prompt": ' + b"[" * 4_000_000 + b"]" * 4_000_000 + b"}",
     "wrong type": b'{"prompt": "x", "temperature": [' + b"[]," * 500_000 + b"[]]}",
 }
 
