@@ -7,14 +7,12 @@ from itertools import islice
 
 from jserve.cache.layout import KVLayout
 from jserve.cache.page_pool import PagePool
-from jserve.cache.pages import NO_HIT, PENDING, Hit, PageDelta, Pages
+from jserve.cache.pages import NEVER, NO_HIT, PENDING, Hit, PageDelta, Pages
 from jserve.cache.prefix import PageChain, PrefixIndex
 from jserve.core.errors import EngineError
 from jserve.core.pages import Digest, root_digest
 from jserve.core.request import Request
 from jserve.core.step import Move, NewPages
-
-_NEVER = 1 << 62  # a number of tokens that no sequence has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +178,8 @@ class KVCache:
         Prompt chunks will compute the first `num_context` tokens, and others may wait for those.
         """
         pages = Pages(len(self._page_sizes), chain, num_context)
+        if self._sharing is not None:
+            pages.most_kept = NEVER if self._sharing.generated else num_context
         if hit.num_pages:
             self._share(hit, pages)
         if self._index is not None:
@@ -197,35 +197,31 @@ class KVCache:
             table += ids
         self._measure(pages)
 
-    def keep(self, pages: Pages, num_tokens: int) -> None:
+    def keep(self, pages: Pages, num_tokens: int) -> int:
         """Lets others share the full pages among the first `num_tokens` tokens of `pages`.
 
-        These tokens are known, and computed once the steps planned so far have run.
+        These tokens are known, and computed once the steps planned so far have run. Returns the
+        number of tokens at which there will be more to share. Runs for every page of every answer.
         """
-        if self._index is None:
-            return
-        full = min(num_tokens, self._most_kept(pages)) // self._page_sizes[0]
-        if full <= pages.num_kept:
-            return
-        [table], chain = pages.tables, pages.chain
-        digests = chain.digests(full)
-        for index in range(pages.num_kept, full):
-            self._forget_pending(digests[index], pages)
-            generated = (index + 1) * chain.page_size > pages.num_context
-            self._index.insert(table[index], chain, index, generated=generated)
-        pages.num_kept = full
-
-    def next_keep(self, pages: Pages) -> int:
-        """The number of tokens at which `keep` has something to do again."""
-        if self._index is None:
-            return _NEVER
-        num_tokens = (pages.num_kept + 1) * self._page_sizes[0]
-        return num_tokens if num_tokens <= self._most_kept(pages) else _NEVER
-
-    def _most_kept(self, pages: Pages) -> int:
-        """Tokens of `pages` at most that others may share."""
-        generated = self._sharing is not None and self._sharing.generated
-        return _NEVER if generated else pages.num_context
+        index = self._index
+        if index is None:
+            return NEVER
+        size, first = self._page_sizes[0], pages.num_kept
+        full = min(num_tokens, pages.most_kept) // size
+        if full > first:
+            [table], chain = pages.tables, pages.chain
+            num_context = pages.num_context
+            digests = chain.digests(full)
+            for at in range(first, full):
+                end = (at + 1) * size
+                if end <= num_context:
+                    self._forget_pending(digests[at], pages)
+                index.insert(table[at], chain, at, generated=end > num_context)
+            pages.num_kept = full
+        else:
+            full = first
+        following = (full + 1) * size
+        return following if following <= pages.most_kept else NEVER
 
     def _forget_pending(self, digest: Digest, pages: Pages) -> None:
         if self._pending.get(digest) is pages:
@@ -289,7 +285,7 @@ class KVCache:
         self.keep(pages, num_tokens)
         if self._index is not None:
             [table] = pages.tables
-            full = min(num_planned, self._most_kept(pages)) // self._page_sizes[0]
+            full = min(num_planned, pages.most_kept) // self._page_sizes[0]
             for index in range(pages.num_kept, full):
                 before = table[index - 1] if index else None
                 pages.expected.append((index, self._index.expect(table[index], before)))

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from jserve.cache.prefix import Node, PageChain
 from jserve.core.step import NewPages
 
+NEVER = 1 << 62  # a number of tokens that no sequence has
+
 # Pages that were added to a sequence's page tables; the scheduler carries it into a chunk.
 PageDelta = tuple[NewPages, ...]
 
@@ -16,7 +18,7 @@ class Pages:
         capacity: tokens that they hold. All that the scheduler reads, and it does for every row.
     """
 
-    __slots__ = ("capacity", "chain", "expected", "num_context", "num_kept", "tables")
+    __slots__ = ("capacity", "chain", "expected", "most_kept", "num_context", "num_kept", "tables")
 
     def __init__(self, num_groups: int, chain: PageChain, num_context: int = 0) -> None:
         self.capacity = 0
@@ -24,6 +26,7 @@ class Pages:
         self.chain = chain
         self.num_context = num_context  # tokens that prompt chunks compute; decodes add others
         self.num_kept = 0  # pages that were offered to others
+        self.most_kept = 0  # tokens at most whose pages others may share
         # Released pages whose tokens are in flight, with their places in the chain.
         self.expected: list[tuple[int, Node]] = []
 

@@ -84,9 +84,9 @@ class Node:
 
     page: int
     parent: "Node | None"
+    generated: bool
     digest: Digest = b""  # empty until the content is known
     parent_digest: Digest = b""
-    generated: bool = True
     tokens: tuple[int, ...] | None = None  # kept to compare contents, while debugging
     num_cached_children: int = 0
     used_at: int = 0  # when a sequence left it
@@ -108,7 +108,7 @@ class PrefixIndex:
         self._leaves: list[tuple[int, int, Node]] = []  # a heap; entries may be out of date
         self._time = 0
         self._num_events = 0
-        self._events = deque[PageEvent](maxlen=_MAX_EVENTS)
+        self._events = deque[tuple[bool, Node]](maxlen=_MAX_EVENTS)  # stored or removed
         self.num_evicted = 0
         self._compare_tokens = compare_tokens
 
@@ -145,7 +145,7 @@ class PrefixIndex:
             EngineError: the other page has different tokens, and the index compares them.
         """
         parent = self._nodes.get(chain.digests(index)[index - 1]) if index else None
-        node = Node(page, parent, generated=generated)
+        node = Node(page, parent, generated)
         if self._name(node, chain, index):
             self._of_page[page] = node
 
@@ -155,7 +155,7 @@ class PrefixIndex:
         It may be evicted, and is not found before `arrived` says what it holds.
         """
         parent = None if before is None else self._of_page.get(before)
-        node = self._of_page[page] = Node(page, parent)
+        node = self._of_page[page] = Node(page, parent, generated=True)
         return node
 
     def arrived(self, node: Node, chain: PageChain, index: int) -> bool:
@@ -212,7 +212,11 @@ class PrefixIndex:
         oldest = self._num_events - len(self._events)
         if first < oldest:
             return None
-        return [event for event in self._events if event.number >= first]
+        events = islice(self._events, first - oldest, None)
+        return [
+            PageEvent(number, stored, node.digest, node.parent_digest, node.generated)
+            for number, (stored, node) in enumerate(events, first)
+        ]
 
     def stored(self) -> list[PageEvent]:
         """What a reader needs that has missed events: the pages that can be found, parents first.
@@ -253,16 +257,15 @@ class PrefixIndex:
     def _name(self, node: Node, chain: PageChain, index: int) -> bool:
         """Lets `node` be found as page `index` of `chain`; False if another page already is."""
         digests = chain.digests(index + 1)
-        known = self._nodes.get(digests[index])
-        if known is not None:
-            if self._compare_tokens:
-                _compare(known, chain, index)
-            return False
-        node.digest = digests[index]
-        node.parent_digest = digests[index - 1] if index else chain.root
+        digest = digests[index]
+        known = self._nodes.setdefault(digest, node)
         if self._compare_tokens:
             node.tokens = chain.page_tokens(index)
-        self._nodes[node.digest] = node
+            _compare(known, chain, index)
+        if known is not node:
+            return False
+        node.digest = digest
+        node.parent_digest = digests[index - 1] if index else chain.root
         self._tell(node, stored=True)
         return True
 
@@ -278,9 +281,9 @@ class PrefixIndex:
             self._offer(parent)
 
     def _tell(self, node: Node, *, stored: bool) -> None:
-        event = PageEvent(self._num_events, stored, node.digest, node.parent_digest, node.generated)
+        # An event for each page and nobody to read most of them: they are made when they are read.
+        self._events.append((stored, node))
         self._num_events += 1
-        self._events.append(event)
 
 
 def _compare(node: Node, chain: PageChain, index: int) -> None:

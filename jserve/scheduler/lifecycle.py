@@ -71,7 +71,7 @@ class Lifecycle:
         seq.num_tokens = len(tokens)
         seq.num_computed = hit.num_tokens
         seq.pages, delta = self._cache.adopt(hit, seq.chain, len(seq.context))
-        self._note_next_keep(seq)
+        self.keep(seq)
         self.running.add(seq)
         return delta
 
@@ -104,12 +104,9 @@ class Lifecycle:
 
     def keep(self, seq: Sequence) -> None:
         """Lets others share what the running `seq` has computed by the end of the latest plan."""
-        self._cache.keep(seq.pages, seq.num_known)
-        self._note_next_keep(seq)
-
-    def _note_next_keep(self, seq: Sequence) -> None:
+        following = self._cache.keep(seq.pages, seq.num_known)
         # The newest output token is not computed yet.
-        seq.keep_output = self._cache.next_keep(seq.pages) - len(seq.request.prompt) + 1
+        seq.keep_output = following - len(seq.request.prompt) + 1
 
     # Decisions of the policy.
 
