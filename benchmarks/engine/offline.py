@@ -83,6 +83,7 @@ def main() -> None:
         "seconds": seconds,
         "output_tokens_per_s": output / seconds,
         "total_tokens_per_s": (output + int(lengths.sum())) / seconds,
+        "cached_tokens": sum(one.num_cached_tokens for one in done),
         "slots_taken": occupancy.share(llm.info.num_slots),
     }
     print(grid(("", "all prompts"), [(name, number(value)) for name, value in result.items()]))

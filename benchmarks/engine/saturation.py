@@ -45,6 +45,7 @@ def measure(driver: Driver, requests: int, prompt_tokens: int, max_tokens: int) 
         "prompt_tokens_per_s": round((after.prompt_tokens - before.prompt_tokens) / seconds, 1),
         "steps": after.num_steps - before.num_steps,
         "host_share": round(sum(sum(turn.host) for turn in turns) / seconds, 4),
+        "cached_tokens": after.prefix_hit_tokens - before.prefix_hit_tokens,
         "preemptions": after.num_preemptions - before.num_preemptions,
     }
 

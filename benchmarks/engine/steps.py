@@ -196,6 +196,7 @@ def main() -> None:
         f"{serve.model.name}, {serve.model.dtype.value}, {weights_mb:,.0f} MB of weights, "
         f"{device['backend']} ops on {device['kind']} with {device['cores']} cores\n"
         f"{ceilings_line(best)}\n\n{decode_table(decode)}\n\n{prefill_table(prefill)}\n"
+        f"cached tokens {engine.scheduler.stats().prefix_hit_tokens}\n"
     )
     print(
         report.json_line(

@@ -72,6 +72,7 @@ class GrpcTarget:
                 if message.HasField("usage"):
                     record.prompt_tokens = message.usage.prompt_tokens
                     record.output_tokens = message.usage.completion_tokens
+                    record.cached_tokens = message.usage.cached_tokens
                     record.finish(now_s)
         except grpc.aio.AioRpcError as error:
             raise RequestFailed(f"{error.code().name}: {error.details()}") from None

@@ -133,6 +133,8 @@ class _EventReader:
             if usage := event.get("usage"):
                 self._record.prompt_tokens = usage["prompt_tokens"]
                 self._record.output_tokens = usage["completion_tokens"]
+                details = usage.get("prompt_tokens_details") or {}
+                self._record.cached_tokens = details.get("cached_tokens")
             if event["choices"]:
                 self._on_choice(event, event["choices"][0], now_s)
         except (ValueError, LookupError, TypeError, AttributeError):

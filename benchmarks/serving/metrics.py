@@ -105,6 +105,12 @@ def distribution(values: Sequence[float]) -> dict[str, float] | None:
     return {name: round(value, 3) for name, value in rounded.items()}
 
 
+def _cached_tokens(records: Sequence[Record]) -> int | None:
+    """Prompt tokens that the server did not compute; None if it does not tell."""
+    told = [it.cached_tokens for it in records if it.cached_tokens is not None]
+    return sum(told) if told else None
+
+
 def summarize(load: Load, slo: Slo) -> dict[str, Any]:
     """Everything that is reported of a load, ready for JSON."""
     records, seconds = load.records, load.duration_s
@@ -125,6 +131,7 @@ def summarize(load: Load, slo: Slo) -> dict[str, Any]:
         ],
         "prompt_tokens": prompt,
         "output_tokens": output,
+        "cached_tokens": _cached_tokens(complete),
         "output_tokens_per_s": round(output / seconds, 2),
         "total_tokens_per_s": round((prompt + output) / seconds, 2),
         "chunks": sum(len(record.chunk_s) for record in complete),

@@ -16,6 +16,7 @@ class Record:
     chunk_chars: list[int] = field(default_factory=list[int])
     prompt_tokens: int | None = None  # told by the server
     output_tokens: int | None = None  # told by the server
+    cached_tokens: int | None = None  # of the prompt and not computed, told by the server
     error: str | None = None
     _silent_tokens: int = 0  # told since the last chunk with text
 

@@ -52,6 +52,7 @@ def table(labels: Sequence[str], summaries: Sequence[Summary]) -> str:
         ("errors", lambda summary: summary["errors"]),
         ("seconds", lambda summary: summary["duration_s"]),
         ("prompt tokens each", lambda summary: _each(summary, "prompt_tokens")),
+        ("cached tokens", lambda summary: summary["cached_tokens"]),
         ("output tokens each", lambda summary: _each(summary, "output_tokens")),
         ("tokens a chunk", _tokens_a_chunk),
     ]
