@@ -60,7 +60,13 @@ class PageChain:
         if count > len(known):
             size = self.page_size
             parent = known[-1] if known else self.root
-            known += page_digests(parent, self.tokens(len(known) * size, count * size), size)
+            start, end = len(known) * size, count * size
+            split = len(self._prompt)
+            if start >= split:  # no prompt in it: in half the time of the general case
+                tokens = self._output[start - split : end - split]
+            else:
+                tokens = self.tokens(start, end)
+            known += page_digests(parent, tokens, size)
         return known
 
 
@@ -144,9 +150,9 @@ class PrefixIndex:
         Raises:
             EngineError: the other page has different tokens, and the index compares them.
         """
-        parent = self._nodes.get(chain.digests(index)[index - 1]) if index else None
-        node = Node(page, parent, generated)
+        node = Node(page, None, generated)
         if self._name(node, chain, index):
+            node.parent = self._nodes.get(node.parent_digest)
             self._of_page[page] = node
 
     def expect(self, page: int, before: int | None) -> Node:

@@ -5,7 +5,8 @@ mean equal tokens from the start on, computed with the same weights, and whoever
 name the pages of any prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from hashlib import blake2b
 from struct import Struct
 
@@ -52,11 +53,17 @@ def root_of(info: EngineInfo, cache_salt: str, adapter: str = "") -> Digest:
 
 def page_digests(parent: Digest, tokens: Sequence[int], page_size: int) -> list[Digest]:
     """The names of the full pages of `tokens`, which follow the page named `parent`."""
-    # The machine of a gateway and that of its engine may order bytes differently.
-    pack = Struct(f"<{page_size}i").pack  # int32, little-endian
+    pack = _packer(page_size)
     digests: list[Digest] = []
     for end in range(page_size, len(tokens) + 1, page_size):
         page = pack(*tokens[end - page_size : end])
         parent = blake2b(parent + page, digest_size=DIGEST_BYTES).digest()
         digests.append(parent)
     return digests
+
+
+@cache
+def _packer(page_size: int) -> Callable[..., bytes]:
+    """Makes bytes of the tokens of a page; made once, since each costs as much as a digest."""
+    # The machine of a gateway and that of its engine may order bytes differently.
+    return Struct(f"<{page_size}i").pack  # int32, little-endian
