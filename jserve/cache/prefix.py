@@ -15,6 +15,7 @@ from jserve.core.errors import EngineError
 from jserve.core.pages import Digest, page_digests
 
 _MAX_EVENTS = 1 << 16  # that are kept for a reader
+_SPARE_ENTRIES = 64  # of leaves that are none any more
 
 
 class PageChain:
@@ -202,9 +203,10 @@ class PrefixIndex:
         """
         pages: list[int] = []
         while len(pages) < count and self._leaves:
-            used_at, _, node = heapq.heappop(self._leaves)
-            if not node.cached or node.num_cached_children or used_at != node.used_at:
-                continue  # out of date
+            entry = heapq.heappop(self._leaves)
+            if not _is_leaf(entry):
+                continue
+            node = entry[2]
             self.forget(node)
             if node.digest:
                 del self._nodes[node.digest]
@@ -248,7 +250,7 @@ class PrefixIndex:
                 problems.append(f"page {node.page}: cached is {node.cached}")
             if node.cached and id(node.parent) in children:
                 children[id(node.parent)] += 1
-        offered = {id(node) for used_at, _, node in self._leaves if used_at == node.used_at}
+        offered = {id(entry[2]) for entry in self._leaves if _is_leaf(entry)}
         for node in self._of_page.values():
             if node.num_cached_children != children[id(node)]:
                 problems.append(f"page {node.page} miscounts what continues it")
@@ -277,8 +279,14 @@ class PrefixIndex:
 
     def _offer(self, node: Node) -> None:
         """Lets `node` be evicted, if it is cached and nothing that is kept continues it."""
-        if node.cached and not node.num_cached_children:
-            heapq.heappush(self._leaves, (node.used_at, node.page, node))
+        if not node.cached or node.num_cached_children:
+            return
+        if len(self._leaves) > 2 * len(self._of_page) + _SPARE_ENTRIES:
+            # Where nothing is ever evicted, entries that are out of date would stay for ever.
+            leaves = {entry[2].page: entry for entry in self._leaves if _is_leaf(entry)}
+            self._leaves = list(leaves.values())
+            heapq.heapify(self._leaves)
+        heapq.heappush(self._leaves, (node.used_at, node.page, node))
 
     def _leave_cached(self, node: Node) -> None:
         node.cached = False
@@ -296,3 +304,9 @@ def _compare(node: Node, chain: PageChain, index: int) -> None:
     """Raises EngineError if `node` is found as page `index` of `chain` and has other tokens."""
     if node.tokens != chain.page_tokens(index):
         raise EngineError(f"page {node.page} and one of different tokens have one name")
+
+
+def _is_leaf(entry: tuple[int, int, Node]) -> bool:
+    """Whether an entry of the heap of leaves is up to date."""
+    used_at, _, node = entry
+    return node.cached and not node.num_cached_children and used_at == node.used_at

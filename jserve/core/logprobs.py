@@ -1,12 +1,22 @@
 """Log-probabilities of many positions in a few arrays: 8 bytes for each token and alternative."""
 
+import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, NamedTuple, Self, TypeVar, overload
 
 from jserve.core.request import TokenLogprobs
 
 P_co = TypeVar("P_co", bound=TokenLogprobs | None, covariant=True)
+
+
+class LogprobBytes(NamedTuple):
+    """The arrays of `PackedLogprobs` as little-endian bytes, in which they travel."""
+
+    ids: bytes  # int32
+    values: bytes  # float32, parallel to `ids`
+    ranks: bytes  # int32, one of each position
+    ends: bytes  # int64, one of each position: where it ends in `ids`
 
 
 class PackedLogprobs(Sequence[P_co]):
@@ -24,6 +34,31 @@ class PackedLogprobs(Sequence[P_co]):
         self._ends = array("q")
         self._ranks = array("i")  # of each position
         self.extend(positions)
+
+    @classmethod
+    def from_bytes(cls, packed: LogprobBytes) -> Self:
+        """The inverse of `to_bytes`. Raises ValueError for arrays that do not fit each other."""
+        made = cls()
+        for name, data in zip(LogprobBytes._fields, packed, strict=True):
+            numbers: array[Any] = getattr(made, f"_{name}")
+            numbers.frombytes(data)
+            if sys.byteorder == "big":
+                numbers.byteswap()
+        num_entries = made._ends[-1] if made._ends else 0
+        if not (num_entries == len(made._ids) == len(made._values)) or (
+            len(made._ends) != len(made._ranks)
+        ):
+            raise ValueError("the arrays of log-probabilities do not fit each other")
+        return made
+
+    def to_bytes(self) -> LogprobBytes:
+        """Copies the arrays, in microseconds for thousands of positions."""
+        arrays: list[array[Any]] = [getattr(self, f"_{name}") for name in LogprobBytes._fields]
+        if sys.byteorder == "big":
+            arrays = [array(each.typecode, each) for each in arrays]
+            for each in arrays:
+                each.byteswap()
+        return LogprobBytes(*(each.tobytes() for each in arrays))
 
     def extend(self, positions: Iterable[TokenLogprobs | None]) -> None:
         """Adds positions at the end; only its one owner may."""

@@ -3,7 +3,7 @@
 Floats become float32 on the way, which is what the device computes with.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
+from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -17,7 +17,7 @@ from jserve.core.errors import (
     RequestError,
     Unavailable,
 )
-from jserve.core.logprobs import PackedLogprobs
+from jserve.core.logprobs import LogprobBytes, PackedLogprobs
 from jserve.core.request import (
     EngineInfo,
     FinishReason,
@@ -151,15 +151,22 @@ def logprobs_to_proto(
             describe(top, top.token_id)
 
 
-def logprobs_from_proto(message: types_pb2.TokenLogprobs) -> TokenLogprobs | None:
-    """Returns None for a position without a chosen token."""
-    if not message.HasField("chosen"):
-        return None
-    return TokenLogprobs(
-        message.chosen.token_id,
-        message.chosen.logprob,
-        message.rank,
-        tuple((top.token_id, top.logprob) for top in message.top),
+def _pack(
+    logprobs: Sequence[TokenLogprobs | None] | None, message: engine_pb2.PackedLogprobs
+) -> None:
+    """Writes positions into `message`; for None it stays unset."""
+    if logprobs is None:
+        return
+    packed = logprobs if isinstance(logprobs, PackedLogprobs) else PackedLogprobs(logprobs)
+    message.SetInParent()
+    for name, data in packed.to_bytes()._asdict().items():
+        setattr(message, name, data)
+
+
+def _unpack(message: engine_pb2.PackedLogprobs) -> PackedLogprobs[Any]:
+    """The inverse of `_pack`, without an object per position; ValueError if it makes no sense."""
+    return PackedLogprobs.from_bytes(
+        LogprobBytes(message.ids, message.values, message.ranks, message.ends)
     )
 
 
@@ -176,13 +183,8 @@ def updates_to_proto(
         if update.error is not None:
             message.error = update.error
         message.cached_tokens = update.cached_tokens
-        if update.logprobs is not None:
-            for logprobs in update.logprobs:
-                logprobs_to_proto(logprobs, message.logprobs.add())
-        if update.prompt_logprobs is not None:
-            message.prompt_logprobs.SetInParent()
-            for logprobs in update.prompt_logprobs:
-                logprobs_to_proto(logprobs, message.prompt_logprobs.positions.add())
+        _pack(update.logprobs, message.logprobs)
+        _pack(update.prompt_logprobs, message.prompt_logprobs)
 
 
 def update_from_proto(message: engine_pb2.SequenceUpdate) -> SequenceUpdate:
@@ -190,18 +192,14 @@ def update_from_proto(message: engine_pb2.SequenceUpdate) -> SequenceUpdate:
         request_id=message.request_id,
         tokens=tuple(message.tokens),
         finish=_FINISH_FROM_PROTO[message.finish] if message.finish else None,
-        logprobs=PackedLogprobs(_present(message.logprobs)) if message.logprobs else None,
-        prompt_logprobs=PackedLogprobs(map(logprobs_from_proto, message.prompt_logprobs.positions))
+        logprobs=_unpack(message.logprobs) if message.HasField("logprobs") else None,
+        prompt_logprobs=_unpack(message.prompt_logprobs)
         if message.HasField("prompt_logprobs")
         else None,
         queue_s=message.queue_s if message.HasField("queue_s") else None,
         error=message.error or None,
         cached_tokens=message.cached_tokens,
     )
-
-
-def _present(messages: Iterable[types_pb2.TokenLogprobs]) -> Iterator[TokenLogprobs]:
-    return (it for it in map(logprobs_from_proto, messages) if it is not None)
 
 
 def info_to_proto(info: EngineInfo) -> engine_pb2.EngineHello:

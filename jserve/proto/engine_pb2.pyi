@@ -109,18 +109,24 @@ class SequenceUpdate(_message.Message):
     request_id: str
     tokens: _containers.RepeatedScalarFieldContainer[int]
     finish: _types_pb2.FinishReason
-    logprobs: _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprobs]
-    prompt_logprobs: PromptLogprobs
+    logprobs: PackedLogprobs
+    prompt_logprobs: PackedLogprobs
     queue_s: float
     error: str
     cached_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., tokens: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., logprobs: _Optional[_Iterable[_Union[_types_pb2.TokenLogprobs, _Mapping]]] = ..., prompt_logprobs: _Optional[_Union[PromptLogprobs, _Mapping]] = ..., queue_s: _Optional[float] = ..., error: _Optional[str] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., tokens: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., logprobs: _Optional[_Union[PackedLogprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[PackedLogprobs, _Mapping]] = ..., queue_s: _Optional[float] = ..., error: _Optional[str] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
-class PromptLogprobs(_message.Message):
-    __slots__ = ("positions",)
-    POSITIONS_FIELD_NUMBER: _ClassVar[int]
-    positions: _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenLogprobs]
-    def __init__(self, positions: _Optional[_Iterable[_Union[_types_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
+class PackedLogprobs(_message.Message):
+    __slots__ = ("ids", "values", "ranks", "ends")
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
+    ids: bytes
+    values: bytes
+    ranks: bytes
+    ends: bytes
+    def __init__(self, ids: _Optional[bytes] = ..., values: _Optional[bytes] = ..., ranks: _Optional[bytes] = ..., ends: _Optional[bytes] = ...) -> None: ...
 
 class Rejection(_message.Message):
     __slots__ = ("request_id", "kind", "message", "retry_after_s")

@@ -142,3 +142,16 @@ def test_a_chain_names_pages_across_prompt_and_output() -> None:
     assert list(chain.digests(3)) == list(whole.digests(3))
     assert list(chain.digests(3))[:1] == first
     assert [chain.page_tokens(i) for i in range(3)] == [(1, 2), (3, 4), (5, 6)]
+
+
+def test_a_page_that_is_used_again_and_again_leaves_no_trace() -> None:
+    index = PrefixIndex()
+    chain = PageChain(ROOTS[0], (1, 2, 3, 4), [], SIZE)
+    for page in range(2):
+        index.insert(page + 1, chain, page, generated=False)
+    for _ in range(1000):
+        index.leave([2, 1])
+        index.use([1, 2])
+    assert len(index._leaves) < 100
+    index.leave([2, 1])
+    assert index.evict(3) == [2, 1]

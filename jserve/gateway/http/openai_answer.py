@@ -16,16 +16,13 @@ from jserve.core.request import TokenLogprobs
 from jserve.gateway.buffers import BufferAccount
 from jserve.gateway.http.event_stream import event
 from jserve.gateway.http.interleave import interleaved
+from jserve.gateway.http.long_list import LARGE
 from jserve.gateway.http.openai_response import Head, Json, usage_json
 from jserve.gateway.http.openai_shape import Shape
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.output import delta_bytes, join
 from jserve.gateway.pauses import Pauses
 from jserve.gateway.request_plane import GenerationRequest, OutputDelta, OutputStream, RequestPlane
-
-# A delta with more log-probabilities is written in a thread: 20 for each of 4,000 tokens take
-# 140 ms, in which the event loop would serve nobody.
-_LARGE = 2000
 
 
 def _num_logprobs(delta: OutputDelta) -> int:
@@ -66,7 +63,8 @@ class Answer:
             done = [
                 (prompt, join(choices.pop((prompt, index)))) for prompt, index in sorted(choices)
             ]
-            if sum(map(_num_logprobs, (delta for _, delta in done))) > _LARGE:
+            # 20 for each of 4,000 tokens take 140 ms, in which the event loop would serve nobody.
+            if sum(map(_num_logprobs, (delta for _, delta in done))) > LARGE:
                 return await asyncio.to_thread(self._whole, done)
             return self._whole(done)
         finally:
@@ -101,7 +99,7 @@ class Answer:
         self, prompt: int, delta: OutputDelta, usage: Json, pauses: Pauses
     ) -> bytes:
         pauses.start()
-        if _num_logprobs(delta) > _LARGE:
+        if _num_logprobs(delta) > LARGE:
             data = await asyncio.to_thread(self._event, prompt, delta, usage)
         else:
             data = self._event(prompt, delta, usage)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import orjson
 
 from jserve.core.request import TokenLogprobs
+from jserve.gateway.http.long_list import LongList
 from jserve.gateway.request_plane import OutputDelta
 
 Json = dict[str, Any]
@@ -85,7 +86,10 @@ def _by_bytes(raw: bytes) -> str:
 
 
 def chat_logprobs(entries: Iterable[TokenLogprobs], tokens: TokenText) -> Json:
-    return {"content": [_chat_position(entry, tokens) for entry in entries], "refusal": None}
+    content = LongList()
+    for entry in entries:
+        content.append(_chat_position(entry, tokens), 1 + len(entry.top))
+    return {"content": content.json(), "refusal": None}
 
 
 def _chat_position(entry: TokenLogprobs, tokens: TokenText) -> Json:
@@ -115,25 +119,29 @@ class CompletionLogprobs:
         self._top = top  # requested alternatives per position
         self._offset = 0  # characters begun so far
 
-    def add(self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None]) -> Json:
+    def add(self, token_ids: Sequence[int], entries: Iterable[TokenLogprobs | None]) -> Json:
         """Makes the object for the next tokens; the entry of a prompt's first token is None."""
         texts: list[str] = []
         offsets: list[int] = []
-        for token_id in token_ids:
+        logprobs: list[float | None] = []
+        alternatives = LongList()
+        for token_id, entry in zip(token_ids, entries, strict=True):
             raw = self._tokens.token_bytes(token_id)
             texts.append(spelled(token_id, self._tokens))
             continues = raw[:1] != b"" and raw[0] & 0xC0 == 0x80
             offsets.append(max(self._offset - continues, 0))
             self._offset += sum(byte & 0xC0 != 0x80 for byte in raw)
+            if entry is None:
+                logprobs.append(None)
+                alternatives.append(None)
+            else:
+                logprobs.append(max(entry.logprob, _LEAST_LOGPROB))
+                alternatives.append(self._alternatives(entry), 1 + len(entry.top))
         return {
             "text_offset": offsets,
-            "token_logprobs": [
-                None if entry is None else max(entry.logprob, _LEAST_LOGPROB) for entry in entries
-            ],
+            "token_logprobs": logprobs,
             "tokens": texts,
-            "top_logprobs": [
-                None if entry is None else self._alternatives(entry) for entry in entries
-            ],
+            "top_logprobs": alternatives.json(),
         }
 
     def _alternatives(self, entry: TokenLogprobs) -> dict[str, float]:
@@ -150,10 +158,16 @@ class CompletionLogprobs:
 
 
 def prompt_logprobs_json(
-    entries: Sequence[TokenLogprobs | None], tokens: TokenText
-) -> list[dict[str, Json] | None]:
+    entries: Iterable[TokenLogprobs | None], tokens: TokenText
+) -> list[dict[str, Json] | None] | orjson.Fragment:
     """Maps token id → logprob, rank and text for each position, as in vLLM; the first is null."""
-    return [None if entry is None else _ranked(entry, tokens) for entry in entries]
+    positions = LongList()
+    for entry in entries:
+        if entry is None:
+            positions.append(None)
+        else:
+            positions.append(_ranked(entry, tokens), 1 + len(entry.top))
+    return positions.json()
 
 
 def _ranked(entry: TokenLogprobs, tokens: TokenText) -> dict[str, Json]:

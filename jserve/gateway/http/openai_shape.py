@@ -1,6 +1,7 @@
 """JSON of completions and of chats, whole and streamed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Protocol
 
 from jserve.core.request import TokenLogprobs
@@ -78,10 +79,10 @@ class CompletionShape:
         if top is None:
             return None
         ids = delta.token_ids
-        entries: Sequence[TokenLogprobs | None] = delta.logprobs or ()
+        entries: Iterable[TokenLogprobs | None] = delta.logprobs or ()
         if generation.echo and delta.prompt_logprobs is not None:
             ids = generation.prompt.ids + ids
-            entries = (*delta.prompt_logprobs, *entries)
+            entries = chain(delta.prompt_logprobs, entries)
         builder = self._logprobs.get(index)
         if builder is None:
             builder = self._logprobs[index] = CompletionLogprobs(self._tokens, top)
