@@ -91,11 +91,16 @@ class Driver:
         self._live: list[str] = []
         self._num_added = 0
 
-    def add(self, count: int, prompt_tokens: int, max_tokens: int) -> None:
-        """Queues greedy requests of random prompts that nothing but their limit ends."""
+    def add(self, count: int, prompt_tokens: int, max_tokens: int, shared_tokens: int = 0) -> None:
+        """Queues greedy requests of random prompts that nothing but their limit ends.
+
+        All of them begin with the same `shared_tokens` tokens, which no earlier prompt has.
+        """
         sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, seed=0)
+        vocab = self.engine.info.vocab
+        shared = self._rng.integers(0, vocab, shared_tokens).tolist()
         for _ in range(count):
-            prompt = self._rng.integers(0, self.engine.info.vocab, prompt_tokens).tolist()
+            prompt = shared + self._rng.integers(0, vocab, prompt_tokens - shared_tokens).tolist()
             request = Request(id=f"r{self._num_added}", prompt=tuple(prompt), sampling=sampling)
             self._scheduler.add(request, time.monotonic())
             self._live.append(request.id)

@@ -62,6 +62,7 @@ def measure(subject: Subject, turns: int) -> dict[str, Any]:
         "total_us": round(float(np.median(total)), 1),
         "total_p90_us": round(float(np.percentile(total, 90)), 1),
         "run_ms": round(float(np.median(runs_us)) / 1e3, 2),
+        "cached_tokens": engine.scheduler.stats().prefix_hit_tokens,
         "parameters": len(jax.tree.leaves(engine.executor._params)),
     }
 
@@ -79,7 +80,7 @@ def main() -> None:
             found = measure(subject, arguments.turns)
             cells.append({"slots": slots, "decode_steps": steps, **found})
     header = ["slots", "steps", *(f"{part} µs" for part in HostTimes._fields)]
-    header += ["all µs p50", "p90", "run ms"]
+    header += ["all µs p50", "p90", "run ms", "cached tokens"]
     rows = [
         [report.number(value) for name, value in cell.items() if name != "parameters"]
         for cell in cells

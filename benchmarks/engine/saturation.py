@@ -3,9 +3,10 @@
     python -m benchmarks.engine.saturation --prompt_tokens 100 --max_tokens 50
     python -m benchmarks.engine.saturation --model llama-3.1-8b --dtype bfloat16
 
-All requests come at once, with prompts of random tokens that share nothing; only their limit ends
-them. Rates are over everything from the first step to the last, prompts and the end in which slots
-become free included, as offline benchmarks of other engines count. Prints a table, one JSON line.
+All requests come at once, with prompts of random tokens that share nothing but the first
+`--shared_tokens`; only their limit ends them. Rates are over everything from the first step to the
+last, prompts and the end in which slots become free included, as offline benchmarks of other
+engines count. Prints a table, one JSON line.
 """
 
 import argparse
@@ -23,17 +24,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=0, help="0: three for each slot")
     parser.add_argument("--prompt_tokens", type=int, default=1000)
     parser.add_argument("--max_tokens", type=int, default=1000)
+    parser.add_argument("--shared_tokens", type=int, default=0, help="with which prompts begin")
     return parser.parse_args()
 
 
-def measure(driver: Driver, requests: int, prompt_tokens: int, max_tokens: int) -> dict[str, Any]:
+def measure(
+    driver: Driver, requests: int, prompt_tokens: int, max_tokens: int, shared_tokens: int
+) -> dict[str, Any]:
     """Rates over all steps. Raises ConfigError where a request does not fit the engine."""
     info, scheduler = driver.engine.info, driver.engine.scheduler
+    if not 0 <= shared_tokens < prompt_tokens:
+        raise ConfigError(f"--shared_tokens is {shared_tokens}; prompts have {prompt_tokens}")
     if prompt_tokens + max_tokens > info.max_model_len:
         raise ConfigError(f"a request is longer than engine.max_model_len, {info.max_model_len}")
     driver.warm_up()
     before = scheduler.stats()
-    driver.add(requests, prompt_tokens, max_tokens)
+    driver.add(requests, prompt_tokens, max_tokens, shared_tokens)
     started_s = time.perf_counter()
     turns = list(driver.turns())
     seconds = turns[-1].ended_s - started_s
@@ -55,7 +61,13 @@ def main() -> None:
     serve = options.serve_config(arguments)
     subject = engines.build(serve, arguments.backend)
     requests = arguments.requests or 3 * subject.engine.info.num_slots
-    found = measure(Driver(subject.engine), requests, arguments.prompt_tokens, arguments.max_tokens)
+    found = measure(
+        Driver(subject.engine),
+        requests,
+        arguments.prompt_tokens,
+        arguments.max_tokens,
+        arguments.shared_tokens,
+    )
     device = engines.device_of(subject.engine)
     print(
         f"{serve.model.name}, {serve.model.dtype.value}, {device['backend']} ops on "

@@ -184,7 +184,7 @@ def main() -> int:
     for i, point in enumerate(points):
         by_server = {name: [runs[i].summary for runs in rounds] for name, rounds in results.items()}
         print(f"\n{point.label}\n\n{ratios.table(by_server)}")
-        for note in ratios.unequal(by_server):
+        for note in (ratios.cached(by_server), *ratios.unequal(by_server)):
             print(f"  {note}")
         is_complete &= all(any(it["output_tokens"] for it in its) for its in by_server.values())
         rows.append({"load": point.label, "rounds": by_server})

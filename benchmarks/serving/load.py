@@ -7,7 +7,9 @@
 
 A closed loop of streams that each send one request after another; an open loop whose requests come
 at given times, whatever the server does; or all requests at once. Any OpenAI-compatible server, or
-jserve's gRPC service. Prints one table and one JSON line; `metrics.py` defines what is measured.
+jserve's gRPC service. Prompts share nothing, also with those of the run before; `--shared_tokens`
+measures with hits of a server's prefix cache instead. Prints one table and one JSON line;
+`metrics.py` defines what is measured.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -33,7 +34,16 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--clip_tokens", type=int, help="trace: prompt and output tokens at most")
     load.add_argument("--prompt_tokens", type=int, default=128)
     load.add_argument("--max_tokens", type=int, default=128, help="output tokens of each request")
-    load.add_argument("--seed", type=int, default=0, help="of prompts and arrivals")
+    load.add_argument(
+        "--shared_tokens", type=int, default=0, help="with which all prompts begin: cache hits"
+    )
+    load.add_argument(
+        "--seed",
+        type=int,
+        # A server that keeps what it has computed would find the prompts of the run before.
+        default=secrets.randbelow(1 << 31),
+        help="of prompts and arrivals; default: another one each time",
+    )
     load.add_argument("--warmup", type=int, default=2, help="requests that are not measured")
     load.add_argument("--timeout_s", type=float, default=600, help="of one request")
     server = parser.add_argument_group("how the server is asked")
@@ -127,17 +137,19 @@ def warm_up_jobs(arguments: argparse.Namespace, seed: Sequence[int] = ()) -> lis
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.streams and (arguments.rate or arguments.trace):
         raise BenchmarkError("--streams is a closed loop, --rate and --trace are open; choose one")
-    for name in ("prompt_tokens", "max_tokens", "requests", "limit", "warmup"):
-        value = getattr(arguments, name)
-        if value is not None and value < (0 if name == "warmup" else 1):
-            raise BenchmarkError(f"--{name} is {value}; it must be at least 1")
+    for name in ("prompt_tokens", "max_tokens", "requests", "limit", "warmup", "shared_tokens"):
+        value, least = getattr(arguments, name), int(name not in ("warmup", "shared_tokens"))
+        if value is not None and value < least:
+            raise BenchmarkError(f"--{name} is {value}; it must be at least {least}")
     for streams in arguments.streams or []:
         if streams < 1:
             raise BenchmarkError(f"--streams is {streams}; it must be at least 1")
 
 
 def _streams_point(arguments: argparse.Namespace, streams: int, seed: Sequence[int]) -> Point:
-    first = Job(0, arguments.prompt_tokens, arguments.max_tokens, (*seed, 0))
+    first = Job(
+        0, arguments.prompt_tokens, arguments.max_tokens, (*seed, 0), arguments.shared_tokens
+    )
 
     async def send(target: Target, info: ServerInfo, on_done: OnDone) -> Load:
         workload.check_fits([first], info.max_model_len)
@@ -181,6 +193,8 @@ def _trace_point(arguments: argparse.Namespace, rate: float | None, seed: Sequen
 
 
 def _open_point(arguments: argparse.Namespace, label: str, jobs: Sequence[Job]) -> Point:
+    jobs = [replace(job, shared_tokens=arguments.shared_tokens) for job in jobs]
+
     async def send(target: Target, info: ServerInfo, on_done: OnDone) -> Load:
         workload.check_fits(jobs, info.max_model_len)
         return await driver.open_loop(target, jobs, timeout_s=arguments.timeout_s, on_done=on_done)

@@ -38,6 +38,15 @@ def table(by_server: Mapping[str, Sequence[Summary]]) -> str:
     return report.grid(header, rows)
 
 
+def cached(by_server: Mapping[str, Sequence[Summary]]) -> str:
+    """One line with the prompt tokens that each server has told it did not compute."""
+    each: list[str] = []
+    for name, summaries in by_server.items():
+        told = [it["cached_tokens"] for it in summaries if it["cached_tokens"] is not None]
+        each.append(f"{name} {report.number(sum(told) if told else None)}")
+    return f"cached tokens: {', '.join(each)}"
+
+
 def unequal(by_server: Mapping[str, Sequence[Summary]]) -> list[str]:
     """Differences in the work that the servers did, in words."""
     found: list[str] = []

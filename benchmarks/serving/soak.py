@@ -26,6 +26,8 @@ _WORDS = (
     "music 3.14 for(i) question answer winter bridge copper slowly perhaps north"
 ).split()
 _GAUGES = ("jserve_free_slots", "jserve_free_pages", "jserve_num_requests_running")
+_HIT_TOKENS = "jserve_prefix_hit_tokens_total"
+_COUNTERS = ("jserve_compiles_after_warmup_total", _HIT_TOKENS)
 
 
 @dataclass
@@ -117,7 +119,7 @@ async def gauges(client: httpx.AsyncClient) -> dict[str, float]:
     """Slots and pages that are free, and sequences that run."""
     text = (await client.get("/metrics")).text
     found = {}
-    for name in (*_GAUGES, "jserve_compiles_after_warmup_total"):
+    for name in (*_GAUGES, *_COUNTERS):
         match = re.search(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
         found[name] = float(match.group(1)) if match else float("nan")
     return found
@@ -195,6 +197,7 @@ def _report(
         "leaked_pages": before[_GAUGES[1]] - after[_GAUGES[1]],
         "still_running": after[_GAUGES[2]],
         "compiles": after["jserve_compiles_after_warmup_total"],
+        "cached_tokens": after[_HIT_TOKENS] - before[_HIT_TOKENS],
         "memory_mib_after_warm_up": round(sum(warm[:half]) / half) if warm else None,
         "memory_mib_at_end": round(sum(warm[half:]) / max(len(warm) - half, 1)) if warm else None,
     }

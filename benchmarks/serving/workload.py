@@ -19,25 +19,38 @@ _WORDS = (
     "use may water long little very after words called just where most know"
 ).split()
 
+_SHARED = 1 << 21  # sets the seed of what prompts share apart from the seeds of prompts
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request to send. `at_s` is its arrival from the start of the load."""
+    """One request to send. `at_s` is its arrival from the start of the load.
+
+    Prompts of one run begin with the same `shared_tokens` tokens, and share no more than that.
+    """
 
     at_s: float
     prompt_tokens: int
     output_tokens: int
-    seed: tuple[int, ...]  # seed of the prompt; no two jobs of a run have the same
+    seed: tuple[int, ...]  # seed of the prompt; its first number is that of the run
+    shared_tokens: int = 0
 
     def token_ids(self, first: int, last: int) -> list[int]:
         """A prompt of random ids in [first, last]."""
-        rng = np.random.default_rng(self.seed)
-        return rng.integers(first, last + 1, self.prompt_tokens).tolist()
+        return self._draw(first, last + 1)
 
     def text(self) -> str:
         """A prompt of random words, each one token in common vocabularies."""
-        rng = np.random.default_rng(self.seed)
-        return " ".join(_WORDS[i] for i in rng.integers(0, len(_WORDS), self.prompt_tokens))
+        return " ".join(_WORDS[i] for i in self._draw(0, len(_WORDS)))
+
+    def _draw(self, low: int, high: int) -> list[int]:
+        shared = min(self.shared_tokens, self.prompt_tokens - 1)
+        of_run = np.random.default_rng((self.seed[0], _SHARED))
+        own = np.random.default_rng(self.seed)
+        return [
+            *of_run.integers(low, high, shared).tolist(),
+            *own.integers(low, high, self.prompt_tokens - shared).tolist(),
+        ]
 
 
 def open_loop(

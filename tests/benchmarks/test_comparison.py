@@ -34,6 +34,12 @@ def test_ratios_are_of_the_same_round():
     assert "goodput" not in shown
 
 
+def test_cached_tokens_are_said():
+    told = summary(10, 1.0) | {"cached_tokens": 16}
+    rounds = {"new": [told, told], "old": [summary(10, 1.0)]}
+    assert ratios.cached(rounds) == "cached tokens: new 32, old –"
+
+
 def test_unequal_work_is_said():
     same = {"new": [summary(10, 1.0)], "old": [summary(10, 2.0)]}
     assert ratios.unequal(same) == []

@@ -65,6 +65,7 @@ def test_http(api):
     assert summary["error_kinds"] == {}
     assert summary["output_tokens"] == 6 * 12
     assert summary["tokens_counted_by"] == "usage"
+    assert summary["cached_tokens"] == 0
     assert summary["goodput"]["share"] == 1
     if api == "completions":
         assert summary["prompt_tokens"] == 6 * 7
@@ -77,6 +78,7 @@ def test_grpc():
     assert summary["output_tokens"] == 6 * 12
     assert summary["prompt_tokens"] == 6 * 7
     assert summary["tokens_of_chunks"] == "known"
+    assert summary["cached_tokens"] == 0
 
 
 def test_grpc_says_what_to_mend():

@@ -29,6 +29,17 @@ def test_a_run_never_repeats_a_prompt():
     assert open_loop(2.0, 1, 30, 8, 4, (0, 0)) == jobs[:30]
 
 
+def test_prompts_share_what_is_asked_for_and_no_more():
+    jobs = [Job(0, 40, 1, (1, i), shared_tokens=30) for i in range(2)]
+    first, second = (job.token_ids(0, 10**6) for job in jobs)
+    assert first[:30] == second[:30]
+    assert first[30:] != second[30:]
+    assert [len(ids) for ids in (first, second)] == [40, 40]
+    other_run = Job(0, 40, 1, (2, 0), shared_tokens=30).token_ids(0, 10**6)
+    assert other_run[:30] != first[:30]
+    assert len({Job(0, 4, 1, (1, i), shared_tokens=9).text() for i in range(20)}) > 1
+
+
 def test_clip():
     jobs = of_trace([TraceRow(0, 100, 10), TraceRow(1, 5, 200), TraceRow(2, 3, 4)], (0,))
     lengths = [(job.prompt_tokens, job.output_tokens) for job in clip(jobs, 50)]
@@ -61,6 +72,7 @@ def test_points():
         (["--max_tokens", "0"], "--max_tokens is 0"),
         (["--rate", "1", "--requests", "-3"], "--requests is -3"),
         (["--rate", "nan"], "--rate is nan"),
+        (["--shared_tokens", "-1"], "--shared_tokens is -1; it must be at least 0"),
         (["--trace", "x.txt"], "x.txt: a trace is"),
     ],
 )
