@@ -266,6 +266,7 @@ class Planner:
             self._enter(draft, seq, admission, hit)
             for other in passed:
                 other.num_passed += 1
+            passed = [other for other in passed if other.num_passed < self._config.max_overtakes]
 
     def _enter(self, draft: _Draft, seq: Sequence, admission: Admission, hit: Hit) -> None:
         if seq.queue_s is None:

@@ -111,8 +111,12 @@ class WaitingQueue(RankedQueue):
     ) -> Sequence | None:
         """The member to be served next, None if there is none; those `passed` over are left out.
 
+        Their tenants come after others of the same priority: who waits of its own accord must not
+        hold up the rest.
+
         `num_running` counts the slots of each tenant; one that holds as many as it may is left out.
         """
+        waits = {seq.request.tenant for seq in passed}
         best: Sequence | None = None
         best_key: tuple[object, ...] = ()
         for tenant, queue in self._of_tenants.items():
@@ -122,7 +126,8 @@ class WaitingQueue(RankedQueue):
             most = seq.request.tenant_slots
             if most and num_running.get(tenant, 0) >= most:
                 continue
-            key = (seq.request.priority, seq.queue_s is None, self._turns[tenant], seq.rank)
+            is_new = seq.queue_s is None
+            key = (seq.request.priority, is_new, tenant in waits, self._turns[tenant], seq.rank)
             if best is None or key < best_key:
                 best, best_key = seq, key
         return best

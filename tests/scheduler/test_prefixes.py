@@ -169,6 +169,17 @@ def test_those_who_wait_for_a_page_are_passed_over_a_few_times() -> None:
     check(rig, first, second, *others)
 
 
+def test_many_who_wait_for_one_page_hold_up_no_other_tenant() -> None:
+    rig = sharing_rig(SchedulerConfig(step_tokens=5, max_partial_prefills=4))
+    requests = [add(rig, f"a{i}", tenant="a") for i in range(12)]
+    others = [add(rig, "b0", (50, 51), tenant="b")]
+    assert admitted(rig.step()[0]) == ["a0", "b0"]
+    others.append(add(rig, "b1", (52, 53), tenant="b"))  # a's turn was before b's
+    assert admitted(rig.step()[0]) == ["b1"]
+    rig.run(depth=2)
+    check(rig, *others, *requests)
+
+
 def test_whoever_waits_for_an_aborted_owner_computes_the_rest() -> None:
     rig = sharing_rig(SchedulerConfig(step_tokens=8))
     add(rig, "a")
