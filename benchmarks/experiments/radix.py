@@ -3,15 +3,17 @@
     python -m benchmarks.experiments.radix --gsm8k train.jsonl --mt_bench mt_bench_question.jsonl
     python -m benchmarks.experiments.radix … --config configs/smollm2_135m.py --plot radix.png
 
-Five loads: questions after the same eight solved ones (GSM8K), second turns of chats (MT-bench),
-trees of continuations, agents whose contexts grow by answers and tools' outputs, and prompts that
-share nothing. Each runs on the real scheduler and cache over a simulated device, with words as
-tokens and made up answers: without a cache, with a quarter of the pages that the run would fill
-without sharing, and with all of them. With `--config`, a real engine then gives times: to the first
-token of the questions, and of prompts that share nothing; with and without the cache in turns.
+Loads: questions after the same eight solved ones (GSM8K), second turns of chats (MT-bench), choices
+of one prompt, trees of continuations, agents whose contexts grow by answers and tools' outputs, and
+prompts that share nothing. Chats and agents run twice: each to its end, at most eight at a time,
+and "apart", where all others take a turn before one goes on. Each runs on the real scheduler and
+cache over a simulated device, with words as tokens and made up answers: without a cache, with a
+sixteenth and a quarter of the pages that the run would fill without sharing, and with all of them.
+With `--config`, a real engine then gives times: to the first token of the questions, and of prompts
+that share nothing; with and without the cache in turns.
+and Apache licences.
 
 The data is not part of the project: GSM8K and the questions of MT-bench are published under the MIT
-and Apache licences.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import re
 import statistics
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +97,16 @@ def chats(path: str, count: int) -> list[Session]:
     return [session(row["turns"]) for row in lines_of(path)[:count]]
 
 
+def choices(count: int, rng: random.Random) -> list[Session]:
+    """Eight choices of each prompt, which come at once."""
+
+    def session(prompt: Tokens) -> Session:
+        yield prompt
+
+    prompts = [tuple(rng.randrange(_VOCAB) for _ in range(300)) for _ in range(count)]
+    return [session(prompt) for prompt in prompts for _ in range(8)]
+
+
 def trees(count: int, rng: random.Random) -> list[Session]:
     """Three branches after one beginning, and three after each of them."""
 
@@ -142,6 +155,7 @@ class Found:
 
     stats: EngineStats
     num_pages_filled: int  # by all requests, if they share nothing
+    num_pages_of_longest: int  # of the request that fills most
     seconds: float
 
     @property
@@ -150,8 +164,11 @@ class Found:
         return self.stats.prefix_hit_tokens / max(1, self.stats.prefix_query_tokens)
 
 
-def simulate(sessions: Sequence[Session], num_pages: int, prefix: bool, at_once: int = 8) -> Found:
-    """Runs all sessions to their end, `at_once` of them at a time."""
+def simulate(sessions: Sequence[Session], num_pages: int, prefix: bool, apart: bool) -> Found:
+    """Runs all sessions to their end, as many at a time as there are slots.
+
+    `apart`: a session goes on only when all others have had a turn.
+    """
     cache = KVCache(single_group(_PAGE), num_pages, PrefixSharing() if prefix else None)
     scheduler = Scheduler(
         SchedulerConfig(),
@@ -169,45 +186,47 @@ def simulate(sessions: Sequence[Session], num_pages: int, prefix: bool, at_once:
         pages_per_slot=_CONTEXT // _PAGE,
     )
     pipeline = Pipeline(scheduler, executor)
-    waiting = list(sessions)[::-1]
+    waiting = deque((session, next(session)) for session in sessions)
     running: dict[str, tuple[Session, list[int]]] = {}
-    filled = serial = 0
+    filled: list[int] = []
 
     def ask(session: Session, prompt: Tokens) -> None:
-        nonlocal filled, serial
-        serial += 1
-        filled += cache.pages_for(len(prompt) + _ANSWER)
+        name = str(len(filled))
+        filled.append(cache.pages_for(len(prompt) + _ANSWER))
         sampling = SamplingParams(max_tokens=_ANSWER, seed=zlib.crc32(str(prompt).encode()))
-        scheduler.add(Request(id=str(serial), prompt=prompt, sampling=sampling), 0.0)
-        running[str(serial)] = session, []
+        scheduler.add(Request(id=name, prompt=prompt, sampling=sampling), 0.0)
+        running[name] = session, []
 
     started_s = time.perf_counter()
     while waiting or running:
-        while waiting and len(running) < at_once:
-            session = waiting.pop()
-            ask(session, next(session))
+        while waiting and len(running) < _SLOTS:
+            ask(*waiting.popleft())
         for update in pipeline.turn(lambda: 0.0) or ():
             session, answer = running[update.request_id]
             answer += update.tokens
             if update.finish is not None:
                 del running[update.request_id]
                 with contextlib.suppress(StopIteration):
-                    ask(session, session.send(tuple(answer)))
-    return Found(scheduler.stats(), filled, time.perf_counter() - started_s)
+                    prompt = session.send(tuple(answer))
+                    (waiting.append if apart else waiting.appendleft)((session, prompt))
+    return Found(scheduler.stats(), sum(filled), max(filled), time.perf_counter() - started_s)
 
 
-def compare(load: Callable[[], list[Session]]) -> dict[str, Any]:
-    """One row: off, a quarter of the pages, all of them."""
+def compare(load: Callable[[], list[Session]], apart: bool) -> dict[str, Any]:
+    """One row: off, a sixteenth and a quarter of the pages, all of them."""
     most = 1 << 16
-    off = simulate(load(), most, prefix=False)
-    infinite = simulate(load(), most, prefix=True)
-    quarter_pages = max(off.num_pages_filled // 4, _CONTEXT // _PAGE)
-    quarter = simulate(load(), quarter_pages, prefix=True)
+    off = simulate(load(), most, False, apart)
+    infinite = simulate(load(), most, True, apart)
+    least = _SLOTS * (off.num_pages_of_longest + 1)  # or sequences are preempted
+    sixteenth, quarter = (
+        simulate(load(), max(off.num_pages_filled // part, least), True, apart) for part in (16, 4)
+    )
     found = max(1, infinite.stats.prefix_hit_tokens)
     return {
         "prompt_tokens": off.stats.prompt_tokens,
         "pages": off.num_pages_filled,
         "off": off.share,
+        "sixteenth": sixteenth.share,
         "quarter": quarter.share,
         "infinite": infinite.share,
         "of_infinite": quarter.stats.prefix_hit_tokens / found,
@@ -263,8 +282,8 @@ def draw(path: str, rows: dict[str, dict[str, Any]]) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(9, 4), layout="constrained")
-    for offset, arm in enumerate(("off", "quarter", "infinite")):
+    figure, axis = pyplot.subplots(figsize=(11, 4), layout="constrained")
+    for offset, arm in enumerate(("sixteenth", "quarter", "infinite")):
         shares = [100 * row[arm] for row in rows.values()]
         axis.bar([x + 0.27 * offset for x in range(len(rows))], shares, width=0.25, label=arm)
     axis.set_xticks([x + 0.27 for x in range(len(rows))], list(rows))
@@ -274,16 +293,19 @@ def draw(path: str, rows: dict[str, dict[str, Any]]) -> None:
     pyplot.close(figure)
 
 
-def loads(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[Session]]]]:
-    """The loads by name; each call makes the same sessions anew."""
+def loads(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], list[Session]], bool]]:
+    """The loads by name, and whether sessions are apart; each call makes the same sessions anew."""
     count, seed = options.sessions, options.seed
     if options.gsm8k:
-        yield "few-shot", lambda: few_shot(options.gsm8k, 2 * count)
+        yield "few-shot", lambda: few_shot(options.gsm8k, 2 * count), False
     if options.mt_bench:
-        yield "chats", lambda: chats(options.mt_bench, count)
-    yield "trees", lambda: trees(count // 2, random.Random(seed))
-    yield "agents", lambda: agents(count // 2, random.Random(seed))
-    yield "unshared", lambda: unshared(count, random.Random(seed))
+        yield "chats", lambda: chats(options.mt_bench, count), False
+        yield "chats apart", lambda: chats(options.mt_bench, count), True
+    yield "choices", lambda: choices(count // 2, random.Random(seed)), False
+    yield "trees", lambda: trees(count // 2, random.Random(seed)), False
+    yield "agents", lambda: agents(count // 2, random.Random(seed)), False
+    yield "agents apart", lambda: agents(count // 2, random.Random(seed)), True
+    yield "unshared", lambda: unshared(count, random.Random(seed)), False
 
 
 def main() -> None:
@@ -300,7 +322,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.plot:
         plots.check(options.plot)
-    rows = {name: compare(load) for name, load in loads(options)}
+    rows = {name: compare(load, apart) for name, load, apart in loads(options)}
     header = ["load", *next(iter(rows.values()))]
     cells = [[name, *map(report.number, row.values())] for name, row in rows.items()]
     print(report.grid(header, cells))
