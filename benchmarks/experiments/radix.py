@@ -11,9 +11,9 @@ cache over a simulated device, with words as tokens and made up answers: without
 sixteenth and a quarter of the pages that the run would fill without sharing, and with all of them.
 With `--config`, a real engine then gives times: to the first token of the questions, and of prompts
 that share nothing; with and without the cache in turns.
-and Apache licences.
 
 The data is not part of the project: GSM8K and the questions of MT-bench are published under the MIT
+and Apache licences.
 """
 
 import argparse
