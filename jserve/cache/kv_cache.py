@@ -17,7 +17,7 @@ from jserve.core.step import Move, NewPages
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixSharing:
-    """What pages of a cache depend on, beside salt and tokens, and which of them are shared."""
+    """The facts that name the pages of a cache, beside salt and tokens; the choice of shared ones."""
 
     weights: str = ""  # digest
     kv_dtype: str = ""

@@ -45,11 +45,9 @@ class PageChain:
         split = len(self._prompt)
         end = self.num_tokens if end is None else end
         head = self._prompt[start:end]
-        return (
-            head
-            if end <= split
-            else head + tuple(self._output[max(0, start - split) : end - split])
-        )
+        if end <= split:
+            return head
+        return head + tuple(self._output[max(0, start - split) : end - split])
 
     def page_tokens(self, index: int) -> tuple[int, ...]:
         """The tokens of page `index`."""
@@ -123,7 +121,7 @@ class PrefixIndex:
         return len(self._nodes)
 
     def has(self, page: int) -> bool:
-        """Whether `page` can be found."""
+        """Whether `page` is kept, under a name or until its tokens are known."""
         return page in self._of_page
 
     def match(self, chain: PageChain, count: int) -> list[int]:
@@ -174,7 +172,7 @@ class PrefixIndex:
         return self._of_page.get(node.page) is node
 
     def forget(self, node: Node) -> None:
-        """Drops an expected page, of which nothing will be known; nobody holds it."""
+        """Stops to keep a page that nobody holds; an expected one, unless `evict` asks."""
         self._leave_cached(node)
         del self._of_page[node.page]
 
@@ -227,7 +225,7 @@ class PrefixIndex:
         ]
 
     def stored(self) -> list[PageEvent]:
-        """What a reader needs that has missed events: the pages that can be found, parents first.
+        """Lists the pages that can be found, parents first, for a reader that has missed events.
 
         Their number is that of the latest event.
         """

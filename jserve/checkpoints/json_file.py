@@ -21,5 +21,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """As `read_json`; an empty object if there is no such file."""
+    """Reads a file as `read_json` does; an empty object if there is none."""
     return read_json(path) if path.is_file() else {}

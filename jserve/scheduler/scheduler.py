@@ -170,7 +170,10 @@ class Scheduler:
         self._draining = True
 
     def fail_all(self, message: str) -> list[SequenceUpdate]:
-        """Ends every sequence with `message` after the engine failed; forgets steps in flight."""
+        """Ends every sequence with `message` after the engine failed; forgets steps in flight.
+
+        The cache may name pages whose steps never ran: this scheduler must not serve again.
+        """
         self._in_flight.clear()
         updates: list[SequenceUpdate] = []
         for seq in list(self._live.values()):

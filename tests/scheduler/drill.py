@@ -291,7 +291,7 @@ class Drill:
                     self.check_overtaken(seq, sum(seq.rank < rank for rank in newcomers), after)
 
     def check_salt(self, admission: Admission) -> None:
-        """What the sequence found had been computed under its own salt."""
+        """The tokens that the sequence found had been computed under its own salt."""
         request, num_computed = admission.request, admission.num_computed
         found = (request.prompt + admission.output)[:num_computed]
         alive = [

@@ -1,4 +1,4 @@
-"""What an engine may share among its sequences, by its backend and the types of its numbers."""
+"""The choice of pages that sequences of an engine share, by its backend and types of numbers."""
 
 import jax.numpy as jnp
 
@@ -13,7 +13,7 @@ from jserve.pallas_kernels.ragged_paged_attention.dispatch import backend_for_pa
 def prefix_sharing(
     config: CacheConfig, model: Model, kv_dtype: jnp.dtype, weights: str
 ) -> PrefixSharing | None:
-    """What the pages of `model` depend on, and which are shared; None if none are.
+    """Makes the names of the pages of `model`, and chooses those to share; None if none are.
 
     `weights` is the digest of the model's weights.
     """
