@@ -17,7 +17,7 @@ from jserve.core.step import Move, NewPages
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefixSharing:
-    """The facts that name the pages of a cache, beside salt and tokens; the choice of shared ones."""
+    """The facts, beside salt and tokens, that name the pages of a cache; which ones are shared."""
 
     weights: str = ""  # digest
     kv_dtype: str = ""
