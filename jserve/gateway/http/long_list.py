@@ -9,8 +9,8 @@ from typing import Any
 
 import orjson
 
-# A list of more numbers is long. As many take one or two milliseconds.
-LARGE = 1000
+from jserve.gateway.pauses import LARGE
+
 _REST_S = 1e-4  # zero would end before the other thread is awake
 
 

@@ -11,28 +11,15 @@ from dataclasses import dataclass
 
 import orjson
 
-from jserve.core.logprobs import PackedLogprobs
-from jserve.core.request import TokenLogprobs
 from jserve.gateway.buffers import BufferAccount
 from jserve.gateway.http.event_stream import event
 from jserve.gateway.http.interleave import interleaved
-from jserve.gateway.http.long_list import LARGE
 from jserve.gateway.http.openai_response import Head, Json, usage_json
 from jserve.gateway.http.openai_shape import Shape
 from jserve.gateway.metrics import GatewayMetrics
-from jserve.gateway.output import delta_bytes, join
-from jserve.gateway.pauses import Pauses
+from jserve.gateway.output import delta_bytes, join, num_logprobs
+from jserve.gateway.pauses import LARGE, Pauses
 from jserve.gateway.request_plane import GenerationRequest, OutputDelta, OutputStream, RequestPlane
-
-
-def _num_logprobs(delta: OutputDelta) -> int:
-    return sum(map(_num_entries, (delta.logprobs, delta.prompt_logprobs)))
-
-
-def _num_entries(logprobs: Sequence[TokenLogprobs | None] | None) -> int:
-    if isinstance(logprobs, PackedLogprobs):
-        return logprobs.num_entries
-    return sum(1 + len(entry.top) for entry in logprobs or () if entry is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +51,7 @@ class Answer:
                 (prompt, join(choices.pop((prompt, index)))) for prompt, index in sorted(choices)
             ]
             # 20 for each of 4,000 tokens take 140 ms, in which the event loop would serve nobody.
-            if sum(map(_num_logprobs, (delta for _, delta in done))) > LARGE:
+            if sum(map(num_logprobs, (delta for _, delta in done))) > LARGE:
                 return await asyncio.to_thread(self._whole, done)
             return self._whole(done)
         finally:
@@ -99,7 +86,7 @@ class Answer:
         self, prompt: int, delta: OutputDelta, usage: Json, pauses: Pauses
     ) -> bytes:
         pauses.start()
-        if _num_logprobs(delta) > LARGE:
+        if num_logprobs(delta) > LARGE:
             data = await asyncio.to_thread(self._event, prompt, delta, usage)
         else:
             data = self._event(prompt, delta, usage)
