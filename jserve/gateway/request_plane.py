@@ -85,6 +85,9 @@ class RequestPlane:
         self._bounded = bounded
         self.tenants = TenantCounts()
         self.buffers = BufferBudget(config.max_buffer_bytes, config.max_request_buffer_bytes)
+        # Held while a long list of log-probabilities is encoded. Several at a time would finish no
+        # sooner, but the event loop would wait for a piece of each.
+        self.large_answers = asyncio.Lock()
         self.draining = False
         self._live: set[OutputStream] = set()
         self._idle = asyncio.Event()

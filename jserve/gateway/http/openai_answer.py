@@ -52,7 +52,8 @@ class Answer:
             ]
             # 20 for each of 4,000 tokens take 140 ms, in which the event loop would serve nobody.
             if sum(map(num_logprobs, (delta for _, delta in done))) > LARGE:
-                return await asyncio.to_thread(self._whole, done)
+                async with self.plane.large_answers:
+                    return await asyncio.to_thread(self._whole, done)
             return self._whole(done)
         finally:
             account.close()
@@ -87,7 +88,8 @@ class Answer:
     ) -> bytes:
         pauses.start()
         if num_logprobs(delta) > LARGE:
-            data = await asyncio.to_thread(self._event, prompt, delta, usage)
+            async with self.plane.large_answers:
+                data = await asyncio.to_thread(self._event, prompt, delta, usage)
         else:
             data = self._event(prompt, delta, usage)
         await pauses.end()
