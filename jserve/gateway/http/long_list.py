@@ -11,7 +11,7 @@ import orjson
 
 from jserve.gateway.pauses import LARGE
 
-_REST_S = 1e-4  # zero would end before the other thread is awake
+REST_S = 1e-4  # zero would end before the other thread is awake
 
 
 class LongList:
@@ -26,7 +26,7 @@ class LongList:
         """Adds a value with `size` numbers in it."""
         if self._size + size > LARGE and self._values:
             self._encode()
-            time.sleep(_REST_S)
+            time.sleep(REST_S)
         self._values.append(value)
         self._size += size
 
