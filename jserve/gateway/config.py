@@ -45,7 +45,8 @@ class GatewayConfig:
     # Bounds of connections. HTTP keeps a few more for probes; gRPC has its own count.
     max_connections: int = 16_384
     head_timeout_s: float = 10.0  # first byte and head of a request
-    body_timeout_s: float = 30.0  # its body, and a second more for each 16 KiB of it
+    # Its body, and a second more for each 16 KiB of it; over gRPC its whole message.
+    body_timeout_s: float = 30.0
     write_timeout_s: float = 60.0  # a client that takes nothing of its answer
 
     # Bounds of one request. The engine has its own bounds of context and queue.
