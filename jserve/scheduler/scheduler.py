@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from jserve.cache.kv_cache import KVCache
 from jserve.core.errors import EngineError, Overloaded, PromptTooLong, RequestError, Unavailable
+from jserve.core.logprobs import PackedLogprobs
 from jserve.core.request import FinishReason, Request, SequenceUpdate
 from jserve.core.stats import EngineStats
 from jserve.core.step import Program, ProgramKind, RowLogprobs, StepPlan, StepResult
@@ -106,7 +107,7 @@ class Scheduler:
         if request.output:  # its first update went out with the first of these
             seq.reported, seq.plain = True, request.sampling.logprobs is None
         elif request.sampling.prompt_logprobs is not None:
-            seq.prompt_logprobs = [None for _ in request.prompt]
+            seq.prompt_logprobs = PackedLogprobs([None])
         self._num_arrivals += 1
         self._live[request.id] = seq
         self._lifecycle.arrive(seq, now_s)
@@ -339,28 +340,31 @@ def _full_update(
     seq.reported = True
     seq.plain = num_top is None
     of_prompt, seq.prompt_logprobs = seq.prompt_logprobs, None
-    if of_prompt is not None and None in of_prompt[1:]:
+    if of_prompt is not None and len(of_prompt) != len(seq.request.prompt):
         raise EngineError(f"request {seq.id}: prompt log-probabilities are missing")
     return SequenceUpdate(
         seq.id,
         tuple(new),
         finish,
         logprobs=of_tokens,
-        prompt_logprobs=None if of_prompt is None else tuple(of_prompt),
+        prompt_logprobs=of_prompt,
         queue_s=seq.queue_s,
         cached_tokens=seq.cached_tokens,
     )
 
 
 def _collect_prompt_logprobs(step: Step, rows: RowLogprobs) -> None:
-    """Stores the prompt log-probabilities of a step; a recomputation stores the same again."""
+    """Stores the prompt log-probabilities of a step; of a recomputation only those not known."""
     first = 0
     for chunk, seq in zip(step.rows.chunks, step.rows.sequences, strict=True):
         num_top = seq.request.sampling.prompt_logprobs
         if chunk.prompt_targets and num_top is not None and seq.prompt_logprobs is not None:
-            start = chunk.start + 1
-            end = start + len(chunk.prompt_targets)
-            seq.prompt_logprobs[start:end] = logprobs.prompt_records(
-                rows, first, chunk.prompt_targets, num_top
-            )
+            num_known = len(seq.prompt_logprobs) - (chunk.start + 1)
+            if num_known < 0:
+                raise EngineError(f"request {seq.id}: prompt log-probabilities are missing")
+            if num_known < len(chunk.prompt_targets):
+                new = chunk.prompt_targets[num_known:]
+                seq.prompt_logprobs.extend(
+                    logprobs.prompt_records(rows, first + num_known, new, num_top)
+                )
         first += chunk.num_tokens
