@@ -67,7 +67,8 @@ class GatewayConfig:
 
     # Output that clients have not read, in bytes; over a bound the request ends with an error.
     max_request_buffer_bytes: int = 32 << 20  # of one request
-    max_buffer_bytes: int = 256 << 20  # of all together
+    # Of all together. Over it, the largest request of the tenant who holds the most ends.
+    max_buffer_bytes: int = 256 << 20
 
     default_temperature: float | None = None
     default_top_k: int | None = None

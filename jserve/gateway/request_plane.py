@@ -250,7 +250,7 @@ class RequestPlane:
             for choice in range(generation.n)
         ]
         stream = self.engine.submit(requests)
-        own = self.buffers.open() if account is None and self._bounded else None
+        own = self.buffers.open(caller.name) if account is None and self._bounded else None
         if (charged := account or own) is not None:
             stream.charge(charged)
         deltas = OutputStream(

@@ -80,6 +80,8 @@ def test_one_tenant_is_told_to_wait_and_another_is_served():
         with httpx.stream("POST", url, json=many, headers=ANN) as running:
             lines = running.iter_lines()  # kept: the stream is closed with it
             next(lines)
+            accounts = served.do(lambda: list(served.plane.buffers.accounts))
+            assert [it.tenant for it in accounts] == ["key key-1"]
             one = {"prompt": "x", "max_tokens": 1}
             assert "of this client" in error_of(post(served, one, ANN), 429)["message"]
             assert post(served, one, BOB).status_code == 200
