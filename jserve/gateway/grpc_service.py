@@ -68,7 +68,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.TokenizeResponse:
         try:
             self._plane.check_model(request.model)
-            prompt = await parse_prompt(self._plane, request)
+            prompt = await parse_prompt(self._plane, request, self._caller(context))
             return inference_pb2.TokenizeResponse(
                 token_ids=prompt.ids, max_model_len=self._plane.info.max_model_len
             )

@@ -1,6 +1,10 @@
 """Tenants: who is one, what one may have, and whose priority counts."""
 
 import asyncio
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc.aio
 import httpx
@@ -91,6 +95,49 @@ def test_one_tenant_is_told_to_wait_and_another_is_served():
         too_many = {"prompt": [[1], [2], [999999]], "n": 3}
         error_of(post(served, too_many, ANN), 429)
         assert served.do(lambda: served.plane.tenants) == TenantCounts()
+
+
+LONG = " " * (70 << 10)  # another process reads a body of this length
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "from {}"}], "max_tokens": 1}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "from {}"}]}),
+        (COMPLETIONS, {"prompt": "from {}" + LONG, "suffix": ""}),  # refused in that process
+    ],
+)
+def test_tenants_take_turns_at_the_helper_processes(path: str, fields: dict):
+    """Each of the two processes is busy with a job of one tenant, and more of its jobs wait."""
+    with serving(api_keys=KEYS) as served, ThreadPoolExecutor(4) as threads:
+        templates = served.plane.prompts._templates
+        processes = served.bodies._large if path == COMPLETIONS else templates._processes
+        run, begun, may_go = processes._run, [], threading.Event()
+
+        def wait_and_run(job: bytes) -> bytes:
+            begun.append("bob" if b"from bob" in job else "ann")
+            assert may_go.wait(20)
+            return run(job)
+
+        def num_jobs() -> int:
+            waiting = processes._turns._waiting.values()
+            return len(begun) + served.do(lambda: sum(map(len, waiting)))
+
+        processes._run = wait_and_run
+        answers = []
+        for number, name in enumerate(("ann", "ann", "ann", "bob")):
+            body = json.loads(json.dumps(fields).replace("{}", name))
+            headers = {"authorization": f"Bearer {name}"}
+            answers.append(threads.submit(post, served, body, headers, path))
+            deadline_s = time.monotonic() + 20
+            while num_jobs() <= number:
+                assert time.monotonic() < deadline_s
+                time.sleep(0.002)
+        may_go.set()
+        status = 400 if path == COMPLETIONS else 200
+        assert [answer.result().status_code for answer in answers] == [status] * 4
+        assert begun == ["ann", "ann", "bob", "ann"]
 
 
 def test_grpc_calls_are_of_the_tenant_of_their_key():
