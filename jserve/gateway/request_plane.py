@@ -272,6 +272,7 @@ class RequestPlane:
     ) -> AbstractContextManager[None]:
         """Counts the sequences of a request, prompts × n, before there is any work on them.
 
+        A text that is only tokenized, or detokenized, counts as one.
         Raises RequestError if `n` is out of range. Raises Overloaded, when it is entered, if they
         are too many for one tenant.
         """

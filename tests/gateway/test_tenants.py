@@ -13,7 +13,7 @@ import pytest
 from jserve.core.errors import Overloaded
 from jserve.gateway.tenants import Caller, TenantCounts, at_address, host_of_peer, most_sequences
 from jserve.proto import inference_pb2
-from tests.gateway.grpc_serving import generate
+from tests.gateway.grpc_serving import failure, generate
 from tests.gateway.grpc_serving import serving as serving_grpc
 from tests.gateway.http.http_serving import CHAT, COMPLETIONS, Served, error_of, serving
 
@@ -89,7 +89,11 @@ def test_one_tenant_is_told_to_wait_and_another_is_served():
             one = {"prompt": "x", "max_tokens": 1}
             assert "of this client" in error_of(post(served, one, ANN), 429)["message"]
             assert post(served, one, BOB).status_code == 200
+            for path, body in (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})):
+                error_of(post(served, body, ANN, path), 429)
+                assert post(served, body, BOB, path).status_code == 200
         served.assert_idle()
+        assert post(served, {"prompt": "x"}, ANN, "/tokenize").json()["tokens"] == [ord("x")]
         assert post(served, one, ANN).status_code == 200
         # Counted before the prompts are looked at.
         too_many = {"prompt": [[1], [2], [999999]], "n": 3}
@@ -156,6 +160,12 @@ def test_grpc_calls_are_of_the_tenant_of_their_key():
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.Generate(generate(max_tokens=1), metadata=ann).read()
             assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            text = inference_pb2.TokenizeRequest(text="x")
+            ids = inference_pb2.DetokenizeRequest(token_ids=[5])
+            for method, message in ((stub.Tokenize, text), (stub.Detokenize, ids)):
+                refused = await failure(method(message, metadata=ann))
+                assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                await method(message, metadata=bob)
             stream = stub.GenerateStream(metadata=bob)
             start = generate(max_tokens=1, request_id="r")
             await stream.write(inference_pb2.GenerateStreamRequest(start=start))

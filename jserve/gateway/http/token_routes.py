@@ -36,10 +36,10 @@ class TokenRoutes:
         """The ids of `prompt`, or of `messages` rendered by the chat template."""
         asked = await self._bodies.tokenize(request)
         self._plane.check_model(asked.model)
-        prompt = await self._prompt(
-            asked, request.scope["caller"], request.scope.get(IGNORED_FIELDS)
-        )
-        texts = await self._texts(prompt.ids) if asked.return_token_strs else None
+        caller: Caller = request.scope["caller"]
+        with self._plane.preparing(caller, 1, None):
+            prompt = await self._prompt(asked, caller, request.scope.get(IGNORED_FIELDS))
+            texts = await self._texts(prompt.ids) if asked.return_token_strs else None
         return json_response(
             {
                 "count": len(prompt.ids),
@@ -53,9 +53,9 @@ class TokenRoutes:
         """The text of `tokens`, special tokens included."""
         asked = await self._bodies.detokenize(request)
         self._plane.check_model(asked.model)
-        return json_response(
-            {"prompt": await self._plane.prompts.detokenize("tokens", asked.tokens)}
-        )
+        with self._plane.preparing(request.scope["caller"], 1, None):
+            text = await self._plane.prompts.detokenize("tokens", asked.tokens)
+        return json_response({"prompt": text})
 
     async def tokenizer_info(self, request: Request) -> Response:
         """The tokenizer's settings, with which a client can render chats and count tokens."""
