@@ -53,12 +53,11 @@ class JobProcesses:
         limits: JobLimits,
         *,
         most: int = 1,
-        niceness: int = 0,
     ) -> None:
         """`start` is what the module's `make_handler` gets."""
         self._command = (
             *(sys.executable, "-m", "jserve.gateway.job_child", module),
-            *(str(limits.memory_bytes), str(limits.cpu_s), str(niceness)),
+            *(str(limits.memory_bytes), str(limits.cpu_s)),
         )
         self._start = start
         self._limits = limits

@@ -49,7 +49,6 @@ from jserve.gateway.validation import (
 
 _LARGE_BYTES = 64 << 10
 _LIMITS = JobLimits(cpu_s=15.0, memory_bytes=2 << 30, wall_s=60.0)
-_NICENESS = 5  # an engine on the same processor comes first
 _MOST = 2  # processes, so that one slow body does not hold up the others
 _MOST_OF_TENANT = 2  # of the largest bodies: bytes of one tenant that wait or are read
 
@@ -101,7 +100,7 @@ class RequestBodies:
 
     def __init__(self, plane: RequestPlane) -> None:
         self._plane = plane
-        self._large = JobProcesses(__name__, b"", _LIMITS, most=_MOST, niceness=_NICENESS)
+        self._large = JobProcesses(__name__, b"", _LIMITS, most=_MOST)
         self._large_bytes = Counter[str]()  # by tenant: waiting or being read
 
     def close(self) -> None:
