@@ -69,6 +69,7 @@ def main(module: str, memory_bytes: int, cpu_s: float) -> None:
     jobs, replies = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing else is a reply
     os.nice(_NICENESS)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody needs a traceback of a parent that left
     start = read_job(jobs)
     if start is None:
         return

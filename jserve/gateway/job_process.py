@@ -42,8 +42,8 @@ class JobLimits:
 class JobProcesses:
     """Up to `most` processes with the handler of one module; started at need, replaced when ended.
 
-    They are idle between jobs, and end with this process or with this object. Tenants take turns at
-    them. Owned by one event loop.
+    They are idle between jobs, and end with this process or with this object. Their standard error
+    is that of this process. Tenants take turns at them. Owned by one event loop.
     """
 
     def __init__(
@@ -141,7 +141,6 @@ class JobProcesses:
                 self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for this process, which drains
             )
         except OSError as error:
