@@ -80,7 +80,7 @@ class GatewayConfig:
     sse_keep_alive_s: float = 15.0  # comment frames while nothing else is sent
     grpc_keepalive_s: float = 60.0  # pings to idle clients
     reconnect_s: float = 0.25  # pause between attempts to reach the engine
-    # Longest time that a running request waits for the next engine after one has died.
+    # Longest time that a request waits for the next engine after one has died.
     resume_wait_s: float = 60.0
     drain_s: float = 30.0  # time for requests to finish after SIGTERM
 

@@ -209,7 +209,7 @@ class RequestPlane:
         *,
         deadline_s: float | None = None,
     ) -> OutputStream:
-        """Starts every choice. Raises Unavailable at once when no engine is there.
+        """Starts every choice. Raises what `EngineClient.submit` does.
 
         `metrics` count the output that is read. What is not read is counted to `account`, which
         several generations may share, else to one of its own. The engine drops what is not done in
