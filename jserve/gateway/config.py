@@ -68,7 +68,8 @@ class GatewayConfig:
 
     # Output that clients have not read, in bytes; over a bound the request ends with an error.
     max_request_buffer_bytes: int = 32 << 20  # of one request
-    max_buffer_bytes: int = 256 << 20  # of all together
+    # Of all together. Over it, the largest request of the tenant who holds the most ends.
+    max_buffer_bytes: int = 256 << 20
 
     default_temperature: float | None = None
     default_top_k: int | None = None
@@ -80,7 +81,7 @@ class GatewayConfig:
     sse_keep_alive_s: float = 15.0  # comment frames while nothing else is sent
     grpc_keepalive_s: float = 60.0  # pings to idle clients
     reconnect_s: float = 0.25  # pause between attempts to reach the engine
-    # Longest time that a running request waits for the next engine after one has died.
+    # Longest time that a request waits for the next engine after one has died.
     resume_wait_s: float = 60.0
     drain_s: float = 30.0  # time for requests to finish after SIGTERM
 

@@ -31,6 +31,7 @@ def sampling_fields(message: types_pb2.SamplingParams) -> SamplingFields:
 async def parse_prompt(
     plane: RequestPlane,
     message: inference_pb2.GenerateRequest | inference_pb2.TokenizeRequest,
+    caller: Caller,
 ) -> Prompt:
     """Tokenizes text, renders a chat, takes ids as they are; RequestError if there is no input."""
     only_counted = isinstance(message, inference_pb2.TokenizeRequest)
@@ -46,7 +47,7 @@ async def parse_prompt(
         case "chat":
             check_num_messages(len(message.chat.messages), plane.config.max_chat_messages)
             messages = [{"role": m.role, "content": m.content} for m in message.chat.messages]
-            return await plane.prompts.of_chat(messages, most=most)
+            return await plane.prompts.of_chat(messages, caller=caller, most=most)
         case "token_ids" if isinstance(message, inference_pb2.GenerateRequest):
             return plane.prompts.of_ids(message.token_ids.ids)
         case _:
@@ -59,7 +60,7 @@ async def parse_generation(
     """Parses and validates; see `RequestPlane.prepare` for the errors."""
     plane.check_model(message.model)
     with plane.preparing(caller, 1, message.n or None):
-        prompt = await parse_prompt(plane, message)
+        prompt = await parse_prompt(plane, message, caller)
     return plane.prepare(
         id=request_id,
         prompt=prompt,

@@ -41,7 +41,7 @@ class Answer:
             JserveError: the engine refused a generation, or failed.
         """
         choices: dict[tuple[int, int], list[OutputDelta]] = {}
-        account = self.plane.buffers.open()
+        account = self._open_account()
         try:
             async with aclosing(interleaved(await self._start(account))) as deltas:
                 async for prompt, delta in deltas:
@@ -63,7 +63,7 @@ class Answer:
         tokens: Counter[int] = Counter()  # by choice
         cached: Counter[int] = Counter()  # by prompt
         pauses = Pauses()  # a reader that was slow gets many large deltas at once
-        account = self.plane.buffers.open()
+        account = self._open_account()
         try:
             async with aclosing(interleaved(await self._start(account))) as deltas:
                 async for prompt, delta in deltas:
@@ -82,6 +82,9 @@ class Answer:
             account.close()
         if self.include_usage:
             yield event(self._chunk([]) | {"usage": self._usage(tokens.total(), cached.total())})
+
+    def _open_account(self) -> BufferAccount:
+        return self.plane.buffers.open(self.generations[0].caller.name)
 
     async def _large_event(
         self, prompt: int, delta: OutputDelta, usage: Json, pauses: Pauses
