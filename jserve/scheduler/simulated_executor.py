@@ -21,6 +21,7 @@ from jserve.core.step import (
     RowLogprobs,
     StepPlan,
     StepResult,
+    mask_words,
     page_entries,
 )
 from jserve.scheduler.simulated_model import EMPTY_DIGEST, SimulatedModel, extend
@@ -129,7 +130,7 @@ class SimulatedExecutor:
 
     def _check_mask(self, mask: MaskRow, name: str) -> None:
         words, vocab = mask.words, self._model.vocab
-        require(len(words) == -(-vocab // 32), f"{name}: a mask of {len(words)} words")
+        require(len(words) == 4 * mask_words(vocab), f"{name}: a mask of {len(words)} bytes")
         require(any(_allows(words, token) for token in range(vocab)), f"{name}: a mask of nothing")
 
     def _admit(self, plan: StepPlan) -> None:
@@ -247,8 +248,7 @@ class SimulatedExecutor:
         require(
             1 <= chunk.max_new <= num_steps, f"{name}: {chunk.max_new} tokens in {num_steps} steps"
         )
-        for done in range(num_steps):
-            require(done < chunk.max_new, f"{name}: yields more than {chunk.max_new} tokens")
+        for _ in range(chunk.max_new):
             if slot.last_token is None:
                 raise PlanError(f"{name}: nothing was sampled before")
             self._sample(slot, self._compute(slot, slot.last_token), row, outcome)
@@ -273,7 +273,7 @@ class SimulatedExecutor:
     def _sample(self, slot: _Slot, digest: int, row: int, outcome: "_Outcome") -> None:
         num_output = slot.num_computed - len(slot.request.prompt)
         token = self._model.sample(digest, slot.request, num_output)
-        if (mask := outcome.masks.get(row)) is not None:
+        if (mask := outcome.masks.pop(row, None)) is not None:
             while not _allows(mask, token):
                 token = (token + 1) % self._model.vocab
         sampling = slot.request.sampling
@@ -297,7 +297,7 @@ class _Outcome:
         self.first_token = 0  # ragged index of the present row's first token
         self._plan = plan
         of_slot = {mask.slot: mask.words for mask in plan.masks}
-        self.masks = {  # words by row
+        self.masks = {  # words by row, for its first token
             row: of_slot[chunk.slot]
             for row, chunk in enumerate(plan.chunks if of_slot else ())
             if chunk.slot in of_slot
@@ -338,8 +338,8 @@ class _Outcome:
         )
 
 
-def _allows(words: tuple[int, ...], token: int) -> bool:
-    return bool(words[token // 32] >> token % 32 & 1)
+def _allows(words: bytes, token: int) -> bool:
+    return bool(words[token // 8] >> token % 8 & 1)
 
 
 def _no_logprobs(rows: int, steps: int) -> RowLogprobs:
