@@ -80,6 +80,18 @@ class Lifecycle:
         self._vacate(seq)
         self._wait(seq, Event.PREEMPTION, now_s)
 
+    def rewind(self, seq: Sequence) -> None:
+        """The running `seq` goes on after its output: what came behind it does not stand.
+
+        It keeps its slot and its pages, which are written again.
+        """
+        _require(seq, SequenceState.RUNNING)
+        tokens = seq.chain.tokens()
+        seq.context = tokens[:-1] if seq.output else tokens
+        seq.num_tokens = len(tokens)
+        seq.num_computed = len(tokens) - 1
+        seq.rewound = True
+
     def retire(self, seq: Sequence) -> None:
         """RUNNING → RETIRED: the last token of `seq` is in flight, its slot and pages are free."""
         self._leave_slot(seq)
@@ -147,6 +159,7 @@ class Lifecycle:
         """Takes slot and pages of the running `seq` back; the caller sets its next state."""
         self._leave_slot(seq)
         self._cache.release(seq.pages, seq.num_known)
+        seq.rewound = False
 
     def _leave_slot(self, seq: Sequence) -> None:
         _require(seq, SequenceState.RUNNING)

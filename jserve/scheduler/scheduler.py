@@ -11,6 +11,7 @@ from jserve.core.step import Program, ProgramKind, RowLogprobs, StepPlan, StepRe
 from jserve.scheduler import logprobs
 from jserve.scheduler.audit import Audit, audit
 from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.constraint import Constraint, ignores_masks, leaves_token
 from jserve.scheduler.lifecycle import Lifecycle
 from jserve.scheduler.planner import Planner, Step
 from jserve.scheduler.policy import FIRST_COME_FIRST_SERVED, Policy
@@ -42,6 +43,7 @@ class Scheduler:
         programs: tuple[Program, ...],
         max_processor_rows: int = 8,
         policy: Policy = FIRST_COME_FIRST_SERVED,
+        eos_token_ids: tuple[int, ...] = (),
     ) -> None:
         """`max_processor_rows` is how many processor rows the admissions of one step can take.
 
@@ -53,6 +55,7 @@ class Scheduler:
         """
         self._config = config
         self._max_model_len = max_model_len
+        self._eos_token_ids = eos_token_ids
         self._counters = EngineStats()
         self._finish_rate = FinishRate()
         self._cache = cache
@@ -73,12 +76,15 @@ class Scheduler:
 
     # Requests in and out.
 
-    def add(self, request: Request, now_s: float) -> None:
+    def add(self, request: Request, now_s: float, constraint: Constraint | None = None) -> None:
         """Queues `request`. Its `output` is replayed as after a preemption.
+
+        A `constraint` has seen no token yet.
 
         Raises:
             PromptTooLong: it can never fit, however idle the engine.
-            RequestError: its id is in use, or the prompt, max_tokens or what is left of it is 0.
+            RequestError: its id is in use, the prompt, max_tokens or what is left of it is 0, or
+                the constraint leaves no token, or not those of `output`.
             Overloaded: the queue is full, and `request` is not resumed.
             Unavailable: the engine drains.
         """
@@ -107,9 +113,33 @@ class Scheduler:
             seq.reported, seq.plain = True, request.sampling.logprobs is None
         elif request.sampling.prompt_logprobs is not None:
             seq.prompt_logprobs = [None for _ in request.prompt]
+        if constraint is not None:
+            self._bind(seq, constraint)
         self._num_arrivals += 1
         self._live[request.id] = seq
         self._lifecycle.arrive(seq, now_s)
+
+    def _bind(self, seq: Sequence, constraint: Constraint) -> None:
+        if constraint.accept(seq.output) < len(seq.output):
+            raise RequestError("output: breaks the constraint of the request", param="output")
+        seq.constraint = constraint
+        seq.runs_ahead = ignores_masks(seq.request.sampling)
+        if not self._take_mask(seq):
+            raise RequestError(
+                "the constraint and the sampling parameters together leave no token to generate",
+                param="grammar",
+            )
+
+    def _take_mask(self, seq: Sequence) -> bool:
+        """Asks the constraint what may come next; False if nothing may."""
+        assert seq.constraint is not None
+        seq.mask = mask = seq.constraint.mask()
+        if mask is None:
+            return True
+        sampling = seq.request.sampling
+        early = len(seq.output) < sampling.min_tokens
+        stop_ids = (*self._eos_token_ids, *sampling.stop_token_ids) if early else ()
+        return leaves_token(mask, sampling, stop_ids)
 
     def _checked_max_total(self, request: Request) -> int:
         prompt = len(request.prompt)
@@ -256,9 +286,15 @@ class Scheduler:
             num, new = num_new[row], tokens[row]
             if num != len(new):
                 new = new[:num]
-            seq.output += new
-            num_output += num
             finish = _FINISH_REASONS[codes[row]]
+            if seq.constraint is not None:
+                bound = self._accept(seq, chunks[row].max_new, new, finish, now_s)
+                if bound is None:
+                    continue
+                new, finish = bound
+            else:
+                seq.output += new
+            num_output += len(new)
             if finish is not None:
                 if num > chunks[row].max_new:
                     raise EngineError(
@@ -268,7 +304,7 @@ class Scheduler:
                 self._end(seq)
                 self._counters.num_finished += 1
                 self._finish_rate.record(now_s)
-            elif state is not running or num != chunks[row].max_new:
+            elif len(new) == num and (state is not running or num != chunks[row].max_new):
                 self._settle(seq, chunks[row].max_new - num, now_s)
             if len(seq.output) >= seq.keep_output and seq.state is running:
                 self._lifecycle.keep(seq)
@@ -282,6 +318,54 @@ class Scheduler:
                 updates.append(_full_update(seq, row, new, finish, result))
         self._counters.output_tokens += num_output
         return updates
+
+    def _accept(
+        self,
+        seq: Sequence,
+        max_new: int,
+        new: list[int],
+        finish: FinishReason | None,
+        now_s: float,
+    ) -> tuple[list[int], FinishReason | None] | None:
+        """Adds those of a row's tokens that stand; returns them, and the end that they make.
+
+        None for a row that was planned behind a token which does not stand.
+        """
+        assert seq.constraint is not None
+        if seq.num_stale > 0:
+            seq.num_stale -= 1
+            return None
+        if not max_new:  # tokens of the prompt
+            return new, finish
+        seq.num_unknown -= 1
+        stand = seq.constraint.accept(new)
+        is_cut = stand < len(new)
+        if is_cut:
+            new, finish = new[:stand], None
+            self._note_cut(seq, len(seq.output) + stand)
+        seq.output += new
+        if finish is not None:
+            return new, finish
+        if seq.runs_ahead and seq.mask is not None and seq.num_unknown and not is_cut:
+            return new, None  # the next row is planned already: nobody needs this mask
+        if not self._take_mask(seq):
+            return new, FinishReason.STOP
+        if is_cut or (seq.mask is not None and not seq.runs_ahead and seq.num_unknown):
+            self._cut(seq, now_s)
+        return new, None
+
+    def _note_cut(self, seq: Sequence, num_output: int) -> None:
+        if seq.cut_at == num_output:  # its first token was masked this time
+            raise EngineError(f"request {seq.id}: the device sampled a token that its mask forbids")
+        seq.cut_at = num_output
+
+    def _cut(self, seq: Sequence, now_s: float) -> None:
+        """Lets `seq` go on after its output: the rows in flight follow what does not stand."""
+        seq.num_stale, seq.num_unknown = seq.num_in_flight, 0
+        if seq.state is SequenceState.RUNNING:
+            self._lifecycle.rewind(seq)
+        elif seq.state is SequenceState.RETIRED:
+            self._lifecycle.requeue(seq, now_s)
 
     def _settle(self, seq: Sequence, shortfall: int, now_s: float) -> None:
         """Corrects the counts of a sequence that got `shortfall` tokens less than planned."""

@@ -24,7 +24,7 @@ from jserve.core.step import (
     mask_words,
     page_entries,
 )
-from jserve.scheduler.simulated_model import EMPTY_DIGEST, SimulatedModel, extend
+from jserve.scheduler.simulated_model import EMPTY_DIGEST, SimulatedModel, allows, extend
 from jserve.scheduler.simulated_pages import PlanError, SimulatedPages, require
 
 
@@ -131,12 +131,18 @@ class SimulatedExecutor:
     def _check_mask(self, mask: MaskRow, name: str) -> None:
         words, vocab = mask.words, self._model.vocab
         require(len(words) == 4 * mask_words(vocab), f"{name}: a mask of {len(words)} bytes")
-        require(any(_allows(words, token) for token in range(vocab)), f"{name}: a mask of nothing")
+        require(any(allows(words, token) for token in range(vocab)), f"{name}: a mask of nothing")
 
     def _admit(self, plan: StepPlan) -> None:
+        fresh = {
+            chunk.slot for chunk in plan.chunks if any(new.first == 0 for new in chunk.pages)
+        }
         for admission in plan.admissions:
             require(0 <= admission.slot < len(self._slots), f"no slot {admission.slot}")
-            self._slots[admission.slot] = self._new_slot(admission)
+            before, slot = self._slots[admission.slot], self._new_slot(admission)
+            if before and before.request.id == slot.request.id and admission.slot not in fresh:
+                slot.pages, slot.writers = before.pages, before.writers
+            self._slots[admission.slot] = slot
 
     def _new_slot(self, admission: Admission) -> _Slot:
         request = admission.request
@@ -272,10 +278,7 @@ class SimulatedExecutor:
 
     def _sample(self, slot: _Slot, digest: int, row: int, outcome: "_Outcome") -> None:
         num_output = slot.num_computed - len(slot.request.prompt)
-        token = self._model.sample(digest, slot.request, num_output)
-        if (mask := outcome.masks.pop(row, None)) is not None:
-            while not _allows(mask, token):
-                token = (token + 1) % self._model.vocab
+        token = self._model.sample(digest, slot.request, num_output, outcome.masks.pop(row, None))
         sampling = slot.request.sampling
         code = FinishCode.RUNNING
         if token in slot.stops and num_output + 1 > sampling.min_tokens:
@@ -336,10 +339,6 @@ class _Outcome:
             self._prompt_logprobs,
             self._landed,
         )
-
-
-def _allows(words: bytes, token: int) -> bool:
-    return bool(words[token // 8] >> token % 8 & 1)
 
 
 def _no_logprobs(rows: int, steps: int) -> RowLogprobs:
