@@ -31,6 +31,7 @@ class GrammarCompiler:
         except ValueError as error:
             raise ConfigError(f"llguidance does not know this tokenizer: {error}") from error
         self.vocab = vocab
+        self.eos_token_ids = eos_token_ids
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
         self._kept_chars = 0

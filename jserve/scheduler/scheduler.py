@@ -287,6 +287,7 @@ class Scheduler:
             if num != len(new):
                 new = new[:num]
             finish = _FINISH_REASONS[codes[row]]
+            error = None
             if seq.constraint is not None:
                 bound = self._accept(seq, chunks[row].max_new, new, finish, now_s)
                 if bound is None:
