@@ -67,7 +67,7 @@ class Tally:
     expected: dict[int, Answer] = field(default_factory=dict[int, Answer])
     answers: int = 0
     interrupted: int = 0  # answers during which the engine was killed
-    put_off: int = 0  # requests refused with 503 while no engine was there, and sent again
+    put_off: int = 0  # requests refused with 503, and sent again
     wrong: list[str] = field(default_factory=list[str])
     killed_s: list[float] = field(default_factory=list[float])
     ready_s: list[float] = field(default_factory=list[float])  # from each death to the next /ready
@@ -93,7 +93,7 @@ def make_asks(count: int, max_tokens: int, seed: int) -> list[Ask]:
 
 
 async def answer_of(client: httpx.AsyncClient, ask: Ask, tally: Tally) -> Answer:
-    """The answer to `ask`, sent again while no engine is there. Raises BenchmarkError."""
+    """The answer to `ask`, sent again while it is refused. Raises BenchmarkError."""
     while True:
         async with client.stream("POST", "/v1/completions", json=ask.body) as reply:
             if reply.status_code == 503 and reply.headers.get("retry-after"):

@@ -59,7 +59,6 @@ class EngineProcess:
         self._failure: Failed | None = None
         self._ready_at_s: float | None = None
         self._hangs = False  # the present engine is being ended for it
-        self.num_restarts = 0
 
     @property
     def pid(self) -> int | None:
@@ -95,7 +94,6 @@ class EngineProcess:
                     "restart_in_s": delay_s,
                 },
             )
-            self.num_restarts += 1
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay_s)
 

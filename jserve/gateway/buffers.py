@@ -1,5 +1,6 @@
 """Budget of the output that clients have not read: who exceeds it is told, and holds nothing."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,11 +20,18 @@ class BufferBudget:
     used_bytes: int = 0
     accounts: set["BufferAccount"] = field(default_factory=set["BufferAccount"])
 
-    def open(self) -> "BufferAccount":
-        """Starts the account of one request."""
-        account = BufferAccount(self)
+    def open(self, tenant: str) -> "BufferAccount":
+        """Starts the account of one request of `tenant`."""
+        account = BufferAccount(self, tenant)
         self.accounts.add(account)
         return account
+
+    def largest(self) -> "BufferAccount":
+        """Returns the largest account of the tenant who holds the most bytes."""
+        held = Counter[str]()
+        for account in self.accounts:
+            held[account.tenant] += account.held_bytes
+        return max(self.accounts, key=lambda it: (held[it.tenant], it.tenant, it.held_bytes))
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +39,7 @@ class BufferAccount:
     """Bytes that one request holds. `close` gives all of them back."""
 
     budget: BufferBudget
+    tenant: str
     held_bytes: int = 0
     # Called with the error, once, when the request holds too much; they drop what they hold.
     on_full: list[Callable[[Overloaded], None]] = field(
@@ -40,7 +49,9 @@ class BufferAccount:
     def add(self, num_bytes: int) -> None:
         """Counts bytes, negative ones when they are read.
 
-        Over the request's budget it ends; over the gateway's, the request that holds most ends.
+        Over the request's budget the request ends. Over the gateway's, the largest request of the
+        tenant who holds the most ends, until the rest fits: a tenant who reads loses nothing to
+        one who does not.
         """
         budget = self.budget
         if self not in budget.accounts:
@@ -49,9 +60,9 @@ class BufferAccount:
         budget.used_bytes += num_bytes
         if self.held_bytes > budget.max_request_bytes:
             self._fail(f"{budget.max_request_bytes} bytes (gateway.max_request_buffer_bytes)")
-        elif budget.used_bytes > budget.max_bytes:
-            largest = max(budget.accounts, key=lambda account: account.held_bytes)
-            largest._fail(f"of all requests {budget.max_bytes} bytes (gateway.max_buffer_bytes)")
+        while budget.used_bytes > budget.max_bytes:
+            limit = f"of all requests {budget.max_bytes} bytes (gateway.max_buffer_bytes)"
+            budget.largest()._fail(limit)
 
     def close(self) -> None:
         """Gives everything back; idempotent."""

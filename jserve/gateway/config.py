@@ -45,7 +45,8 @@ class GatewayConfig:
     # Bounds of connections. HTTP keeps a few more for probes; gRPC has its own count.
     max_connections: int = 16_384
     head_timeout_s: float = 10.0  # first byte and head of a request
-    body_timeout_s: float = 30.0  # its body, and a second more for each 16 KiB of it
+    # Its body, and a second more for each 16 KiB of it; over gRPC its whole message.
+    body_timeout_s: float = 30.0
     write_timeout_s: float = 60.0  # a client that takes nothing of its answer
 
     # Bounds of one request. The engine has its own bounds of context and queue.
@@ -67,7 +68,8 @@ class GatewayConfig:
 
     # Output that clients have not read, in bytes; over a bound the request ends with an error.
     max_request_buffer_bytes: int = 32 << 20  # of one request
-    max_buffer_bytes: int = 256 << 20  # of all together
+    # Of all together. Over it, the largest request of the tenant who holds the most ends.
+    max_buffer_bytes: int = 256 << 20
 
     default_temperature: float | None = None
     default_top_k: int | None = None
@@ -79,7 +81,7 @@ class GatewayConfig:
     sse_keep_alive_s: float = 15.0  # comment frames while nothing else is sent
     grpc_keepalive_s: float = 60.0  # pings to idle clients
     reconnect_s: float = 0.25  # pause between attempts to reach the engine
-    # Longest time that a running request waits for the next engine after one has died.
+    # Longest time that a request waits for the next engine after one has died.
     resume_wait_s: float = 60.0
     drain_s: float = 30.0  # time for requests to finish after SIGTERM
 

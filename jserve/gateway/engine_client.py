@@ -40,10 +40,11 @@ class EngineClient(Protocol):
     def submit(self, requests: Sequence[Request]) -> "UpdateStream":
         """Starts sequences that share one stream of updates, usually the choices of one prompt.
 
-        Raises at once Unavailable when no engine is there, and RequestError when an id is that of a
-        live sequence or is given twice, Overloaded when too many are in flight. A refusal by the
-        engine (Overloaded, RequestError) is raised by the stream. When the engine dies, sequences
-        go on in the next one; the stream raises Unavailable if there is none in time.
+        Raises at once Unavailable when no engine is there and none is waited for, RequestError when
+        an id is that of a live sequence or is given twice, Overloaded when too many are in flight.
+        A refusal by the engine (Overloaded, RequestError) is raised by the stream. When the engine
+        dies, sequences go on in the next one, and new ones wait for it; the stream raises
+        Unavailable if there is none in time.
         """
         ...
 
@@ -209,9 +210,14 @@ class _Live:
     stream: UpdateStream
     opened_s: float = 0.0
     output: list[int] = field(default_factory=list[int])  # tokens that were received
-    lost_s: float | None = None  # when its engine was lost; None while an engine has it
+    lost_s: float | None = None  # since when no engine has it; None while one has it
     num_deaths: int = 0  # engines that were lost since it last got a token
     begun: bool = False  # an update was received
+
+    @property
+    def had_engine(self) -> bool:
+        """Whether an engine that is gone had accepted it."""
+        return self.num_deaths > 0 or bool(self.output)
 
     def deadline_s(self, now_s: float) -> float | None:
         """Seconds that are left until the request's deadline."""
@@ -238,11 +244,16 @@ class LiveStreams:
         return len(self._live)
 
     def open(
-        self, client: EngineClient, requests: Sequence[Request], now_s: float = 0.0
+        self,
+        client: EngineClient,
+        requests: Sequence[Request],
+        now_s: float = 0.0,
+        *,
+        lost: bool = False,
     ) -> tuple[UpdateStream, list[Request]]:
         """Starts the stream that `requests` share; returns it, and them as the engine gets them.
 
-        Their deadlines count from `now_s`.
+        Their deadlines count from `now_s`. With `lost` no engine is there; `resume` returns them.
 
         Raises RequestError, and starts nothing, when an id is that of a live sequence or is given
         twice.
@@ -253,7 +264,9 @@ class LiveStreams:
                 raise RequestError(f"request id {request.id!r} is in use", param="request_id")
             ids.add(request.id)
         stream = UpdateStream(client, [request.id for request in requests])
-        return stream, [self._enter(_Live(request, stream, now_s)) for request in requests]
+        lost_s = now_s if lost else None
+        lives = [_Live(request, stream, now_s, lost_s=lost_s) for request in requests]
+        return stream, [self._enter(live) for live in lives]
 
     def _enter(self, live: _Live) -> Request:
         """Gives a sequence a new name; returns the request under it."""
@@ -338,7 +351,7 @@ class LiveStreams:
             replace(
                 self._enter(live),
                 output=tuple(live.output),
-                resumed=True,
+                resumed=live.had_engine,
                 deadline_s=live.deadline_s(now_s),
             )
             for live in old

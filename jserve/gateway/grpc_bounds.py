@@ -1,10 +1,11 @@
-"""Counts the parts of a large gRPC message before it is parsed.
+"""Bounds of a call's request: the time until it comes, and its parts, counted before it is parsed.
 
 Protobuf parses millions of empty parts in a third of a second, in which the event loop serves
 nobody. The count stops at the bound, so it takes a few milliseconds whatever the message is.
 """
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -108,3 +109,43 @@ def _refusing(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         return await method(request, context)
 
     return call
+
+
+class AwaitedMessages(grpc.aio.ServerInterceptor):
+    """Ends calls of one request whose request does not come within `timeout_s`.
+
+    gRPC reads the request of such a call before it calls the method, and waits for ever. So the
+    method becomes one that reads a stream, which looks the same to the client, and whose first
+    message is the request. A method that takes a stream stays as it is: its client may have nothing
+    to ask yet.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+
+    async def intercept_service(
+        self, continuation: Any, handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        """Puts the wait before a method that takes one request."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        if handler.response_streaming:
+            make, method = grpc.stream_stream_rpc_method_handler, handler.unary_stream
+        else:
+            make, method = grpc.stream_unary_rpc_method_handler, handler.unary_unary
+
+        async def call(requests: AsyncIterator[Any], context: Any) -> Any:
+            return await method(await self._first(requests, context), context)
+
+        return make(call, handler.request_deserializer, handler.response_serializer)
+
+    async def _first(self, requests: AsyncIterator[Any], context: Any) -> Any:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await anext(requests)
+        except TimeoutError:
+            message = f"the request did not come within {self._timeout_s:g} s"
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, message)
+        except StopAsyncIteration:
+            await abort(context, RequestError("the call ended without a request; send one"))

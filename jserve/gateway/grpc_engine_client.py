@@ -77,9 +77,10 @@ class GrpcEngineClient:
     ) -> None:
         """When the engine is gone, sequences wait for the next one, which continues them.
 
-        Sequences fail after `resume_wait_s` without an engine, or when they have lost three engines
-        since their last token. `on_hang` is called when `watch` finds that the engine hangs, to
-        end it. Without `on_hang` nobody can: then the engine gets no new work until it moves again.
+        New sequences wait with them, unless no engine was ever there. Sequences fail after
+        `resume_wait_s` without an engine, or when they have lost three engines since their last
+        token. `on_hang` is called when `watch` finds that the engine hangs, to end it. Without
+        `on_hang` nobody can: then the engine gets no new work until it moves again.
         """
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
@@ -147,7 +148,9 @@ class GrpcEngineClient:
         self._streams.fail_all(_stopped())
 
     def submit(self, requests: Sequence[Request]) -> UpdateStream:
-        if self._outgoing is None or self.info is None or not self.ready:
+        outgoing = self._outgoing
+        waits = outgoing is None and self._resume_wait_s > 0
+        if self.info is None or not (self.ready or waits):
             raise Unavailable(
                 "the engine is starting or restarting; try again", retry_after_s=_RETRY_AFTER_S
             )
@@ -158,9 +161,10 @@ class GrpcEngineClient:
                 f"{len(self._streams)} sequences are in flight; try again", retry_after_s=1.0
             )
         now_s = asyncio.get_running_loop().time()
-        stream, named = self._streams.open(self, requests, now_s)
-        for request in named:
-            self._outgoing.put_nowait(request)
+        stream, named = self._streams.open(self, requests, now_s, lost=waits)
+        if outgoing is not None:
+            for request in named:
+                outgoing.put_nowait(request)
         return stream
 
     def abort(self, request_id: str) -> None:
@@ -312,7 +316,7 @@ class GrpcEngineClient:
 
 
 def _stopped() -> Unavailable:
-    words = "the engine stopped while it worked on the request; send it again"
+    words = "the engine stopped before it ended the request; send it again"
     return Unavailable(words, retry_after_s=_RETRY_AFTER_S)
 
 

@@ -13,8 +13,9 @@ from jserve.core.errors import ConfigError, Unauthenticated
 from jserve.gateway.api_keys import ApiKeys
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.connection_limits import ConnectionLimits
-from jserve.gateway.grpc_bounds import BoundedMessages
+from jserve.gateway.grpc_bounds import AwaitedMessages, BoundedMessages
 from jserve.gateway.grpc_errors import abort
+from jserve.gateway.grpc_messages import EncodedResponses
 from jserve.gateway.grpc_service import InferenceService
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import RequestPlane
@@ -116,6 +117,9 @@ class GrpcServer:
         interceptors: list[grpc.aio.ServerInterceptor] = []
         if keys is not None:
             interceptors.append(ApiKeyInterceptor(keys))
+        # HTTP adds time for the bytes of a body; gRPC does not say how many have come.
+        interceptors.append(AwaitedMessages(config.body_timeout_s))
+        interceptors.append(EncodedResponses())
         interceptors.append(BoundedMessages(config.max_chat_messages * _PARTS_OF_A_MESSAGE + 2048))
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(config))
         inference_pb2_grpc.add_InferenceServicer_to_server(

@@ -68,7 +68,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.TokenizeResponse:
         try:
             self._plane.check_model(request.model)
-            prompt = await parse_prompt(self._plane, request)
+            caller = self._caller(context)
+            with self._plane.preparing(caller, 1, None):
+                prompt = await parse_prompt(self._plane, request, caller)
             return inference_pb2.TokenizeResponse(
                 token_ids=prompt.ids, max_model_len=self._plane.info.max_model_len
             )
@@ -81,7 +83,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         """Detokenizes, special tokens included."""
         try:
             self._plane.check_model(request.model)
-            text = await self._plane.prompts.detokenize("token_ids", request.token_ids)
+            with self._plane.preparing(self._caller(context), 1, None):
+                text = await self._plane.prompts.detokenize("token_ids", request.token_ids)
             return inference_pb2.DetokenizeResponse(text=text)
         except JserveError as error:
             await abort(context, error)

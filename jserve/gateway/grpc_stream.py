@@ -16,7 +16,7 @@ from jserve.gateway.request_plane import OutputStream, RequestPlane
 from jserve.gateway.tenants import Caller
 from jserve.proto import inference_pb2
 
-Write = Callable[[inference_pb2.GenerateResponse], Awaitable[None]]
+Write = Callable[[bytes], Awaitable[None]]
 
 
 @dataclass(slots=True)
@@ -117,8 +117,9 @@ class GenerateStream:
             del self._live[message.request_id]
 
     async def _fail(self, request_id: str, failure: inference_pb2.Failure) -> None:
-        await self._write(inference_pb2.GenerateResponse(request_id=request_id, error=failure))
+        response = inference_pb2.GenerateResponse(request_id=request_id, error=failure)
+        await self._write(response.SerializeToString())
 
-    async def _write(self, response: inference_pb2.GenerateResponse) -> None:
+    async def _write(self, response: bytes) -> None:
         async with self._write_lock:
             await self._unlocked_write(response)

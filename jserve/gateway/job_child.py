@@ -1,6 +1,6 @@
 """The child side of `job_process`: runs jobs from standard input, one after another, in bounds.
 
-Started as `python -m jserve.gateway.job_child MODULE MEMORY_BYTES CPU_S NICENESS`. The module has
+Started as `python -m jserve.gateway.job_child MODULE MEMORY_BYTES CPU_S`. The module has
 `make_handler(start: bytes) -> Handler`. The process ends with its parent: at the end of the input,
 or when a job's time is over, for which the kernel ends it.
 """
@@ -24,6 +24,10 @@ Handler = Callable[[bytes], bytes]
 HEAD = struct.Struct("<BQ")
 LENGTH = struct.Struct("<Q")  # what a job begins with
 DONE, REFUSED, OUT_OF_MEMORY, FAILED = range(4)
+
+# On a busy machine a job must not take the processor from the event loop that serves everybody, or
+# from the engine: the client of one large body or slow template waits instead.
+_NICENESS = 10
 
 
 def read_exactly(stream: BinaryIO, size: int) -> bytes | None:
@@ -60,11 +64,12 @@ def run(handler: Handler, job: bytes) -> tuple[int, bytes]:
         return FAILED, f"{type(error).__name__}: {error}".encode(errors="replace")
 
 
-def main(module: str, memory_bytes: int, cpu_s: float, niceness: int) -> None:
+def main(module: str, memory_bytes: int, cpu_s: float) -> None:
     """Serves until the input ends, or until a job has used up the memory."""
     jobs, replies = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing else is a reply
-    os.nice(niceness)
+    os.nice(_NICENESS)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody needs a traceback of a parent that left
     start = read_job(jobs)
     if start is None:
         return
@@ -86,4 +91,4 @@ def main(module: str, memory_bytes: int, cpu_s: float, niceness: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), float(sys.argv[3]))

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from jserve.core.errors import EngineError, PromptTooLong, RequestError
 from jserve.gateway.job_child import DONE, FAILED, HEAD, LENGTH, OUT_OF_MEMORY, REFUSED
+from jserve.gateway.turns import TenantTurns
 
 _READ_BYTES = 1 << 20
 
@@ -41,7 +42,8 @@ class JobLimits:
 class JobProcesses:
     """Up to `most` processes with the handler of one module; started at need, replaced when ended.
 
-    They are idle between jobs, and end with this process or with this object.
+    They are idle between jobs, and end with this process or with this object. Their standard error
+    is that of this process. Tenants take turns at them. Owned by one event loop.
     """
 
     def __init__(
@@ -51,15 +53,15 @@ class JobProcesses:
         limits: JobLimits,
         *,
         most: int = 1,
-        niceness: int = 0,
     ) -> None:
         """`start` is what the module's `make_handler` gets."""
         self._command = (
             *(sys.executable, "-m", "jserve.gateway.job_child", module),
-            *(str(limits.memory_bytes), str(limits.cpu_s), str(niceness)),
+            *(str(limits.memory_bytes), str(limits.cpu_s)),
         )
         self._start = start
         self._limits = limits
+        self._turns = TenantTurns(most)
         self._threads = ThreadPoolExecutor(most, thread_name_prefix=module.rpartition(".")[2])
         self._lock = threading.Lock()
         self._idle: list[subprocess.Popen[bytes]] = []
@@ -75,15 +77,26 @@ class JobProcesses:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._finalizer()
 
-    async def call(self, job: bytes) -> bytes:
-        """Returns the handler's reply.
+    async def call(self, job: bytes, tenant: str) -> bytes:
+        """Returns the handler's reply, once it was the turn of `tenant`.
 
         Raises:
             RequestError: the handler refused the job.
             JobStopped: the job exceeded a limit.
             EngineError: the handler failed, or no process can be started.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, job)
+        await self._turns.take(tenant)
+        try:
+            if not self._finalizer.alive:
+                raise _closed()
+            loop = asyncio.get_running_loop()
+            running = loop.run_in_executor(self._threads, self._run, job)
+        except BaseException:
+            self._turns.give_back(tenant)
+            raise
+        running.add_done_callback(lambda _: self._turns.give_back(tenant))
+        # A caller that is cancelled leaves a process that works on, and its place is still taken.
+        return await asyncio.shield(running)
 
     def _warm(self) -> None:
         with self._lock:
@@ -128,7 +141,6 @@ class JobProcesses:
                 self._command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for this process, which drains
             )
         except OSError as error:
@@ -136,7 +148,7 @@ class JobProcesses:
         self._all.add(process)
         if not self._finalizer.alive:  # closed meanwhile
             self._discard(process)
-            raise EngineError("the server is shutting down")
+            raise _closed()
         try:
             _send(process, self._start)
         except OSError as error:
@@ -182,6 +194,10 @@ def _receive(process: subprocess.Popen[bytes], size: int, deadline_s: float) -> 
             raise BrokenPipeError("the process ended")
         data += piece
     return bytes(data)
+
+
+def _closed() -> EngineError:
+    return EngineError("the server is shutting down")
 
 
 def _refused(body: bytes) -> RequestError:

@@ -65,6 +65,17 @@ def delta_bytes(delta: OutputDelta) -> int:
     return len(delta.text) + 4 * len(delta.token_ids) + logprobs
 
 
+def num_logprobs(delta: OutputDelta) -> int:
+    """Number of log-probabilities: of tokens and of their alternatives."""
+    return sum(map(_num_entries, (delta.logprobs, delta.prompt_logprobs)))
+
+
+def _num_entries(logprobs: Sequence[TokenLogprobs | None] | None) -> int:
+    if isinstance(logprobs, PackedLogprobs):
+        return logprobs.num_entries
+    return sum(1 + len(entry.top) for entry in logprobs or () if entry is not None)
+
+
 def join(deltas: Sequence[OutputDelta]) -> OutputDelta:
     """Joins all deltas of one choice, in order, to one delta."""
     first, last = deltas[0], deltas[-1]

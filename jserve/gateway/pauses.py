@@ -2,6 +2,8 @@
 
 import asyncio
 
+# A list of more numbers is long, and is built in pieces. As many take one or two milliseconds.
+LARGE = 1000
 _BUSY_S = 0.002  # of work between two pauses
 
 

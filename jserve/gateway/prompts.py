@@ -10,6 +10,7 @@ from jserve.gateway.chat import ChatTemplate, check_messages
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.output import Prompt
 from jserve.gateway.template_process import TemplateProcess
+from jserve.gateway.tenants import LOCAL, Caller
 from jserve.gateway.tokenizer import TextTokenizer, TooManyTokens
 from jserve.gateway.validation import check_prompt, prompt_too_long, token_ids
 
@@ -104,6 +105,7 @@ class PromptMaker:
         self,
         messages: Any,
         *,
+        caller: Caller = LOCAL,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
         ignored: list[str] | None = None,
@@ -127,7 +129,10 @@ class PromptMaker:
                 param="messages",
             )
         text = await self._templates.render(
-            checked, add_generation_prompt=add_generation_prompt, variables=dict(variables or {})
+            checked,
+            tenant=caller.name,
+            add_generation_prompt=add_generation_prompt,
+            variables=dict(variables or {}),
         )
         return await self.of_text(text, add_special_tokens=False, most=most)
 

@@ -85,6 +85,9 @@ class RequestPlane:
         self._bounded = bounded
         self.tenants = TenantCounts()
         self.buffers = BufferBudget(config.max_buffer_bytes, config.max_request_buffer_bytes)
+        # Held while a long list of log-probabilities is encoded. Several at a time would finish no
+        # sooner, but the event loop would wait for a piece of each.
+        self.large_answers = asyncio.Lock()
         self.draining = False
         self._live: set[OutputStream] = set()
         self._idle = asyncio.Event()
@@ -209,7 +212,7 @@ class RequestPlane:
         *,
         deadline_s: float | None = None,
     ) -> OutputStream:
-        """Starts every choice. Raises Unavailable at once when no engine is there.
+        """Starts every choice. Raises what `EngineClient.submit` does.
 
         `metrics` count the output that is read. What is not read is counted to `account`, which
         several generations may share, else to one of its own. The engine drops what is not done in
@@ -250,7 +253,7 @@ class RequestPlane:
             for choice in range(generation.n)
         ]
         stream = self.engine.submit(requests)
-        own = self.buffers.open() if account is None and self._bounded else None
+        own = self.buffers.open(caller.name) if account is None and self._bounded else None
         if (charged := account or own) is not None:
             stream.charge(charged)
         deltas = OutputStream(
@@ -272,6 +275,7 @@ class RequestPlane:
     ) -> AbstractContextManager[None]:
         """Counts the sequences of a request, prompts × n, before there is any work on them.
 
+        A text that is only tokenized, or detokenized, counts as one.
         Raises RequestError if `n` is out of range. Raises Overloaded, when it is entered, if they
         are too many for one tenant.
         """

@@ -36,8 +36,12 @@ class TemplateProcess:
         """Ends the processes."""
         self._processes.close()
 
-    async def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-        """Returns the prompt text; `variables` are those of `ChatTemplate.render`.
+    async def render(
+        self, messages: Sequence[Mapping[str, Any]], *, tenant: str = "", **variables: Any
+    ) -> str:
+        """Returns the prompt text, once it was the turn of `tenant`.
+
+        `variables` are those of `ChatTemplate.render`.
 
         Raises:
             RequestError: the template refuses the messages, or exceeds its time or memory.
@@ -49,7 +53,7 @@ class TemplateProcess:
                 f"the messages are no valid JSON: {error}", param="messages"
             ) from error
         try:
-            text = await self._processes.call(job)
+            text = await self._processes.call(job, tenant)
         except JobStopped as error:
             raise RequestError(
                 f"the model's chat template cannot render these messages: {error}",

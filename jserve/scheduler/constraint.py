@@ -11,7 +11,8 @@ from jserve.core.request import SamplingParams
 class Constraint(Protocol):
     """What a sequence may generate, token by token. Owned by one sequence; used by one thread.
 
-    It sees every token of the output, in order, and only those that stand.
+    It sees every token of the output, in order, and only those that stand. Its methods raise
+    RequestError where it can't go on; that ends the sequence.
     """
 
     def mask(self) -> bytes | None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from jserve.cache.kv_cache import KVCache
 from jserve.core.errors import EngineError, Overloaded, PromptTooLong, RequestError, Unavailable
+from jserve.core.logprobs import PackedLogprobs
 from jserve.core.request import FinishReason, Request, SequenceUpdate
 from jserve.core.stats import EngineStats
 from jserve.core.step import Program, ProgramKind, RowLogprobs, StepPlan, StepResult
@@ -112,7 +113,7 @@ class Scheduler:
         if request.output:  # its first update went out with the first of these
             seq.reported, seq.plain = True, request.sampling.logprobs is None
         elif request.sampling.prompt_logprobs is not None:
-            seq.prompt_logprobs = [None for _ in request.prompt]
+            seq.prompt_logprobs = PackedLogprobs([None])
         if constraint is not None:
             self._bind(seq, constraint)
         self._num_arrivals += 1
@@ -292,7 +293,7 @@ class Scheduler:
                 bound = self._accept(seq, chunks[row].max_new, new, finish, now_s)
                 if bound is None:
                     continue
-                new, finish = bound
+                new, finish, error = bound
             else:
                 seq.output += new
             num_output += len(new)
@@ -312,11 +313,12 @@ class Scheduler:
             if not new and finish is None:
                 continue
             if seq.plain:
-                updates.append(SequenceUpdate(seq.id, tuple(new), finish))
+                updates.append(SequenceUpdate(seq.id, tuple(new), finish, error=error))
             else:
                 if not seq.reported and finish is None:
                     self._lifecycle.note_first_output(seq, now_s)
-                updates.append(_full_update(seq, row, new, finish, result))
+                update = _full_update(seq, row, new, finish, result)
+                updates.append(update if error is None else update._replace(error=error))
         self._counters.output_tokens += num_output
         return updates
 
@@ -327,18 +329,27 @@ class Scheduler:
         new: list[int],
         finish: FinishReason | None,
         now_s: float,
-    ) -> tuple[list[int], FinishReason | None] | None:
+    ) -> tuple[list[int], FinishReason | None, str | None] | None:
         """Adds those of a row's tokens that stand; returns them, and the end that they make.
 
-        None for a row that was planned behind a token which does not stand.
+        None for a row that was planned behind a token which does not stand. The last entry is why
+        the constraint can't go on, where that is the end.
         """
-        assert seq.constraint is not None
         if seq.num_stale > 0:
             seq.num_stale -= 1
             return None
         if not max_new:  # tokens of the prompt
-            return new, finish
+            return new, finish, None
         seq.num_unknown -= 1
+        try:
+            return self._accept_new(seq, new, finish, now_s)
+        except RequestError as error:
+            return [], FinishReason.ERROR, str(error)
+
+    def _accept_new(
+        self, seq: Sequence, new: list[int], finish: FinishReason | None, now_s: float
+    ) -> tuple[list[int], FinishReason | None, None]:
+        assert seq.constraint is not None
         stand = seq.constraint.accept(new)
         is_cut = stand < len(new)
         if is_cut:
@@ -346,14 +357,14 @@ class Scheduler:
             self._note_cut(seq, len(seq.output) + stand)
         seq.output += new
         if finish is not None:
-            return new, finish
+            return new, finish, None
         if seq.runs_ahead and seq.mask is not None and seq.num_unknown and not is_cut:
-            return new, None  # the next row is planned already: nobody needs this mask
+            return new, None, None  # the next row is planned already: nobody needs this mask
         if not self._take_mask(seq):
-            return new, FinishReason.STOP
+            return new, FinishReason.STOP, None
         if is_cut or (seq.mask is not None and not seq.runs_ahead and seq.num_unknown):
             self._cut(seq, now_s)
-        return new, None
+        return new, None, None
 
     def _note_cut(self, seq: Sequence, num_output: int) -> None:
         if seq.cut_at == num_output:  # its first token was masked this time
@@ -424,28 +435,31 @@ def _full_update(
     seq.reported = True
     seq.plain = num_top is None
     of_prompt, seq.prompt_logprobs = seq.prompt_logprobs, None
-    if of_prompt is not None and None in of_prompt[1:]:
+    if of_prompt is not None and len(of_prompt) != len(seq.request.prompt):
         raise EngineError(f"request {seq.id}: prompt log-probabilities are missing")
     return SequenceUpdate(
         seq.id,
         tuple(new),
         finish,
         logprobs=of_tokens,
-        prompt_logprobs=None if of_prompt is None else tuple(of_prompt),
+        prompt_logprobs=of_prompt,
         queue_s=seq.queue_s,
         cached_tokens=seq.cached_tokens,
     )
 
 
 def _collect_prompt_logprobs(step: Step, rows: RowLogprobs) -> None:
-    """Stores the prompt log-probabilities of a step; a recomputation stores the same again."""
+    """Stores the prompt log-probabilities of a step; of a recomputation only those not known."""
     first = 0
     for chunk, seq in zip(step.rows.chunks, step.rows.sequences, strict=True):
         num_top = seq.request.sampling.prompt_logprobs
         if chunk.prompt_targets and num_top is not None and seq.prompt_logprobs is not None:
-            start = chunk.start + 1
-            end = start + len(chunk.prompt_targets)
-            seq.prompt_logprobs[start:end] = logprobs.prompt_records(
-                rows, first, chunk.prompt_targets, num_top
-            )
+            num_known = len(seq.prompt_logprobs) - (chunk.start + 1)
+            if num_known < 0:
+                raise EngineError(f"request {seq.id}: prompt log-probabilities are missing")
+            if num_known < len(chunk.prompt_targets):
+                new = chunk.prompt_targets[num_known:]
+                seq.prompt_logprobs.extend(
+                    logprobs.prompt_records(rows, first + num_known, new, num_top)
+                )
         first += chunk.num_tokens

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from jserve.cache.pages import NO_PAGES, Pages
 from jserve.cache.prefix import PageChain
+from jserve.core.logprobs import PackedLogprobs
 from jserve.core.request import Request, TokenLogprobs
 from jserve.scheduler.constraint import Constraint
 
@@ -76,7 +77,8 @@ class Sequence:
     num_in_flight: int = 0  # submitted steps with a row of this sequence
     reported: bool = False  # the first update is out
     plain: bool = False  # later updates carry tokens alone
-    prompt_logprobs: list[TokenLogprobs | None] | None = None  # collected over chunks
+    # Collected over chunks: the prompt's positions so far, from its first one, which has none.
+    prompt_logprobs: PackedLogprobs[TokenLogprobs | None] | None = None
     cached_tokens: int = 0  # of the prompt, found when it was first admitted
     num_passed: int = 0  # sequences admitted before it while it waited for a page to be shared
     num_lost: int = 0  # computed tokens that a preemption took, until they are found or not

@@ -1,8 +1,6 @@
 """The engine dies under requests of every kind: all are answered as if it had not."""
 
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -28,23 +26,21 @@ def _streamed(client: httpx.Client, body: dict) -> list[dict]:
     """The choices of a stream, put together."""
     choices: dict[int, dict] = {}
     with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as reply:
-        if reply.status_code == 200:
-            for event in events(reply.iter_lines()):
-                for choice in event.get("choices") or [event]:
-                    assert "error" not in choice, choice
-                    whole = choices.setdefault(choice["index"], {"text": "", "tokens": []})
-                    whole["text"] += choice["text"]
-                    whole["finish"] = choice["finish_reason"]
-                    if choice.get("logprobs"):
-                        whole["tokens"] += choice["logprobs"]["tokens"]
-            return [choices[index] for index in sorted(choices)]
-    return _asked_again(_streamed, reply, client, body)
+        assert reply.status_code == 200  # also while no engine is there
+        for event in events(reply.iter_lines()):
+            for choice in event.get("choices") or [event]:
+                assert "error" not in choice, choice
+                whole = choices.setdefault(choice["index"], {"text": "", "tokens": []})
+                whole["text"] += choice["text"]
+                whole["finish"] = choice["finish_reason"]
+                if choice.get("logprobs"):
+                    whole["tokens"] += choice["logprobs"]["tokens"]
+    return [choices[index] for index in sorted(choices)]
 
 
 def _whole(client: httpx.Client, body: dict) -> list[dict]:
     reply = client.post("/v1/completions", json=body)
-    if reply.status_code != 200:
-        return _asked_again(_whole, reply, client, body)
+    assert reply.status_code == 200
     return [
         {
             "text": choice["text"],
@@ -53,19 +49,6 @@ def _whole(client: httpx.Client, body: dict) -> list[dict]:
         }
         for choice in reply.json()["choices"]
     ]
-
-
-def _asked_again(
-    ask: Callable[[httpx.Client, dict], list[dict]],
-    reply: httpx.Response,
-    client: httpx.Client,
-    body: dict,
-) -> list[dict]:
-    """New requests are refused while no engine is there, and told when to come again."""
-    assert reply.status_code == 503
-    assert int(reply.headers["retry-after"]) > 0
-    time.sleep(0.2)
-    return ask(client, body)
 
 
 def _answers(server: Server) -> list[list[dict]]:

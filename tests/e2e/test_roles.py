@@ -15,7 +15,8 @@ def test_gateway_and_engine_apart(tmp_path: Path) -> None:
     token.touch(0o600)
     token.write_text(f"{secrets.token_hex(32)}\n")
     flags = (f"--engine_address=127.0.0.1:{free_port()}", f"--engine_token_file={token}")
-    gateway = Server(CONFIG, tmp_path / "gateway", "--role=gateway", *flags)
+    wait = "--set=gateway.resume_wait_s=1"  # for an engine that does not come back
+    gateway = Server(CONFIG, tmp_path / "gateway", "--role=gateway", wait, *flags)
     engine = Server(CONFIG, tmp_path / "engine", "--role=engine", *flags)
     try:
         gateway.until(lambda: "waiting for the engine" in gateway.output)

@@ -1,4 +1,4 @@
-"""gRPC messages of millions of parts: counted before they are parsed."""
+"""gRPC requests that never come, or have millions of parts, which are counted before parsing."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jserve.gateway.grpc_bounds import count_parts
 from jserve.proto import inference_pb2, types_pb2
-from tests.gateway.grpc_serving import serving
+from tests.gateway.grpc_serving import all_of, failure, generate, serving
 
 REQUEST = inference_pb2.GenerateRequest.DESCRIPTOR
 
@@ -83,3 +83,51 @@ def test_parts_are_those_of_the_message(stops, biases, contents, n):
 @given(data=st.binary(max_size=200))
 def test_any_bytes_can_be_counted(data):
     assert 0 <= count_parts(data, REQUEST, 50) <= 51
+
+
+UNARY = {
+    "/jserve.v1.Inference/Generate": "stream_stream",
+    "/jserve.v1.Inference/Tokenize": "stream_unary",
+    "/grpc.health.v1.Health/Check": "stream_unary",
+    "/grpc.health.v1.Health/Watch": "stream_stream",
+}
+
+
+@pytest.mark.parametrize("method", UNARY)
+def test_a_call_whose_request_does_not_come_ends(method):
+    async def main():
+        async with serving(body_timeout_s=0.2, step_s=0.02) as (stub, engine, _, channel):
+
+            async def answer(*, closes: bool) -> grpc.aio.AioRpcError:
+                """The end of a call that sends no message, or says that it will send none."""
+                call = getattr(channel, UNARY[method])(method)()
+                if closes:
+                    await call.done_writing()
+                read = call.read() if UNARY[method] == "stream_stream" else call
+                return await failure(asyncio.wait_for(read, 5))
+
+            silent, closed = await asyncio.gather(answer(closes=False), answer(closes=True))
+            assert silent.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert silent.details() == "the request did not come within 0.2 s"
+            assert closed.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "without a request" in closed.details()
+            assert not engine.submitted
+            # The bound is of the request alone, not of its answer.
+            messages = await all_of(stub.Generate(generate(max_tokens=25)))
+            assert messages[-1].usage.completion_tokens == 25
+            assert messages[-1].timings.total_s > 0.4
+
+    asyncio.run(main())
+
+
+def test_a_stream_without_a_request_yet_stays_open():
+    async def main():
+        async with serving(body_timeout_s=0.1) as (stub, _, _, _):
+            stream = stub.GenerateStream()
+            await asyncio.sleep(0.3)
+            request = generate(max_tokens=2, request_id="a")
+            await stream.write(inference_pb2.GenerateStreamRequest(start=request))
+            await stream.done_writing()
+            assert (await all_of(stream))[-1].usage.completion_tokens == 2
+
+    asyncio.run(main())

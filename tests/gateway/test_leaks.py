@@ -44,7 +44,7 @@ async def one(plane: RequestPlane, rng: random.Random, outcomes: Counter[str]) -
     except Overloaded:
         outcomes["overloaded"] += 1
     except Unavailable as error:  # asks again
-        outcomes["cut off"] += "stopped while" in str(error)
+        outcomes["cut off"] += "the engine stopped" in str(error)
         await asyncio.sleep(0.01)
         await one(plane, rng, outcomes)
 

@@ -15,6 +15,7 @@ from jserve.core.errors import (
 from jserve.core.request import FinishReason
 from jserve.gateway.fake_engine import FakeEngine
 from jserve.gateway.request_plane import Prompt
+from jserve.gateway.tenants import Caller
 from jserve.gateway.validation import SamplingFields
 from tests.gateway.fixtures import INFO, closing, eventually, make_plane
 
@@ -70,6 +71,22 @@ def test_reader_that_pauses_gets_one_merged_piece():
             await anext(deltas)
 
     run(scenario)
+
+
+def test_a_tenant_who_does_not_read_ends_no_request_of_another():
+    async def main():
+        async with closing(FakeEngine(INFO)) as engine:
+            plane = make_plane(engine, max_buffer_bytes=4900)  # a token takes 4
+            ann, bob = Caller("ann"), Caller("bob")
+            unread = [plane.run(prepare(plane, max_tokens=400, caller=bob)) for _ in range(2)]
+            await eventually(lambda: engine.stats.num_steps == 400)
+            larger = plane.run(prepare(plane, max_tokens=450, caller=ann))
+            await eventually(lambda: engine.stats.num_steps == 850)
+            assert sum([len(delta.token_ids) async for delta in larger]) == 450
+            results = await asyncio.gather(*(anext(it) for it in unread), return_exceptions=True)
+            assert [isinstance(it, Overloaded) for it in results].count(True) == 1
+
+    asyncio.run(main())
 
 
 def test_a_timeout_while_waiting_loses_nothing():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jserve.core.errors import EngineError, Unavailable
+from jserve.core.errors import EngineError, Overloaded, Unavailable
 from jserve.core.request import EngineInfo, FinishReason, Request, SamplingParams, SequenceUpdate
 from jserve.core.stats import EngineStats
 from jserve.engine.worker.session_server import serve_sessions
@@ -177,6 +177,47 @@ def test_nobody_waits_longer_than_the_deadline() -> None:
             with pytest.raises(Unavailable, match="send it again") as refused:
                 _ = [update async for update in stream]
             assert refused.value.retry_after_s > 0
+        assert len(site.client._streams) == 0
+
+    run(main, resume_wait_s=0.3)
+
+
+def test_a_new_request_waits_for_the_next_engine_as_well() -> None:
+    async def main(site: Site) -> None:
+        with pytest.raises(Unavailable):  # nobody knows yet whether it can be answered
+            site.client.submit([request("early")])
+        async with site.engine() as first:
+            old = site.client.submit([request("old")])
+            await eventually(lambda: first.num_added == 1)
+        new, gone = (site.client.submit([request(name)]) for name in ("new", "gone"))
+        gone.close()
+        assert not site.client.ready
+        async with site.engine() as second:
+            await eventually(lambda: second.num_added == 2)
+            waiting = [it.request for it in second.sequences.waiting]
+            # The queue may be full for a request that no engine has accepted.
+            assert [(it.id.split(".")[0], it.resumed) for it in waiting] == [
+                ("old", True),
+                ("new", False),
+            ]
+            second.paused.clear()
+            for name, stream in (("old", old), ("new", new)):
+                assert tokens([it async for it in stream], name) == scripted(request(name))[:40]
+
+    run(main)
+
+
+def test_a_new_request_waits_no_longer_than_the_others_and_has_the_same_bound() -> None:
+    async def main(site: Site) -> None:
+        async with site.engine():
+            pass
+        most = ROOMY.num_slots + ROOMY.max_queue + 64
+        streams = [site.client.submit([request(f"r{number}")]) for number in range(most)]
+        with pytest.raises(Overloaded):
+            site.client.submit([request("one too many")])
+        for stream in streams:
+            with pytest.raises(Unavailable, match="send it again"):
+                await anext(stream)
         assert len(site.client._streams) == 0
 
     run(main, resume_wait_s=0.3)

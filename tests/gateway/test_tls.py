@@ -1,6 +1,7 @@
 """TLS of both front ends, with certificates that are renewed while the server runs."""
 
 import asyncio
+import contextlib
 import logging
 import socket
 import ssl
@@ -16,14 +17,15 @@ from starlette.responses import PlainTextResponse
 
 from jserve.core.errors import ConfigError
 from jserve.gateway.config import GatewayConfig
+from jserve.gateway.connection_limits import RESERVE, ConnectionLimits
 from jserve.gateway.fake_engine import FakeEngine
 from jserve.gateway.grpc_server import GrpcServer
 from jserve.gateway.http.server import HttpServer
-from jserve.gateway.metrics import GatewayMetrics
+from jserve.gateway.metrics import ConnectionCounts, GatewayMetrics
 from jserve.gateway.tls import TlsFiles
 from jserve.proto import inference_pb2, inference_pb2_grpc
 from tests.gateway.certificates import Pair, make_pair
-from tests.gateway.fixtures import INFO, closing, make_plane
+from tests.gateway.fixtures import INFO, closing, eventually, make_plane
 
 
 def common_name(port: int, pair: Pair, name: str | None) -> str:
@@ -90,6 +92,125 @@ def test_every_connection_is_answered_under_uvloop(tmp_path):
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())
+
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+@contextlib.asynccontextmanager
+async def https(pair: Pair, counts: ConnectionCounts, **limits):
+    """A server with limits; yields a function that asks a path of it in a new connection."""
+    app = PlainTextResponse("alive")
+    server = HttpServer(
+        app,
+        host="127.0.0.1",
+        port=0,
+        drain_s=1.0,
+        tls=TlsFiles(pair.certificate, pair.key),
+        limits=ConnectionLimits.from_config(GatewayConfig(**limits)),
+        counts=counts,
+    )
+    await server.start()
+    verify = ssl.create_default_context(cafile=str(pair.certificate))
+
+    async def ask(path: str) -> int:
+        async with httpx.AsyncClient(verify=verify, timeout=5) as http:
+            return (await http.get(f"https://localhost:{server.port}{path}")).status_code
+
+    yield server.port, ask
+    await server.stop()
+
+
+async def ended(reader: asyncio.StreamReader) -> bool:
+    """Whether the server closes the connection within five seconds."""
+    with contextlib.suppress(ConnectionResetError):
+        await asyncio.wait_for(reader.read(), 5)
+    return True
+
+
+def run(loop: str, main) -> None:
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        runner.run(main())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_connections_without_a_handshake_are_counted_and_leave_room_for_probes(tmp_path, loop):
+    pair, counts = make_pair(tmp_path, "first"), ConnectionCounts()
+
+    async def main():
+        async with https(pair, counts, max_connections=4) as (port, ask):
+            silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(4)]
+            await eventually(lambda: counts.open == 4)
+            assert [await ask(path) for path in ("/health", "/ready", "/x")] == [200, 200, 503]
+            # More than the reserve holds: the oldest make room for the newest, and for a probe.
+            extra = [await asyncio.open_connection("127.0.0.1", port) for _ in range(60)]
+            assert await ended(extra[0][0])
+            await eventually(lambda: counts.refused >= 60 - RESERVE)
+            assert counts.open == 4 + RESERVE
+            assert [await ask(path) for path in ("/health", "/ready")] == [200, 200]
+            for _, writer in silent + extra:
+                writer.close()
+            await eventually(lambda: counts.open == 0)
+            assert await ask("/x") == 200
+            stays = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+            await eventually(lambda: counts.open == 3)
+        assert all([await ended(reader) for reader, _ in stays])  # the server has stopped
+        for _, writer in stays:
+            writer.close()
+        assert counts.open == 0
+
+    run(loop, main)
+
+
+# The first bytes of a hello, a whole record of nonsense, and another protocol.
+@pytest.mark.parametrize("sent", [b"", b"\x16\x03\x01\x02\x00", b"GET / HTTP/1.1\r\n\r\n"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_handshake_that_does_not_come_is_given_up(tmp_path, loop, sent):
+    pair, counts = make_pair(tmp_path, "first"), ConnectionCounts()
+
+    async def main():
+        async with https(pair, counts, head_timeout_s=0.3) as (port, ask):
+            begin_s = asyncio.get_running_loop().time()
+            pairs = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+            for _, writer in pairs:
+                writer.write(sent)
+            await asyncio.gather(*(ended(reader) for reader, _ in pairs))
+            is_tls = not sent.startswith(b"GET")
+            assert (asyncio.get_running_loop().time() - begin_s >= 0.3) == is_tls
+            await eventually(lambda: counts.open == 0)
+            assert counts.timed_out == 20 * is_tls
+            for _, writer in pairs:
+                writer.close()
+            assert await ask("/health") == 200
+
+    run(loop, main)
+
+
+def test_grpc_counts_connections_without_a_handshake(tmp_path):
+    pair = make_pair(tmp_path, "first")
+
+    async def main():
+        engine = FakeEngine(INFO)
+        plane = make_plane(
+            engine,
+            tls_cert=str(pair.certificate),
+            tls_key=str(pair.key),
+            max_connections=4,
+            head_timeout_s=0.5,
+        )
+        server = GrpcServer(plane, GatewayMetrics(clock=plane.clock))
+        await server.start()
+        async with closing(engine):
+            pairs = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(8)]
+            closing_tasks = [asyncio.create_task(ended(reader)) for reader, _ in pairs]
+            await asyncio.sleep(0.25)
+            assert sum(task.done() for task in closing_tasks) == 4  # above the limit
+            await asyncio.gather(*closing_tasks)
+            for _, writer in pairs:
+                writer.close()
+        await server.stop(0)
+
+    asyncio.run(main())
 
 
 def test_grpc_follows_the_files(tmp_path):

@@ -6,7 +6,7 @@ import logging
 import sys
 import termios
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -25,6 +25,18 @@ _MAX_ENDS = 200  # connections ended in one sweep, some milliseconds
 _LOG_PAUSE_S = 10.0  # between log lines about refused connections
 
 
+class Connection(Protocol):
+    """What the door knows of a connection."""
+
+    def abort(self) -> None:
+        """Closes it at once."""
+        ...
+
+    def end_if_late(self, now_s: float) -> bool:
+        """Ends the connection if its client kept it waiting for too long; whether it did."""
+        ...
+
+
 class Door:
     """Knows the open connections, keeps them within limits, and logs those that it closes.
 
@@ -36,8 +48,8 @@ class Door:
     def __init__(self, limits: ConnectionLimits, counts: ConnectionCounts) -> None:
         self.limits = limits
         self._counts = counts
-        self._within: set[TimedProtocol] = set()  # the limit
-        self._extra: dict[TimedProtocol, None] = {}  # above it, the oldest first
+        self._within: set[Connection] = set()  # the limit
+        self._extra: dict[Connection, None] = {}  # above it, the oldest first
         self._unlogged = 0
         self._logged_s = -_LOG_PAUSE_S
 
@@ -48,9 +60,15 @@ class Door:
         shortest = min(limits.head_timeout_s, limits.body_timeout_s, limits.write_timeout_s)
         return min(1.0, shortest / 4)
 
-    def enter(self, connection: "TimedProtocol") -> bool:
-        """Takes in a connection; whether it is within the limit. Again when one above it asks."""
+    def enter(self, connection: Connection, instead_of: Connection | None = None) -> bool:
+        """Takes in a connection; whether it is within the limit. Again when one above it asks.
+
+        `instead_of` is the same connection before its TLS handshake, whose place this one takes.
+        """
         self._extra.pop(connection, None)
+        if instead_of is not None:
+            self._within.discard(instead_of)
+            self._extra.pop(instead_of, None)
         is_within = len(self._within) < self.limits.max_connections
         if is_within:
             self._within.add(connection)
@@ -58,13 +76,13 @@ class Door:
             if len(self._extra) >= RESERVE:
                 oldest = next(iter(self._extra))
                 del self._extra[oldest]
-                oldest.transport.abort()
+                oldest.abort()
                 self.refuse()
             self._extra[connection] = None
         self._count()
         return is_within
 
-    def leave(self, connection: "TimedProtocol") -> None:
+    def leave(self, connection: Connection) -> None:
         self._within.discard(connection)
         self._extra.pop(connection, None)
         self._count()
@@ -106,9 +124,13 @@ class Door:
 class TimedProtocol(PlainHttpProtocol):
     """Uvicorn's protocol, without upgrades; notes since when it waits for its client."""
 
-    def __init__(self, *args: Any, door: Door, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, door: Door, handshake: Connection | None = None, **kwargs: Any
+    ) -> None:
+        """`handshake` is what the door knows of the connection so far, under TLS."""
         super().__init__(*args, **kwargs)
         self._door = door
+        self._handshake = handshake
         self._within = True  # the limit of connections
         self._head_since_s: float | None = None  # a head is awaited
         self._head_begun = False
@@ -122,7 +144,8 @@ class TimedProtocol(PlainHttpProtocol):
         self._written = _Counted(transport)
         super().connection_made(self._written)  # pyright: ignore[reportArgumentType]
         self._head_since_s = self._taken_since_s = time.monotonic()
-        self._within = self._door.enter(self)
+        self._within = self._door.enter(self, self._handshake)
+        self._handshake = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._door.leave(self)
@@ -169,6 +192,9 @@ class TimedProtocol(PlainHttpProtocol):
         """Whether no request is being received or answered."""
         answered = self._current is None or self._current.response_complete
         return answered and self._body_since_s is None and not self.pipeline
+
+    def abort(self) -> None:
+        self.transport.abort()
 
     def end_if_late(self, now_s: float) -> bool:
         """Ends the connection if its client kept it waiting for too long; whether it did."""

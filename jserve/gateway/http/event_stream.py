@@ -1,6 +1,7 @@
 """Server-sent events over ASGI: keep-alive, back-pressure, abort when the client leaves."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -11,9 +12,11 @@ from starlette.types import Receive, Scope, Send
 
 from jserve.core.errors import JserveError
 from jserve.gateway.http.errors import error_json, error_response
+from jserve.gateway.http.long_list import REST_S
 
 T = TypeVar("T")
 
+_PIECE_BYTES = 256 << 10  # of a long event; as many take less than a millisecond
 DONE = b"data: [DONE]\n\n"
 _FIRST = asyncio.FIRST_COMPLETED
 _KEEP_ALIVE = b": keep-alive\n\n"
@@ -29,15 +32,32 @@ class ClientGone(Exception):
 
 
 def event(data: object) -> bytes:
-    """One event. U+0085, U+2028 and U+2029 are escaped: some clients split lines at them."""
+    """One event. U+0085, U+2028 and U+2029 are escaped: some clients split lines at them.
+
+    A long one is escaped in pieces, between which other threads get the interpreter's lock.
+    """
     body = orjson.dumps(data)
-    if b"\xe2\x80" in body or b"\xc2\x85" in body:
-        body = (
-            body.replace(b"\xe2\x80\xa8", b"\\u2028")
+    if len(body) <= _PIECE_BYTES:
+        return b"data: " + _escaped(body) + b"\n\n"
+    parts, start = [b"data: "], 0
+    while start < len(body):
+        end = start + _PIECE_BYTES
+        while end < len(body) and body[end] & 0xC0 == 0x80:  # a character is in one piece
+            end += 1
+        parts.append(_escaped(body[start:end]))
+        start = end
+        time.sleep(REST_S)
+    return b"".join([*parts, b"\n\n"])
+
+
+def _escaped(json: bytes) -> bytes:
+    if b"\xe2\x80" in json or b"\xc2\x85" in json:
+        json = (
+            json.replace(b"\xe2\x80\xa8", b"\\u2028")
             .replace(b"\xe2\x80\xa9", b"\\u2029")
             .replace(b"\xc2\x85", b"\\u0085")
         )
-    return b"data: " + body + b"\n\n"
+    return json
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -158,5 +178,10 @@ class _Writer:
             start = {"type": "http.response.start", "status": 200, "headers": _HEADERS}
             await self._send(start)
         self._ended = not more
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        last = max(0, len(data) - 1) // _PIECE_BYTES * _PIECE_BYTES
+        for start in range(0, last, _PIECE_BYTES):
+            piece = data[start : start + _PIECE_BYTES]
+            await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+            await asyncio.sleep(0)
+        await self._send({"type": "http.response.body", "body": data[last:], "more_body": more})
         self._last_write_s = self._loop.time()

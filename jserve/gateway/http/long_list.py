@@ -9,9 +9,9 @@ from typing import Any
 
 import orjson
 
-# A list of more numbers is long. As many take one or two milliseconds.
-LARGE = 1000
-_REST_S = 1e-4  # zero would end before the other thread is awake
+from jserve.gateway.pauses import LARGE
+
+REST_S = 1e-4  # zero would end before the other thread is awake
 
 
 class LongList:
@@ -26,7 +26,7 @@ class LongList:
         """Adds a value with `size` numbers in it."""
         if self._size + size > LARGE and self._values:
             self._encode()
-            time.sleep(_REST_S)
+            time.sleep(REST_S)
         self._values.append(value)
         self._size += size
 

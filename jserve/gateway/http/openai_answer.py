@@ -11,28 +11,15 @@ from dataclasses import dataclass
 
 import orjson
 
-from jserve.core.logprobs import PackedLogprobs
-from jserve.core.request import TokenLogprobs
 from jserve.gateway.buffers import BufferAccount
 from jserve.gateway.http.event_stream import event
 from jserve.gateway.http.interleave import interleaved
-from jserve.gateway.http.long_list import LARGE
 from jserve.gateway.http.openai_response import Head, Json, usage_json
 from jserve.gateway.http.openai_shape import Shape
 from jserve.gateway.metrics import GatewayMetrics
-from jserve.gateway.output import delta_bytes, join
-from jserve.gateway.pauses import Pauses
+from jserve.gateway.output import delta_bytes, join, num_logprobs
+from jserve.gateway.pauses import LARGE, Pauses
 from jserve.gateway.request_plane import GenerationRequest, OutputDelta, OutputStream, RequestPlane
-
-
-def _num_logprobs(delta: OutputDelta) -> int:
-    return sum(map(_num_entries, (delta.logprobs, delta.prompt_logprobs)))
-
-
-def _num_entries(logprobs: Sequence[TokenLogprobs | None] | None) -> int:
-    if isinstance(logprobs, PackedLogprobs):
-        return logprobs.num_entries
-    return sum(1 + len(entry.top) for entry in logprobs or () if entry is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +41,7 @@ class Answer:
             JserveError: the engine refused a generation, or failed.
         """
         choices: dict[tuple[int, int], list[OutputDelta]] = {}
-        account = self.plane.buffers.open()
+        account = self._open_account()
         try:
             async with aclosing(interleaved(await self._start(account))) as deltas:
                 async for prompt, delta in deltas:
@@ -64,8 +51,9 @@ class Answer:
                 (prompt, join(choices.pop((prompt, index)))) for prompt, index in sorted(choices)
             ]
             # 20 for each of 4,000 tokens take 140 ms, in which the event loop would serve nobody.
-            if sum(map(_num_logprobs, (delta for _, delta in done))) > LARGE:
-                return await asyncio.to_thread(self._whole, done)
+            if sum(map(num_logprobs, (delta for _, delta in done))) > LARGE:
+                async with self.plane.large_answers:
+                    return await asyncio.to_thread(self._whole, done)
             return self._whole(done)
         finally:
             account.close()
@@ -75,7 +63,7 @@ class Answer:
         tokens: Counter[int] = Counter()  # by choice
         cached: Counter[int] = Counter()  # by prompt
         pauses = Pauses()  # a reader that was slow gets many large deltas at once
-        account = self.plane.buffers.open()
+        account = self._open_account()
         try:
             async with aclosing(interleaved(await self._start(account))) as deltas:
                 async for prompt, delta in deltas:
@@ -95,12 +83,16 @@ class Answer:
         if self.include_usage:
             yield event(self._chunk([]) | {"usage": self._usage(tokens.total(), cached.total())})
 
+    def _open_account(self) -> BufferAccount:
+        return self.plane.buffers.open(self.generations[0].caller.name)
+
     async def _large_event(
         self, prompt: int, delta: OutputDelta, usage: Json, pauses: Pauses
     ) -> bytes:
         pauses.start()
-        if _num_logprobs(delta) > LARGE:
-            data = await asyncio.to_thread(self._event, prompt, delta, usage)
+        if num_logprobs(delta) > LARGE:
+            async with self.plane.large_answers:
+                data = await asyncio.to_thread(self._event, prompt, delta, usage)
         else:
             data = self._event(prompt, delta, usage)
         await pauses.end()

@@ -95,6 +95,7 @@ class OpenAIRoutes:
         with self._plane.preparing(caller, 1, asked.n):
             prompt = await self._plane.prompts.of_chat(
                 asked.messages,
+                caller=caller,
                 add_generation_prompt=asked.add_generation_prompt,
                 variables=asked.template_variables,
                 ignored=request.scope.get(IGNORED_FIELDS),

@@ -38,7 +38,6 @@ from jserve.gateway.http.token_request import (
 from jserve.gateway.job_child import Handler
 from jserve.gateway.job_process import JobLimits, JobProcesses, JobStopped
 from jserve.gateway.request_plane import RequestPlane
-from jserve.gateway.tenants import Caller
 from jserve.gateway.validation import (
     SamplingFields,
     check_id_lists,
@@ -50,7 +49,6 @@ from jserve.gateway.validation import (
 
 _LARGE_BYTES = 64 << 10
 _LIMITS = JobLimits(cpu_s=15.0, memory_bytes=2 << 30, wall_s=60.0)
-_NICENESS = 5  # an engine on the same processor comes first
 _MOST = 2  # processes, so that one slow body does not hold up the others
 _MOST_OF_TENANT = 2  # of the largest bodies: bytes of one tenant that wait or are read
 
@@ -102,7 +100,7 @@ class RequestBodies:
 
     def __init__(self, plane: RequestPlane) -> None:
         self._plane = plane
-        self._large = JobProcesses(__name__, b"", _LIMITS, most=_MOST, niceness=_NICENESS)
+        self._large = JobProcesses(__name__, b"", _LIMITS, most=_MOST)
         self._large_bytes = Counter[str]()  # by tenant: waiting or being read
 
     def close(self) -> None:
@@ -136,37 +134,38 @@ class RequestBodies:
         if len(body) <= _LARGE_BYTES:
             parsed = _PARSERS[kind](parse_object(body, bounds.max_depth), bounds)
         else:
-            with self._large_of(request.scope["caller"], len(body)):
-                parsed = await self._read_large(kind, body, bounds)
+            tenant = request.scope["caller"].name
+            with self._large_of(tenant, len(body)):
+                parsed = await self._read_large(tenant, kind, body, bounds)
         if bounds.ignore_unknown:
             request.scope[IGNORED_FIELDS] = list(parsed.ignored)
         return parsed
 
     @contextmanager
-    def _large_of(self, caller: Caller, num_bytes: int) -> Iterator[None]:
+    def _large_of(self, tenant: str, num_bytes: int) -> Iterator[None]:
         """Counts a large body of a tenant. Raises Overloaded if too much of its is in line.
 
         In bytes: many conversations of 100 kB are read at once, 8 MB of lists one after another.
         """
         most = _MOST_OF_TENANT * self._plane.config.max_body_bytes
-        if self._large_bytes[caller.name] + num_bytes > most:
+        if self._large_bytes[tenant] + num_bytes > most:
             raise Overloaded(
-                f"bodies of {self._large_bytes[caller.name]} bytes of this client are being read; "
+                f"bodies of {self._large_bytes[tenant]} bytes of this client are being read; "
                 f"send this one once they are answered: {most} bytes are read at a time",
                 retry_after_s=1.0,
             )
-        self._large_bytes[caller.name] += num_bytes
+        self._large_bytes[tenant] += num_bytes
         try:
             yield
         finally:
-            self._large_bytes[caller.name] -= num_bytes
-            if not self._large_bytes[caller.name]:
-                del self._large_bytes[caller.name]  # there is no end of tenants
+            self._large_bytes[tenant] -= num_bytes
+            if not self._large_bytes[tenant]:
+                del self._large_bytes[tenant]  # there is no end of tenants
 
-    async def _read_large(self, kind: str, body: bytes, bounds: Bounds) -> Any:
+    async def _read_large(self, tenant: str, kind: str, body: bytes, bounds: Bounds) -> Any:
         bounds = replace(bounds, info=self._plane.info)  # Unavailable before there is an engine
         try:
-            parsed = await self._large.call(pickle.dumps((kind, body, bounds)))
+            parsed = await self._large.call(pickle.dumps((kind, body, bounds)), tenant)
         except JobStopped as error:
             raise RequestError(f"the body cannot be read: {error}") from None
         return pickle.loads(parsed)  # noqa: S301 - from our own code, which runs nobody else's

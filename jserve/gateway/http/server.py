@@ -16,6 +16,7 @@ from jserve.core.errors import ConfigError
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.connection_limits import ConnectionLimits
 from jserve.gateway.http.connections import Door, TimedProtocol
+from jserve.gateway.http.tls_listener import Handshake, TlsListener
 from jserve.gateway.metrics import ConnectionCounts
 from jserve.gateway.tls import TlsFiles
 
@@ -68,25 +69,22 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens. Unlike uvicorn's, it bounds the time of a TLS handshake."""
+        """Listens. Unlike uvicorn's, it bounds connections before their TLS handshake, too."""
         await self.lifespan.startup()
-        config, limits = self.config, self._door.limits
-        handshake_s = None if config.ssl is None else limits.head_timeout_s
+        config = self.config
 
-        def make_protocol() -> _Protocol:
-            return _Protocol(config, self.server_state, self.lifespan.state, door=self._door)
+        def make_protocol(handshake: Handshake | None = None) -> _Protocol:
+            state = self.server_state, self.lifespan.state
+            return _Protocol(config, *state, door=self._door, handshake=handshake)
 
-        loop = asyncio.get_running_loop()
-        self.servers = [
-            await loop.create_server(
-                make_protocol,
-                sock=each,
-                ssl=config.ssl,
-                backlog=config.backlog,
-                ssl_handshake_timeout=handshake_s,
-            )
-            for each in sockets or ()
-        ]
+        async def listen(listener: socket.socket) -> Any:
+            backlog = config.backlog
+            if config.ssl is not None:
+                return TlsListener(listener, config.ssl, self._door, make_protocol, backlog=backlog)
+            loop = asyncio.get_running_loop()
+            return await loop.create_server(make_protocol, sock=listener, backlog=backlog)
+
+        self.servers = [await listen(each) for each in sockets or ()]
         self.started = True
 
     async def on_tick(self, counter: int) -> bool:

@@ -13,6 +13,7 @@ from jserve.gateway.http.token_request import TokenizeRequest
 from jserve.gateway.http.tokenizer_info import tokenizer_info
 from jserve.gateway.pauses import Pauses
 from jserve.gateway.request_plane import Prompt, RequestPlane
+from jserve.gateway.tenants import Caller
 
 _TEXTS_AT_A_TIME = 1024
 
@@ -35,8 +36,10 @@ class TokenRoutes:
         """The ids of `prompt`, or of `messages` rendered by the chat template."""
         asked = await self._bodies.tokenize(request)
         self._plane.check_model(asked.model)
-        prompt = await self._prompt(asked, request.scope.get(IGNORED_FIELDS))
-        texts = await self._texts(prompt.ids) if asked.return_token_strs else None
+        caller: Caller = request.scope["caller"]
+        with self._plane.preparing(caller, 1, None):
+            prompt = await self._prompt(asked, caller, request.scope.get(IGNORED_FIELDS))
+            texts = await self._texts(prompt.ids) if asked.return_token_strs else None
         return json_response(
             {
                 "count": len(prompt.ids),
@@ -50,9 +53,9 @@ class TokenRoutes:
         """The text of `tokens`, special tokens included."""
         asked = await self._bodies.detokenize(request)
         self._plane.check_model(asked.model)
-        return json_response(
-            {"prompt": await self._plane.prompts.detokenize("tokens", asked.tokens)}
-        )
+        with self._plane.preparing(request.scope["caller"], 1, None):
+            text = await self._plane.prompts.detokenize("tokens", asked.tokens)
+        return json_response({"prompt": text})
 
     async def tokenizer_info(self, request: Request) -> Response:
         """The tokenizer's settings, with which a client can render chats and count tokens."""
@@ -66,7 +69,9 @@ class TokenRoutes:
             await pauses.end()
         return texts
 
-    async def _prompt(self, asked: TokenizeRequest, ignored: list[str] | None) -> Prompt:
+    async def _prompt(
+        self, asked: TokenizeRequest, caller: Caller, ignored: list[str] | None
+    ) -> Prompt:
         most = self._plane.prompts.most_counted
         if asked.prompt is not None:
             return await self._plane.prompts.of_text(
@@ -74,6 +79,7 @@ class TokenRoutes:
             )
         return await self._plane.prompts.of_chat(
             asked.messages,
+            caller=caller,
             add_generation_prompt=asked.add_generation_prompt,
             variables=asked.template_variables,
             ignored=ignored,

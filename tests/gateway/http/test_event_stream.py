@@ -9,7 +9,13 @@ import pytest
 from starlette.types import Message
 
 from jserve.core.errors import EngineError, JserveError, Overloaded
-from jserve.gateway.http.event_stream import ClientGone, EventStream, event, unless_disconnected
+from jserve.gateway.http.event_stream import (
+    _PIECE_BYTES,
+    ClientGone,
+    EventStream,
+    event,
+    unless_disconnected,
+)
 
 
 class Connection:
@@ -184,3 +190,24 @@ async def _failure() -> None:
 
 async def _wait(future: asyncio.Future[Any]) -> None:
     await future
+
+
+@pytest.mark.parametrize("shift", range(3))
+def test_a_long_event_is_escaped_wherever_its_pieces_end(shift):
+    """Characters of two and three bytes lie across the ends of the pieces."""
+    text = "x" * shift + "\u2028\u0085é" * (_PIECE_BYTES // 3)
+    written = event({"text": text})
+    assert written.startswith(b"data: {")
+    assert written.endswith(b"}\n\n")
+    assert len(written.decode().splitlines()) == 2
+    assert json.loads(written[6:]) == {"text": text}
+
+
+def test_a_long_event_is_sent_in_pieces_that_no_comment_divides():
+    long = b"data: " + b"x" * (3 * _PIECE_BYTES) + b"\n\n"
+    connection = run(Source(b"data: 1\n\n", 0.05, long), keep_alive_s=0.01)
+    assert long in connection.body
+    sizes = [len(message.get("body", b"")) for message in connection.sent]
+    assert max(sizes) == _PIECE_BYTES
+    assert sizes.count(_PIECE_BYTES) == len(long) // _PIECE_BYTES
+    assert b": keep-alive" in connection.body
