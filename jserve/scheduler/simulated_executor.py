@@ -134,9 +134,7 @@ class SimulatedExecutor:
         require(any(allows(words, token) for token in range(vocab)), f"{name}: a mask of nothing")
 
     def _admit(self, plan: StepPlan) -> None:
-        fresh = {
-            chunk.slot for chunk in plan.chunks if any(new.first == 0 for new in chunk.pages)
-        }
+        fresh = {chunk.slot for chunk in plan.chunks if any(new.first == 0 for new in chunk.pages)}
         for admission in plan.admissions:
             require(0 <= admission.slot < len(self._slots), f"no slot {admission.slot}")
             before, slot = self._slots[admission.slot], self._new_slot(admission)

@@ -19,7 +19,9 @@ MODEL = SimulatedModel(vocab=VOCAB, eos_token_ids=(0,))
 
 def request(name: str = "a", **sampling: object) -> Request:
     return Request(
-        id=name, prompt=(1, 2, 3), sampling=SamplingParams(**{"max_tokens": 20, **sampling})  # pyright: ignore
+        id=name,
+        prompt=(1, 2, 3),
+        sampling=SamplingParams(**{"max_tokens": 20, **sampling}),  # pyright: ignore
     )
 
 
@@ -149,9 +151,7 @@ def test_random_ones_beside_each_other(seed: int) -> None:
                 logprobs=pick.choice((None, 2)),
             )
             prompt = tuple(random.Random(pick.randrange(3)).choices(range(VOCAB), k=9))
-            asked = Request(
-                id=f"{count}", prompt=prompt[: pick.randint(1, 9)], sampling=sampling
-            )
+            asked = Request(id=f"{count}", prompt=prompt[: pick.randint(1, 9)], sampling=sampling)
             count += 1
             start = pick.choice((0, 0, 3, 10))
             rule = {

@@ -218,9 +218,7 @@ def test_only_tokens_of_the_mask_are_sampled() -> None:
 def test_a_row_yields_no_more_than_its_limit() -> None:
     executor = device()
     executor.collect(
-        executor.submit(
-            first_step(prompt_chunk(A), prompt_chunk(B, 1), admissions=(IN_A, IN_B))
-        )
+        executor.submit(first_step(prompt_chunk(A), prompt_chunk(B, 1), admissions=(IN_A, IN_B)))
     )
     rows = (
         decode_chunk(3, pages=pages(3, first=1), max_new=1),
