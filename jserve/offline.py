@@ -17,7 +17,7 @@ from jserve.checkpoints.locate import text_assets_from_config
 from jserve.checkpoints.tensor_source import Progress
 from jserve.config import ServeConfig
 from jserve.core.clock import WallClock
-from jserve.core.errors import ConfigError, EngineError, RequestError
+from jserve.core.errors import ConfigError, EngineError, JserveError, RequestError
 from jserve.core.request import EngineInfo, FinishReason, Request, TokenLogprobs
 from jserve.core.stats import EngineStats
 from jserve.engine.build.assembly import Engine
@@ -37,6 +37,7 @@ from jserve.gateway.request_plane import (
 )
 from jserve.gateway.text_model import TextModel
 from jserve.gateway.validation import SamplingFields
+from jserve.grammar.constraint import ConstraintMaker
 
 PromptLike = str | Sequence[int]
 T = TypeVar("T")
@@ -65,10 +66,13 @@ class InProcessEngine:
     may be wrong then, so later sequences are refused.
     """
 
-    def __init__(self, engine: Engine, step_log: StepLog | None) -> None:
+    def __init__(
+        self, engine: Engine, constraints: ConstraintMaker, step_log: StepLog | None
+    ) -> None:
         self.info: EngineInfo | None = engine.info
         self.ready = True
         self.stats = EngineStats()
+        self._constraints = constraints
         self._scheduler = engine.scheduler
         self._max_queue = engine.info.max_queue
         self._inbox, self._outbox = Inbox(), Outbox()
@@ -129,7 +133,7 @@ class InProcessEngine:
         if self._backlog:
             room = self._max_queue - self._scheduler.stats().num_waiting
             for name in list(itertools.islice(self._backlog, max(room, 0))):
-                self._inbox.put(Submit(self._backlog.pop(name)))
+                self._enter(name)
         self._loop.run_once()
         events = self._outbox.take()
         self.stats = events.stats
@@ -137,6 +141,16 @@ class InProcessEngine:
             self._streams.post(update)
         for name, error in events.rejections:
             self._streams.reject(name, error)
+
+    def _enter(self, name: str) -> None:
+        request, constraint = self._backlog.pop(name), None
+        if request.constraint is not None:
+            try:
+                constraint = self._constraints.make(request.constraint)
+            except JserveError as error:
+                self._outbox.reject(name, error)
+                return
+        self._inbox.put(Submit(request, constraint))
 
 
 class _LoopThread:
@@ -198,7 +212,12 @@ class LLM:
         assets = text_assets_from_config(config.model, on_files)
         self.text = TextModel.from_assets(assets, config.gateway)
         self.info = engine.info
-        self._engine = InProcessEngine(engine, open_step_log(config.engine))
+        constraints = ConstraintMaker(
+            lambda: assets.tokenizer_json,
+            vocab=self.info.vocab,
+            eos_token_ids=self.info.eos_token_ids,
+        )
+        self._engine = InProcessEngine(engine, constraints, open_step_log(config.engine))
         self._plane = RequestPlane(
             tokenizer=self.text.tokenizer,
             chat_template=self.text.chat_template,

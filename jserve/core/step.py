@@ -75,9 +75,9 @@ class Admission:
     tokens but count as output for penalties, limits and the sampling key.
 
     The pages of a sequence may hold K and V of its first `num_computed` tokens already, computed
-    by another sequence or moved in. Its first chunk starts there. One that holds the slot already
-    keeps its pages: it is admitted again where tokens after its output did not stand. With `last_token`, the newest
-    of `output`, its first row is a decode row that computes this token.
+    by another sequence or moved in. Its first chunk starts there. With `last_token`, the newest
+    of `output`, its first row is a decode row that computes this token. A sequence that holds the
+    slot already keeps its pages: tokens after its output did not stand, and it goes on from there.
     """
 
     slot: int

@@ -1,6 +1,7 @@
 """The constraints of a request, as the scheduler asks for them (`scheduler.constraint`)."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from llguidance import LLMatcher
@@ -171,17 +172,38 @@ def _with(mask: bytes | None, token: int) -> bytes | None:
     return bytes(words)
 
 
-def make_constraint(
-    spec: ConstraintSpec, compiler: GrammarCompiler
-) -> GrammarConstraint | ReasoningConstraint | None:
-    """The constraint of one sequence, before its first token; None if nothing is bound.
+class ConstraintMaker:
+    """Makes the constraints of an engine's sequences. Safe to use from several threads.
 
-    Compiling takes milliseconds or more, without the GIL. Raises RequestError for a wrong grammar.
+    The tokenizer is read when the first grammar comes: most engines never see one.
     """
-    vocab, eos = compiler.vocab, compiler.eos_token_ids
-    grammar = None
-    if spec.grammar:
-        grammar = GrammarConstraint(compiler.matcher(spec.grammar), vocab, eos)
-    if not spec.reasoning_end:
-        return grammar
-    return ReasoningConstraint(spec, grammar, vocab=vocab, eos_token_ids=eos)
+
+    def __init__(
+        self, tokenizer_json: Callable[[], str], *, vocab: int, eos_token_ids: tuple[int, ...]
+    ) -> None:
+        self._tokenizer_json = tokenizer_json
+        self._vocab, self._eos = vocab, eos_token_ids
+        self._lock = threading.Lock()
+        self._compiler: GrammarCompiler | None = None
+
+    def make(self, spec: ConstraintSpec) -> GrammarConstraint | ReasoningConstraint | None:
+        """The constraint of one sequence, before its first token; None if nothing is bound.
+
+        Compiling takes milliseconds or more, most of them without the GIL. Raises RequestError for
+        a wrong grammar, ConfigError for a tokenizer without grammars.
+        """
+        grammar = None
+        if spec.grammar:
+            matcher = self._grammars().matcher(spec.grammar)
+            grammar = GrammarConstraint(matcher, self._vocab, self._eos)
+        if not spec.reasoning_end:
+            return grammar
+        return ReasoningConstraint(spec, grammar, vocab=self._vocab, eos_token_ids=self._eos)
+
+    def _grammars(self) -> GrammarCompiler:
+        with self._lock:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(
+                    self._tokenizer_json(), vocab=self._vocab, eos_token_ids=self._eos
+                )
+            return self._compiler

@@ -14,7 +14,7 @@ from jserve.core.errors import ConfigError
 from jserve.core.private_path import why_folder_not_private
 from jserve.core.request import EngineInfo
 from jserve.engine.inbox import Inbox, Outbox
-from jserve.engine.worker.session import EngineSessions
+from jserve.engine.worker.session import Constrain, EngineSessions
 from jserve.proto import engine_pb2_grpc
 from jserve.proto.limits import HEARTBEAT_S, MAX_SESSION_MESSAGE_BYTES
 
@@ -68,6 +68,7 @@ async def serve_sessions(
     token: str | None = None,
     *,
     is_compiling: Callable[[], bool] = lambda: False,
+    constrain: Constrain | None = None,
 ) -> SessionServer:
     """Listens until stopped. The loop may post at any time.
 
@@ -87,7 +88,9 @@ async def serve_sessions(
     if path is not None:
         path, claim = _claimed(path, is_folder=address.endswith("/"))
         address, token = f"{UNIX}{path}", None
-    sessions = EngineSessions(info, inbox, outbox, token, is_compiling=is_compiling)
+    sessions = EngineSessions(
+        info, inbox, outbox, token, is_compiling=is_compiling, constrain=constrain
+    )
     server = grpc.aio.server(options=_OPTIONS)
     engine_pb2_grpc.add_EngineServicer_to_server(sessions, server)
     try:
