@@ -48,9 +48,8 @@ def run_engine(job: EngineJob, report: Report) -> None:
 
 def _constraints(job: EngineJob, engine: Engine) -> ConstraintMaker:
     def tokenizer_json() -> str:
-        return text_assets_from_config(
-            job.model, lambda done_bytes, total_bytes: None
-        ).tokenizer_json
+        assets = text_assets_from_config(job.model, lambda done_bytes, total_bytes: None)
+        return assets.tokenizer_json
 
     info = engine.info
     return ConstraintMaker(tokenizer_json, vocab=info.vocab, eos_token_ids=info.eos_token_ids)
