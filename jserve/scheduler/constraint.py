@@ -5,7 +5,11 @@ from typing import Protocol
 
 import numpy as np
 
+from jserve.core.errors import EngineError, RequestError
 from jserve.core.request import SamplingParams
+
+_TRUSTED_TOKENS = 4  # in a row that stand make one good that did not
+_MAX_CAUTION = 5  # 2^5 masked tokens after as many that did not stand
 
 
 class Constraint(Protocol):
@@ -30,28 +34,104 @@ class Constraint(Protocol):
         ...
 
 
-def ignores_masks(sampling: SamplingParams) -> bool:
-    """Whether a token that is sampled without a mask, and allowed by it, is the one with it.
+class Bound:
+    """The constraint of a sequence, and what its rows in flight may be worth.
 
-    The noise of a token depends on its position and id alone, so the best of all is the best of
-    those allowed if it is one of them. Truncation looks at the others, too.
+    A mask holds for one token, and the result before it tells it. So a bound row waits for its
+    results, unless it runs ahead: beside rows that are free, which have many decode steps in a run
+    anyway, it samples without masks, and goes on from the first token that does not stand. Tokens
+    are the same: the noise of a token depends on its position and id alone, so the best of all is
+    the best of those allowed if it is one of them. Truncation looks at the others, too, so rows
+    with it never run ahead.
     """
-    if sampling.temperature == 0:
-        return True
-    return sampling.top_k <= 0 and sampling.top_p == 1 and sampling.min_p == 0
 
+    def __init__(
+        self,
+        constraint: Constraint,
+        sampling: SamplingParams,
+        output: Sequence[int],
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        """`output` are tokens that it has already.
 
-def leaves_token(mask: bytes, sampling: SamplingParams, stop_ids: Sequence[int]) -> bool:
-    """Whether the sampling parameters allow a token of `mask`.
+        Raises RequestError if they do not stand, or no token may follow.
+        """
+        if constraint.accept(output) < len(output):
+            raise RequestError("output: breaks the constraint of the request", param="output")
+        self._constraint = constraint
+        self._sampling = sampling
+        self._stop_ids = (*eos_token_ids, *sampling.stop_token_ids)
+        self._is_whole = sampling.temperature == 0 or (
+            sampling.top_k <= 0 and sampling.top_p == 1 and sampling.min_p == 0
+        )
+        self._num_output = len(output)
+        self._last_cut = -1  # number of output tokens
+        self._num_cuts = 0  # that were not made good by tokens that stood
+        self._cautious = 0  # tokens until it runs ahead again
+        self.num_unknown = 0  # rows in flight whose tokens will be asked for
+        self.num_stale = 0  # rows in flight behind a token that does not stand
+        self.mask: bytes | None = None  # of the next token after those known; None: any
+        if not self.next_mask():
+            raise RequestError(
+                "the constraint and the sampling parameters together leave no token to generate",
+                param="grammar",
+            )
 
-    `stop_ids` are those that `min_tokens` forbids now.
-    """
-    words = np.frombuffer(mask, np.uint8)
-    if not (stop_ids or sampling.allowed_token_ids or sampling.bad_token_ids):
-        return bool(words.any())
-    allowed = np.unpackbits(words, bitorder="little").astype(bool)
-    allowed[list(stop_ids)] = False
-    allowed[list(sampling.bad_token_ids)] = False
-    if sampling.allowed_token_ids:
-        return bool(allowed[list(sampling.allowed_token_ids)].any())
-    return bool(allowed.any())
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether tokens may be sampled without the masks that belong to them."""
+        return self.mask is None or (self._is_whole and not self._cautious)
+
+    def may_decode(self, steps: int, *, beside_free: bool) -> int:
+        """Tokens that a decode row may yield in a run of `steps`; 0: it waits for a result."""
+        if self.mask is None or (beside_free and self.runs_ahead):
+            return steps
+        return 0 if self.num_unknown else 1
+
+    def issue(self) -> bytes | None:
+        """Counts a row that yields tokens; returns its mask, if there is one and it is known."""
+        mask = None if self.num_unknown else self.mask
+        self.num_unknown += 1
+        return mask
+
+    def accept(self, new: Sequence[int]) -> int:
+        """Takes the tokens of the oldest row; returns how many stand.
+
+        Raises EngineError if a masked token does not.
+        """
+        self.num_unknown -= 1
+        stand = self._constraint.accept(new)
+        self._num_output += stand
+        self._cautious = max(0, self._cautious - stand)
+        if stand == len(new):
+            if stand >= _TRUSTED_TOKENS:
+                self._num_cuts = max(0, self._num_cuts - 1)
+            return stand
+        if self._num_output == self._last_cut:  # its first token had a mask this time
+            raise EngineError("the device sampled a token that its mask forbids")
+        self._last_cut = self._num_output
+        self._num_cuts = min(self._num_cuts + 1, _MAX_CAUTION)
+        self._cautious = 1 << self._num_cuts
+        return stand
+
+    def next_mask(self) -> bool:
+        """Asks what may come next; False if nothing may."""
+        self.mask = mask = self._constraint.mask()
+        return mask is None or self._leaves_token(np.frombuffer(mask, np.uint8))
+
+    def drop_rows(self, num_in_flight: int) -> None:
+        """Gives up the rows in flight: they follow what does not stand, or lack their mask."""
+        self.num_stale, self.num_unknown = num_in_flight, 0
+
+    def _leaves_token(self, words: np.ndarray) -> bool:
+        sampling = self._sampling
+        early = self._num_output < sampling.min_tokens
+        if not (early or sampling.allowed_token_ids or sampling.bad_token_ids):
+            return bool(words.any())
+        allowed = np.unpackbits(words, bitorder="little").astype(bool)
+        allowed[list(sampling.bad_token_ids)] = False
+        if early:
+            allowed[list(self._stop_ids)] = False
+        if sampling.allowed_token_ids:
+            allowed = allowed[list(sampling.allowed_token_ids)]
+        return bool(allowed.any())

@@ -8,6 +8,7 @@ from jserve.cache.pages import NO_HIT, Hit, PageDelta, joined
 from jserve.core.stats import EngineStats
 from jserve.core.step import Admission, Chunk, MaskRow, Program, StepPlan
 from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.constraint import Bound
 from jserve.scheduler.lifecycle import Lifecycle
 from jserve.scheduler.pace import Pace
 from jserve.scheduler.policy import decode_steps
@@ -120,15 +121,20 @@ class Planner:
             [seq.max_total - seq.num_tokens for seq in running],
             waiting=len(self._waiting) > 0,
         )
+        beside_free = any(map(_is_free, running))
+        if not beside_free or not all(map(_runs_ahead, running)):
+            steps = min(steps, self._config.bound_decode_steps if beside_free else 1)
         while steps > 1 and not self._all_can_grow(steps):
             steps //= 2  # rather a shorter run than a preemption
         grow, is_running = self._cache.grow, SequenceState.RUNNING  # looked up once
         decodes: list[_Decode] = []
         for seq in tuple(running):  # a copy: preemptions change the queue
             left = seq.max_total - seq.num_tokens
-            most = steps if seq.mask is None else seq.may_decode(steps)
-            if not most:
-                continue
+            most = steps
+            if seq.bound is not None:
+                most = seq.bound.may_decode(steps, beside_free=beside_free)
+                if not most:
+                    continue
             new = left if left < most else most
             end = seq.num_computed + new
             pages = ()
@@ -165,6 +171,7 @@ class Planner:
     def _mixed_step(self, now_s: float) -> Step:
         running = self._running
         left = self._step_tokens - sum(not _needs_mixed(seq) for seq in running)
+        beside_free = any(map(_is_free, running))
         draft = _Draft(now_s, left=left, share=-(-left // self._config.max_partial_prefills))
         for seq in tuple(running):  # a copy: preemptions change the queue
             if seq.rewound and not self._tell_again(draft, seq):
@@ -173,7 +180,7 @@ class Planner:
                 if seq.state is SequenceState.RUNNING:
                     self._grant(draft, _Grant(seq))
                 continue
-            if not seq.may_decode(1):
+            if seq.bound is not None and not seq.bound.may_decode(1, beside_free=beside_free):
                 continue
             end = seq.num_computed + 1
             pages = () if end <= seq.pages.capacity else self._make_room(seq, end, now_s)
@@ -384,8 +391,8 @@ def issue_decodes(decodes: list[_Decode]) -> Rows:
     chunks: list[Chunk] = []
     masks: list[MaskRow] = []
     for seq, pages, new in decodes:
-        if seq.constraint is not None:
-            _mask(seq, masks)
+        if seq.bound is not None:
+            _mask(seq, seq.bound, masks)
         start = seq.num_computed
         # `_make` takes half the time of naming the fields, and this runs for every row.
         chunks.append(Chunk._make((seq.slot, seq.id, start, 1, (), new, (), pages, ())))
@@ -395,11 +402,18 @@ def issue_decodes(decodes: list[_Decode]) -> Rows:
     return Rows(chunks, [seq for seq, _, _ in decodes], masks)
 
 
-def _mask(seq: Sequence, masks: list[MaskRow]) -> None:
+def _mask(seq: Sequence, bound: Bound, masks: list[MaskRow]) -> None:
     """Adds the mask of a row that yields tokens of `seq`, if it is known and not everything."""
-    if (mask := seq.step_mask) is not None:
+    if (mask := bound.issue()) is not None:
         masks.append(MaskRow(seq.slot, mask))
-    seq.num_unknown += 1
+
+
+def _is_free(seq: Sequence) -> bool:
+    return seq.bound is None or seq.bound.mask is None
+
+
+def _runs_ahead(seq: Sequence) -> bool:
+    return seq.bound is None or seq.bound.runs_ahead
 
 
 def _needs_mixed(seq: Sequence) -> bool:
@@ -431,8 +445,8 @@ def issue_prompt(rows: Rows, grant: _Grant) -> None:
         )
     )
     rows.sequences.append(seq)
-    if max_new and seq.constraint is not None:
-        _mask(seq, rows.masks)
+    if max_new and seq.bound is not None:
+        _mask(seq, seq.bound, rows.masks)
     seq.num_computed = end
     seq.num_tokens += max_new
     seq.num_in_flight += 1

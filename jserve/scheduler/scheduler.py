@@ -12,7 +12,7 @@ from jserve.core.step import Program, ProgramKind, RowLogprobs, StepPlan, StepRe
 from jserve.scheduler import logprobs
 from jserve.scheduler.audit import Audit, audit
 from jserve.scheduler.config import SchedulerConfig
-from jserve.scheduler.constraint import Constraint, ignores_masks, leaves_token
+from jserve.scheduler.constraint import Bound, Constraint
 from jserve.scheduler.lifecycle import Lifecycle
 from jserve.scheduler.planner import Planner, Step
 from jserve.scheduler.policy import FIRST_COME_FIRST_SERVED, Policy
@@ -115,32 +115,10 @@ class Scheduler:
         elif request.sampling.prompt_logprobs is not None:
             seq.prompt_logprobs = PackedLogprobs([None])
         if constraint is not None:
-            self._bind(seq, constraint)
+            seq.bound = Bound(constraint, request.sampling, output, self._eos_token_ids)
         self._num_arrivals += 1
         self._live[request.id] = seq
         self._lifecycle.arrive(seq, now_s)
-
-    def _bind(self, seq: Sequence, constraint: Constraint) -> None:
-        if constraint.accept(seq.output) < len(seq.output):
-            raise RequestError("output: breaks the constraint of the request", param="output")
-        seq.constraint = constraint
-        seq.runs_ahead = ignores_masks(seq.request.sampling)
-        if not self._take_mask(seq):
-            raise RequestError(
-                "the constraint and the sampling parameters together leave no token to generate",
-                param="grammar",
-            )
-
-    def _take_mask(self, seq: Sequence) -> bool:
-        """Asks the constraint what may come next; False if nothing may."""
-        assert seq.constraint is not None
-        seq.mask = mask = seq.constraint.mask()
-        if mask is None:
-            return True
-        sampling = seq.request.sampling
-        early = len(seq.output) < sampling.min_tokens
-        stop_ids = (*self._eos_token_ids, *sampling.stop_token_ids) if early else ()
-        return leaves_token(mask, sampling, stop_ids)
 
     def _checked_max_total(self, request: Request) -> int:
         prompt = len(request.prompt)
@@ -289,11 +267,11 @@ class Scheduler:
                 new = new[:num]
             finish = _FINISH_REASONS[codes[row]]
             error = None
-            if seq.constraint is not None:
-                bound = self._accept(seq, chunks[row].max_new, new, finish, now_s)
-                if bound is None:
+            if seq.bound is not None:
+                accepted = self._accept(seq, seq.bound, chunks[row].max_new, new, finish, now_s)
+                if accepted is None:
                     continue
-                new, finish, error = bound
+                new, finish, error = accepted
             else:
                 seq.output += new
             num_output += len(new)
@@ -325,6 +303,7 @@ class Scheduler:
     def _accept(
         self,
         seq: Sequence,
+        bound: Bound,
         max_new: int,
         new: list[int],
         finish: FinishReason | None,
@@ -335,45 +314,31 @@ class Scheduler:
         None for a row that was planned behind a token which does not stand. The last entry is why
         the constraint can't go on, where that is the end.
         """
-        if seq.num_stale > 0:
-            seq.num_stale -= 1
+        if bound.num_stale > 0:
+            bound.num_stale -= 1
             return None
         if not max_new:  # tokens of the prompt
             return new, finish, None
-        seq.num_unknown -= 1
         try:
-            return self._accept_new(seq, new, finish, now_s)
+            stand = bound.accept(new)
+            is_cut = stand < len(new)
+            if is_cut:
+                new, finish = new[:stand], None
+            seq.output += new
+            if finish is not None:
+                return new, finish, None
+            if bound.num_unknown and bound.mask is not None and bound.runs_ahead and not is_cut:
+                return new, None, None  # the next row is planned without it
+            if not bound.next_mask():
+                return new, FinishReason.STOP, None
         except RequestError as error:
             return [], FinishReason.ERROR, str(error)
-
-    def _accept_new(
-        self, seq: Sequence, new: list[int], finish: FinishReason | None, now_s: float
-    ) -> tuple[list[int], FinishReason | None, None]:
-        assert seq.constraint is not None
-        stand = seq.constraint.accept(new)
-        is_cut = stand < len(new)
-        if is_cut:
-            new, finish = new[:stand], None
-            self._note_cut(seq, len(seq.output) + stand)
-        seq.output += new
-        if finish is not None:
-            return new, finish, None
-        if seq.runs_ahead and seq.mask is not None and seq.num_unknown and not is_cut:
-            return new, None, None  # the next row is planned already: nobody needs this mask
-        if not self._take_mask(seq):
-            return new, FinishReason.STOP, None
-        if is_cut or (seq.mask is not None and not seq.runs_ahead and seq.num_unknown):
-            self._cut(seq, now_s)
+        if is_cut or (bound.num_unknown and not bound.runs_ahead):
+            self._go_on_after_output(seq, bound, now_s)
         return new, None, None
 
-    def _note_cut(self, seq: Sequence, num_output: int) -> None:
-        if seq.cut_at == num_output:  # its first token was masked this time
-            raise EngineError(f"request {seq.id}: the device sampled a token that its mask forbids")
-        seq.cut_at = num_output
-
-    def _cut(self, seq: Sequence, now_s: float) -> None:
-        """Lets `seq` go on after its output: the rows in flight follow what does not stand."""
-        seq.num_stale, seq.num_unknown = seq.num_in_flight, 0
+    def _go_on_after_output(self, seq: Sequence, bound: Bound, now_s: float) -> None:
+        bound.drop_rows(seq.num_in_flight)
         if seq.state is SequenceState.RUNNING:
             self._lifecycle.rewind(seq)
         elif seq.state is SequenceState.RETIRED:

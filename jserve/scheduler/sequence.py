@@ -19,7 +19,7 @@ from jserve.cache.pages import NO_PAGES, Pages
 from jserve.cache.prefix import PageChain
 from jserve.core.logprobs import PackedLogprobs
 from jserve.core.request import Request, TokenLogprobs
-from jserve.scheduler.constraint import Constraint
+from jserve.scheduler.constraint import Bound
 
 # Smaller ranks are served first and preempted last. No two sequences have the same: `Lifecycle`
 # appends the number of their arrival to what the policy gives.
@@ -91,14 +91,7 @@ class Sequence:
     num_computed: int = 0  # positions whose K and V are written
     keep_output: int = 0  # output tokens at which another page is full and can be shared
     rewound: bool = False  # the device must be told of it anew; it keeps slot and pages
-
-    # Where its output is bound:
-    constraint: Constraint | None = None
-    mask: bytes | None = None  # of the token after `output`; None: any
-    runs_ahead: bool = False  # tokens may be sampled before the mask that they need is known
-    cut_at: int = -1  # number of output tokens behind which the latest wrong one was
-    num_unknown: int = 0  # steps in flight that yield tokens which will be asked for
-    num_stale: int = 0  # steps in flight whose tokens follow one that does not stand
+    bound: Bound | None = None  # where a constraint binds its output
 
     @property
     def num_context(self) -> int:
@@ -122,20 +115,6 @@ class Sequence:
         would have without the interruption.
         """
         return bool(self.output) and num_computed == self.num_context - 1
-
-    def may_decode(self, steps: int) -> int:
-        """Tokens that a decode row may yield in a run of `steps`; 0: it waits for a result.
-
-        A mask holds for the next token alone, and the last result tells it.
-        """
-        if self.mask is None or self.runs_ahead:
-            return steps
-        return 0 if self.num_unknown else 1
-
-    @property
-    def step_mask(self) -> bytes | None:
-        """The mask of the first token of a row that is planned now; None: any, or not known."""
-        return None if self.num_unknown else self.mask
 
     def view(self, event: Event) -> SequenceView:
         """The sequence as a policy sees it."""

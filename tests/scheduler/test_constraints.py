@@ -46,13 +46,13 @@ def test_tokens_are_those_of_a_mask_at_every_step(depth: int, sampling: dict[str
     assert rig.is_empty()
 
 
-def test_free_rows_keep_their_decode_steps() -> None:
-    rig = Rig(model=MODEL)
+def test_free_rows_keep_decode_steps_beside_one_that_waits() -> None:
+    rig = Rig(SchedulerConfig(bound_decode_steps=4), model=MODEL)
     rig.scheduler.add(request(ignore_eos=True, **TRUNCATED), 0.0, Rule(VOCAB))
     rig.add("free", max_tokens=40, ignore_eos=True)
     rig.step()
     plan, _ = rig.step()
-    assert {chunk.request_id: chunk.max_new for chunk in plan.chunks} == {"a": 1, "free": 8}
+    assert {chunk.request_id: chunk.max_new for chunk in plan.chunks} == {"a": 1, "free": 4}
     assert [mask.slot for mask in plan.masks] == [0]
 
 
@@ -66,13 +66,25 @@ def test_a_bound_row_waits_for_its_result() -> None:
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_bound_row_that_is_not_truncated_runs_ahead(depth: int) -> None:
+def test_a_row_that_is_not_truncated_runs_ahead_beside_free_ones(depth: int) -> None:
     rig = Rig(model=MODEL)
     asked = request(ignore_eos=True, max_tokens=60)
     rig.scheduler.add(asked, 0.0, Rule(VOCAB, step=1))  # nothing is ever forbidden
+    rig.add("free", max_tokens=60, ignore_eos=True)
     plans = rig.run(depth)
     assert rig.outputs["a"] == expected(asked, Rule(VOCAB, step=1))
     assert len(plans) <= 10
+    rig.scheduler.add(request("alone", ignore_eos=True, max_tokens=60), 0.0, Rule(VOCAB, step=1))
+    assert len(rig.run(depth)) == 60  # what does not stand would cost time there
+
+
+def test_a_row_that_guesses_wrong_waits_for_its_masks() -> None:
+    rig = Rig(model=MODEL)
+    rig.scheduler.add(request(ignore_eos=True, max_tokens=60), 0.0, Rule(VOCAB, step=30))
+    rig.add("free", max_tokens=60, ignore_eos=True)
+    plans = rig.run(2)
+    wide = [c for plan in plans for c in plan.chunks if c.request_id == "a" and c.max_new > 1]
+    assert 0 < len(wide) < 8
 
 
 def test_it_ends_where_nothing_may_come() -> None:
