@@ -15,12 +15,16 @@ from jserve.grammar.compiler import GrammarCompiler, first_line
 class GrammarConstraint:
     """The output is a text of the grammar, which an end-of-sequence id ends.
 
-    Where that id does not end the sequence (`ignore_eos`), anything may follow it.
+    Where that id does not end the sequence (`ignore_eos`), anything may follow it. Masks decide
+    alone: where the grammar leaves one text, they allow its canonical tokens only, though others
+    spell it, too.
     """
 
     def __init__(self, matcher: LLMatcher, vocab: int, eos_token_ids: Sequence[int]) -> None:
         self._matcher = matcher
         self._words = np.zeros(mask_words(vocab), np.uint32)
+        self._bytes = memoryview(self._words.view(np.uint8))
+        self._is_current = False  # whether the words are the mask of the next token
         self._eos = frozenset(eos_token_ids)
         self._ended = False
 
@@ -31,24 +35,30 @@ class GrammarConstraint:
         """
         if self._ended:
             return None
-        self._check()
-        self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
-        self._check()
+        self._compute()
         return self._words.tobytes()
 
     def accept(self, tokens: Sequence[int]) -> int:
-        """Takes tokens up to the first that the grammar does not allow; raises as `mask` does."""
+        """Takes tokens up to the first that its mask does not allow; raises as `mask` does."""
         for count, token in enumerate(tokens):
             if self._ended:
                 return len(tokens)
-            if token in self._eos and self._matcher.is_accepting():
-                self._ended = True  # the matcher itself refuses it where nothing else may come
-            elif self._matcher.is_stopped() or not self._matcher.validate_tokens([token]):
-                self._check()
+            self._compute()
+            if not self._bytes[token // 8] >> token % 8 & 1:
                 return count
+            if token in self._eos:
+                self._ended = True  # the matcher itself refuses it where nothing else may come
             else:
                 self._matcher.consume_token(token)
+                self._is_current = False
         return len(tokens)
+
+    def _compute(self) -> None:
+        if not self._is_current:
+            self._check()
+            self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+            self._check()
+            self._is_current = True
 
     def _check(self) -> None:
         if self._matcher.is_error():
