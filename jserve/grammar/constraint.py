@@ -23,7 +23,7 @@ class GrammarConstraint:
     def __init__(self, matcher: LLMatcher, vocab: int, eos_token_ids: Sequence[int]) -> None:
         self._matcher = matcher
         self._words = np.zeros(mask_words(vocab), np.uint32)
-        self._bytes = memoryview(self._words.view(np.uint8))
+        self._bytes = self._words.view(np.uint8).data
         self._is_current = False  # whether the words are the mask of the next token
         self._eos = frozenset(eos_token_ids)
         self._ended = False

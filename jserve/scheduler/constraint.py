@@ -64,6 +64,7 @@ class Bound:
         self._is_whole = sampling.temperature == 0 or (
             sampling.top_k <= 0 and sampling.top_p == 1 and sampling.min_p == 0
         )
+        self._restricts = bool(sampling.allowed_token_ids or sampling.bad_token_ids)
         self._num_output = len(output)
         self._last_cut = -1  # number of output tokens
         self._num_cuts = 0  # that were not made good by tokens that stood
@@ -119,6 +120,23 @@ class Bound:
         self.mask = mask = self._constraint.mask()
         return mask is None or self._leaves_token(np.frombuffer(mask, np.uint8))
 
+    def force(self, most: int) -> list[int]:
+        """Takes the tokens that must come next, up to `most`, for which no step is needed.
+
+        None that may end the sequence; none if their log-probabilities are asked for.
+        """
+        forced: list[int] = []
+        if self._sampling.logprobs is not None or self._restricts:
+            return forced
+        while len(forced) < most and self.mask is not None:
+            token = _only_token(self.mask)
+            if token is None or token in self._stop_ids:
+                break
+            forced.append(token)
+            self._num_output += self._constraint.accept((token,))
+            self.mask = self._constraint.mask()
+        return forced
+
     def drop_rows(self, num_in_flight: int) -> None:
         """Gives up the rows in flight: they follow what does not stand, or lack their mask."""
         self.num_stale, self.num_unknown = num_in_flight, 0
@@ -126,7 +144,7 @@ class Bound:
     def _leaves_token(self, words: np.ndarray) -> bool:
         sampling = self._sampling
         early = self._num_output < sampling.min_tokens
-        if not (early or sampling.allowed_token_ids or sampling.bad_token_ids):
+        if not (early or self._restricts):
             return bool(words.any())
         allowed = np.unpackbits(words, bitorder="little").astype(bool)
         allowed[list(sampling.bad_token_ids)] = False
@@ -135,3 +153,9 @@ class Bound:
         if sampling.allowed_token_ids:
             allowed = allowed[list(sampling.allowed_token_ids)]
         return bool(allowed.any())
+
+
+def _only_token(mask: bytes) -> int | None:
+    """The one token of a mask; None if it has several."""
+    bits = int.from_bytes(mask, "little")
+    return bits.bit_length() - 1 if bits and not bits & (bits - 1) else None

@@ -80,16 +80,17 @@ class Lifecycle:
         self._vacate(seq)
         self._wait(seq, Event.PREEMPTION, now_s)
 
-    def rewind(self, seq: Sequence) -> None:
+    def rewind(self, seq: Sequence, num_forced: int = 0) -> None:
         """The running `seq` goes on after its output: what came behind it does not stand.
 
-        It keeps its slot and its pages, which are written again.
+        It keeps its slot and its pages, which are written again. The last `num_forced` tokens of
+        the output were not sampled: they, and the one before them, are computed by a chunk.
         """
         _require(seq, SequenceState.RUNNING)
         tokens = seq.chain.tokens()
-        seq.context = tokens[:-1] if seq.output else tokens
         seq.num_tokens = len(tokens)
-        seq.num_computed = len(tokens) - 1
+        seq.num_computed = len(tokens) - num_forced - 1
+        seq.context = tokens[:-1] if seq.resumes_after(seq.num_computed) else tokens
         seq.rewound = True
 
     def retire(self, seq: Sequence) -> None:

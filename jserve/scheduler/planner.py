@@ -296,7 +296,7 @@ class Planner:
             seq.request,
             tuple(seq.output),
             num_computed=seq.num_computed,
-            last_token=seq.output[-1] if seq.output else None,
+            last_token=seq.output[-1] if seq.resumes_after(seq.num_computed) else None,
         )
         if admission.history_rows > self._max_processor_rows:
             self._preempt(seq, draft.now_s)  # its history fits into no step: it is computed again

@@ -284,7 +284,9 @@ class Scheduler:
                 self._end(seq)
                 self._counters.num_finished += 1
                 self._finish_rate.record(now_s)
-            elif len(new) == num and (state is not running or num != chunks[row].max_new):
+            elif seq.rewound or seq.state is not state:
+                pass  # its constraint has set where it goes on
+            elif state is not running or num != chunks[row].max_new:
                 self._settle(seq, chunks[row].max_new - num, now_s)
             if len(seq.output) >= seq.keep_output and seq.state is running:
                 self._lifecycle.keep(seq)
@@ -331,16 +333,27 @@ class Scheduler:
                 return new, None, None  # the next row is planned without it
             if not bound.next_mask():
                 return new, FinishReason.STOP, None
+            forced = self._force(seq, bound)
         except RequestError as error:
             return [], FinishReason.ERROR, str(error)
-        if is_cut or (bound.num_unknown and not bound.runs_ahead):
-            self._go_on_after_output(seq, bound, now_s)
-        return new, None, None
+        if is_cut or forced or (bound.num_unknown and not bound.runs_ahead):
+            self._go_on_after_output(seq, bound, len(forced), now_s)
+        return [*new, *forced], None, None
 
-    def _go_on_after_output(self, seq: Sequence, bound: Bound, now_s: float) -> None:
+    def _force(self, seq: Sequence, bound: Bound) -> list[int]:
+        """Adds the tokens that must come next to the output, but for the last that it may have."""
+        if seq.state is not SequenceState.RUNNING:
+            return []
+        forced = bound.force(seq.max_total - len(seq.request.prompt) - len(seq.output) - 1)
+        seq.output += forced
+        return forced
+
+    def _go_on_after_output(
+        self, seq: Sequence, bound: Bound, num_forced: int, now_s: float
+    ) -> None:
         bound.drop_rows(seq.num_in_flight)
         if seq.state is SequenceState.RUNNING:
-            self._lifecycle.rewind(seq)
+            self._lifecycle.rewind(seq, num_forced)
         elif seq.state is SequenceState.RETIRED:
             self._lifecycle.requeue(seq, now_s)
 

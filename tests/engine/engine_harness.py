@@ -108,6 +108,7 @@ class Harness:
             max_model_len=self.engine.info.max_model_len,
             programs=self.config.programs(),
             max_processor_rows=self.config.processor_rows,
+            eos_token_ids=self.engine.info.eos_token_ids,
         )
 
     def run(

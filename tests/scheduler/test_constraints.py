@@ -134,7 +134,7 @@ def test_a_device_that_ignores_masks_is_found_out() -> None:
         rig.run(1)
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(150))
 def test_random_ones_beside_each_other(seed: int) -> None:
     """With preemptions, aborts, shared pages, phases that are free, and several steps in flight."""
     pick = random.Random(seed)
@@ -167,7 +167,7 @@ def test_random_ones_beside_each_other(seed: int) -> None:
             count += 1
             start = pick.choice((0, 0, 3, 10))
             rule = {
-                "step": pick.choice((1, 2, 3, 20)),
+                "step": pick.choice((1, 2, 3, 20, VOCAB)),
                 "start": start,
                 "end": start + pick.choice((1, 5, 100)),
                 "ends": False,
@@ -187,3 +187,17 @@ def test_random_ones_beside_each_other(seed: int) -> None:
         assert rig.outputs[name] == tokens, name
     assert rig.scheduler.stats().free_slots == 4
     assert rig.scheduler.stats().free_pages == num_pages
+
+
+def test_tokens_that_must_come_need_no_step_each() -> None:
+    rig = Rig(model=MODEL)
+    asked = request(ignore_eos=True, max_tokens=40, **TRUNCATED)
+    rule = Rule(VOCAB, step=VOCAB, start=5, end=25)  # one token may come at a time
+    rig.scheduler.add(asked, 0.0, rule)
+    plans = rig.run(2)
+    assert rig.outputs["a"] == expected(asked, Rule(VOCAB, step=VOCAB, start=5, end=25))
+    assert len(plans) < 25
+    scored = request("b", ignore_eos=True, max_tokens=40, logprobs=1)
+    rig.scheduler.add(scored, 0.0, Rule(VOCAB, step=VOCAB, start=5, end=25))
+    assert len(rig.run(2)) >= 40 - 15  # log-probabilities come from steps
+    assert rig.outputs["b"] == expected(scored, Rule(VOCAB, step=VOCAB, start=5, end=25))
