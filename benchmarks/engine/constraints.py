@@ -43,7 +43,10 @@ document: %json {
     "kind": {"enum": ["one", "two", "three"]},
     "address": {
       "type": "object",
-      "properties": {"street": {"type": "string"}, "zip": {"type": "string", "pattern": "^[0-9]{5}$"}},
+      "properties": {
+        "street": {"type": "string"},
+        "zip": {"type": "string", "pattern": "^[0-9]{5}$"}
+      },
       "required": ["street", "zip"],
       "additionalProperties": false
     }
@@ -170,7 +173,7 @@ def parse() -> argparse.Namespace:
     parser = options.parser_of(__doc__)
     parser.add_argument("--rows", type=int, default=0, help="0: one for each slot")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max_tokens", type=int, default=150)
+    parser.add_argument("--max_tokens", type=int, default=60)
     return parser.parse_args()
 
 
