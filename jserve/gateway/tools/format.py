@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol, TypeAlias
 
+from jserve.core.errors import RequestError
+
 Schema: TypeAlias = Mapping[str, Any]
 
 
@@ -115,13 +117,21 @@ class WantedCalls:
         return self.choice.mode is ChoiceMode.NONE
 
     def bound(self) -> list[tuple[Tool, Schema]]:
-        """The tools that may be called, with the schemas of their arguments."""
+        """Returns the tools that may be called, with the schemas of their arguments.
+
+        Raises RequestError if there is none.
+        """
         loose = self.choice.mode is ChoiceMode.AUTO
         named = self.choice.name if self.choice.mode is ChoiceMode.NAMED else None
+        tools = [tool for tool in self.tools if named is None or tool.name == named]
+        if not tools:
+            what = "a call" if named is None else repr(named)
+            raise RequestError(
+                f"tool_choice asks for {what}, which is not among the tools", param="tool_choice"
+            )
         return [
             (tool, {"type": "object"} if loose and not tool.strict else self.argument_schema(tool))
-            for tool in self.tools
-            if named is None or tool.name == named
+            for tool in tools
         ]
 
     @property

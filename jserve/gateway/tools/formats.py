@@ -7,6 +7,7 @@ from jserve.gateway.tools.format import ToolFormat
 from jserve.gateway.tools.gemma import FUNCTION_GEMMA, GEMMA_4
 from jserve.gateway.tools.gemma3 import Gemma3
 from jserve.gateway.tools.generic_json import GenericJson
+from jserve.gateway.tools.harmony import Harmony
 from jserve.gateway.tools.hermes import Hermes
 from jserve.gateway.tools.llama3_json import Llama3Json
 from jserve.gateway.tools.mistral import Mistral
@@ -22,16 +23,19 @@ _ALL: tuple[ToolFormat, ...] = (
     Gemma3(),
     FUNCTION_GEMMA,
     GEMMA_4,
+    Harmony(),
     GenericJson(),
 )
 FORMATS = {one.name: one for one in _ALL}
 # Names that vLLM and SGLang give to the same formats.
 _ALIASES = {
     "gemma": "gemma3",
+    "gpt-oss": "harmony",
     "json": "generic_json",
     "llama3": "llama3_json",
     "llama4_json": "llama3_json",
     "llama4_pythonic": "pythonic",
+    "openai": "harmony",
     "qwen": "hermes",
     "qwen25": "hermes",
     "qwen3_xml": "qwen3_coder",
@@ -44,6 +48,7 @@ _ALIASES = {
 _SIGNS: tuple[tuple[tuple[str, ...], str | None], ...] = (
     (("<arg_key>",), None),  # GLM
     (("<function=", "<parameter="), "qwen3_coder"),
+    (("<|channel|>", "to=functions."), "harmony"),
     (("<|tool_call>", "call:"), "gemma4"),
     (("<start_function_call>",), "functiongemma"),
     (("[TOOL_CALLS]",), "mistral"),
@@ -55,7 +60,7 @@ _SIGNS: tuple[tuple[tuple[str, ...], str | None], ...] = (
     (("<|python_start|>",), "pythonic"),
 )
 # A marker of calls that no format here has.
-_FOREIGN = re.compile(r"<[^<>\s]*(?:tool|function).?calls?[^<>\s]*>|<\|channel\|>", re.IGNORECASE)
+_FOREIGN = re.compile(r"<[^<>\s]*(?:tool|function).?calls?[^<>\s]*>", re.IGNORECASE)
 
 
 def named_format(name: str) -> ToolFormat:

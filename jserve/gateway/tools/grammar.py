@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from jserve.core.errors import RequestError
 from jserve.gateway.tools.format import ChoiceMode, Schema, Tool, WantedCalls
 
 # Any text. Special tokens are no text for llguidance.
@@ -89,16 +88,8 @@ def call_grammar(wanted: WantedCalls, layout: Layout, write_call: WriteCall) -> 
     """Writes the grammar of `ToolFormat.grammar`; `write_call` gives the expression of one call."""
     if wanted.free:
         return None
-    bound = wanted.bound()
-    if not bound:
-        raise RequestError(
-            f"tool_choice names {wanted.choice.name!r}, which is not among the tools"
-            if wanted.choice.name
-            else "tool_choice asks for a call, but there are no tools",
-            param="tool_choice",
-        )
     lark = Lark(wanted.special)
-    one = lark.any_of([write_call(lark, tool, schema) for tool, schema in bound])
+    one = lark.any_of([write_call(lark, tool, schema) for tool, schema in wanted.bound()])
     more = ""
     if wanted.several:
         more = lark.rule(_row(lark, layout.separator + layout.each[0], one, layout.each[1]))

@@ -25,10 +25,10 @@ TAKES_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %} "
         ("<|tool_call>call:", "gemma4"),
         ("<start_function_call>call:", "functiongemma"),
         ("```tool_code", "gemma3"),
-        # Formats not known here: DeepSeek, GLM, gpt-oss
+        ("<|channel|>commentary to=functions.", "harmony"),
+        # Formats not known here: DeepSeek, GLM
         ("<｜tool▁calls▁begin｜>", None),
         ("<tool_call>f<arg_key>a</arg_key>", None),
-        ("<|channel|>commentary", None),
         ("Answer with JSON.", "generic_json"),
     ],
 )
@@ -57,7 +57,7 @@ def test_when_any_text_will_do(fmt):
     assert fmt.grammar(WantedCalls(tools=TOOLS, choice=ToolChoice(ChoiceMode.NONE))) is None
     with pytest.raises(RequestError, match="rm"):
         fmt.grammar(WantedCalls(tools=TOOLS, choice=ToolChoice(ChoiceMode.NAMED, "rm")))
-    with pytest.raises(RequestError, match="no tools"):
+    with pytest.raises(RequestError, match="a call"):
         fmt.grammar(WantedCalls(tools=(), choice=REQUIRED))
 
 

@@ -22,6 +22,7 @@ BEGUN = {
     "gemma3": ("```tool_code\nnow(a=", "'", "["),
     "qwen3_coder": ("<function=search><parameter=query>", "", "["),
     "functiongemma": ("<start_function_call>call:now{a:", "<escape>", "["),
+    "harmony": ('<|channel|>commentary to=functions.now<|message|>{"a": ', '"', "["),
     "gemma4": ("<|tool_call>call:now{a:", '<|"|>', "["),
 }
 
