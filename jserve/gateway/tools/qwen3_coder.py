@@ -174,5 +174,5 @@ def _write_call(lark: Lark, tool: Tool, schema: Schema) -> str:
 
 
 def _any_text(lark: Lark) -> str:
-    """Adds a rule for a value that ends where the first closing tag does."""
-    return lark.rule(f"{lark.terminal(TEXT)} {lark.literal(_VALUE_END)}", options="[lazy]")
+    """Adds a rule for a value that ends where the first closing tag does, on a new line or not."""
+    return lark.rule(f"{lark.terminal(TEXT)} {lark.literal(_PARAMETER_END)}", options="[lazy]")
