@@ -17,6 +17,7 @@ _CONSTRAIN, _END, _RETURN, _CALL = "<|constrain|>", "<|end|>", "<|return|>", "<|
 _CLOSINGS = (_END, _RETURN, _CALL, _START, _CHANNEL)  # models forget an end before a start
 _BODY_END = re.compile("|".join(map(re.escape, _CLOSINGS)))
 _OPENINGS = (_START, _CHANNEL, "to=")
+_SPACE = re.compile(r"\s*")
 _RECIPIENT = re.compile(r"to=([^\s<]+)")
 _CHANNEL_NAME = re.compile(re.escape(_CHANNEL) + r"\s*(\w+)")
 # A header is longer only if the model has lost its way.
@@ -44,7 +45,8 @@ class HarmonyParser:
     """See `ReasoningParser`."""
 
     def __init__(self, *, starts_inside: bool) -> None:
-        self._pending = ""
+        self._text = ""  # from `_pos` on not read yet
+        self._pos = 0
         self._in_header = not starts_inside
         self._kind: Callable[[str], Part] = ReasoningPart
         self._is_call = False
@@ -61,7 +63,8 @@ class HarmonyParser:
         return self._advance("", last=True)
 
     def _advance(self, text: str, *, last: bool) -> list[Part]:
-        self._pending += text
+        self._text = self._text[self._pos :] + text
+        self._pos = 0
         while self._read_header(last=last) if self._in_header else self._read_body(last=last):
             pass
         parts, self._parts = self._parts, []
@@ -69,21 +72,23 @@ class HarmonyParser:
 
     def _read_header(self, *, last: bool) -> bool:
         """Reads a header, once it is whole. Returns whether there may be more to read."""
-        text = self._pending.lstrip()
-        self._pending = text
+        space = _SPACE.match(self._text, self._pos)
+        assert space is not None  # it matches nothing, too
+        self._pos = space.end()
+        text = self._text[self._pos : self._pos + _MAX_HEADER_CHARS]
         opened = text.startswith(_OPENINGS)
         if not opened and (last or not any(one.startswith(text) for one in _OPENINGS)):
             self._open(TextPart, call="")  # a message without a header
             return text != ""
         at = text.find(_MESSAGE)
         if at < 0:
-            if len(text) <= _MAX_HEADER_CHARS:
+            if len(text) < _MAX_HEADER_CHARS:
                 return False
             self._open(TextPart, call="")
-            self._put(text)
-            self._pending = ""
-            return False
-        header, self._pending = text[:at], text[at + len(_MESSAGE) :]
+            self._put(self._pos + _MAX_HEADER_CHARS)
+            return True
+        header = text[:at]
+        self._pos += at + len(_MESSAGE)
         recipient = _RECIPIENT.search(header)
         channel = _CHANNEL_NAME.search(header)
         name = channel.group(1) if channel else "final"
@@ -103,23 +108,23 @@ class HarmonyParser:
             self._parts.append(kind(call))
 
     def _read_body(self, *, last: bool) -> bool:
-        found = _BODY_END.search(self._pending)
+        found = _BODY_END.search(self._text, self._pos)
         if found is None:
-            end = len(self._pending)
-            if not last:
-                end -= num_open(self._pending, 0, _CLOSINGS)
-            self._put(self._pending[:end])
-            self._pending = self._pending[end:]
+            num_waiting = 0 if last else num_open(self._text, self._pos, _CLOSINGS)
+            self._put(len(self._text) - num_waiting)
             return False
-        self._put(self._pending[: found.start()])
+        self._put(found.start())
         if self._is_call:
             self._parts.append(TextPart(_CALL))
-        begins = found.group() in (_START, _CHANNEL)
-        self._pending = self._pending[found.start() if begins else found.end() :]
+        if found.group() not in (_START, _CHANNEL):  # which begin the next header
+            self._pos = found.end()
         self._in_header = True
         return True
 
-    def _put(self, text: str) -> None:
+    def _put(self, end: int) -> None:
+        """Gives the text before `end` out."""
+        text = self._text[self._pos : end]
+        self._pos = end
         if not text:
             return
         if self._separates:

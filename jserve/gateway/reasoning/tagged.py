@@ -54,7 +54,8 @@ class TaggedParser:
         self._tags = tags
         self._state = _State.BEGIN
         self._inside = starts_inside  # if no opening tag comes first
-        self._pending = ""  # may become a tag: shorter than one
+        self._text = ""  # from `_pos` on not read yet, since it may become a tag
+        self._pos = 0
         self._space: list[str] = []  # read last, and given out only if something follows
         self._trims = False  # whether white space before the next text belongs to a tag
         self._parts: list[Part] = []
@@ -68,7 +69,8 @@ class TaggedParser:
         return self._advance("", last=True)
 
     def _advance(self, text: str, *, last: bool) -> list[Part]:
-        self._pending += text
+        self._text = self._text[self._pos :] + text
+        self._pos = 0
         while self._step(last=last):
             pass
         if last and self._state is _State.TEXT and self._space:
@@ -83,30 +85,31 @@ class TaggedParser:
             return self._begin(last=last)
         inside = self._state is _State.REASONING
         tag = self._tags.end if inside else self._tags.start
-        at = self._pending.find(tag) if inside or self._tags.anywhere else -1
+        may_follow = inside or self._tags.anywhere
+        at = self._text.find(tag, self._pos) if may_follow else -1
         if at >= 0:
-            self._put(self._pending[:at], inside=inside)
-            self._pending = self._pending[at + len(tag) :]
+            self._put(at, inside=inside)
+            self._pos += len(tag)
             self._space.clear()
             self._trims = True
             self._state = _State.TEXT if inside else _State.REASONING
             return True
-        waits = not last and (inside or self._tags.anywhere)
-        end = len(self._pending) - (num_open(self._pending, 0, (tag,)) if waits else 0)
-        self._put(self._pending[:end], inside=inside)
-        self._pending = self._pending[end:]
+        waits = may_follow and not last
+        num_waiting = num_open(self._text, self._pos, (tag,)) if waits else 0
+        self._put(len(self._text) - num_waiting, inside=inside)
         return False
 
     def _begin(self, *, last: bool) -> bool:
-        text = self._pending.lstrip(_SPACE)
-        if len(text) < len(self._pending):
-            self._space.append(self._pending[: len(self._pending) - len(text)])
-        self._pending = text
+        rest = self._text[self._pos :].lstrip(_SPACE)
+        begin = len(self._text) - len(rest)
+        if begin > self._pos:
+            self._space.append(self._text[self._pos : begin])
+        self._pos = begin
         start = self._tags.start
-        if text.startswith(start):
-            self._pending = text[len(start) :]
+        if rest.startswith(start):
+            self._pos += len(start)
             self._inside = True
-        elif start.startswith(text) and not last:
+        elif start.startswith(rest) and not last:
             return False
         self._state = _State.REASONING if self._inside else _State.TEXT
         if self._inside:
@@ -114,8 +117,10 @@ class TaggedParser:
             self._trims = True
         return True
 
-    def _put(self, text: str, *, inside: bool) -> None:
-        """Gives text out, but for white space before and after a tag."""
+    def _put(self, end: int, *, inside: bool) -> None:
+        """Gives the text before `end` out, but for white space before and after a tag."""
+        text = self._text[self._pos : end]
+        self._pos = end
         if self._trims:
             text = text.lstrip(_SPACE)
             self._trims = not text
