@@ -59,6 +59,8 @@ _SIGNS: tuple[tuple[tuple[str, ...], str | None], ...] = (
     (("<|python_tag|>",), "llama3_json"),
     (("<|python_start|>",), "pythonic"),
 )
+# A use of the variable; SmolLM3 has another name for it.
+_TAKES_TOOLS = re.compile(r"\{[%{](?:(?![%}]\}).)*?\b(?:xml_)?tools\b", re.DOTALL)
 # A marker of calls that no format here has.
 _FOREIGN = re.compile(r"<[^<>\s]*(?:tool|function).?calls?[^<>\s]*>", re.IGNORECASE)
 
@@ -76,7 +78,7 @@ def named_format(name: str) -> ToolFormat:
 
 def detect_format(chat_template: str | None) -> ToolFormat | None:
     """Returns the format that the template asks for; None if it takes no tools or a foreign one."""
-    if chat_template is None or not re.search(r"\btools\b", chat_template):
+    if chat_template is None or not _TAKES_TOOLS.search(chat_template):
         return None
     for signs, name in _SIGNS:
         if all(sign in chat_template for sign in signs):

@@ -9,7 +9,9 @@ from jserve.gateway.tools.format import Schema
 from jserve.gateway.tools.grammar import TEXT, Lark
 from jserve.gateway.tools.properties import (
     ANNOTATIONS,
+    as_schema,
     check_keywords,
+    one_of_values,
     refuse,
     write_properties,
 )
@@ -46,12 +48,13 @@ class GemmaValues:
         """Returns the expression of the object of all arguments."""
         return self._object(self._root)
 
-    def _value(self, schema: Schema) -> str:
+    def _value(self, schema: Any) -> str:
         """Returns the expression of a value of this schema."""
+        schema = as_schema(self._tool, schema)
         if "$ref" in schema:
             return self._reference(schema)
-        values = [schema["const"]] if "const" in schema else schema.get("enum")
-        if isinstance(values, list):
+        values = one_of_values(self._tool, schema)
+        if values is not None:
             return self._lark.any_of(self._lark.literal(self._text(one)) for one in values)
         options = schema.get("anyOf", schema.get("oneOf"))
         if isinstance(options, list):
@@ -76,18 +79,18 @@ class GemmaValues:
 
     def _reference(self, schema: Schema) -> str:
         check_keywords(self._tool, schema, ANNOTATIONS | {"$ref"})
-        path = schema["$ref"]
+        path = str(schema["$ref"])
         if path not in self._by_reference:
             rule = self._lark.name()
             self._by_reference[path] = rule  # before its body, which may refer to itself
             self._lark.rule(self._value(self._target(path)), name=rule)
         return self._by_reference[path]
 
-    def _target(self, path: Any) -> Schema:
+    def _target(self, path: str) -> Schema:
         found: Any = self._root
-        for step in str(path).removeprefix("#/").split("/"):
+        for step in path.removeprefix("#/").split("/"):
             found = found.get(step) if isinstance(found, Mapping) else None
-        if not str(path).startswith("#/") or not isinstance(found, Mapping):
+        if not path.startswith("#/") or not isinstance(found, Mapping):
             raise refuse(self._tool, f"the reference {path!r}")
         return found
 
@@ -103,8 +106,7 @@ class GemmaValues:
         return self._string_rule
 
     def _array(self, schema: Schema) -> str:
-        items = schema.get("items", {})
-        one = self._lark.rule(self._value(items if isinstance(items, Mapping) else {}))
+        one = self._lark.rule(self._value(schema.get("items", True)))
         return self._lark.rule(f'"[" ({one} ("," {one})*)? "]"')
 
     def _object(self, schema: Schema) -> str:

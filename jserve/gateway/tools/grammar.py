@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from jserve.core.errors import RequestError
 from jserve.gateway.tools.format import ChoiceMode, Schema, Tool, WantedCalls
 
 # Any text. Special tokens are no text for llguidance.
@@ -89,7 +90,7 @@ def call_grammar(wanted: WantedCalls, layout: Layout, write_call: WriteCall) -> 
     if wanted.free:
         return None
     lark = Lark(wanted.special)
-    one = lark.any_of([write_call(lark, tool, schema) for tool, schema in wanted.bound()])
+    one = any_call(lark, wanted, write_call)
     more = ""
     if wanted.several:
         more = lark.rule(_row(lark, layout.separator + layout.each[0], one, layout.each[1]))
@@ -116,6 +117,22 @@ def call_grammar(wanted: WantedCalls, layout: Layout, write_call: WriteCall) -> 
         start += " | " + lark.terminal(rf"/[ \t\r\n]*([^{leads} \t\r\n](?s:.*))?/")
     lark.rule(start, name="start")
     return lark.text()
+
+
+def any_call(lark: Lark, wanted: WantedCalls, write_call: WriteCall) -> str:
+    """Adds a rule for a call of any tool, and returns its name.
+
+    Raises RequestError if there is no tool, or one's schema cannot be written.
+    """
+    calls: list[str] = []
+    for tool, schema in wanted.bound():
+        try:
+            calls.append(write_call(lark, tool, schema))
+        except RecursionError as error:
+            raise RequestError(
+                f"tools: the schema of {tool.name!r} is nested too deeply", param="tools"
+            ) from error
+    return lark.any_of(calls)
 
 
 def _row(lark: Lark, begin: str, rule: str, end: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jserve.gateway.tools.call_parser import CallParser, Marked
 from jserve.gateway.tools.format import ChoiceMode, Schema, Tool, WantedCalls, openai_call_id
-from jserve.gateway.tools.grammar import TEXT, Lark
+from jserve.gateway.tools.grammar import TEXT, Lark, any_call
 from jserve.gateway.tools.reading import NotACall, Reading, Steps
 from jserve.gateway.tools.values import JSON, read_value
 
@@ -42,7 +42,7 @@ class Harmony:
 
         more = lark.literal("<|end|><|start|>assistant")
         before = lark.any_of(f"{message(channel)} {more}" for channel in ("analysis", "commentary"))
-        call = lark.any_of([_write_call(lark, tool, schema) for tool, schema in wanted.bound()])
+        call = any_call(lark, wanted, _write_call)
         last = [f"{lark.literal(_OPENING)} {call}"]
         if wanted.choice.mode is ChoiceMode.AUTO:
             last.append(message("final"))

@@ -32,6 +32,25 @@ def check_keywords(tool: str, schema: Schema, known: frozenset[str]) -> None:
             raise refuse(tool, f"the keyword {keyword!r}")
 
 
+def as_schema(tool: str, value: Any) -> Schema:
+    """Returns a schema as an object: true stands for any value."""
+    if value is True:
+        return {}
+    if not isinstance(value, Mapping):
+        raise refuse(tool, f"the schema {json.dumps(value)[:60]}")
+    return value
+
+
+def one_of_values(tool: str, schema: Schema) -> list[Any] | None:
+    """Returns the values that a schema lists, or None if it lists none."""
+    if "const" in schema:
+        return [schema["const"]]
+    values = schema.get("enum")
+    if values is not None and (not isinstance(values, list) or not values):
+        raise refuse(tool, "its enum, which has no values")
+    return values
+
+
 def with_definitions(schema: Schema, root: Schema) -> Schema:
     """Returns a part of `root` which can be read alone: with root's definitions."""
     kept = {key: root[key] for key in ("$defs", "definitions", "x-guidance") if key in root}
@@ -61,13 +80,15 @@ def write_properties(
         return lark.rule(f"({one} ({lark.literal(separator)} {one})*)?")
     if not isinstance(properties, Mapping) or not isinstance(required, list):
         raise refuse(tool, "its properties or required")
+    if not all(isinstance(key, str) for key in required):
+        raise refuse(tool, "what it has as required")
     for key in required:
         if key not in properties:
             raise refuse(tool, f"the required argument {json.dumps(key)}, which has no schema")
     # Built from the last one: `first` is the rest if nothing is written yet, `later` if something.
     first = later = '""'
     for key in reversed(list(properties)):
-        part = properties[key] if isinstance(properties[key], Mapping) else {}
+        part = as_schema(tool, properties[key])
         one = lark.rule(write(key, with_definitions(part, schema)))
         with_first = f"{one} {later}"
         with_later = f"{lark.literal(separator)} {one} {later}"

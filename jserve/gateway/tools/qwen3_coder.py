@@ -15,6 +15,7 @@ from jserve.gateway.tools.grammar import TEXT, Lark, Layout, call_grammar
 from jserve.gateway.tools.properties import (
     ANNOTATIONS,
     check_keywords,
+    one_of_values,
     refuse,
     write_properties,
 )
@@ -155,8 +156,8 @@ def _write_call(lark: Lark, tool: Tool, schema: Schema) -> str:
             # A string among other types is written as JSON, which is read back as a string.
             return f'{head} {lark.schema(value)} {lark.literal(_VALUE_END)} "\\n"'
         check_keywords(tool.name, value, _STRING)
-        values = [value["const"]] if "const" in value else value.get("enum")
-        if isinstance(values, list):
+        values = one_of_values(tool.name, value)
+        if values is not None:
             one = lark.any_of(lark.literal(f"{text}{_VALUE_END}") for text in values)
         else:
             one = _any_text(lark)

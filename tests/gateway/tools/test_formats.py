@@ -1,9 +1,12 @@
+import contextlib
+import json
+
 import pytest
 
 from jserve.core.errors import ConfigError, RequestError
 from jserve.gateway.tools.format import ChoiceMode, Tool, ToolChoice, WantedCalls
 from jserve.gateway.tools.formats import FORMATS, detect_format, named_format
-from tests.gateway.tools.calls import AUTO, REQUIRED, SEARCH, TOOLS
+from tests.gateway.tools.calls import AUTO, REQUIRED, SEARCH, TOOLS, Matcher
 
 TAKES_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %} "
 
@@ -40,6 +43,8 @@ def test_detects_what_a_template_asks_for(says, name):
 def test_a_template_without_tools_has_none():
     assert detect_format(None) is None
     assert detect_format("{{ messages }} <tool_call>") is None
+    assert detect_format("{{ bos }} You have no tools. {{ messages }} <tool_call>") is None
+    assert detect_format("{%- if xml_tools or x -%} <tool_call>") is FORMATS["hermes"]
 
 
 def test_names_and_aliases():
@@ -87,3 +92,42 @@ def test_schemas_may_be_replaced():
         },
     )
     assert "whitespace_flexible" in FORMATS["hermes"].grammar(wanted)
+
+
+BAD_SCHEMAS = [
+    {"type": "object", "properties": 3},
+    {"type": "object", "properties": {"a": 3}},
+    {"type": "object", "required": [[]]},
+    {"type": "object", "required": ["missing"]},
+    {"type": "object", "properties": {"a": {"enum": []}}},
+    {"type": "object", "properties": {"a": {"type": [3]}}},
+    {"type": "object", "properties": {"a": {"anyOf": [3]}}},
+    {"type": "object", "properties": {"a": {"$ref": []}}},
+    {"type": ["object"], "patternProperties": {}},
+]
+
+
+@pytest.mark.parametrize("schema", BAD_SCHEMAS)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+def test_bad_schemas_are_refused_or_left_to_llguidance(fmt, schema):
+    with contextlib.suppress(RequestError):
+        fmt.grammar(WantedCalls(tools=(Tool("f", parameters=schema),), choice=REQUIRED))
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda fmt: fmt.name)
+def test_nesting_without_end_is_refused(fmt):
+    schema: dict = {}
+    for _ in range(3000):
+        schema = {"type": "array", "items": schema}
+    tool = Tool("f", parameters={"properties": {"a": schema}})
+    with pytest.raises(RequestError, match="deeply"):
+        fmt.grammar(WantedCalls(tools=(tool,), choice=REQUIRED))
+
+
+@pytest.mark.parametrize("name", ['qu"ote', "back\\slash", "naïve 工具", "/x/", "a'b"])
+def test_names_that_need_escapes_in_a_grammar(name):
+    tools = (Tool(name),)
+    call = json.dumps({"name": name, "arguments": {}}, ensure_ascii=False)
+    matcher = Matcher(FORMATS["hermes"], tools=tools)
+    assert matcher.accepts(f"<tool_call>\n{call}\n</tool_call>")
+    assert not matcher.reads(f"<tool_call>\n{call[:10]}x")
