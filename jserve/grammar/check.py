@@ -15,13 +15,15 @@ _TOKENS_TRIED = 16
 _WORDS = {
     "oneOf constraints": "oneOf is supported where its options exclude each other by their types, "
     "or by the constants of a property that all of them require",
+    "Regex is empty": "nothing is valid: pattern, format and the lengths exclude each other",
+    "min/maxProperties only": "minProperties and maxProperties are supported where all properties "
+    "are required, or where exactly these properties are allowed and the bound is 1",
     "Unsatisfiable schema: ": "nothing is valid: ",
     "Parser Error": "it is too complex: ",
     "schema too large": "the schema is too large",
     "circular references with sibling": "$ref with keywords beside it must not lead to itself",
     "lookarounds not supported yet": "pattern: only ^ at its start and $ at its end; ",
     "regex parse error": "pattern: it is no regular expression that is supported here",
-    "Regex is empty": "pattern: no text fulfils it",
     "patternProperty regexes": "patternProperties must exclude each other: ",
 }
 

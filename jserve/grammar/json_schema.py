@@ -5,6 +5,7 @@ keywords, values and references that it follows exactly; everything else is an e
 keyword and path. Annotations are left out, and so is what nothing refers to.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import unquote
@@ -20,6 +21,7 @@ Schema = dict[str, Any] | bool
 _MAX_DEPTH = 96
 _MAX_SCHEMAS = 20_000  # subschemas of one schema
 _APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf", "const", "enum")
+_ONE_NAME = re.compile(r"\^[A-Za-z0-9_ -]+\$")
 _OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07")
 
 
@@ -205,6 +207,7 @@ class _Checker:
         for name in ("properties", "patternProperties"):
             if name in schema:
                 out[name] = self._properties(schema[name], f"{path}.{name}", depth, name)
+        _name_literals(out)
         name = "additionalProperties"
         if name in schema:
             out[name] = self._subschema(schema[name], f"{path}.{name}", depth + 1)
@@ -276,6 +279,20 @@ _OTHERS = (
     *("type", "multipleOf", "pattern", "format", "items", "prefixItems", "additionalItems"),
     *("properties", "patternProperties", "additionalProperties", "propertyNames", "required"),
 )
+
+
+def _name_literals(out: dict[str, Any]) -> None:
+    """Writes patterns of one name as the property of this name.
+
+    As a pattern beside the property it would be a name that nobody can write, after a comma.
+    """
+    patterns: dict[str, Schema] = out.get("patternProperties", {})
+    for pattern in [it for it in patterns if _ONE_NAME.fullmatch(it)]:
+        properties: dict[str, Schema] = out.setdefault("properties", {})
+        name, schema = pattern[1:-1], patterns.pop(pattern)
+        properties[name] = {"allOf": [properties[name], schema]} if name in properties else schema
+    if not patterns:
+        out.pop("patternProperties", None)
 
 
 def _joined(keyed: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -306,6 +306,16 @@ OBJECTS = [
         [{"ab": 4}],
         [{"ab": 1}, {"ab": "x"}],
     ),
+    Case(
+        {
+            "type": "object",
+            "properties": {"c": {"type": "integer"}, "d": True},
+            "patternProperties": {"^c$": {"minimum": 3}, "^e$": {"type": "null"}},
+            "additionalProperties": False,
+        },
+        [{"c": 3, "d": 1, "e": None}, {"d": 1}, {}],
+        [{"c": 2}, {"e": 1}, {"f": 1}],
+    ),
     Case({"type": "object", "propertyNames": {"type": "string"}}, [{"a": 1}], [1]),
     Case(
         {"type": "object", "propertyNames": {"pattern": "^a+$"}},

@@ -124,6 +124,7 @@ def random_text(grammar: str, random: Random, most: int = 300) -> str | None:
         mask = int.from_bytes(matcher.compute_bitmask(), "little")
         allowed = [token for token in range(EOS) if mask >> token & 1]
         if not allowed or (matcher.is_accepting() and random.random() < 0.3):
+            assert matcher.is_accepting(), f"nothing goes on after {bytes(tokens)!r}"
             return bytes(tokens).decode()
         ends = [token for token in allowed if chr(token) in '"]}']
         token = random.choice(ends if ends and random.random() < 0.3 else allowed)

@@ -120,7 +120,9 @@ class Batch:
     def checksum(self) -> int:
         """CRC-32 of buffer, masks and moves: tells whether two processes packed the same."""
         masks = b"" if self.masks is None else self.masks.data
-        return zlib.crc32(repr(self.moves).encode(), zlib.crc32(masks, zlib.crc32(self.buffer.data)))
+        return zlib.crc32(
+            repr(self.moves).encode(), zlib.crc32(masks, zlib.crc32(self.buffer.data))
+        )
 
 
 def pack(plan: StepPlan, shape: BatchShape, eos_token_ids: tuple[int, ...]) -> Batch:
