@@ -4,7 +4,15 @@ import asyncio
 import itertools
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -35,10 +43,12 @@ from jserve.gateway.request_plane import (
     RequestOptions,
     RequestPlane,
 )
+from jserve.gateway.structured import read_structured
 from jserve.gateway.text_model import TextModel
 from jserve.gateway.validation import SamplingFields
 from jserve.grammar.constraint import ConstraintMaker
 
+_STRUCTURED = ("response_format", "structured_outputs")
 PromptLike = str | Sequence[int]
 T = TypeVar("T")
 
@@ -56,6 +66,13 @@ class Completion:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     # Prompt tokens that were not computed again. Equal answers may differ in it.
     num_cached_tokens: int = field(default=0, compare=False)
+
+
+class GenerateOptions(RequestOptions, total=False):
+    """Options of a request here: those of the request plane, and forms of the HTTP API."""
+
+    response_format: Mapping[str, Any] | None
+    structured_outputs: Mapping[str, Any] | None
 
 
 class InProcessEngine:
@@ -237,12 +254,13 @@ class LLM:
         sampling: SamplingFields | Sequence[SamplingFields] | None = None,
         *,
         use_tqdm: bool = True,
-        **options: Unpack[RequestOptions],
+        **options: Unpack[GenerateOptions],
     ) -> list[Completion]:
         """Completes every prompt, `n` times each, in the order of the prompts.
 
         `sampling` is one for all prompts, or one for each; its fields that are None take the
-        model's defaults. Options (`n`, `stop`, `cache_salt`, …) are those of a served request.
+        model's defaults. Options (`n`, `stop`, `cache_salt`, …) are those of a served request;
+        `structured_outputs` ({"json": schema}, {"regex": …}, …) and `response_format` bind answers.
         Raises RequestError, before anything runs, when a prompt, a field or an option is wrong, and
         TypeError when there is no such option.
         """
@@ -277,7 +295,7 @@ class LLM:
         self,
         prompt: PromptLike,
         sampling: SamplingFields | None = None,
-        **options: Unpack[RequestOptions],
+        **options: Unpack[GenerateOptions],
     ) -> Iterator[str]:
         """Yields the text of one completion as it grows. Options are those of `generate`."""
         fields = [sampling or SamplingFields()]
@@ -312,13 +330,16 @@ class LLM:
         self,
         prompts: Sequence[PromptLike],
         sampling: Sequence[SamplingFields],
-        options: RequestOptions,
+        options: GenerateOptions,
     ) -> list[GenerationRequest]:
-        if unknown := options.keys() - RequestOptions.__annotations__.keys():
+        if unknown := options.keys() - GenerateOptions.__annotations__.keys():
             raise TypeError(
                 f"{', '.join(sorted(unknown))}: no such option; options are "
-                f"{', '.join(RequestOptions.__annotations__)}, and SamplingFields holds the rest"
+                f"{', '.join(GenerateOptions.__annotations__)}, and SamplingFields holds the rest"
             )
+        structured = read_structured({key: options.get(key) for key in _STRUCTURED})
+        constraint = await self._plane.constraint(structured)
+        rest: Any = {key: value for key, value in options.items() if key not in _STRUCTURED}
         generations: list[GenerationRequest] = []
         for index, (prompt, fields) in enumerate(zip(prompts, sampling, strict=True)):
             if isinstance(prompt, str):
@@ -326,7 +347,11 @@ class LLM:
             else:
                 ids = self._plane.prompts.of_ids(_token_ids(prompt, index))
             name = f"offline-{next(self._serial)}"
-            generations.append(self._plane.prepare(id=name, prompt=ids, sampling=fields, **options))
+            generations.append(
+                self._plane.prepare(
+                    id=name, prompt=ids, sampling=fields, constraint=constraint, **rest
+                )
+            )
         return generations
 
     async def _run(

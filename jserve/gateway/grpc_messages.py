@@ -16,10 +16,17 @@ from jserve.gateway.request_plane import GenerationRequest, OutputDelta, Prompt,
 from jserve.gateway.tenants import Caller
 from jserve.gateway.tokenizer import TextTokenizer
 from jserve.gateway.validation import SamplingFields
+from jserve.grammar.source import GrammarKind, GrammarSource, Whitespace
 from jserve.proto import inference_pb2, types_pb2
 from jserve.proto.convert import FINISH_TO_PROTO, logprobs_to_proto
 
 _PIECE_POSITIONS = 16  # of up to 20 alternatives take less than a millisecond
+_Spaces = inference_pb2.StructuredOutput
+_WHITESPACE = {
+    _Spaces.WHITESPACE_NONE: Whitespace.NONE,
+    _Spaces.WHITESPACE_ONE: Whitespace.ONE,
+    _Spaces.WHITESPACE_ANY: Whitespace.ANY,
+}
 
 
 def sampling_fields(message: types_pb2.SamplingParams) -> SamplingFields:
@@ -54,6 +61,26 @@ async def parse_prompt(
             raise RequestError("no input; set text, token_ids or chat", param="input")
 
 
+def grammar_source(message: inference_pb2.GenerateRequest) -> GrammarSource | None:
+    """Reads what binds the answer; RequestError if the message names nothing."""
+    if not message.HasField("structured_output"):
+        return None
+    given = message.structured_output
+    field = given.WhichOneof("kind")
+    if field is None or (field == "json_object" and not given.json_object):
+        fault = "structured_output is empty; set json_schema, json_object, regex, choice, grammar "
+        raise RequestError(fault + "or structural_tag", param="structured_output")
+    kind = GrammarKind.JSON if field == "json_schema" else GrammarKind(field)
+    value = getattr(given, field)
+    whitespace = _WHITESPACE.get(given.whitespace, Whitespace.ONE)
+    return GrammarSource(
+        kind=kind,
+        value=list(value.values) if kind is GrammarKind.CHOICE else value,
+        field=f"structured_output.{field}",
+        whitespace=given.whitespace_pattern if given.HasField("whitespace_pattern") else whitespace,
+    )
+
+
 async def parse_generation(
     plane: RequestPlane, message: inference_pb2.GenerateRequest, request_id: str, caller: Caller
 ) -> GenerationRequest:
@@ -61,10 +88,12 @@ async def parse_generation(
     plane.check_model(message.model)
     with plane.preparing(caller, 1, message.n or None):
         prompt = await parse_prompt(plane, message, caller)
+        constraint = await plane.constraint(grammar_source(message))
     return plane.prepare(
         id=request_id,
         prompt=prompt,
         caller=caller,
+        constraint=constraint,
         sampling=sampling_fields(message.sampling),
         stop=list(message.stop[: plane.config.max_stop_strings + 1]),
         n=message.n or None,

@@ -5,7 +5,13 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
 from jserve.core.logprobs import PackedLogprobs
-from jserve.core.request import FinishReason, SamplingParams, SequenceUpdate, TokenLogprobs
+from jserve.core.request import (
+    ConstraintSpec,
+    FinishReason,
+    SamplingParams,
+    SequenceUpdate,
+    TokenLogprobs,
+)
 from jserve.gateway.buffers import logprobs_bytes
 from jserve.gateway.stop_strings import StopMatcher
 from jserve.gateway.tenants import LOCAL, Caller
@@ -36,6 +42,7 @@ class GenerationRequest:
     include_stop_str_in_output: bool = False
     prompt_only: bool = False  # max_tokens was 0: the one generated token is not shown
     cache_salt: str = field(default="", repr=False)
+    constraint: ConstraintSpec | None = None  # on every choice
 
 
 @dataclass(frozen=True, slots=True)

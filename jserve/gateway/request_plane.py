@@ -15,7 +15,7 @@ from typing import TypedDict, Unpack
 
 from jserve.core.clock import Clock
 from jserve.core.errors import Unavailable, UnknownModel
-from jserve.core.request import EngineInfo, Request
+from jserve.core.request import ConstraintSpec, EngineInfo, Request
 from jserve.gateway.buffers import BufferAccount, BufferBudget
 from jserve.gateway.cache_salts import given_salt
 from jserve.gateway.chat import ChatTemplate
@@ -23,10 +23,12 @@ from jserve.gateway.config import GatewayConfig
 from jserve.gateway.defaults import SamplingDefaults
 from jserve.gateway.engine_client import EngineClient
 from jserve.gateway.fingerprint import fingerprint
+from jserve.gateway.grammar_process import GrammarProcess
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.output import GenerationRequest, OutputDelta, Prompt
 from jserve.gateway.output_stream import OutputStream
 from jserve.gateway.prompts import PromptMaker
+from jserve.gateway.structured import check_sampling
 from jserve.gateway.tenants import LOCAL, Caller, TenantCounts, most_sequences
 from jserve.gateway.tokenizer import TextTokenizer
 from jserve.gateway.validation import (
@@ -38,6 +40,7 @@ from jserve.gateway.validation import (
     integer,
     resolve_sampling,
 )
+from jserve.grammar.source import GrammarSource
 
 __all__ = ["GenerationRequest", "OutputDelta", "OutputStream", "Prompt", "RequestPlane"]
 
@@ -78,6 +81,7 @@ class RequestPlane:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.prompts = PromptMaker(tokenizer, chat_template, config, lambda: self.info)
+        self.grammars = GrammarProcess(tokenizer.tokenizer_json, lambda: self.info)
         self.defaults = defaults
         self.engine = engine
         self.config = config
@@ -145,6 +149,16 @@ class RequestPlane:
                 f"model {name[:200]!r} is not served here; {served} is", param="model"
             )
 
+    async def constraint(self, source: GrammarSource | None) -> ConstraintSpec | None:
+        """Returns what binds an answer to `source`, for `prepare`; None for none.
+
+        The grammar is compiled beside the event loop, unless it was before. Raises RequestError if
+        it is wrong, not supported or too complex, and Unavailable before an engine was seen.
+        """
+        if source is None:
+            return None
+        return ConstraintSpec(grammar=await self.grammars.text(source))
+
     def prepare(
         self,
         *,
@@ -152,12 +166,14 @@ class RequestPlane:
         prompt: Prompt,
         sampling: SamplingFields,
         caller: Caller = LOCAL,
+        constraint: ConstraintSpec | None = None,
         **options: Unpack[RequestOptions],
     ) -> GenerationRequest:
         """Checks every field and resolves the defaults; None means not given.
 
         The priority of a caller who may not set one is 0. max_tokens 0 is allowed with `echo` or
-        prompt_logprobs: only the prompt is looked at.
+        prompt_logprobs: only the prompt is looked at, and nothing is bound by `constraint`, which
+        else is that of every choice.
         Raises RequestError (with `param`), PromptTooLong, Unavailable before the engine was
         ever seen (its context length is not known yet).
         """
@@ -177,12 +193,13 @@ class RequestPlane:
         defaults = self.defaults
         if (default := options.get("default_max_tokens")) is not None:
             defaults = replace(defaults, max_tokens=default)
+        resolved = resolve_sampling(sampling, defaults=defaults, info=info, prompt_tokens=len(ids))
+        if constraint is not None and constraint.grammar:
+            check_sampling(resolved)
         return GenerationRequest(
             id=check_request_id(id, config.max_request_id_chars),
             prompt=Prompt(ids, prompt.text),
-            sampling=resolve_sampling(
-                sampling, defaults=defaults, info=info, prompt_tokens=len(ids)
-            ),
+            sampling=resolved,
             stop=check_stop(
                 options.get("stop"),
                 max_count=config.max_stop_strings,
@@ -202,6 +219,7 @@ class RequestPlane:
             ),
             prompt_only=prompt_only,
             cache_salt=given_salt(options.get("cache_salt")) or caller.cache_salt,
+            constraint=None if prompt_only else constraint,
         )
 
     def run(
@@ -249,6 +267,7 @@ class RequestPlane:
                 tenant=caller.name,
                 tenant_slots=max_slots,
                 cache_salt=generation.cache_salt,
+                constraint=generation.constraint,
             )
             for choice in range(generation.n)
         ]

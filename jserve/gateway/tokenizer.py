@@ -59,6 +59,7 @@ class TextTokenizer:
             self._tokenizer = Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the library raises no subclass
             raise ConfigError(f"tokenizer.json: {error}") from error
+        self.tokenizer_json = tokenizer_json  # for what makes its own of it, in other processes
         # A file may carry the truncation or padding of its training run.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

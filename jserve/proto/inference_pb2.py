@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from jserve.proto import types_pb2 as jserve_dot_proto_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cjserve/proto/inference.proto\x12\tjserve.v1\x1a\x18jserve/proto/types.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.jserve.v1.ChatMessage\"\xe0\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.jserve.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x0f.jserve.v1.ChatH\x00\x12+\n\x08sampling\x18\x06 \x01(\x0b\x32\x19.jserve.v1.SamplingParams\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\t\n\x01n\x18\x08 \x01(\x05\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x0c\n\x04\x65\x63ho\x18\n \x01(\x08\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x0b \x01(\x08H\x01\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x0c \x01(\x08H\x02\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\r \x01(\x08H\x03\x88\x01\x01\x12\x17\n\ncache_salt\x18\x0e \x01(\tH\x04\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokensB\x16\n\x14_skip_special_tokensB\x1d\n\x1b_include_stop_str_in_outputB\r\n\x0b_cache_salt\"^\n\x15GenerateStreamRequest\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.jserve.v1.GenerateRequestH\x00\x12\x10\n\x06\x63\x61ncel\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"\xe3\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\x05\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.jserve.v1.TokenLogprobs\x12\x31\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x18.jserve.v1.TokenLogprobs\x12.\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x17.jserve.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x08 \x01(\t\x12\x1f\n\x05usage\x18\t \x01(\x0b\x32\x10.jserve.v1.Usage\x12#\n\x07timings\x18\n \x01(\x0b\x32\x12.jserve.v1.Timings\x12!\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x12.jserve.v1.Failure\"?\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x15\n\rretry_after_s\x18\x03 \x01(\x01\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\";\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"\x92\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0f.jserve.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.jserve.v1.Model\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\x32\x82\x03\n\tInference\x12\x45\n\x08Generate\x12\x1a.jserve.v1.GenerateRequest\x1a\x1b.jserve.v1.GenerateResponse0\x01\x12S\n\x0eGenerateStream\x12 .jserve.v1.GenerateStreamRequest\x1a\x1b.jserve.v1.GenerateResponse(\x01\x30\x01\x12\x43\n\x08Tokenize\x12\x1a.jserve.v1.TokenizeRequest\x1a\x1b.jserve.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.jserve.v1.DetokenizeRequest\x1a\x1d.jserve.v1.DetokenizeResponse\x12I\n\nListModels\x12\x1c.jserve.v1.ListModelsRequest\x1a\x1d.jserve.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cjserve/proto/inference.proto\x12\tjserve.v1\x1a\x18jserve/proto/types.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.jserve.v1.ChatMessage\"\x98\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x13.jserve.v1.TokenIdsH\x00\x12\x1f\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x0f.jserve.v1.ChatH\x00\x12+\n\x08sampling\x18\x06 \x01(\x0b\x32\x19.jserve.v1.SamplingParams\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\t\n\x01n\x18\x08 \x01(\x05\x12\x10\n\x08priority\x18\t \x01(\x05\x12\x0c\n\x04\x65\x63ho\x18\n \x01(\x08\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x0b \x01(\x08H\x01\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x0c \x01(\x08H\x02\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\r \x01(\x08H\x03\x88\x01\x01\x12\x17\n\ncache_salt\x18\x0e \x01(\tH\x04\x88\x01\x01\x12\x36\n\x11structured_output\x18\x0f \x01(\x0b\x32\x1b.jserve.v1.StructuredOutputB\x07\n\x05inputB\x15\n\x13_add_special_tokensB\x16\n\x14_skip_special_tokensB\x1d\n\x1b_include_stop_str_in_outputB\r\n\x0b_cache_salt\"\xb3\x03\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x35\n\x06\x63hoice\x18\x04 \x01(\x0b\x32#.jserve.v1.StructuredOutput.ChoicesH\x00\x12\x11\n\x07grammar\x18\x05 \x01(\tH\x00\x12\x18\n\x0estructural_tag\x18\x06 \x01(\tH\x00\x12:\n\nwhitespace\x18\x07 \x01(\x0e\x32&.jserve.v1.StructuredOutput.Whitespace\x12\x1f\n\x12whitespace_pattern\x18\x08 \x01(\tH\x01\x88\x01\x01\x1a\x19\n\x07\x43hoices\x12\x0e\n\x06values\x18\x01 \x03(\t\"e\n\nWhitespace\x12\x1a\n\x16WHITESPACE_UNSPECIFIED\x10\x00\x12\x13\n\x0fWHITESPACE_NONE\x10\x01\x12\x12\n\x0eWHITESPACE_ONE\x10\x02\x12\x12\n\x0eWHITESPACE_ANY\x10\x03\x42\x06\n\x04kindB\x15\n\x13_whitespace_pattern\"^\n\x15GenerateStreamRequest\x12+\n\x05start\x18\x01 \x01(\x0b\x32\x1a.jserve.v1.GenerateRequestH\x00\x12\x10\n\x06\x63\x61ncel\x18\x02 \x01(\tH\x00\x42\x06\n\x04kind\"\xe3\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\x05\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.jserve.v1.TokenLogprobs\x12\x31\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x18.jserve.v1.TokenLogprobs\x12.\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x17.jserve.v1.FinishReason\x12\x13\n\x0bstop_reason\x18\x08 \x01(\t\x12\x1f\n\x05usage\x18\t \x01(\x0b\x32\x10.jserve.v1.Usage\x12#\n\x07timings\x18\n \x01(\x0b\x32\x12.jserve.v1.Timings\x12!\n\x05\x65rror\x18\x0b \x01(\x0b\x32\x12.jserve.v1.Failure\"?\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x15\n\rretry_after_s\x18\x03 \x01(\x01\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05\";\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"\x92\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x0f.jserve.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\"6\n\x12ListModelsResponse\x12 \n\x06models\x18\x01 \x03(\x0b\x32\x10.jserve.v1.Model\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\x32\x82\x03\n\tInference\x12\x45\n\x08Generate\x12\x1a.jserve.v1.GenerateRequest\x1a\x1b.jserve.v1.GenerateResponse0\x01\x12S\n\x0eGenerateStream\x12 .jserve.v1.GenerateStreamRequest\x1a\x1b.jserve.v1.GenerateResponse(\x01\x30\x01\x12\x43\n\x08Tokenize\x12\x1a.jserve.v1.TokenizeRequest\x1a\x1b.jserve.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.jserve.v1.DetokenizeRequest\x1a\x1d.jserve.v1.DetokenizeResponse\x12I\n\nListModels\x12\x1c.jserve.v1.ListModelsRequest\x1a\x1d.jserve.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,31 +37,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHAT']._serialized_start=115
   _globals['_CHAT']._serialized_end=163
   _globals['_GENERATEREQUEST']._serialized_start=166
-  _globals['_GENERATEREQUEST']._serialized_end=646
-  _globals['_GENERATESTREAMREQUEST']._serialized_start=648
-  _globals['_GENERATESTREAMREQUEST']._serialized_end=742
-  _globals['_GENERATERESPONSE']._serialized_start=745
-  _globals['_GENERATERESPONSE']._serialized_end=1100
-  _globals['_FAILURE']._serialized_start=1102
-  _globals['_FAILURE']._serialized_end=1165
-  _globals['_USAGE']._serialized_start=1167
-  _globals['_USAGE']._serialized_end=1247
-  _globals['_TIMINGS']._serialized_start=1249
-  _globals['_TIMINGS']._serialized_end=1308
-  _globals['_TOKENIZEREQUEST']._serialized_start=1311
-  _globals['_TOKENIZEREQUEST']._serialized_end=1457
-  _globals['_TOKENIZERESPONSE']._serialized_start=1459
-  _globals['_TOKENIZERESPONSE']._serialized_end=1519
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1521
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1574
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1576
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1610
-  _globals['_LISTMODELSREQUEST']._serialized_start=1612
-  _globals['_LISTMODELSREQUEST']._serialized_end=1631
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1633
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1687
-  _globals['_MODEL']._serialized_start=1689
-  _globals['_MODEL']._serialized_end=1731
-  _globals['_INFERENCE']._serialized_start=1734
-  _globals['_INFERENCE']._serialized_end=2120
+  _globals['_GENERATEREQUEST']._serialized_end=702
+  _globals['_STRUCTUREDOUTPUT']._serialized_start=705
+  _globals['_STRUCTUREDOUTPUT']._serialized_end=1140
+  _globals['_STRUCTUREDOUTPUT_CHOICES']._serialized_start=981
+  _globals['_STRUCTUREDOUTPUT_CHOICES']._serialized_end=1006
+  _globals['_STRUCTUREDOUTPUT_WHITESPACE']._serialized_start=1008
+  _globals['_STRUCTUREDOUTPUT_WHITESPACE']._serialized_end=1109
+  _globals['_GENERATESTREAMREQUEST']._serialized_start=1142
+  _globals['_GENERATESTREAMREQUEST']._serialized_end=1236
+  _globals['_GENERATERESPONSE']._serialized_start=1239
+  _globals['_GENERATERESPONSE']._serialized_end=1594
+  _globals['_FAILURE']._serialized_start=1596
+  _globals['_FAILURE']._serialized_end=1659
+  _globals['_USAGE']._serialized_start=1661
+  _globals['_USAGE']._serialized_end=1741
+  _globals['_TIMINGS']._serialized_start=1743
+  _globals['_TIMINGS']._serialized_end=1802
+  _globals['_TOKENIZEREQUEST']._serialized_start=1805
+  _globals['_TOKENIZEREQUEST']._serialized_end=1951
+  _globals['_TOKENIZERESPONSE']._serialized_start=1953
+  _globals['_TOKENIZERESPONSE']._serialized_end=2013
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2015
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2068
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2070
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2104
+  _globals['_LISTMODELSREQUEST']._serialized_start=2106
+  _globals['_LISTMODELSREQUEST']._serialized_end=2125
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2127
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2181
+  _globals['_MODEL']._serialized_start=2183
+  _globals['_MODEL']._serialized_end=2225
+  _globals['_INFERENCE']._serialized_start=2228
+  _globals['_INFERENCE']._serialized_end=2614
 # @@protoc_insertion_point(module_scope)

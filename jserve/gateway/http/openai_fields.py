@@ -3,6 +3,7 @@
 from dataclasses import fields as dataclass_fields
 
 from jserve.gateway.http.fields import Fields
+from jserve.gateway.structured import STRUCTURED_FIELDS
 from jserve.gateway.validation import SamplingFields
 
 # Fields of both routes that go to `SamplingFields` under their own names and are checked there.
@@ -29,6 +30,7 @@ WITHOUT_EFFECT = {
     "prompt_cache_retention": Fields.string,
     "session_id": Fields.string,
     "request_id": Fields.string,  # the header X-Request-Id names a request
+    "guided_decoding_backend": Fields.string,
 }
 
 # Fields of the OpenAI API or of vLLM that are not served, with the values that ask for nothing;
@@ -42,11 +44,6 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "truncation_side": (),
     "logprob_token_ids": ([],),
     "bad_words": ([],),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "kv_transfer_params": (),
@@ -83,7 +80,8 @@ _SHARED_FIELDS = (
     *SAMPLING,
     *WITHOUT_EFFECT,
     *("model", "n", "stop", "stream", "stream_options", "logprobs", "max_tokens", "priority"),
-    *("response_format", "skip_special_tokens", "include_stop_str_in_output", "cache_salt"),
+    *STRUCTURED_FIELDS,
+    *("skip_special_tokens", "include_stop_str_in_output", "cache_salt"),
 )
 COMPLETION_FIELDS = (*_SHARED_FIELDS, "prompt", "echo", "best_of", "add_special_tokens")
 CHAT_FIELDS = (

@@ -11,7 +11,9 @@ from jserve.core.errors import RequestError
 from jserve.core.request import MAX_LOGPROBS
 from jserve.gateway.http import openai_fields as known
 from jserve.gateway.http.fields import Fields, as_integer, wrong_type
+from jserve.gateway.structured import STRUCTURED_FIELDS, read_structured
 from jserve.gateway.validation import SamplingFields
+from jserve.grammar.source import GrammarSource
 
 _NO_LIMIT = -1  # of max_tokens, as llama.cpp and LM Studio have it
 # Variables of a template that come from the server; a request may only name what they are.
@@ -36,6 +38,7 @@ class OpenAIRequest:
     skip_special_tokens: bool | None
     include_stop_str_in_output: bool | None
     priority: int | None
+    structured: GrammarSource | None  # a form that is right; `RequestPlane.constraint` checks it
     cache_salt: Any = field(repr=False)  # unchecked; `cache_salts.given_salt` does it
     ignored: tuple[str, ...]  # names of unknown fields, where those are not refused
 
@@ -139,7 +142,6 @@ def _sampling(fields: Fields, *, logprobs: Any, max_tokens: Any) -> dict[str, An
 def _shared(fields: Fields) -> dict[str, Any]:
     for key, read in known.WITHOUT_EFFECT.items():
         read(fields, key)
-    _refuse_structured(fields)
     stream = fields.boolean("stream") or False
     include_usage, continuous_usage = _usage(fields, stream)
     return {
@@ -151,6 +153,7 @@ def _shared(fields: Fields) -> dict[str, Any]:
         "skip_special_tokens": fields.boolean("skip_special_tokens"),
         "include_stop_str_in_output": fields.boolean("include_stop_str_in_output"),
         "priority": fields.integer("priority"),
+        "structured": read_structured({name: fields.raw(name) for name in STRUCTURED_FIELDS}),
         "cache_salt": fields.raw("cache_salt"),
     }
 
@@ -200,14 +203,6 @@ def _usage(fields: Fields, stream: bool) -> tuple[bool, bool]:
     if include is None:  # it is true by default in vLLM
         include = every
     return include, include and every
-
-
-def _refuse_structured(fields: Fields) -> None:
-    given = fields.mapping("response_format")
-    if given is None or given == {"type": "text"}:
-        return
-    message = "response_format: only {'type': 'text'} is served; JSON mode is not supported yet"
-    raise RequestError(message, param="response_format")
 
 
 def _prompts(fields: Fields, most: int | None) -> tuple[str | tuple[int, ...], ...]:

@@ -142,6 +142,7 @@ class OpenAIRoutes:
     ) -> tuple[GenerationRequest, ...]:
         # The first generation has the id of the answer.
         answer_id = f"{prefix}-{uuid.uuid4().hex}"
+        constraint = await self._plane.constraint(asked.structured)
         sampling = check_id_lists(asked.sampling, self._plane.info)
         pauses = Pauses()
         generations: list[GenerationRequest] = []
@@ -151,6 +152,7 @@ class OpenAIRoutes:
                 prompt=prompt,
                 sampling=sampling,
                 caller=caller,
+                constraint=constraint,
                 stop=asked.stop,
                 n=asked.n,
                 priority=asked.priority,
