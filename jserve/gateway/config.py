@@ -71,6 +71,11 @@ class GatewayConfig:
     # Of all together. Over it, the largest request of the tenant who holds the most ends.
     max_buffer_bytes: int = 256 << 20
 
+    # How the model writes calls of tools, and reasoning: names of parsers, or none. None: as its
+    # chat template tells.
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
+
     default_temperature: float | None = None
     default_top_k: int | None = None
     default_top_p: float | None = None

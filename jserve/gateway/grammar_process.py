@@ -23,7 +23,6 @@ from jserve.grammar.source import MAX_SOURCE_BYTES, GrammarKind, GrammarSource, 
 
 _LIMITS = JobLimits(cpu_s=2.0, memory_bytes=1 << 30)
 _START_CPU_S = 60.0  # to read a tokenizer of any size
-_NICENESS = 5  # an engine on the same processor comes first
 _MOST = 2  # so that a grammar that takes its seconds does not hold up the others
 _MAX_KEPT_CHARS = 8 << 20
 
@@ -56,8 +55,10 @@ class GrammarProcess:
             self._processes.close()
             self._processes = None
 
-    async def text(self, source: GrammarSource) -> str:
+    async def text(self, source: GrammarSource, tenant: str = "") -> str:
         """Returns the text of a grammar that every engine of this model compiles.
+
+        It is compiled when it is the turn of `tenant`.
 
         Raises:
             RequestError: it is wrong, not supported, or exceeds its time or memory.
@@ -72,16 +73,16 @@ class GrammarProcess:
         running = self._running.get(key)
         if running is None:
             # Others may wait for it: it goes on when the first client leaves.
-            running = asyncio.ensure_future(self._check(processes, source, job, key))
+            running = asyncio.ensure_future(self._check(processes, source, job, key, tenant))
             running.add_done_callback(_retrieve)
             self._running[key] = running
         return await asyncio.shield(running)
 
     async def _check(
-        self, processes: JobProcesses, source: GrammarSource, job: bytes, key: bytes
+        self, processes: JobProcesses, source: GrammarSource, job: bytes, key: bytes, tenant: str
     ) -> str:
         try:
-            text = (await processes.call(job)).decode()
+            text = (await processes.call(job, tenant)).decode()
         except JobStopped as error:
             raise source.refused(f"the grammar is too complex: {error}") from None
         finally:
@@ -104,9 +105,7 @@ class GrammarProcess:
             self._kept.clear()
             self._kept_chars = 0
             start = {"tokenizer": self._tokenizer_json, "vocab": model[0], "eos": list(model[1])}
-            self._processes = JobProcesses(
-                __name__, orjson.dumps(start), self._limits, most=_MOST, niceness=_NICENESS
-            )
+            self._processes = JobProcesses(__name__, orjson.dumps(start), self._limits, most=_MOST)
             self._model = model
         return self._processes
 

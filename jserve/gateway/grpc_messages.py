@@ -9,7 +9,7 @@ import grpc.aio
 
 from jserve.core.errors import RequestError
 from jserve.core.request import FinishReason, TokenLogprobs
-from jserve.gateway.chat import check_num_messages
+from jserve.gateway.messages import check_num_messages
 from jserve.gateway.output import num_logprobs
 from jserve.gateway.pauses import LARGE, Pauses
 from jserve.gateway.request_plane import GenerationRequest, OutputDelta, Prompt, RequestPlane

@@ -6,12 +6,15 @@ from typing import Any
 
 from jserve.core.errors import RequestError
 from jserve.core.request import EngineInfo
-from jserve.gateway.chat import ChatTemplate, check_messages
+from jserve.gateway.chat import ChatTemplate
 from jserve.gateway.config import GatewayConfig
+from jserve.gateway.messages import check_messages, tool_json, with_described_tools
 from jserve.gateway.output import Prompt
 from jserve.gateway.template_process import TemplateProcess
 from jserve.gateway.tenants import LOCAL, Caller
 from jserve.gateway.tokenizer import TextTokenizer, TooManyTokens
+from jserve.gateway.tools.format import Tool
+from jserve.gateway.tools.formats import takes_tools
 from jserve.gateway.validation import check_prompt, prompt_too_long, token_ids
 
 _LONG_TEXT_CHARS = 64 << 10  # longer texts are first checked by a lower bound of their tokens
@@ -107,14 +110,19 @@ class PromptMaker:
         *,
         caller: Caller = LOCAL,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] = (),
+        documents: Sequence[Any] | None = None,
+        chat_template: str | None = None,
         ignored: list[str] | None = None,
         most: int | None = None,
     ) -> Prompt:
         """Checks the messages, renders the model's chat template and tokenizes.
 
-        `variables` are for the template, before those of the model. Unknown fields of messages are
-        added to `ignored`, or refused without it.
+        `variables` are for the template, before those of the model. `chat_template` is one instead
+        of the model's. With `continue_final_message` the prompt ends with the last message's text.
+        Unknown fields of messages are added to `ignored`, or refused without it.
 
         The template writes the BOS itself, if the model wants one. RequestError if the model has
         no template; PromptTooLong as of `of_texts`.
@@ -128,13 +136,36 @@ class PromptMaker:
                 "messages",
                 param="messages",
             )
+        given: list[Mapping[str, Any]] | None = None
+        if not takes_tools(chat_template or self._template.source):
+            checked = with_described_tools(checked, tools)
+        elif tools:
+            given = [tool_json(tool) for tool in tools]
+        if continue_final_message and add_generation_prompt:
+            add_generation_prompt = False
         text = await self._templates.render(
             checked,
             tenant=caller.name,
             add_generation_prompt=add_generation_prompt,
             variables=dict(variables or {}),
+            tools=given,
+            documents=documents,
+            source=chat_template,
         )
+        if continue_final_message:
+            text = _up_to_final_message(text, checked[-1]["content"])
         return await self.of_text(text, add_special_tokens=False, most=most)
+
+
+def _up_to_final_message(text: str, final: str) -> str:
+    """The rendered text without what the template writes behind the last message."""
+    end = text.rfind(final.strip())
+    if end < 0 or not final.strip():
+        raise RequestError(
+            "continue_final_message: the last message is empty, or the chat template changes it",
+            param="continue_final_message",
+        )
+    return text[: end + len(final.strip())]
 
 
 def _check_unicode(text: str) -> None:

@@ -8,9 +8,10 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from typing import TypedDict, Unpack
 
 from jserve.core.clock import Clock
@@ -19,6 +20,7 @@ from jserve.core.request import ConstraintSpec, EngineInfo, Request
 from jserve.gateway.buffers import BufferAccount, BufferBudget
 from jserve.gateway.cache_salts import given_salt
 from jserve.gateway.chat import ChatTemplate
+from jserve.gateway.chat_formats import ChatFormats
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.defaults import SamplingDefaults
 from jserve.gateway.engine_client import EngineClient
@@ -57,6 +59,7 @@ class RequestOptions(TypedDict, total=False):
     skip_special_tokens: bool | None
     include_stop_str_in_output: bool | None
     default_max_tokens: int | None  # instead of the model's default; the context bounds it
+    shown_tokens: frozenset[int] | None  # special tokens that are text all the same
     cache_salt: str | None  # computed prompts are shared with requests of the same salt only
 
 
@@ -82,6 +85,8 @@ class RequestPlane:
         self.chat_template = chat_template
         self.prompts = PromptMaker(tokenizer, chat_template, config, lambda: self.info)
         self.grammars = GrammarProcess(tokenizer.tokenizer_json, lambda: self.info)
+        source = None if chat_template is None else chat_template.source
+        self.formats = ChatFormats.of_template(source, config)
         self.defaults = defaults
         self.engine = engine
         self.config = config
@@ -149,7 +154,28 @@ class RequestPlane:
                 f"model {name[:200]!r} is not served here; {served} is", param="model"
             )
 
-    async def constraint(self, source: GrammarSource | None) -> ConstraintSpec | None:
+    @cached_property
+    def special_ids(self) -> Mapping[str, int]:
+        """Ids of the vocabulary's special tokens by their text."""
+        return {
+            token["content"]: int(token_id)
+            for token_id, token in self.tokenizer.added_tokens().items()
+            if token["special"]
+        }
+
+    @cached_property
+    def marker_ids(self) -> frozenset[int]:
+        """Special tokens that the parsers of calls and reasoning must see."""
+        ids = (self.special_ids.get(text) for text in self.formats.markers)
+        return frozenset(token_id for token_id in ids if token_id is not None)
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """The tokens of a short text inside of an answer."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    async def constraint(
+        self, source: GrammarSource | None, caller: Caller = LOCAL
+    ) -> ConstraintSpec | None:
         """Returns what binds an answer to `source`, for `prepare`; None for none.
 
         The grammar is compiled beside the event loop, unless it was before. Raises RequestError if
@@ -157,7 +183,7 @@ class RequestPlane:
         """
         if source is None:
             return None
-        return ConstraintSpec(grammar=await self.grammars.text(source))
+        return ConstraintSpec(grammar=await self.grammars.text(source, caller.name))
 
     def prepare(
         self,
@@ -212,6 +238,7 @@ class RequestPlane:
             skip_special_tokens=boolean(
                 "skip_special_tokens", options.get("skip_special_tokens"), default=True
             ),
+            shown_tokens=options.get("shown_tokens") or frozenset(),
             include_stop_str_in_output=boolean(
                 "include_stop_str_in_output",
                 options.get("include_stop_str_in_output"),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from jserve.core.errors import ConfigError, RequestError
-from jserve.gateway.chat import ChatTemplate, check_messages
+from jserve.gateway.chat import ChatTemplate
+from jserve.gateway.messages import check_messages
 
 HI = [{"role": "user", "content": "Hi <b>&"}]
 

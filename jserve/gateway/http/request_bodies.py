@@ -17,7 +17,6 @@ from starlette.requests import Request
 from jserve.core.errors import Overloaded, RequestError
 from jserve.core.request import EngineInfo
 from jserve.gateway.cache_salts import given_salt
-from jserve.gateway.chat import check_messages
 from jserve.gateway.config import UnknownFields
 from jserve.gateway.defaults import SamplingDefaults
 from jserve.gateway.http.body import parse_object, read_body
@@ -37,6 +36,7 @@ from jserve.gateway.http.token_request import (
 )
 from jserve.gateway.job_child import Handler
 from jserve.gateway.job_process import JobLimits, JobProcesses, JobStopped
+from jserve.gateway.messages import check_messages
 from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.validation import (
     SamplingFields,

@@ -65,6 +65,11 @@ _TAKES_TOOLS = re.compile(r"\{[%{](?:(?![%}]\}).)*?\b(?:xml_)?tools\b", re.DOTAL
 _FOREIGN = re.compile(r"<[^<>\s]*(?:tool|function).?calls?[^<>\s]*>", re.IGNORECASE)
 
 
+def takes_tools(chat_template: str | None) -> bool:
+    """Whether the template writes the tools that it is given."""
+    return chat_template is not None and _TAKES_TOOLS.search(chat_template) is not None
+
+
 def named_format(name: str) -> ToolFormat:
     """Returns the format of this name or alias. Raises ConfigError listing the names."""
     found = FORMATS.get(_ALIASES.get(name, name))
@@ -78,7 +83,7 @@ def named_format(name: str) -> ToolFormat:
 
 def detect_format(chat_template: str | None) -> ToolFormat | None:
     """Returns the format that the template asks for; None if it takes no tools or a foreign one."""
-    if chat_template is None or not _TAKES_TOOLS.search(chat_template):
+    if chat_template is None or not takes_tools(chat_template):
         return None
     for signs, name in _SIGNS:
         if all(sign in chat_template for sign in signs):
