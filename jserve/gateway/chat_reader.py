@@ -42,6 +42,9 @@ class ChatReader:
 
     def feed(self, delta: OutputDelta) -> ChatDelta:
         """Reads the next delta."""
+        if self._reasoning is None and self._calls is None:  # as in most chats
+            finish = None if delta.finish is None else delta.finish.value
+            return ChatDelta(delta, (TextPart(delta.text),) if delta.text else (), finish)
         parts: list[ChatPart] = []
         for part in self._split(delta.text):
             self._read(part, parts)

@@ -62,10 +62,7 @@ class PreparedChat:
     def reader(self) -> ChatReader:
         """Makes the reader of one choice."""
         calls = self.formats.tools
-        if not self.tools or calls is None:
-            parser = None
-        else:
-            parser = calls.parser(self.tools)
+        parser = None if not self.tools or calls is None else calls.parser(self.tools)
         reasoning = self.formats.reasoning
         return ChatReader(
             None if reasoning is None else reasoning.parser(starts_inside=self.starts_inside),
@@ -109,7 +106,7 @@ async def prepare(
     plane: RequestPlane,
     conversation: Conversation,
     *,
-    id: str,
+    id: str,  # noqa: A002
     caller: Caller,
     ignored: list[str] | None = None,
 ) -> PreparedChat:

@@ -88,7 +88,7 @@ async def parse_generation(
     plane.check_model(message.model)
     with plane.preparing(caller, 1, message.n or None):
         prompt = await parse_prompt(plane, message, caller)
-        constraint = await plane.constraint(grammar_source(message))
+        constraint = await plane.constraint(grammar_source(message), caller)
     return plane.prepare(
         id=request_id,
         prompt=prompt,

@@ -114,9 +114,8 @@ def _check_message(where: str, message: Any, ignored: list[str] | None) -> Messa
             raise RequestError(f"{where}.{name} must be a string", param=f"{where}.{name}")
         if text:
             checked[name] = text
-    if role == "assistant" and "reasoning_content" not in checked:
-        if isinstance(reasoning := fields.get("reasoning"), str):  # vLLM's newer name
-            checked["reasoning_content"] = reasoning
+    if isinstance(reasoning := fields.get("reasoning"), str):  # vLLM's newer name
+        checked.setdefault("reasoning_content", reasoning)
     checked["content"] = _content(f"{where}.content", content)
     if calls:
         checked["tool_calls"] = calls

@@ -154,4 +154,6 @@ class Answer:
     def _usage(self, completion_tokens: int, cached_tokens: int) -> Json:
         """The usage of the whole answer. Of each prompt the first choice says what was cached."""
         prompt_tokens = sum(len(it.prompt.ids) for it in self.generations)
-        return usage_json(prompt_tokens, completion_tokens, cached_tokens)
+        return usage_json(
+            prompt_tokens, completion_tokens, cached_tokens, self.shape.reasoning_tokens
+        )

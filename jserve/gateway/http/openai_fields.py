@@ -57,21 +57,11 @@ UNSUPPORTED_COMPLETION = _UNSUPPORTED | {
 }
 UNSUPPORTED_CHAT = _UNSUPPORTED | {
     "echo": (False,),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),  # without effect when there are no tools
-    "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "audio": (),
-    "include_reasoning": (True, False),
-    "thinking_token_budget": (),
     "web_search_options": (),
     "moderation": (),
     "add_special_tokens": (False,),  # the template writes them
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "chat_template": (),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
 }
@@ -87,5 +77,7 @@ COMPLETION_FIELDS = (*_SHARED_FIELDS, "prompt", "echo", "best_of", "add_special_
 CHAT_FIELDS = (
     *_SHARED_FIELDS,
     *("messages", "top_logprobs", "max_completion_tokens", "add_generation_prompt"),
-    *("chat_template_kwargs", "reasoning_effort"),
+    *("chat_template_kwargs", "reasoning_effort", "include_reasoning", "thinking_token_budget"),
+    *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"),
+    *("continue_final_message", "documents", "chat_template"),
 )

@@ -11,6 +11,7 @@ from jserve.core.errors import RequestError
 from jserve.core.request import MAX_LOGPROBS
 from jserve.gateway.http import openai_fields as known
 from jserve.gateway.http.fields import Fields, as_integer, wrong_type
+from jserve.gateway.http.openai_tools import AskedTools, read_tools
 from jserve.gateway.structured import STRUCTURED_FIELDS, read_structured
 from jserve.gateway.validation import SamplingFields
 from jserve.grammar.source import GrammarSource
@@ -53,8 +54,14 @@ class CompletionRequest(OpenAIRequest):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(OpenAIRequest):
     messages: Any  # unchecked; `chat.check_messages` does it
+    tools: AskedTools
+    include_reasoning: bool
+    max_reasoning_tokens: int | None
     add_generation_prompt: bool
+    continue_final_message: bool
     template_variables: dict[str, Any]
+    documents: list[Any] | None
+    chat_template: str | None
 
 
 def parse_completion(
@@ -95,6 +102,10 @@ def parse_chat(body: Mapping[str, Any], *, ignore_unknown: bool = False) -> Chat
     ignored: list[str] = []
     fields = Fields(body, ignored=ignored if ignore_unknown else None)
     generation_prompt = fields.boolean("add_generation_prompt")
+    continues = fields.boolean("continue_final_message") or False
+    if continues and generation_prompt:
+        name = "continue_final_message"
+        raise RequestError(f"{name} and add_generation_prompt exclude each other", param=name)
     logprobs, max_tokens = _chat_logprobs(fields), _chat_max_tokens(fields)
     limits = _sampling(fields, logprobs=logprobs, max_tokens=max_tokens)
     n = _choices(fields)
@@ -104,13 +115,38 @@ def parse_chat(body: Mapping[str, Any], *, ignore_unknown: bool = False) -> Chat
     fields.finish(known.UNSUPPORTED_CHAT, known.CHAT_FIELDS)
     return ChatRequest(
         messages=messages,
-        add_generation_prompt=generation_prompt is not False,
+        tools=read_tools(fields),
+        include_reasoning=fields.boolean("include_reasoning") is not False,
+        max_reasoning_tokens=_reasoning_budget(fields),
+        add_generation_prompt=generation_prompt is not False and not continues,
+        continue_final_message=continues,
         template_variables=variables,
+        documents=_documents(fields),
+        chat_template=fields.string("chat_template"),
         n=n,
         ignored=tuple(ignored),
         **limits,
         **shared,
     )
+
+
+def _reasoning_budget(fields: Fields) -> int | None:
+    budget = fields.integer("thinking_token_budget")
+    if budget is not None and budget < 0:
+        name = "thinking_token_budget"
+        raise RequestError(f"{name} must be at least 0, not {budget}", param=name)
+    return budget
+
+
+def _documents(fields: Fields) -> list[Any] | None:
+    documents = fields.raw("documents")
+    if documents is None or (isinstance(documents, list) and all(map(_is_object, documents))):
+        return documents
+    raise wrong_type("documents", "a list of objects", documents)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def template_variables(fields: Fields) -> dict[str, Any]:

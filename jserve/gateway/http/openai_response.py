@@ -52,13 +52,16 @@ class Head:
         }
 
 
-def usage_json(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
+def usage_json(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int = 0
+) -> Json:
     """Makes `usage`; `cached_tokens` are those of the prompt that were not computed."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from jserve.gateway.conversation import Conversation, prepare
 from jserve.gateway.http.edge import IGNORED_FIELDS
 from jserve.gateway.http.event_stream import EventStream, unless_disconnected
 from jserve.gateway.http.openai_answer import Answer
@@ -78,9 +79,7 @@ class OpenAIRoutes:
         caller: Caller = request.scope["caller"]
         with self._plane.preparing(caller, len(asked.prompts), asked.n):
             prompts = await self._prompts(asked)
-            generations = await self._prepare(
-                "cmpl", caller, _with_echo(asked), prompts, echo=asked.echo
-            )
+            generations = await self._prepare(caller, _with_echo(asked), prompts)
         shape = CompletionShape(
             generations,
             self._plane.tokenizer,
@@ -93,16 +92,40 @@ class OpenAIRoutes:
         self._plane.check_model(asked.model)
         caller: Caller = request.scope["caller"]
         with self._plane.preparing(caller, 1, asked.n):
-            prompt = await self._plane.prompts.of_chat(
-                asked.messages,
+            prepared = await prepare(
+                self._plane,
+                self._conversation(asked),
+                id=f"chatcmpl-{uuid.uuid4().hex}",
                 caller=caller,
-                add_generation_prompt=asked.add_generation_prompt,
-                variables=asked.template_variables,
                 ignored=request.scope.get(IGNORED_FIELDS),
             )
-            generations = await self._prepare("chatcmpl", caller, asked, [prompt], echo=False)
-        shape = ChatShape(self._plane.tokenizer)
-        return await self._respond(request, asked, generations, shape)
+        shape = ChatShape(
+            self._plane.tokenizer, prepared, include_reasoning=asked.include_reasoning
+        )
+        return await self._respond(request, asked, (prepared.generation,), shape)
+
+    def _conversation(self, asked: ChatRequest) -> Conversation:
+        return Conversation(
+            messages=asked.messages,
+            tools=asked.tools.tools,
+            tool_choice=asked.tools.choice,
+            parallel_tool_calls=asked.tools.parallel,
+            structured=asked.structured,
+            max_reasoning_tokens=asked.max_reasoning_tokens,
+            sampling=asked.sampling,
+            stop=asked.stop,
+            n=asked.n,
+            priority=asked.priority,
+            cache_salt=asked.cache_salt,
+            default_max_tokens=self._plane.info.max_model_len if asked.unlimited else None,
+            skip_special_tokens=asked.skip_special_tokens,
+            include_stop_str_in_output=asked.include_stop_str_in_output,
+            add_generation_prompt=asked.add_generation_prompt,
+            continue_final_message=asked.continue_final_message,
+            variables=asked.template_variables,
+            documents=asked.documents,
+            chat_template=asked.chat_template,
+        )
 
     def _model(self, name: str) -> dict[str, Any]:
         info = self._plane.info
@@ -133,16 +156,13 @@ class OpenAIRoutes:
 
     async def _prepare(
         self,
-        prefix: str,
         caller: Caller,
-        asked: CompletionRequest | ChatRequest,
+        asked: CompletionRequest,
         prompts: Sequence[Prompt],
-        *,
-        echo: bool,
     ) -> tuple[GenerationRequest, ...]:
         # The first generation has the id of the answer.
-        answer_id = f"{prefix}-{uuid.uuid4().hex}"
-        constraint = await self._plane.constraint(asked.structured)
+        answer_id = f"cmpl-{uuid.uuid4().hex}"
+        constraint = await self._plane.constraint(asked.structured, caller)
         sampling = check_id_lists(asked.sampling, self._plane.info)
         pauses = Pauses()
         generations: list[GenerationRequest] = []
@@ -156,7 +176,7 @@ class OpenAIRoutes:
                 stop=asked.stop,
                 n=asked.n,
                 priority=asked.priority,
-                echo=echo,
+                echo=asked.echo,
                 skip_special_tokens=asked.skip_special_tokens,
                 include_stop_str_in_output=asked.include_stop_str_in_output,
                 default_max_tokens=self._default_max_tokens(asked),
@@ -166,11 +186,11 @@ class OpenAIRoutes:
             await pauses.end()
         return tuple(generations)
 
-    def _default_max_tokens(self, asked: CompletionRequest | ChatRequest) -> int | None:
+    def _default_max_tokens(self, asked: CompletionRequest) -> int | None:
         """The default that comes before that of the model."""
         if asked.unlimited:
             return self._plane.info.max_model_len
-        if isinstance(asked, ChatRequest) or self._plane.config.default_max_tokens is not None:
+        if self._plane.config.default_max_tokens is not None:
             return None
         return _COMPLETION_TOKENS
 
