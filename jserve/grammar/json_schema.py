@@ -22,6 +22,7 @@ _MAX_DEPTH = 96
 _MAX_SCHEMAS = 20_000  # subschemas of one schema
 _APPLICATORS = ("$ref", "allOf", "anyOf", "oneOf", "const", "enum")
 _ONE_NAME = re.compile(r"\^[A-Za-z0-9_ -]+\$")
+_EXCLUSIVE = (("exclusiveMinimum", "minimum", 1), ("exclusiveMaximum", "maximum", -1))
 _OLD_DRAFTS = ("draft-03", "draft-04", "draft-06", "draft-07")
 
 
@@ -65,6 +66,7 @@ class _Checker:
         self._unchecked: list[tuple[str, Any]] = []  # pointers, and what is there
         self._num_schemas = 0
         self._multiples = keywords.Multiples()
+        self._bounds = keywords.bounds_in(root)
         draft = root.get("$schema") if isinstance(root, dict) else None
         self._is_old = isinstance(draft, str) and any(name in draft for name in _OLD_DRAFTS)
 
@@ -170,6 +172,8 @@ class _Checker:
                 value = keywords.bound(schema, name, f"{path}.{name}", refused)
                 if value is not None:
                     out[name] = value
+        if "number" in out.get("type", "number"):
+            self._include_bounds(out, path)
         if "multipleOf" in schema:
             where = f"{path}.multipleOf"
             out["multipleOf"] = self._multiples.check(schema["multipleOf"], where, refused)
@@ -186,6 +190,14 @@ class _Checker:
             else:
                 out |= written
         return out
+
+    def _include_bounds(self, out: dict[str, Any], path: str) -> None:
+        for name, other, direction in _EXCLUSIVE:
+            value = out.get(name)
+            if value is not None and keywords.may_be_written(value, direction, self._bounds):
+                near = keywords.inclusive(out.pop(name), direction, f"{path}.{name}", self._refused)
+                stricter = max if direction > 0 else min
+                out[other] = stricter(out.get(other, near), near)
 
     def _array(self, schema: dict[str, Any], out: dict[str, Any], path: str, depth: int) -> None:
         items, prefix = schema.get("items"), schema.get("prefixItems")

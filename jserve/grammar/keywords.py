@@ -1,7 +1,8 @@
 """Keywords of JSON Schema that stand for themselves: bounds, lengths, patterns, formats, types."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -18,6 +19,8 @@ LENGTHS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "m
 _MAX_EXACT = 2**53  # larger integers are rounded by llguidance, as by most readers of JSON
 _MAX_FRACTION = 10.0**15  # a larger float has no digits left after the point
 _MAX_DECIMALS = 20
+_EXACT_DIGITS = 14  # beside the first one: more are lost in floats
+_MAX_PLACES = 12
 _MAX_MULTIPLE = 10**6  # the automaton of multipleOf has so many states
 _MAX_MULTIPLE_DECIMALS = 9
 _MAX_COMMON_MULTIPLE = 2**31
@@ -48,6 +51,42 @@ def bound(schema: dict[str, Any], name: str, where: str, refused: Refused) -> in
     if value and inclusive not in schema:
         raise refused(f"{name}: true needs {inclusive}", where)
     return number(schema[inclusive], where, inclusive, refused) if value else None
+
+
+def inclusive(value: int | float, direction: int, where: str, refused: Refused) -> int | float:
+    """Returns the next number that is written above (1) or below (-1) an exclusive bound."""
+    exact = Decimal(repr(value))
+    digits = _EXACT_DIGITS - max(0, exact.adjusted())
+    places = min(_MAX_PLACES, digits)
+    if _decimals(float(value)) >= places > 0:
+        raise refused(f"an exclusive bound of {value} has more digits than are supported", where)
+    near = exact + direction * Decimal(1).scaleb(-max(0, places))
+    return number(float(near), where, "an exclusive bound", refused)
+
+
+def bounds_in(schema: Any) -> list[float]:
+    """All numbers that any part of a schema gives as a bound."""
+    found: list[float] = []
+    waiting = [schema]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+            given = (value.get(name) for name in BOUNDS)
+            found += [it for it in given if isinstance(it, float) and math.isfinite(it)]
+        elif isinstance(value, list):
+            waiting += value
+    return found
+
+
+def may_be_written(value: float, direction: int, others: Iterable[float]) -> bool:
+    """Whether llguidance may let an exclusive bound itself be written, as 1 in (1, 1.25].
+
+    It does so where the bound farther from zero has the same digits and more.
+    """
+    if value * direction < 0:
+        return False
+    return any(int(it) == int(value) and it * direction > value * direction for it in others)
 
 
 class Multiples:

@@ -58,6 +58,11 @@ TYPES = [
     Case({"$id": "https://example.com/root", "type": "null"}, [None], [1]),
 ]
 NUMBERS = [
+    Case({"type": "number", "exclusiveMinimum": 1, "maximum": 1.25}, [1.25, 1.0001], [1, 1.3]),
+    Case({"type": "number", "minimum": -1.5, "exclusiveMaximum": -1}, [-1.5, -1.01], [-1, -0.5]),
+    Case({"type": "number", "exclusiveMinimum": 1.2, "maximum": 1.25}, [1.25, 1.21], [1.2, 1.3]),
+    Case({"exclusiveMinimum": 0, "exclusiveMaximum": 1}, [0.5, 0.0001, "x"], [0, 1, 1.5, -1]),
+    Case({"type": "number", "exclusiveMaximum": 2**53}, [1, 2.5], [2**53]),
     Case({"minimum": 2}, [2, 2.5, 10, "x", None], [1, 1.9, -3]),
     Case({"type": "number", "minimum": 1.1}, [1.1, 2, 1.15], [1, 1.05, -2]),
     Case({"type": "integer", "minimum": 1.1}, [2, 17], [1, 0, -2]),
