@@ -36,6 +36,8 @@ class GrammarConstraint:
         if self._ended:
             return None
         self._compute()
+        if not self._words.any():
+            raise RequestError("the grammar has come to a dead end", param="grammar")
         return self._words.tobytes()
 
     def accept(self, tokens: Sequence[int]) -> int:

@@ -4,7 +4,7 @@ What is honoured, accepted without effect or refused is listed in `openai_fields
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jserve.core.errors import RequestError
@@ -112,8 +112,7 @@ def parse_chat(body: Mapping[str, Any], *, ignore_unknown: bool = False) -> Chat
     shared = _shared(fields)
     messages = fields.raw("messages")
     variables = template_variables(fields)
-    fields.finish(known.UNSUPPORTED_CHAT, known.CHAT_FIELDS)
-    return ChatRequest(
+    asked = ChatRequest(
         messages=messages,
         tools=read_tools(fields),
         include_reasoning=fields.boolean("include_reasoning") is not False,
@@ -124,10 +123,12 @@ def parse_chat(body: Mapping[str, Any], *, ignore_unknown: bool = False) -> Chat
         documents=_documents(fields),
         chat_template=fields.string("chat_template"),
         n=n,
-        ignored=tuple(ignored),
+        ignored=(),
         **limits,
         **shared,
     )
+    fields.finish(known.UNSUPPORTED_CHAT, known.CHAT_FIELDS)
+    return replace(asked, ignored=tuple(ignored))
 
 
 def _reasoning_budget(fields: Fields) -> int | None:
