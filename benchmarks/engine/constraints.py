@@ -37,9 +37,9 @@ document: %json {
   "type": "object",
   "x-guidance": {"whitespace_flexible": false},
   "properties": {
-    "name": {"type": "string", "maxLength": 40},
+    "name": {"type": "string"},
     "age": {"type": "integer", "minimum": 0, "maximum": 130},
-    "tags": {"type": "array", "items": {"type": "string", "maxLength": 20}, "maxItems": 5},
+    "tags": {"type": "array", "items": {"type": "string"}, "maxItems": 5},
     "kind": {"enum": ["one", "two", "three"]},
     "address": {
       "type": "object",
@@ -60,23 +60,26 @@ _WHOLE = SamplingParams(temperature=0.7)
 
 
 class Timed:
-    """A constraint whose host time is noted, a number for each token that it takes."""
+    """A constraint whose processor time is noted, a number for each token that it takes.
+
+    Not the time by the clock: the device of a CPU engine computes on the same cores.
+    """
 
     def __init__(self, constraint: Constraint, times: list[float]) -> None:
         self._constraint = constraint
         self._times = times
 
     def mask(self) -> bytes | None:
-        started_s = time.perf_counter()
+        started_s = time.thread_time()
         mask = self._constraint.mask()
-        self._times.append(time.perf_counter() - started_s)
+        self._times.append(time.thread_time() - started_s)
         return mask
 
     def accept(self, tokens: Any) -> int:
-        started_s = time.perf_counter()
+        started_s = time.thread_time()
         stand = self._constraint.accept(tokens)
         if self._times:
-            self._times[-1] += time.perf_counter() - started_s
+            self._times[-1] += time.thread_time() - started_s
         return stand
 
 
@@ -201,7 +204,7 @@ def main() -> None:
         (name, report.number(it["free"]), report.number(it["bound"])) for name, it in found.items()
     ]
     print(report.grid(("", "free rows", "bound rows"), table))
-    print(f"\nmask and acceptance of a token, µs: {masks}")
+    print(f"\nprocessor time of a token's mask and acceptance, µs: {masks}")
     print(
         report.json_line(
             "engine_constraints",
