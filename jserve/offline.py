@@ -163,7 +163,7 @@ class InProcessEngine:
         request, constraint = self._backlog.pop(name), None
         if request.constraint is not None:
             try:
-                constraint = self._constraints.make(request.constraint)
+                constraint = self._constraints.make(request.constraint, request.sampling.max_tokens)
             except JserveError as error:
                 self._outbox.reject(name, error)
                 return

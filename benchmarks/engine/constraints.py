@@ -116,10 +116,13 @@ class Subject:
                 ),
             )
             counts[request.id] = 0
-            constraint = self._maker.make(ConstraintSpec(grammar=_GRAMMAR)) if bound else None
+            constraint = self._make() if bound else None
             timed = None if constraint is None else Timed(constraint, self.mask_s)
             scheduler.add(request, time.perf_counter(), timed)
         return self._drive(counts)
+
+    def _make(self) -> Constraint | None:
+        return self._maker.make(ConstraintSpec(grammar=_GRAMMAR), self._max_tokens)
 
     def _drive(self, counts: dict[str, int]) -> tuple[float, float]:
         """Runs until the first row ends, and drops the others."""

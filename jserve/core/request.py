@@ -85,6 +85,7 @@ class ConstraintSpec:
     """
 
     grammar: str = ""  # in llguidance's form, JSON or Lark; empty: none
+    fit: bool = False  # the text ends within max_tokens, by a short way if need be
     reasoning_start: tuple[int, ...] = ()
     reasoning_end: tuple[int, ...] = ()
     max_reasoning_tokens: int | None = None  # at which `reasoning_end` is forced; None: no bound

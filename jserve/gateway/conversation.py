@@ -1,7 +1,7 @@
 """What every chat API asks for, and the generation that answers it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jserve.core.errors import RequestError
@@ -125,8 +125,8 @@ async def prepare(
     start, end = _markers(plane, inside=inside)
     most = conversation.max_reasoning_tokens
     if end and (constraint is not None or most is not None):
-        constraint = ConstraintSpec(
-            grammar="" if constraint is None else constraint.grammar,
+        constraint = replace(
+            constraint or ConstraintSpec(),
             reasoning_start=start,
             reasoning_end=end,
             max_reasoning_tokens=most,

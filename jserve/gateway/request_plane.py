@@ -183,7 +183,7 @@ class RequestPlane:
         """
         if source is None:
             return None
-        return ConstraintSpec(grammar=await self.grammars.text(source, caller.name))
+        return ConstraintSpec(grammar=await self.grammars.text(source, caller.name), fit=source.fit)
 
     def prepare(
         self,

@@ -1,6 +1,7 @@
 """The fields by which requests bind an answer to a grammar, of every API → `GrammarSource`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from jserve.core.errors import RequestError
@@ -42,7 +43,8 @@ def read_structured(given: Mapping[str, Any]) -> GrammarSource | None:
     """
     found: list[GrammarSource] = []
     if (value := given.get("response_format")) is not None:
-        found += _response_format(value)
+        fit = isinstance(value, dict) and _fit(value := dict(value), "response_format")
+        found += [replace(source, fit=fit) for source in _response_format(value)]
     if (value := given.get("structured_outputs")) is not None:
         found += _structured_outputs(value)
     whitespace: Whitespace | str = Whitespace.ONE
@@ -125,7 +127,7 @@ def _structured_outputs(value: Any) -> list[GrammarSource]:
     if not isinstance(value, dict):
         raise _wrong(name, "an object")
     left = {key: it for key, it in value.items() if it is not None}
-    whitespace = _whitespace(left, name)
+    whitespace, fit = _whitespace(left, name), _fit(left, name)
     for key, neutral in _NEUTRAL.items():
         if left.pop(key, neutral[0]) not in neutral:
             message = f"{name}.{key}: not supported yet; leave it out"
@@ -133,7 +135,7 @@ def _structured_outputs(value: Any) -> list[GrammarSource]:
     found = [key for key in left if key in _KINDS]
     for key in left:
         if key not in _KINDS:
-            known = ", ".join((*_KINDS, "whitespace", "whitespace_pattern"))
+            known = ", ".join((*_KINDS, "whitespace", "whitespace_pattern", "fit"))
             message = f"unknown field {name}.{key[:60]!r}; known are {known}"
             raise RequestError(message, param=f"{name}.{key[:60]}")
     if left.get("json_object") is False:
@@ -147,9 +149,21 @@ def _structured_outputs(value: Any) -> list[GrammarSource]:
         raise _wrong(f"{name}.{key}", "true or false")
     return [
         GrammarSource(
-            kind=_KINDS[key], value=left[key], field=f"{name}.{key}", whitespace=whitespace
+            kind=_KINDS[key],
+            value=left[key],
+            field=f"{name}.{key}",
+            whitespace=whitespace,
+            fit=fit,
         )
     ]
+
+
+def _fit(left: dict[str, Any], name: str) -> bool:
+    """Takes whether the answer has to end within max_tokens."""
+    fit = left.pop("fit", None)
+    if fit not in (None, True, False):
+        raise _wrong(f"{name}.fit", "true or false")
+    return bool(fit)
 
 
 def _whitespace(left: dict[str, Any], name: str) -> Whitespace | str:

@@ -2,10 +2,12 @@
 
 import threading
 from collections import OrderedDict
+from functools import cached_property
 
 from llguidance import LLMatcher, LLTokenizer
 
 from jserve.core.errors import ConfigError, RequestError
+from jserve.grammar.closing import Closing
 
 _MAX_KEPT_CHARS = 4 << 20  # of the texts of compiled grammars
 
@@ -35,6 +37,12 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
         self._kept_chars = 0
+
+    @cached_property
+    def closing(self) -> Closing:
+        """Finds ways to the ends of grammars over this tokenizer."""
+        decode = self.tokenizer.decode_bytes
+        return Closing(lambda token: decode([token]), self.vocab)
 
     def matcher(self, grammar: str) -> LLMatcher:
         """A matcher at the start of `grammar`, which is in llguidance's form, JSON or Lark.

@@ -9,7 +9,11 @@ from llguidance import LLMatcher
 from jserve.core.errors import RequestError
 from jserve.core.request import ConstraintSpec
 from jserve.core.step import mask_words
+from jserve.grammar.closing import Closing
 from jserve.grammar.compiler import GrammarCompiler, first_line
+
+_NEAR_TOKENS = 64  # beside four times the way to the end: each token is looked at
+_SELDOM_TOKENS = 16
 
 
 class GrammarConstraint:
@@ -20,13 +24,22 @@ class GrammarConstraint:
     spell it, too.
     """
 
-    def __init__(self, matcher: LLMatcher, vocab: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, matcher: LLMatcher, vocab: int, eos_token_ids: Sequence[int], room: "Room | None"
+    ) -> None:
+        """With `room` the text comes to its end within it.
+
+        Raises RequestError if the grammar has no text that short.
+        """
         self._matcher = matcher
         self._words = np.zeros(mask_words(vocab), np.uint32)
         self._bytes = self._words.view(np.uint8).data
         self._is_current = False  # whether the words are the mask of the next token
         self._eos = frozenset(eos_token_ids)
         self._ended = False
+        self._room = room
+        if room is not None:
+            room.begin(matcher)
 
     def mask(self) -> bytes | None:
         """The tokens that go on with a text of the grammar; None behind its end.
@@ -50,22 +63,92 @@ class GrammarConstraint:
                 return count
             if token in self._eos:
                 self._ended = True  # the matcher itself refuses it where nothing else may come
-            else:
-                self._matcher.consume_token(token)
+                continue
+            if self._room is not None and not self._room.take(self._matcher, token):
                 self._is_current = False
+                return count
+            self._matcher.consume_token(token)
+            self._is_current = False
         return len(tokens)
 
+    def note_other_token(self) -> None:
+        """Counts a token before the text, which leaves less room to it."""
+        if self._room is not None:
+            self._room.left -= 1
+
+    def is_pressed(self, num_others: int) -> bool:
+        """Whether the text must begin after `num_others` more tokens, or not end in time."""
+        return self._room is not None and self._room.left <= len(self._room.way) + num_others + 2
+
     def _compute(self) -> None:
-        if not self._is_current:
-            self._check()
-            self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
-            self._check()
-            self._is_current = True
+        if self._is_current:
+            return
+        self._check()
+        self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+        self._check()
+        self._is_current = True
+        if self._room is not None and self._room.is_short:
+            only = np.zeros_like(self._words)
+            for token in self._room.way[:1] or self._eos:
+                only[token // 32] |= np.uint32(1 << token % 32)
+            self._words &= only
 
     def _check(self) -> None:
         if self._matcher.is_error():
             message = first_line(self._matcher.get_error())
             raise RequestError(f"the grammar cannot go on: {message}", param="grammar")
+
+
+class Room:
+    """The tokens that a text may still have, and a way to its end that fits.
+
+    The way is looked for only where it may matter: often near the end, seldom before.
+    """
+
+    def __init__(self, closing: Closing, num_tokens: int) -> None:
+        """`num_tokens` are those of the whole output, with the id that ends it."""
+        self._closing = closing
+        self.left = num_tokens
+        self._known = 0  # tokens of the latest way
+        self._unseen = 0  # tokens since it was found
+        self.way: list[int] = []  # from where the text stands, once it is short
+        self.is_short = False  # whether nothing but the way may come
+
+    def begin(self, matcher: LLMatcher) -> None:
+        """Raises RequestError if no text of the grammar fits."""
+        way = self._closing.way(matcher)
+        if way is None or len(way) >= self.left:
+            least = "it has no end that could be found" if way is None else f"{len(way) + 1} tokens"
+            raise RequestError(
+                f"max_tokens leaves {self.left} tokens, in which no text of the grammar ends: "
+                f"the shortest has {least}; raise it, or leave fit out",
+                param="max_tokens",
+            )
+        self.way, self._known = way, len(way)
+
+    def take(self, matcher: LLMatcher, token: int) -> bool:
+        """Whether the text can end in time after `token`; if not, only the way may come."""
+        if self.is_short:
+            del self.way[:1]
+            self.left -= 1
+            return True
+        self._unseen += 1
+        if self.left > 4 * self._known + _NEAR_TOKENS and self._unseen < _SELDOM_TOKENS:
+            self.left -= 1
+            return True
+        after = matcher.deep_copy()
+        after.consume_token(token)
+        way = self._closing.way(after)
+        if way is None or len(way) >= self.left - 1:
+            # The way of the token before fits, if it was looked for.
+            known = self._closing.way(matcher) if self._unseen > 1 else self.way
+            if known is None:
+                return True
+            self.way, self.is_short = known, True
+            return False
+        self.way, self._known, self._unseen = way, len(way), 0
+        self.left -= 1
+        return True
 
 
 class ReasoningConstraint:
@@ -114,6 +197,8 @@ class ReasoningConstraint:
                 return count + self._accept_answer(tokens[count:], is_masked=count == 0)
             if not self._take(token):
                 return count
+            if self._answer is not None:
+                self._answer.note_other_token()
         return len(tokens)
 
     @property
@@ -145,6 +230,8 @@ class ReasoningConstraint:
             return True
         self._num_tokens += 1
         self._force_if_spent()
+        if not self._forced and self._answer is not None and self._answer.is_pressed(len(end)):
+            self._force_end()
         return True
 
     def _take_start(self, token: int) -> bool:
@@ -198,7 +285,9 @@ class ConstraintMaker:
         self._lock = threading.Lock()
         self._compiler: GrammarCompiler | None = None
 
-    def make(self, spec: ConstraintSpec) -> GrammarConstraint | ReasoningConstraint | None:
+    def make(
+        self, spec: ConstraintSpec, max_tokens: int
+    ) -> GrammarConstraint | ReasoningConstraint | None:
         """The constraint of one sequence, before its first token; None if nothing is bound.
 
         Compiling takes milliseconds or more, most of them without the GIL. Raises RequestError for
@@ -206,8 +295,10 @@ class ConstraintMaker:
         """
         grammar = None
         if spec.grammar:
-            matcher = self._grammars().matcher(spec.grammar)
-            grammar = GrammarConstraint(matcher, self._vocab, self._eos)
+            compiler = self._grammars()
+            room = Room(compiler.closing, max_tokens) if spec.fit else None
+            matcher = compiler.matcher(spec.grammar)
+            grammar = GrammarConstraint(matcher, self._vocab, self._eos, room)
         if not spec.reasoning_end:
             return grammar
         return ReasoningConstraint(spec, grammar, vocab=self._vocab, eos_token_ids=self._eos)

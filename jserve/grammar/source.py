@@ -36,6 +36,7 @@ class GrammarSource:
     value: Any
     field: str  # of the request, as errors name it
     whitespace: Whitespace | str = Whitespace.ONE  # text: a regular expression
+    fit: bool = False  # the answer ends within max_tokens
 
     def refused(self, fault: str, path: str = "") -> RequestError:
         """The error that says `fault` of the part of this source at `path`."""

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 _PROOF_TIMEOUT_S = 5.0
 _NUM_COMPILERS = 2  # of grammars at a time; beside the loop they take its time
 
-Constrain = Callable[[ConstraintSpec], Constraint | None]
+Constrain = Callable[[ConstraintSpec, int], Constraint | None]  # and the output's most tokens
 
 
 @dataclass(eq=False, slots=True)
@@ -211,7 +211,8 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
             if self._constrain is None:
                 raise RequestError("this engine knows no constraints", param="grammar")
             loop = asyncio.get_running_loop()
-            constraint = await loop.run_in_executor(self._threads, self._constrain, spec)
+            most = request.sampling.max_tokens
+            constraint = await loop.run_in_executor(self._threads, self._constrain, spec, most)
         except JserveError as refused:
             error = refused
         sequence = self._by_engine_id.get(request.id)
