@@ -88,6 +88,7 @@ class ConstraintSpec:
     fit: bool = False  # the text ends within max_tokens, by a short way if need be
     reasoning_start: tuple[int, ...] = ()
     reasoning_end: tuple[int, ...] = ()
+    bad_sequences: tuple[tuple[int, ...], ...] = ()  # tokens that never come in a row
     max_reasoning_tokens: int | None = None  # at which `reasoning_end` is forced; None: no bound
 
 

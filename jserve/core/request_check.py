@@ -24,6 +24,7 @@ _MAX_TENANT_CHARS = 256
 _MAX_INT32 = 2**31 - 1
 MAX_GRAMMAR_CHARS = 1 << 20
 _MAX_MARKER_TOKENS = 64
+_MAX_BAD_SEQUENCES = 1024
 _BOUNDED: tuple[tuple[str, Bounds, bool], ...] = tuple(
     (field.name, field.metadata["bounds"], field.default is None)
     for field in fields(SamplingParams)
@@ -91,6 +92,12 @@ def _check_constraint(constraint: ConstraintSpec, info: EngineInfo) -> None:
         if len(ids) > _MAX_MARKER_TOKENS:
             _refuse(name, f"has {len(ids)} ids; at most {_MAX_MARKER_TOKENS}")
         _check_ids(name, ids, info.vocab)
+    if len(constraint.bad_sequences) > _MAX_BAD_SEQUENCES:
+        _refuse("bad_words", f"are {len(constraint.bad_sequences)}; at most {_MAX_BAD_SEQUENCES}")
+    for ids in constraint.bad_sequences:
+        if not 0 < len(ids) <= _MAX_MARKER_TOKENS:
+            _refuse("bad_words", f"hold one of {len(ids)} ids, not 1 to {_MAX_MARKER_TOKENS}")
+        _check_ids("bad_words", ids, info.vocab)
     most = constraint.max_reasoning_tokens
     if most is not None and not (0 <= most <= _MAX_INT32 and constraint.reasoning_end):
         _refuse("max_reasoning_tokens", f"is {most}, or nothing ends the reasoning")

@@ -259,7 +259,7 @@ class ReasoningConstraint:
 
 
 def _ends_with(tokens: Sequence[int], end: Sequence[int]) -> bool:
-    return list(tokens[len(tokens) - len(end) :]) == list(end)
+    return len(end) <= len(tokens) and list(tokens[len(tokens) - len(end) :]) == list(end)
 
 
 def _with(mask: bytes | None, token: int) -> bytes | None:
@@ -269,6 +269,56 @@ def _with(mask: bytes | None, token: int) -> bytes | None:
     words = bytearray(mask)
     words[token // 8] |= 1 << token % 8
     return bytes(words)
+
+
+class BadSequences:
+    """Keeps tokens from coming in a row, beside what `rest` binds.
+
+    Only the last token of a sequence is ever forbidden, where the others have come.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[tuple[int, ...]],
+        rest: GrammarConstraint | ReasoningConstraint | None,
+        vocab: int,
+    ) -> None:
+        self._sequences = sequences
+        self._rest = rest
+        self._all = np.zeros(mask_words(vocab) * 32, bool)
+        self._all[:vocab] = True
+        self._tail: list[int] = []  # as many of the latest tokens as may matter
+        self._longest = max(map(len, sequences))
+
+    def mask(self) -> bytes | None:
+        """What `rest` allows, without the tokens that would end a sequence; None for everything."""
+        mask = None if self._rest is None else self._rest.mask()
+        bad = self._bad(self._tail)
+        if not bad:
+            return mask
+        if mask is None:
+            allowed = self._all.copy()
+        else:
+            allowed = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little").astype(bool)
+        allowed[bad] = False
+        return np.packbits(allowed, bitorder="little").tobytes()
+
+    def accept(self, tokens: Sequence[int]) -> int:
+        """Takes tokens up to one behind which a mask is needed: the others were sampled without."""
+        tails = [self._tail]
+        for count, token in enumerate(tokens):
+            bad = self._bad(tails[-1])
+            if token in bad or (bad and count):
+                break
+            tails.append([*tails[-1], token][-self._longest :])
+        stand = len(tails) - 1
+        if self._rest is not None:
+            stand = self._rest.accept(tokens[:stand])
+        self._tail = tails[stand]
+        return stand
+
+    def _bad(self, tail: Sequence[int]) -> list[int]:
+        return [it[-1] for it in self._sequences if _ends_with(tail, it[:-1])]
 
 
 class ConstraintMaker:
@@ -287,7 +337,7 @@ class ConstraintMaker:
 
     def make(
         self, spec: ConstraintSpec, max_tokens: int
-    ) -> GrammarConstraint | ReasoningConstraint | None:
+    ) -> GrammarConstraint | ReasoningConstraint | BadSequences | None:
         """The constraint of one sequence, before its first token; None if nothing is bound.
 
         Compiling takes milliseconds or more, most of them without the GIL. Raises RequestError for
@@ -299,9 +349,12 @@ class ConstraintMaker:
             room = Room(compiler.closing, max_tokens) if spec.fit else None
             matcher = compiler.matcher(spec.grammar)
             grammar = GrammarConstraint(matcher, self._vocab, self._eos, room)
-        if not spec.reasoning_end:
-            return grammar
-        return ReasoningConstraint(spec, grammar, vocab=self._vocab, eos_token_ids=self._eos)
+        bound = grammar
+        if spec.reasoning_end:
+            bound = ReasoningConstraint(spec, grammar, vocab=self._vocab, eos_token_ids=self._eos)
+        if spec.bad_sequences:
+            return BadSequences(spec.bad_sequences, bound, self._vocab)
+        return bound
 
     def _grammars(self) -> GrammarCompiler:
         with self._lock:

@@ -74,6 +74,7 @@ def _request_to_proto(
     message = engine_pb2.EngineRequest(**_to_fields(request, _REQUEST_FIELDS), sampling=sampling)
     if request.constraint is not None:
         values = _to_fields(request.constraint, _CONSTRAINT_FIELDS)
+        values["bad_sequences"] = [types_pb2.TokenIds(ids=it) for it in values["bad_sequences"]]
         message.constraint.CopyFrom(engine_pb2.Constraint(**values))
     return message
 
@@ -129,6 +130,7 @@ def _constraint(message: engine_pb2.Constraint) -> ConstraintSpec:
     values = _from_fields(message, _CONSTRAINT_FIELDS)
     if not message.HasField("max_reasoning_tokens"):
         values["max_reasoning_tokens"] = None
+    values["bad_sequences"] = tuple(tuple(it.ids) for it in message.bad_sequences)
     return ConstraintSpec(**values)
 
 

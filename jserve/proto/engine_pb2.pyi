@@ -47,18 +47,20 @@ class EngineRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., choice: _Optional[int] = ..., priority: _Optional[int] = ..., output: _Optional[_Iterable[int]] = ..., resumed: _Optional[bool] = ..., deadline_s: _Optional[float] = ..., tenant: _Optional[str] = ..., tenant_slots: _Optional[int] = ..., cache_salt: _Optional[str] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ...) -> None: ...
 
 class Constraint(_message.Message):
-    __slots__ = ("grammar", "reasoning_start", "reasoning_end", "max_reasoning_tokens", "fit")
+    __slots__ = ("grammar", "reasoning_start", "reasoning_end", "max_reasoning_tokens", "fit", "bad_sequences")
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     REASONING_START_FIELD_NUMBER: _ClassVar[int]
     REASONING_END_FIELD_NUMBER: _ClassVar[int]
     MAX_REASONING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     FIT_FIELD_NUMBER: _ClassVar[int]
+    BAD_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     grammar: str
     reasoning_start: _containers.RepeatedScalarFieldContainer[int]
     reasoning_end: _containers.RepeatedScalarFieldContainer[int]
     max_reasoning_tokens: int
     fit: bool
-    def __init__(self, grammar: _Optional[str] = ..., reasoning_start: _Optional[_Iterable[int]] = ..., reasoning_end: _Optional[_Iterable[int]] = ..., max_reasoning_tokens: _Optional[int] = ..., fit: _Optional[bool] = ...) -> None: ...
+    bad_sequences: _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenIds]
+    def __init__(self, grammar: _Optional[str] = ..., reasoning_start: _Optional[_Iterable[int]] = ..., reasoning_end: _Optional[_Iterable[int]] = ..., max_reasoning_tokens: _Optional[int] = ..., fit: _Optional[bool] = ..., bad_sequences: _Optional[_Iterable[_Union[_types_pb2.TokenIds, _Mapping]]] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
     __slots__ = ("hello", "updates", "stats", "rejections", "heartbeat")

@@ -186,3 +186,23 @@ def test_reasoning_leaves_room_to_an_answer_that_has_to_fit(seed: int) -> None:
     assert len(tokens) < 100
     answer = text(tokens).partition("</t>")[2]
     jsonschema.validate(json.loads(answer), SCHEMA)
+
+
+def test_bad_sequences_never_come() -> None:
+    constraint = make(bad_sequences=(tuple(b"abc"), tuple(b"x"), tuple(b"bd")))
+    assert ord("x") not in allowed(constraint)
+    constraint = make(bad_sequences=(tuple(b"abc"), tuple(b"bd")))
+    assert constraint.mask() is None
+    assert constraint.accept(b"qabzz") == 3  # what follows was sampled without its mask
+    assert sorted(set(range(VOCAB)) - set(allowed(constraint))) == [ord("c"), ord("d")]
+    assert constraint.accept(b"c") == 0
+    assert constraint.accept(b"ac") == 2
+    assert constraint.mask() is None
+
+
+def test_bad_sequences_beside_a_grammar() -> None:
+    grammar = source("[a-c]+", GrammarKind.REGEX)
+    constraint = make(grammar=grammar, bad_sequences=(tuple(b"ab"),))
+    take(constraint, b"a")
+    assert allowed(constraint) == [ord("a"), ord("c"), EOS]
+    assert constraint.accept(b"d") == 0

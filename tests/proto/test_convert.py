@@ -75,6 +75,7 @@ CONSTRAINTS = st.builds(
     reasoning_start=ID_LISTS,
     reasoning_end=ID_LISTS,
     max_reasoning_tokens=st.none() | IDS,
+    bad_sequences=st.lists(ID_LISTS, max_size=3).map(tuple),
 )
 REQUESTS = st.builds(
     Request,

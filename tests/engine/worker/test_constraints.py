@@ -1,4 +1,4 @@
-"""Constraints between a gateway and the loop: compiled beside it, refused, or not wanted any more."""
+"""Constraints between gateway and loop: compiled beside it, refused, or not wanted any more."""
 
 import asyncio
 import threading
