@@ -56,7 +56,8 @@ class Bound:
 
         Raises RequestError if they do not stand, or no token may follow.
         """
-        if constraint.accept(output) < len(output):
+        # One by one: each was sampled with the mask that belongs to it.
+        if not all(constraint.accept((token,)) for token in output):
             raise RequestError("output: breaks the constraint of the request", param="output")
         self._constraint = constraint
         self._sampling = sampling

@@ -107,15 +107,16 @@ def test_it_is_refused_where_nothing_may_come_first() -> None:
     assert not rig.scheduler.has_work
 
 
-def test_output_of_another_engine_is_replayed() -> None:
+@pytest.mark.parametrize("start", [0, 4])
+def test_output_of_another_engine_is_replayed(start: int) -> None:
     asked = request(ignore_eos=True, **TRUNCATED)
-    whole = expected(asked, Rule(VOCAB))
+    whole = expected(asked, Rule(VOCAB, start=start))
     for count in (1, 7, 19):
         rig = Rig(model=MODEL)
         resumed = Request(
             id="a", prompt=asked.prompt, sampling=asked.sampling, output=tuple(whole[:count])
         )
-        rig.scheduler.add(resumed, 0.0, Rule(VOCAB))
+        rig.scheduler.add(resumed, 0.0, Rule(VOCAB, start=start))
         rig.run(2)
         assert rig.outputs["a"] == whole[count:]
     wrong = Request(id="b", prompt=(1,), sampling=asked.sampling, output=(1,))
