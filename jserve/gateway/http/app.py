@@ -62,12 +62,12 @@ def make_app(
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, JserveError)
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def _on_unrouted(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = error_response(unrouted(request, error.status_code))
+    response = error_response(unrouted(request, error.status_code), request.scope)
     for name, value in (error.headers or {}).items():
         response.headers[name] = value
     return response
@@ -80,4 +80,5 @@ async def _on_gone(request: Request, error: Exception) -> Response:
 async def _on_bug(request: Request, error: Exception) -> Response:
     # Starlette raises the error again after this, so the server logs it with its traceback.
     request_id = request.scope["request_id"]
-    return error_response(EngineError(f"internal error; the log has it as request {request_id}"))
+    bug = EngineError(f"internal error; the log has it as request {request_id}")
+    return error_response(bug, request.scope)
