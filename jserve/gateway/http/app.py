@@ -15,6 +15,7 @@ from jserve.gateway.http.edge import Edge, RequireKey
 from jserve.gateway.http.errors import error_response, unrouted
 from jserve.gateway.http.event_stream import ClientGone
 from jserve.gateway.http.hosts import CheckHost
+from jserve.gateway.http.messages_api.routes import MessagesRoutes
 from jserve.gateway.http.openai_routes import OpenAIRoutes
 from jserve.gateway.http.probes import ProbeRoutes
 from jserve.gateway.http.request_bodies import RequestBodies
@@ -45,6 +46,7 @@ def make_app(
         routes=[
             *OpenAIRoutes(plane, metrics, bodies).routes(),
             *TokenRoutes(plane, bodies).routes(),
+            *MessagesRoutes(plane, metrics, bodies).routes(),
             *ProbeRoutes(plane, registry, version).routes(),
         ],
         exception_handlers={
