@@ -16,6 +16,7 @@ from jserve.gateway.http.errors import error_response, unrouted
 from jserve.gateway.http.event_stream import ClientGone
 from jserve.gateway.http.hosts import CheckHost
 from jserve.gateway.http.messages_api.routes import MessagesRoutes
+from jserve.gateway.http.ollama.routes import OllamaRoutes
 from jserve.gateway.http.openai_routes import OpenAIRoutes
 from jserve.gateway.http.probes import ProbeRoutes
 from jserve.gateway.http.request_bodies import RequestBodies
@@ -47,6 +48,7 @@ def make_app(
             *OpenAIRoutes(plane, metrics, bodies).routes(),
             *TokenRoutes(plane, bodies).routes(),
             *MessagesRoutes(plane, metrics, bodies).routes(),
+            *OllamaRoutes(plane, metrics, bodies).routes(),
             *ProbeRoutes(plane, registry, version).routes(),
         ],
         exception_handlers={

@@ -28,6 +28,13 @@ from jserve.gateway.http.messages_api.request import (
     parse_count,
     parse_messages,
 )
+from jserve.gateway.http.ollama.request import (
+    OllamaRequest,
+    ShowRequest,
+    parse_ollama_chat,
+    parse_ollama_generate,
+    parse_show,
+)
 from jserve.gateway.http.openai_request import (
     ChatRequest,
     CompletionRequest,
@@ -100,6 +107,20 @@ def _messages_count(body: Mapping[str, Any], bounds: Bounds) -> MessagesRequest:
     return parse_count(body, max_messages=bounds.max_messages, ignore_unknown=bounds.ignore_unknown)
 
 
+def _ollama_chat(body: Mapping[str, Any], bounds: Bounds) -> OllamaRequest:
+    return parse_ollama_chat(
+        body, max_messages=bounds.max_messages, ignore_unknown=bounds.ignore_unknown
+    )
+
+
+def _ollama_generate(body: Mapping[str, Any], bounds: Bounds) -> OllamaRequest:
+    return parse_ollama_generate(body, ignore_unknown=bounds.ignore_unknown)
+
+
+def _ollama_show(body: Mapping[str, Any], bounds: Bounds) -> ShowRequest:
+    return parse_show(body, ignore_unknown=bounds.ignore_unknown)
+
+
 _PARSERS: Mapping[str, Callable[[Mapping[str, Any], Bounds], Any]] = {
     "completion": _completion,
     "chat": _chat,
@@ -107,6 +128,9 @@ _PARSERS: Mapping[str, Callable[[Mapping[str, Any], Bounds], Any]] = {
     "detokenize": _detokenize,
     "messages": _messages,
     "messages_count": _messages_count,
+    "ollama_chat": _ollama_chat,
+    "ollama_generate": _ollama_generate,
+    "ollama_show": _ollama_show,
 }
 
 
@@ -142,6 +166,15 @@ class RequestBodies:
 
     async def messages_count(self, request: Request) -> MessagesRequest:
         return await self._read(request, "messages_count")
+
+    async def ollama_chat(self, request: Request) -> OllamaRequest:
+        return await self._read(request, "ollama_chat")
+
+    async def ollama_generate(self, request: Request) -> OllamaRequest:
+        return await self._read(request, "ollama_generate")
+
+    async def ollama_show(self, request: Request) -> ShowRequest:
+        return await self._read(request, "ollama_show")
 
     async def _read(self, request: Request, kind: str) -> Any:
         config = self._plane.config
@@ -218,7 +251,7 @@ def _checked(parsed: Any, bounds: Bounds) -> Any:
             ignored=ignored if bounds.ignore_unknown else None,
         )
         parsed = replace(parsed, messages=checked, ignored=tuple(ignored[:MAX_IGNORED]))
-    if isinstance(parsed, MessagesRequest):
+    if isinstance(parsed, MessagesRequest | OllamaRequest):
         return replace(parsed, conversation=_checked_conversation(parsed.conversation, bounds))
     if isinstance(parsed, CompletionRequest | ChatRequest):
         check_stop(
