@@ -18,10 +18,23 @@ from jserve.core.errors import Overloaded, RequestError
 from jserve.core.request import EngineInfo
 from jserve.gateway.cache_salts import given_salt
 from jserve.gateway.config import UnknownFields
+from jserve.gateway.conversation import Conversation
 from jserve.gateway.defaults import SamplingDefaults
 from jserve.gateway.http.body import parse_object, read_body
 from jserve.gateway.http.edge import IGNORED_FIELDS
 from jserve.gateway.http.fields import MAX_IGNORED
+from jserve.gateway.http.messages_api.request import (
+    MessagesRequest,
+    parse_count,
+    parse_messages,
+)
+from jserve.gateway.http.ollama.request import (
+    OllamaRequest,
+    ShowRequest,
+    parse_ollama_chat,
+    parse_ollama_generate,
+    parse_show,
+)
 from jserve.gateway.http.openai_request import (
     ChatRequest,
     CompletionRequest,
@@ -84,11 +97,40 @@ def _detokenize(body: Mapping[str, Any], bounds: Bounds) -> DetokenizeRequest:
     return parse_detokenize(body, ignore_unknown=bounds.ignore_unknown)
 
 
+def _messages(body: Mapping[str, Any], bounds: Bounds) -> MessagesRequest:
+    return parse_messages(
+        body, max_messages=bounds.max_messages, ignore_unknown=bounds.ignore_unknown
+    )
+
+
+def _messages_count(body: Mapping[str, Any], bounds: Bounds) -> MessagesRequest:
+    return parse_count(body, max_messages=bounds.max_messages, ignore_unknown=bounds.ignore_unknown)
+
+
+def _ollama_chat(body: Mapping[str, Any], bounds: Bounds) -> OllamaRequest:
+    return parse_ollama_chat(
+        body, max_messages=bounds.max_messages, ignore_unknown=bounds.ignore_unknown
+    )
+
+
+def _ollama_generate(body: Mapping[str, Any], bounds: Bounds) -> OllamaRequest:
+    return parse_ollama_generate(body, ignore_unknown=bounds.ignore_unknown)
+
+
+def _ollama_show(body: Mapping[str, Any], bounds: Bounds) -> ShowRequest:
+    return parse_show(body, ignore_unknown=bounds.ignore_unknown)
+
+
 _PARSERS: Mapping[str, Callable[[Mapping[str, Any], Bounds], Any]] = {
     "completion": _completion,
     "chat": _chat,
     "tokenize": _tokenize,
     "detokenize": _detokenize,
+    "messages": _messages,
+    "messages_count": _messages_count,
+    "ollama_chat": _ollama_chat,
+    "ollama_generate": _ollama_generate,
+    "ollama_show": _ollama_show,
 }
 
 
@@ -118,6 +160,21 @@ class RequestBodies:
 
     async def detokenize(self, request: Request) -> DetokenizeRequest:
         return await self._read(request, "detokenize")
+
+    async def messages(self, request: Request) -> MessagesRequest:
+        return await self._read(request, "messages")
+
+    async def messages_count(self, request: Request) -> MessagesRequest:
+        return await self._read(request, "messages_count")
+
+    async def ollama_chat(self, request: Request) -> OllamaRequest:
+        return await self._read(request, "ollama_chat")
+
+    async def ollama_generate(self, request: Request) -> OllamaRequest:
+        return await self._read(request, "ollama_generate")
+
+    async def ollama_show(self, request: Request) -> ShowRequest:
+        return await self._read(request, "ollama_show")
 
     async def _read(self, request: Request, kind: str) -> Any:
         config = self._plane.config
@@ -194,6 +251,8 @@ def _checked(parsed: Any, bounds: Bounds) -> Any:
             ignored=ignored if bounds.ignore_unknown else None,
         )
         parsed = replace(parsed, messages=checked, ignored=tuple(ignored[:MAX_IGNORED]))
+    if isinstance(parsed, MessagesRequest | OllamaRequest):
+        return replace(parsed, conversation=_checked_conversation(parsed.conversation, bounds))
     if isinstance(parsed, CompletionRequest | ChatRequest):
         check_stop(
             parsed.stop, max_count=bounds.max_stop_strings, max_chars=bounds.max_stop_string_chars
@@ -205,6 +264,18 @@ def _checked(parsed: Any, bounds: Bounds) -> Any:
     if isinstance(parsed, DetokenizeRequest):
         return replace(parsed, tokens=array("i", token_ids("tokens", parsed.tokens, info.vocab)))
     return parsed
+
+
+def _checked_conversation(given: Conversation, bounds: Bounds) -> Conversation:
+    info = bounds.info
+    assert info is not None
+    messages = given.messages
+    if messages:
+        messages = check_messages(messages, max_messages=bounds.max_messages)
+    check_stop(
+        given.stop, max_count=bounds.max_stop_strings, max_chars=bounds.max_stop_string_chars
+    )
+    return replace(given, messages=messages, sampling=_checked_sampling(given.sampling, info))
 
 
 def _checked_sampling(given: SamplingFields, info: EngineInfo) -> SamplingFields:
