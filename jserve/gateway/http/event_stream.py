@@ -86,7 +86,7 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends `events`, each already encoded, as they come; `[DONE]` ends it.
+    """Sends `events`, each already encoded, as they come; `done`, by default `[DONE]`, ends them.
 
     The response starts with the first event, so an error before it keeps its HTTP status; or after
     `keep_alive_s`, with a comment that repeats while nothing else is sent. A later error is an
@@ -94,9 +94,12 @@ class EventStream(Response):
     buffers are the socket's.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *, keep_alive_s: float) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], *, keep_alive_s: float, done: bytes = DONE
+    ) -> None:
         super().__init__()
         self._events = events
+        self._done = done
         self._keep_alive_s = keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,7 +125,7 @@ class EventStream(Response):
         except JserveError as error:
             await writer.fail(error)
         else:
-            await writer.end(DONE)
+            await writer.end(self._done)
 
     async def _keep_alive(self, writer: "_Writer", until: tuple[asyncio.Task[None], ...]) -> None:
         wait_s = self._keep_alive_s

@@ -28,6 +28,7 @@ from jserve.gateway.http.openai_request import (
     parse_chat,
     parse_completion,
 )
+from jserve.gateway.http.responses.request import ResponseRequest, parse_response
 from jserve.gateway.http.token_request import (
     DetokenizeRequest,
     TokenizeRequest,
@@ -76,6 +77,10 @@ def _chat(body: Mapping[str, Any], bounds: Bounds) -> ChatRequest:
     return parse_chat(body, ignore_unknown=bounds.ignore_unknown)
 
 
+def _response(body: Mapping[str, Any], bounds: Bounds) -> ResponseRequest:
+    return parse_response(body, max_items=bounds.max_messages, ignore_unknown=bounds.ignore_unknown)
+
+
 def _tokenize(body: Mapping[str, Any], bounds: Bounds) -> TokenizeRequest:
     return parse_tokenize(body, ignore_unknown=bounds.ignore_unknown)
 
@@ -87,6 +92,7 @@ def _detokenize(body: Mapping[str, Any], bounds: Bounds) -> DetokenizeRequest:
 _PARSERS: Mapping[str, Callable[[Mapping[str, Any], Bounds], Any]] = {
     "completion": _completion,
     "chat": _chat,
+    "response": _response,
     "tokenize": _tokenize,
     "detokenize": _detokenize,
 }
@@ -112,6 +118,9 @@ class RequestBodies:
 
     async def chat(self, request: Request) -> ChatRequest:
         return await self._read(request, "chat")
+
+    async def response(self, request: Request) -> ResponseRequest:
+        return await self._read(request, "response")
 
     async def tokenize(self, request: Request) -> TokenizeRequest:
         return await self._read(request, "tokenize")
@@ -194,7 +203,7 @@ def _checked(parsed: Any, bounds: Bounds) -> Any:
             ignored=ignored if bounds.ignore_unknown else None,
         )
         parsed = replace(parsed, messages=checked, ignored=tuple(ignored[:MAX_IGNORED]))
-    if isinstance(parsed, CompletionRequest | ChatRequest):
+    if isinstance(parsed, CompletionRequest | ChatRequest | ResponseRequest):
         check_stop(
             parsed.stop, max_count=bounds.max_stop_strings, max_chars=bounds.max_stop_string_chars
         )
