@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -49,10 +50,6 @@ class ResponseHead:
             **self.repeated,
             **fields,
         }
-
-    def failed(self, error: JserveError, output: list[Item]) -> Json:
-        """Makes the response that ended with `error`."""
-        return self.json("failed", output, error=_error_json(error))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,10 +99,20 @@ class ResponseAnswer:
         except JserveError as error:
             if not number:
                 raise
-            self.output.break_off()
-            final = self.head.failed(error, self.output.items)
-        kind = f"response.{final['status']}"
-        yield _sent({"type": kind, "response": orjson.Fragment(self._end(final))}, number)
+            kind, body = "response.failed", self.fail(error)
+        else:
+            kind, body = f"response.{final['status']}", self._end(final)
+        yield _sent({"type": kind, "response": orjson.Fragment(body)}, number)
+
+    def fail(self, error: JserveError) -> bytes:
+        """Ends the response with an error, with the output that there is; returns its JSON."""
+        self.output.break_off()
+        return self._end(self.head.json("failed", self.output.items, error=_error_json(error)))
+
+    def cancel(self) -> bytes:
+        """Ends the response that a client has cancelled; returns its JSON."""
+        self.output.break_off()
+        return self._end(self.head.json("cancelled", self.output.items))
 
     async def _steps(self) -> AsyncGenerator[list[Event], None]:
         """Runs the generation and yields the events of each delta, of which some have none."""
@@ -115,27 +122,28 @@ class ResponseAnswer:
         try:
             async with aclosing(self.plane.run(generation, self.metrics, account)) as deltas:
                 async for delta in deltas:
-                    logprobs = await self._logprobs(delta)
-                    account.add(len(delta.text) + len(logprobs))  # held until the end
                     pauses.start()
-                    events = self.output.feed(reader.feed(delta), logprobs)
+                    read = reader.feed(delta)
+                    logprobs = await self._logprobs(delta, read.reasoning_tokens)
+                    account.add(len(delta.text) + len(logprobs))  # held until the end
+                    events = self.output.feed(read, logprobs)
                     await pauses.end()  # a reader that was slow gets many large deltas at once
                     yield events
         finally:
             account.close()
 
-    async def _logprobs(self, delta: OutputDelta) -> bytes:
-        """The elements of the JSON array of a delta's log-probabilities."""
+    async def _logprobs(self, delta: OutputDelta, skipped: int) -> bytes:
+        """The elements of the JSON array of a delta's log-probabilities, without the first ones."""
         if not delta.logprobs:
             return b""
         if num_logprobs(delta) > LARGE:
             async with self.plane.large_answers:
-                return await asyncio.to_thread(self._encoded_logprobs, delta)
-        return self._encoded_logprobs(delta)
+                return await asyncio.to_thread(self._encoded_logprobs, delta, skipped)
+        return self._encoded_logprobs(delta, skipped)
 
-    def _encoded_logprobs(self, delta: OutputDelta) -> bytes:
-        entries = chat_logprobs(delta.logprobs or (), self.plane.tokenizer)["content"]
-        return orjson.dumps(entries)[1:-1]
+    def _encoded_logprobs(self, delta: OutputDelta, skipped: int) -> bytes:
+        entries = islice(delta.logprobs or (), skipped, None)
+        return orjson.dumps(chat_logprobs(entries, self.plane.tokenizer)["content"])[1:-1]
 
     def _final(self) -> Json:
         output, status = self.output, self.output.status or "failed"

@@ -18,6 +18,7 @@ Reader: TypeAlias = Callable[[Fields], Item]
 REFERENCE = "item_reference"
 
 _MAX_ID_CHARS = 128
+_PARTS_PER_ITEM = 4  # on average; more would only take time
 _ROLES = ("user", "assistant", "system", "developer")
 _STATUSES = ("in_progress", "completed", "incomplete")
 # Fields of answers, which clients send back with the item. They say nothing to a template.
@@ -50,7 +51,12 @@ def read_input(value: Any, *, most: int, ignored: list[str] | None) -> tuple[Ite
         raise RequestError("input must not be empty", param="input")
     if len(value) > most:
         raise RequestError(f"input has {len(value)} items; at most {most}", param="input")
-    return tuple(_read_item(f"input[{i}]", item, ignored) for i, item in enumerate(value))
+    items = tuple(_read_item(f"input[{i}]", item, ignored) for i, item in enumerate(value))
+    num_parts = sum(len(item.get("content", ())) + len(item.get("summary", ())) for item in items)
+    if num_parts > _PARTS_PER_ITEM * most:
+        message = f"input has {num_parts} parts of content; at most {_PARTS_PER_ITEM * most}"
+        raise RequestError(message, param="input")
+    return items
 
 
 def text_of(parts: list[Item]) -> str:

@@ -1,6 +1,7 @@
 """What a request takes from stored responses, and how responses are stored."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import orjson
 
@@ -9,34 +10,46 @@ from jserve.gateway.http.responses.items import REFERENCE, Item
 from jserve.gateway.http.responses.store import ResponseStore, StoredItem, StoredResponse
 
 
-def conversation(
+Context: TypeAlias = Sequence[Item | StoredItem]  # a conversation: stored items, and new ones
+
+
+def find_context(
     store: ResponseStore, tenant: str, previous_id: str | None, given: Sequence[Item]
-) -> tuple[StoredItem, ...]:
+) -> Context:
     """Returns the items of the previous response and those given, with references resolved.
 
     Raises HttpError (404) for what is not stored for this tenant.
     """
-    items: list[StoredItem] = []
+    items: list[Item | StoredItem] = []
     if previous_id is not None:
         previous = store.get(tenant, previous_id)
         if previous is None:
             raise not_found(previous_id, store, param="previous_response_id")
         items += previous.items
     items += (_resolved(store, tenant, i, item) for i, item in enumerate(given))
-    return tuple(items)
+    return items
+
+
+def decoded(context: Context) -> list[Item]:
+    """The items as objects."""
+    return [orjson.loads(it.json) if isinstance(it, StoredItem) else it for it in context]
+
+
+def encoded(context: Context) -> tuple[StoredItem, ...]:
+    """The items as they are stored; those that are stored already are shared."""
+    return tuple(it if isinstance(it, StoredItem) else _stored_item(it) for it in context)
 
 
 def stored_response(
     response_id: str,
-    encoded: bytes,
-    before: Sequence[StoredItem],
+    body: bytes,
+    before: tuple[StoredItem, ...],
     output: Sequence[Item],
     *,
     background: bool,
 ) -> StoredResponse:
     """Makes what is stored of a response."""
-    items = tuple(map(_stored_item, output))
-    return StoredResponse(response_id, encoded, tuple(before), items, background)
+    return StoredResponse(response_id, body, before, encoded(output), background)
 
 
 def not_found(response_id: str, store: ResponseStore, *, param: str | None = None) -> HttpError:
@@ -50,9 +63,9 @@ def not_found(response_id: str, store: ResponseStore, *, param: str | None = Non
     return HttpError(404, message, code=code, param=param)
 
 
-def _resolved(store: ResponseStore, tenant: str, index: int, item: Item) -> StoredItem:
+def _resolved(store: ResponseStore, tenant: str, index: int, item: Item) -> Item | StoredItem:
     if item["type"] != REFERENCE:
-        return _stored_item(item)
+        return item
     found = store.item(tenant, item["id"])
     if found is None:
         where = f"input[{index}].id"

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
+import orjson
+
 from jserve.core.errors import RequestError
 from jserve.core.request import MAX_LOGPROBS
 from jserve.gateway.http.fields import Fields, as_integer, wrong_type
@@ -13,10 +15,12 @@ from jserve.gateway.http.responses.items import Item, read_input
 from jserve.gateway.http.responses.tools import Tools, read_tools
 from jserve.gateway.structured import read_structured
 from jserve.gateway.validation import SamplingFields
-from jserve.grammar.source import GrammarKind, GrammarSource
+from jserve.grammar.source import MAX_SOURCE_BYTES, GrammarKind, GrammarSource
 
 _LOGPROBS = "message.output_text.logprobs"
 _MAX_METADATA = 16
+# Fields of any JSON, whose size is bounded: they are handled on the event loop.
+_BOUNDED = ("tools", "tool_choice", "text", "structured_outputs", "chat_template_kwargs")
 _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 64, 512
 
 # Fields that go to `SamplingFields` under their own names and are checked there.
@@ -93,6 +97,7 @@ def parse_response(
         RequestError: a field has the wrong type or form, is not supported, or is unknown without
             `ignore_unknown`.
     """
+    _check_sizes(body)
     ignored: list[str] = []
     fields = Fields(body, ignored=ignored if ignore_unknown else None)
     repeated = _repeated(fields)
@@ -129,6 +134,13 @@ def parse_response(
         ignored=tuple(ignored),
         **parsed,
     )
+
+
+def _check_sizes(body: Mapping[str, Any]) -> None:
+    for name in _BOUNDED:
+        if name in body and (size := len(orjson.dumps(body[name]))) > MAX_SOURCE_BYTES:
+            message = f"{name} has {size} bytes as JSON; at most {MAX_SOURCE_BYTES}"
+            raise RequestError(message, param=name)
 
 
 def _repeated(fields: Fields) -> dict[str, Any]:

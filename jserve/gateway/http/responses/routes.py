@@ -1,6 +1,7 @@
 """Routes of the Responses API: create, fetch, cancel, delete, list the input."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from jserve.core.errors import JserveError, RequestError
+from jserve.core.errors import EngineError, JserveError, RequestError
 from jserve.gateway.conversation import Conversation, PreparedChat, prepare
 from jserve.gateway.http.edge import IGNORED_FIELDS
 from jserve.gateway.http.event_stream import EventStream, unless_disconnected
@@ -18,16 +19,25 @@ from jserve.gateway.http.request_bodies import RequestBodies
 from jserve.gateway.http.responses.answer import ResponseAnswer, ResponseHead
 from jserve.gateway.http.responses.history import chat_messages
 from jserve.gateway.http.responses.items import Item, new_id
-from jserve.gateway.http.responses.kept import conversation, not_found, stored_response
+from jserve.gateway.http.responses.kept import (
+    Context,
+    decoded,
+    encoded,
+    find_context,
+    not_found,
+    stored_response,
+)
 from jserve.gateway.http.responses.request import ResponseRequest
 from jserve.gateway.http.responses.store import ResponseStore, StoredItem, StoredResponse
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.tenants import Caller
 
+_log = logging.getLogger(__name__)
+
 _PAGE, _MAX_PAGE = 20, 100  # items of one list
 # Fields of a conversation, as its errors name them → those of this API.
-_PARAMS = {"messages": "input", "max_tokens": "max_output_tokens"}
+_PARAMS = {"messages": "input", "prompt": "input"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +45,13 @@ class _Background:
     """A response that is made while its client is elsewhere."""
 
     tenant: str
-    answer: ResponseAnswer
+    head: ResponseHead
     before: tuple[StoredItem, ...]
     task: asyncio.Task[None]
 
     def stored(self) -> StoredResponse:
-        head = self.answer.head
-        encoded = orjson.dumps(head.json("in_progress", []))
-        return stored_response(head.id, encoded, self.before, (), background=True)
+        encoded = orjson.dumps(self.head.json("in_progress", []))
+        return stored_response(self.head.id, encoded, self.before, (), background=True)
 
 
 class ResponseRoutes:
@@ -78,13 +87,15 @@ class ResponseRoutes:
         asked = await self._bodies.response(request)
         self._plane.check_model(asked.model)
         caller: Caller = request.scope["caller"]
+        response_id = new_id("resp")
         with self._plane.preparing(caller, 1, 1):
-            before = conversation(self.store, caller.name, asked.previous_response_id, asked.input)
-            response_id = new_id("resp")
+            context = find_context(self.store, caller.name, asked.previous_response_id, asked.input)
             prepared = await self._prepare(
-                response_id, asked, before, caller, request.scope.get(IGNORED_FIELDS)
+                response_id, asked, context, caller, request.scope.get(IGNORED_FIELDS)
             )
-        answer = self._answer(response_id, asked, prepared, before, caller.name)
+        # Only now it is known that the items are no longer than the model's context.
+        before = encoded(context) if asked.store else ()
+        answer = self._answer(asked, prepared, before)
         if asked.background:
             return self._start(answer, before, caller.name)
         if asked.stream:
@@ -141,13 +152,12 @@ class ResponseRoutes:
         self,
         response_id: str,
         asked: ResponseRequest,
-        before: Sequence[StoredItem],
+        context: Context,
         caller: Caller,
         ignored: list[str] | None,
     ) -> PreparedChat:
-        items: list[Item] = [orjson.loads(item.json) for item in before]
         wanted = Conversation(
-            messages=chat_messages(items, asked.instructions),
+            messages=chat_messages(decoded(context), asked.instructions),
             tools=asked.tools.tools,
             tool_choice=asked.tools.choice,
             parallel_tool_calls=asked.parallel_tool_calls,
@@ -170,25 +180,21 @@ class ResponseRoutes:
             raise
 
     def _answer(
-        self,
-        response_id: str,
-        asked: ResponseRequest,
-        prepared: PreparedChat,
-        before: Sequence[StoredItem],
-        tenant: str,
+        self, asked: ResponseRequest, prepared: PreparedChat, before: tuple[StoredItem, ...]
     ) -> ResponseAnswer:
-        sampling = prepared.generation.sampling
+        generation = prepared.generation
+        sampling, tenant = generation.sampling, generation.caller.name
 
-        def keep(encoded: bytes, output: list[Item]) -> None:
+        def keep(body: bytes, output: list[Item]) -> None:
             if asked.store:
                 stored = stored_response(
-                    response_id, encoded, before, output, background=asked.background
+                    generation.id, body, before, output, background=asked.background
                 )
                 self.store.put(tenant, stored)
 
         return ResponseAnswer(
             head=ResponseHead(
-                id=response_id,
+                id=generation.id,
                 created_s=int(self._unix_s()),
                 model=self._plane.model_name,
                 repeated={
@@ -209,23 +215,22 @@ class ResponseRoutes:
     ) -> Response:
         """Makes the response in a task, which ends with the generation at the latest."""
         task = asyncio.create_task(self._run(answer))
-        running = _Background(tenant, answer, before, task)
+        running = _Background(tenant, answer.head, before, task)
         self._background[answer.head.id] = running
         return _json(running.stored().json)
 
     async def _run(self, answer: ResponseAnswer) -> None:
-        head, output = answer.head, answer.output
         try:
             await answer.whole()
         except JserveError as error:
-            output.break_off()
-            answer.on_end(orjson.dumps(head.failed(error, output.items)), output.items)
+            answer.fail(error)
         except asyncio.CancelledError:
-            output.break_off()
-            cancelled = head.json("cancelled", output.items)
-            answer.on_end(orjson.dumps(cancelled), output.items)
+            answer.cancel()
+        except Exception:
+            _log.exception("response %s", answer.head.id)
+            answer.fail(EngineError("internal error; the log has it with the response's id"))
         finally:
-            self._background.pop(head.id, None)
+            self._background.pop(answer.head.id, None)
 
     async def _stop(self, response_id: str) -> None:
         running = self._background.get(response_id)

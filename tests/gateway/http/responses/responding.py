@@ -20,7 +20,8 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: "
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
     "{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}{{ '\\n' }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    "{{ '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 WEATHER = {
@@ -69,8 +70,8 @@ def client_of(served: Served, key: str = "any") -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0)
 
 
-def create(client: openai.OpenAI, text: Any = "hi", **fields: Any) -> Any:
-    return client.responses.create(model=MODEL, input=text, **fields)
+def create(client: openai.OpenAI, given: Any = "hi", **fields: Any) -> Any:
+    return client.responses.create(model=MODEL, input=given, **fields)
 
 
 def check_event(event: Any) -> Any:
@@ -78,10 +79,12 @@ def check_event(event: Any) -> Any:
     return _EVENTS.validate_python(event)
 
 
-def raises(kind: type[openai.APIStatusError], call: Callable[[], Any]) -> dict[str, Any]:
-    """Returns the body of the error of that kind."""
+def raises(
+    kind: type[openai.APIStatusError], call: Callable[..., Any], *args: Any, **fields: Any
+) -> dict[str, Any]:
+    """Calls, and returns the body of the error of that kind."""
     try:
-        call()
+        call(*args, **fields)
     except kind as error:
         assert isinstance(error.body, dict)
         return error.body

@@ -267,7 +267,7 @@ def test_logprobs(stream: bool):
             events = streamed(served.url, **fields)
             response = Response.model_validate(events[-1]["response"])
             deltas = [it for it in events if it["type"] == "response.output_text.delta"]
-            assert [it["token"] for delta in deltas for it in delta["logprobs"]][0] == "H"
+            assert next(it["token"] for delta in deltas for it in delta["logprobs"]) == "H"
         else:
             response = create(client, **fields)
         message: Any = response.output[0]
@@ -296,7 +296,7 @@ def test_a_full_engine_and_a_crash():
         assert last.type == "response.failed"
         assert last.response.error.code == "server_error"
         assert last.response.output[0].status == "incomplete"
-        error = raises(openai.InternalServerError, lambda: create(client, stream=True))
+        error = raises(openai.InternalServerError, create, client, stream=True)
         assert error["type"] == "service_unavailable_error"
         served.do(served.engine.restart)
 
@@ -311,7 +311,9 @@ def test_the_template_takes_one_system_message():
             user("f"),
         ]
         create(client, items, instructions="a")
-        assert script.prompts == ["system: a\n\nb\n\nc\nuser: d\nassistant: e\nuser: f\nassistant: "]
+        assert script.prompts == [
+            "system: a\n\nb\n\nc\nuser: d\nassistant: e\nuser: f\nassistant: "
+        ]
 
 
 @pytest.mark.parametrize("stream", [False, True])
