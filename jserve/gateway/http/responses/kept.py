@@ -9,7 +9,6 @@ from jserve.gateway.http.errors import HttpError
 from jserve.gateway.http.responses.items import REFERENCE, Item
 from jserve.gateway.http.responses.store import ResponseStore, StoredItem, StoredResponse
 
-
 Context: TypeAlias = Sequence[Item | StoredItem]  # a conversation: stored items, and new ones
 
 

@@ -86,6 +86,5 @@ def raises(
     try:
         call(*args, **fields)
     except kind as error:
-        assert isinstance(error.body, dict)
-        return error.body
+        return error.response.json()["error"]
     raise AssertionError(f"no {kind.__name__}")

@@ -34,7 +34,7 @@ def test_retrieve_is_what_was_created():
 
 
 def test_a_conversation_goes_on():
-    with responding("One.", "Two.", "Three.", "Four.") as (served, client, script):
+    with responding("One.", "Two.", "Three.", "Four.") as (_, client, script):
         first = create(client, "1")
         second = create(client, "2", previous_response_id=first.id)
         assert script.prompts[1] == "user: 1\nassistant: One.\nuser: 2\nassistant: "
