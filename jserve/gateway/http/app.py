@@ -20,6 +20,7 @@ from jserve.gateway.http.ollama.routes import OllamaRoutes
 from jserve.gateway.http.openai_routes import OpenAIRoutes
 from jserve.gateway.http.probes import ProbeRoutes
 from jserve.gateway.http.request_bodies import RequestBodies
+from jserve.gateway.http.responses.routes import ResponseRoutes
 from jserve.gateway.http.token_routes import TokenRoutes
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.prometheus import make_registry
@@ -46,6 +47,7 @@ def make_app(
     app: ASGIApp = Starlette(
         routes=[
             *OpenAIRoutes(plane, metrics, bodies).routes(),
+            *ResponseRoutes(plane, metrics, bodies).routes(),
             *TokenRoutes(plane, bodies).routes(),
             *MessagesRoutes(plane, metrics, bodies).routes(),
             *OllamaRoutes(plane, metrics, bodies).routes(),

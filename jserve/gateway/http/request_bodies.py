@@ -41,6 +41,7 @@ from jserve.gateway.http.openai_request import (
     parse_chat,
     parse_completion,
 )
+from jserve.gateway.http.responses.request import ResponseRequest, parse_response
 from jserve.gateway.http.token_request import (
     DetokenizeRequest,
     TokenizeRequest,
@@ -89,6 +90,10 @@ def _chat(body: Mapping[str, Any], bounds: Bounds) -> ChatRequest:
     return parse_chat(body, ignore_unknown=bounds.ignore_unknown)
 
 
+def _response(body: Mapping[str, Any], bounds: Bounds) -> ResponseRequest:
+    return parse_response(body, max_items=bounds.max_messages, ignore_unknown=bounds.ignore_unknown)
+
+
 def _tokenize(body: Mapping[str, Any], bounds: Bounds) -> TokenizeRequest:
     return parse_tokenize(body, ignore_unknown=bounds.ignore_unknown)
 
@@ -124,6 +129,7 @@ def _ollama_show(body: Mapping[str, Any], bounds: Bounds) -> ShowRequest:
 _PARSERS: Mapping[str, Callable[[Mapping[str, Any], Bounds], Any]] = {
     "completion": _completion,
     "chat": _chat,
+    "response": _response,
     "tokenize": _tokenize,
     "detokenize": _detokenize,
     "messages": _messages,
@@ -154,6 +160,9 @@ class RequestBodies:
 
     async def chat(self, request: Request) -> ChatRequest:
         return await self._read(request, "chat")
+
+    async def response(self, request: Request) -> ResponseRequest:
+        return await self._read(request, "response")
 
     async def tokenize(self, request: Request) -> TokenizeRequest:
         return await self._read(request, "tokenize")
@@ -253,7 +262,7 @@ def _checked(parsed: Any, bounds: Bounds) -> Any:
         parsed = replace(parsed, messages=checked, ignored=tuple(ignored[:MAX_IGNORED]))
     if isinstance(parsed, MessagesRequest | OllamaRequest):
         return replace(parsed, conversation=_checked_conversation(parsed.conversation, bounds))
-    if isinstance(parsed, CompletionRequest | ChatRequest):
+    if isinstance(parsed, CompletionRequest | ChatRequest | ResponseRequest):
         check_stop(
             parsed.stop, max_count=bounds.max_stop_strings, max_chars=bounds.max_stop_string_chars
         )
