@@ -40,7 +40,6 @@ _PAGE, _MAX_PAGE = 20, 100  # items of one list
 _PARAMS = {"messages": "input", "prompt": "input"}
 
 
-@dataclass(frozen=True, slots=True)
 class _Events(StreamForm):
     """Events of responses: the last of them says that there are no more."""
 
@@ -50,6 +49,7 @@ class _Events(StreamForm):
 _EVENTS = _Events()
 
 
+@dataclass(frozen=True, slots=True)
 class _Background:
     """A response that is made while its client is elsewhere."""
 
