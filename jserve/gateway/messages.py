@@ -120,7 +120,7 @@ def _check_message(where: str, message: Any, ignored: list[str] | None) -> Messa
             checked[name] = text
     if isinstance(reasoning := fields.get("reasoning"), str):  # vLLM's newer name
         checked.setdefault("reasoning_content", reasoning)
-    checked["content"] = _content(f"{where}.content", content)
+    checked["content"] = checked_content(f"{where}.content", content)
     if calls:
         checked["tool_calls"] = calls
     return checked
@@ -185,7 +185,8 @@ def _refuse_field(where: str, name: str, ignored: list[str] | None) -> None:
     ignored.append(path)
 
 
-def _content(where: str, content: Any) -> str:
+def checked_content(where: str, content: Any) -> str:
+    """Returns the text of a message; RequestError if it is anything else."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple):

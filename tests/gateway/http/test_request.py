@@ -51,7 +51,7 @@ def refusal(kind: str, fields: dict[str, Any]) -> RequestError:
         ("metadata", []),
         ("store", "no"),
         ("stream_options", True),
-        ("best_of", 3),
+        ("best_of", 0),
         ("suffix", "tail"),
         ("response_format", "text"),
         ("use_beam_search", True),
