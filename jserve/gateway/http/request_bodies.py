@@ -51,6 +51,7 @@ from jserve.gateway.http.token_request import (
 from jserve.gateway.job_child import Handler
 from jserve.gateway.job_process import JobLimits, JobProcesses, JobStopped
 from jserve.gateway.messages import check_messages
+from jserve.gateway.prompts import Truncation
 from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.validation import (
     SamplingFields,
@@ -269,7 +270,8 @@ def _checked(parsed: Any, bounds: Bounds) -> Any:
         given_salt(parsed.cache_salt)
         parsed = replace(parsed, sampling=_checked_sampling(parsed.sampling, info))
     if isinstance(parsed, CompletionRequest):
-        return replace(parsed, prompts=tuple(_packed_prompt(it, info) for it in parsed.prompts))
+        prompts = tuple(_packed_prompt(it, info, parsed.truncation) for it in parsed.prompts)
+        return replace(parsed, prompts=prompts)
     if isinstance(parsed, DetokenizeRequest):
         return replace(parsed, tokens=array("i", token_ids("tokens", parsed.tokens, info.vocab)))
     return parsed
@@ -299,5 +301,11 @@ def _checked_sampling(given: SamplingFields, info: EngineInfo) -> SamplingFields
     return checked
 
 
-def _packed_prompt(prompt: str | tuple[int, ...], info: EngineInfo) -> Any:
-    return prompt if isinstance(prompt, str) else array("i", check_prompt(prompt, info))
+def _packed_prompt(
+    prompt: str | tuple[int, ...], info: EngineInfo, truncation: Truncation | None
+) -> Any:
+    if isinstance(prompt, str):
+        return prompt
+    if truncation is not None:  # it may be longer than the context
+        return array("i", token_ids("prompt", prompt, info.vocab))
+    return array("i", check_prompt(prompt, info))
