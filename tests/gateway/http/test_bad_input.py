@@ -95,7 +95,7 @@ def still_serving(served: Served, http: httpx.Client) -> Iterator[None]:
         ("ignore_eos", {"ignore_eos": 1}),
         ("priority", {"priority": 2**40}),
         ("suffix", {"suffix": "tail"}),
-        ("best_of", {"best_of": 4}),
+        ("best_of", {"best_of": 1, "n": 2}),
         ("stream_options", {"stream_options": {"include_usage": True}}),
         ("temprature", {"temprature": 1}),
     ],
