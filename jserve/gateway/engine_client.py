@@ -297,7 +297,8 @@ class LiveStreams:
         # What the next engine finds of the prompt is not what its client waited for.
         cached_tokens = 0 if live.begun else update.cached_tokens
         live.begun = True
-        live.stream.post(update._replace(request_id=request_id, cached_tokens=cached_tokens))
+        # Without names, since each step does this for each sequence.
+        live.stream.post(SequenceUpdate(request_id, *update[1:-1], cached_tokens))
 
     def reject(self, name: str, error: JserveError) -> None:
         """Fails the stream of a sequence that the engine refuses."""

@@ -14,6 +14,7 @@ import signal
 import struct
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import BinaryIO
 
 from jserve.core.errors import PromptTooLong, RequestError
@@ -28,6 +29,20 @@ DONE, REFUSED, OUT_OF_MEMORY, FAILED = range(4)
 # On a busy machine a job must not take the processor from the event loop that serves everybody, or
 # from the engine: the client of one large body or slow template waits instead.
 _NICENESS = 10
+
+
+_AUTOGROUP = Path("/proc/self/autogroup")
+
+
+def step_aside(niceness: int) -> None:
+    """Lowers the priority of this process, also where Linux shares processors by session.
+
+    There the niceness of a process counts only within its session, and a process in a session of
+    its own would get as much as all of a server's threads. The session's niceness is another one.
+    """
+    os.nice(niceness)
+    with contextlib.suppress(OSError):  # there is no such thing, or it changed a moment ago
+        _AUTOGROUP.write_text(str(niceness))
 
 
 def read_exactly(stream: BinaryIO, size: int) -> bytes | None:
@@ -68,7 +83,7 @@ def main(module: str, memory_bytes: int, cpu_s: float) -> None:
     """Serves until the input ends, or until a job has used up the memory."""
     jobs, replies = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing else is a reply
-    os.nice(_NICENESS)
+    step_aside(_NICENESS)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody needs a traceback of a parent that left
     start = read_job(jobs)
     if start is None:

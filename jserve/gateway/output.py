@@ -1,8 +1,9 @@
 """One choice of a generation: updates of token ids in, deltas of text out. Pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
+from typing import NamedTuple
 
 from jserve.core.logprobs import PackedLogprobs
 from jserve.core.request import (
@@ -46,16 +47,15 @@ class GenerationRequest:
     constraint: ConstraintSpec | None = None  # on every choice
 
 
-@dataclass(frozen=True, slots=True)
-class OutputDelta:
-    """New output of one choice.
+class OutputDelta(NamedTuple):
+    """New output of one choice. A tuple: each step makes one per choice.
 
     `text` may lag behind `token_ids` while half a character or half a stop string is held back;
     the concatenation of all texts is the answer. `token_ids`, and `logprobs` parallel to it, run
     to the token that completed a stop string; their number is the usage.
     """
 
-    index: int  # choice
+    index: int  # choice  # pyright: ignore[reportIncompatibleMethodOverride]
     text: str
     token_ids: tuple[int, ...]
     logprobs: Sequence[TokenLogprobs] | None = None  # when requested
@@ -88,8 +88,7 @@ def join(deltas: Sequence[OutputDelta]) -> OutputDelta:
     """Joins all deltas of one choice, in order, to one delta."""
     first, last = deltas[0], deltas[-1]
     scored = [delta.logprobs for delta in deltas if delta.logprobs is not None]
-    return replace(
-        first,
+    return first._replace(
         text="".join(delta.text for delta in deltas),
         token_ids=tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
         logprobs=_joined(scored) if scored else None,

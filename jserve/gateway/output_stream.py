@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from jserve.core.clock import Clock
 from jserve.core.errors import JserveError
@@ -77,7 +76,7 @@ class OutputStream:
         delta = choice.feed(update)
         if update.request_id in self._unseen:
             self._unseen.discard(update.request_id)
-            delta = replace(delta, ttft_s=self._clock.now_s() - self._started_s)
+            delta = delta._replace(ttft_s=self._clock.now_s() - self._started_s)
         if self._metrics is not None:
             self._metrics.count(delta)
         if delta.finish is not None:

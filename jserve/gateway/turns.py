@@ -1,4 +1,4 @@
-"""Places for work that are fewer than the requests for them; tenants take turns."""
+"""Places for work, and turns of the event loop, that are fewer than the requests for them."""
 
 import asyncio
 from collections import Counter, deque
@@ -49,3 +49,19 @@ class TenantTurns:
                 turn.set_result(None)
             if turns:
                 self._waiting[tenant] = turns  # behind the others
+
+
+class LoopTurns:
+    """Lets one request at a time begin in an iteration of the event loop; tenants take turns.
+
+    Checking a request takes up to a millisecond. Without turns all that come at once would begin in
+    one iteration, in which nobody else is served. Owned by one event loop.
+    """
+
+    def __init__(self) -> None:
+        self._turns = TenantTurns(1)
+
+    async def take(self, tenant: str) -> None:
+        """Waits for a turn; it is over when the caller next waits for anything."""
+        await self._turns.take(tenant)
+        asyncio.get_running_loop().call_soon(self._turns.give_back, tenant)

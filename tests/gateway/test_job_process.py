@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,18 @@ def test_jobs_leave_the_processor_to_the_event_loop():
 
     assert answer(b"job", b"a ", inspect) == b"a job"
     assert niceness == [min(19, os.getpriority(os.PRIO_PROCESS, 0) + 10)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="Linux's own")
+def test_so_do_they_where_each_session_has_a_share_of_the_processors():
+    groups: list[str] = []
+
+    def inspect(processes: JobProcesses) -> None:
+        (child,) = processes._all
+        groups.append(Path(f"/proc/{child.pid}/autogroup").read_text())
+
+    answer(b"job", b"a ", inspect)
+    assert groups[0].endswith(" nice 10\n")
 
 
 def test_the_traceback_of_a_process_that_ends_is_seen(capfd):

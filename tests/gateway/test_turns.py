@@ -1,8 +1,11 @@
-"""Turns of tenants at few places."""
+"""Turns of tenants at few places, and at the event loop."""
 
 import asyncio
+from itertools import pairwise
 
-from jserve.gateway.turns import TenantTurns
+import pytest
+
+from jserve.gateway.turns import LoopTurns, TenantTurns
 
 
 class Worker:
@@ -80,5 +83,39 @@ def test_who_is_cancelled_takes_nobodys_place() -> None:
         assert worker.begun[-1] == "e1"
         assert not worker.turns._waiting
         assert worker.turns._held == {"e": 1}
+
+    asyncio.run(main())
+
+
+def test_requests_that_come_at_once_begin_in_turns_of_the_event_loop():
+    async def main():
+        turns, begun = LoopTurns(), []
+
+        async def begin(name: str) -> None:
+            await turns.take(name[0])
+            begun.append(name)
+
+        async with asyncio.TaskGroup() as group:
+            for name in ("a1", "a2", "a3", "b1"):
+                group.create_task(begin(name))
+            counts = []
+            while len(begun) < 4:
+                counts.append(len(begun))
+                await asyncio.sleep(0)
+        assert begun == ["a1", "a2", "b1", "a3"]  # b1 passes a3, which came before it
+        steps = {after - before for before, after in pairwise(counts)}
+        assert steps == {0, 1}  # between two of them the loop comes round
+
+    asyncio.run(main())
+
+
+def test_a_request_alone_begins_at_once():
+    async def main():
+        turns = LoopTurns()
+        for _ in range(3):
+            taking = turns.take("a")
+            with pytest.raises(StopIteration):
+                taking.send(None)  # it waits for nothing
+            await asyncio.sleep(0)
 
     asyncio.run(main())

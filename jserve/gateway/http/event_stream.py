@@ -66,7 +66,7 @@ OPENAI_STREAM = StreamForm()
 
 
 def _escaped(json: bytes) -> bytes:
-    if b"\xe2\x80" in json or b"\xc2\x85" in json:
+    if not json.isascii() and (b"\xe2\x80" in json or b"\xc2\x85" in json):
         json = (
             json.replace(b"\xe2\x80\xa8", b"\\u2028")
             .replace(b"\xe2\x80\xa9", b"\\u2029")
@@ -205,10 +205,16 @@ class _Writer:
             start = {"type": "http.response.start", "status": 200, "headers": headers}
             await self._send(start)
         self._ended = not more
-        last = max(0, len(data) - 1) // _PIECE_BYTES * _PIECE_BYTES
+        if len(data) > _PIECE_BYTES:
+            data = await self._all_but_last_piece(data)
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        self._last_write_s = self._loop.time()
+
+    async def _all_but_last_piece(self, data: bytes) -> bytes:
+        """Sends long data in pieces; returns the last one, which is left."""
+        last = (len(data) - 1) // _PIECE_BYTES * _PIECE_BYTES
         for start in range(0, last, _PIECE_BYTES):
             piece = data[start : start + _PIECE_BYTES]
             await self._send({"type": "http.response.body", "body": piece, "more_body": True})
             await asyncio.sleep(0)
-        await self._send({"type": "http.response.body", "body": data[last:], "more_body": more})
-        self._last_write_s = self._loop.time()
+        return data[last:]

@@ -53,6 +53,7 @@ from jserve.gateway.job_process import JobLimits, JobProcesses, JobStopped
 from jserve.gateway.messages import check_messages
 from jserve.gateway.prompts import Truncation
 from jserve.gateway.request_plane import RequestPlane
+from jserve.gateway.turns import LoopTurns
 from jserve.gateway.validation import (
     SamplingFields,
     check_id_lists,
@@ -150,6 +151,7 @@ class RequestBodies:
     def __init__(self, plane: RequestPlane) -> None:
         self._plane = plane
         self._large = JobProcesses(__name__, b"", _LIMITS, most=_MOST)
+        self._turns = LoopTurns()
         self._large_bytes = Counter[str]()  # by tenant: waiting or being read
 
     def close(self) -> None:
@@ -198,10 +200,11 @@ class RequestBodies:
             ignore_unknown=config.unknown_fields is UnknownFields.IGNORE,
             info=self._plane.engine.info,
         )
+        tenant = request.scope["caller"].name
         if len(body) <= _LARGE_BYTES:
+            await self._turns.take(tenant)
             parsed = _PARSERS[kind](parse_object(body, bounds.max_depth), bounds)
         else:
-            tenant = request.scope["caller"].name
             with self._large_of(tenant, len(body)):
                 parsed = await self._read_large(tenant, kind, body, bounds)
         if bounds.ignore_unknown:
