@@ -46,7 +46,7 @@ from jserve.gateway.request_plane import (
 from jserve.gateway.structured import read_structured
 from jserve.gateway.text_model import TextModel
 from jserve.gateway.validation import SamplingFields
-from jserve.grammar.constraint import ConstraintMaker
+from jserve.grammar.maker import ConstraintMaker
 
 _STRUCTURED = ("response_format", "structured_outputs")
 PromptLike = str | Sequence[int]
@@ -163,7 +163,7 @@ class InProcessEngine:
         request, constraint = self._backlog.pop(name), None
         if request.constraint is not None:
             try:
-                constraint = self._constraints.make(request.constraint, request.sampling.max_tokens)
+                constraint = self._constraints.make(request)
             except JserveError as error:
                 self._outbox.reject(name, error)
                 return

@@ -28,7 +28,7 @@ from jserve.checkpoints.locate import text_assets_from_config
 from jserve.core.request import ConstraintSpec, Request, SamplingParams
 from jserve.engine.build.assembly import Engine
 from jserve.engine.pipeline import Pipeline
-from jserve.grammar.constraint import ConstraintMaker
+from jserve.grammar.maker import ConstraintMaker
 from jserve.scheduler.constraint import Constraint
 
 _GRAMMAR = """\
@@ -122,7 +122,8 @@ class Subject:
         return self._drive(counts)
 
     def _make(self) -> Constraint | None:
-        return self._maker.make(ConstraintSpec(grammar=_GRAMMAR), self._max_tokens)
+        spec = ConstraintSpec(grammar=_GRAMMAR)
+        return self._maker.make(Request(id="", prompt=(0,), constraint=spec))
 
     def _drive(self, counts: dict[str, int]) -> tuple[float, float]:
         """Runs until the first row ends, and drops the others."""

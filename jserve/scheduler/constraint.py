@@ -49,16 +49,13 @@ class Bound:
         self,
         constraint: Constraint,
         sampling: SamplingParams,
-        output: Sequence[int],
+        num_output: int,
         eos_token_ids: tuple[int, ...],
     ) -> None:
-        """`output` are tokens that it has already.
+        """`num_output` counts the tokens that `constraint` has taken already.
 
-        Raises RequestError if they do not stand, or no token may follow.
+        Raises RequestError if no token may follow.
         """
-        # One by one: each was sampled with the mask that belongs to it.
-        if not all(constraint.accept((token,)) for token in output):
-            raise RequestError("output: breaks the constraint of the request", param="output")
         self._constraint = constraint
         self._sampling = sampling
         self._stop_ids = (*eos_token_ids, *sampling.stop_token_ids)
@@ -66,7 +63,7 @@ class Bound:
             sampling.top_k <= 0 and sampling.top_p == 1 and sampling.min_p == 0
         )
         self._restricts = bool(sampling.allowed_token_ids or sampling.bad_token_ids)
-        self._num_output = len(output)
+        self._num_output = num_output
         self._last_cut = -1  # number of output tokens
         self._num_cuts = 0  # that were not made good by tokens that stood
         self._cautious = 0  # tokens until it runs ahead again

@@ -80,12 +80,12 @@ class Scheduler:
     def add(self, request: Request, now_s: float, constraint: Constraint | None = None) -> None:
         """Queues `request`. Its `output` is replayed as after a preemption.
 
-        A `constraint` has seen no token yet.
+        A `constraint` has taken that output already.
 
         Raises:
             PromptTooLong: it can never fit, however idle the engine.
             RequestError: its id is in use, the prompt, max_tokens or what is left of it is 0, or
-                the constraint leaves no token, or not those of `output`.
+                the constraint leaves no token.
             Overloaded: the queue is full, and `request` is not resumed.
             Unavailable: the engine drains.
         """
@@ -115,7 +115,7 @@ class Scheduler:
         elif request.sampling.prompt_logprobs is not None:
             seq.prompt_logprobs = PackedLogprobs([None])
         if constraint is not None:
-            seq.bound = Bound(constraint, request.sampling, output, self._eos_token_ids)
+            seq.bound = Bound(constraint, request.sampling, len(output), self._eos_token_ids)
         self._num_arrivals += 1
         self._live[request.id] = seq
         self._lifecycle.arrive(seq, now_s)

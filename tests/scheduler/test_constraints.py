@@ -116,12 +116,11 @@ def test_output_of_another_engine_is_replayed(start: int) -> None:
         resumed = Request(
             id="a", prompt=asked.prompt, sampling=asked.sampling, output=tuple(whole[:count])
         )
-        rig.scheduler.add(resumed, 0.0, Rule(VOCAB, start=start))
+        rule = Rule(VOCAB, start=start)
+        assert all(rule.accept((token,)) for token in resumed.output)
+        rig.scheduler.add(resumed, 0.0, rule)
         rig.run(2)
         assert rig.outputs["a"] == whole[count:]
-    wrong = Request(id="b", prompt=(1,), sampling=asked.sampling, output=(1,))
-    with pytest.raises(RequestError, match="breaks the constraint"):
-        Rig(model=MODEL).scheduler.add(wrong, 0.0, Rule(VOCAB))
 
 
 def test_a_device_that_ignores_masks_is_found_out() -> None:

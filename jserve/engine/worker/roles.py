@@ -12,7 +12,7 @@ from jserve.engine.group import process_group
 from jserve.engine.job import EngineJob
 from jserve.engine.step_log import open_step_log
 from jserve.engine.worker import worker
-from jserve.grammar.constraint import ConstraintMaker
+from jserve.grammar.maker import ConstraintMaker
 from jserve.model.loading.load import prepare
 from jserve.pallas_kernels.backend import Backend
 from jserve.proto.engine_status import (

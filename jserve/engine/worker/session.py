@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import grpc
 
 from jserve.core.clock import Clock, WallClock
-from jserve.core.errors import JserveError, RequestError
-from jserve.core.request import ConstraintSpec, EngineInfo, Request, SequenceUpdate
+from jserve.core.errors import EngineError, JserveError, RequestError
+from jserve.core.request import EngineInfo, Request, SequenceUpdate
 from jserve.core.request_check import check_request
 from jserve.core.stats import EngineStats
 from jserve.engine.inbox import Abort, Command, Inbox, Outbox, Submit
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 _PROOF_TIMEOUT_S = 5.0
 _NUM_COMPILERS = 2  # of grammars at a time; beside the loop they take its time
 
-Constrain = Callable[[ConstraintSpec, int], Constraint | None]  # and the output's most tokens
+Constrain = Callable[[Request], Constraint | None]
 
 
 @dataclass(eq=False, slots=True)
@@ -198,23 +198,25 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         request = replace(request, id=sequence.engine_id)
         if request.constraint is None:
             return Submit(request)
-        task = asyncio.create_task(self._submit_bound(request, request.constraint))
+        task = asyncio.create_task(self._submit_bound(request))
         self._compiling.add(task)
         task.add_done_callback(self._compiling.discard)
         return None
 
-    async def _submit_bound(self, request: Request, spec: ConstraintSpec) -> None:
+    async def _submit_bound(self, request: Request) -> None:
         """Submits a request once its constraint is compiled, if it is still wanted then."""
-        error = None
+        error: JserveError | None = None
         constraint = None
         try:
             if self._constrain is None:
                 raise RequestError("this engine knows no constraints", param="grammar")
             loop = asyncio.get_running_loop()
-            most = request.sampling.max_tokens
-            constraint = await loop.run_in_executor(self._threads, self._constrain, spec, most)
+            constraint = await loop.run_in_executor(self._threads, self._constrain, request)
         except JserveError as refused:
             error = refused
+        except Exception as failed:  # of a library: the client must not wait for ever
+            logger.exception("a constraint could not be made")
+            error = EngineError(f"the constraint could not be made: {failed}")
         sequence = self._by_engine_id.get(request.id)
         if sequence is None:  # aborted meanwhile
             return
@@ -256,6 +258,10 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         for session in self._sessions:
             session.heartbeat = heartbeat
             session.unsent.set()
+
+    def close(self) -> None:
+        """Compiles nothing more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _forget(self, sequence: _Sequence) -> None:
         sequence.session.live.discard(sequence)

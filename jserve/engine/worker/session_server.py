@@ -36,8 +36,10 @@ class SessionServer:
         address: str,
         claim: BinaryIO | None,
         beating: asyncio.Task[None],
+        sessions: EngineSessions,
     ) -> None:
         self._server = server
+        self._sessions = sessions
         self._beating = beating
         self._outbox = outbox
         self._claim = claim
@@ -52,6 +54,7 @@ class SessionServer:
         """Takes no more gateways, waits `grace_s` for the present ones to go, drops the rest."""
         await self._server.stop(grace_s)
         self._beating.cancel()
+        self._sessions.close()
         self._outbox.detach()
         path = socket_path(self.address)
         if path is not None:
@@ -103,7 +106,7 @@ async def serve_sessions(
     if path is None:
         address = f"{address.rpartition(':')[0]}:{bound}"
     beating = asyncio.create_task(_beat(sessions))
-    return SessionServer(server, outbox, address, claim, beating)
+    return SessionServer(server, outbox, address, claim, beating, sessions)
 
 
 async def _beat(sessions: EngineSessions) -> None:

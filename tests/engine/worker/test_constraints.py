@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from jserve.core.errors import RequestError
+from jserve.core.errors import EngineError, RequestError
 from jserve.core.request import ConstraintSpec, Request, SamplingParams
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
 from jserve.engine.worker.session_server import serve_sessions
@@ -27,13 +27,16 @@ class Compiler:
 
     def __init__(self) -> None:
         self.may_go_on = threading.Event()
-        self.asked: list[tuple[ConstraintSpec, int]] = []
+        self.asked: list[Request] = []
         self.rule = Rule(INFO.vocab)
 
-    def __call__(self, spec: ConstraintSpec, max_tokens: int) -> Constraint:
-        self.asked.append((spec, max_tokens))
+    def __call__(self, request: Request) -> Constraint:
+        self.asked.append(request)
         assert self.may_go_on.wait(10)
-        if spec.grammar == "wrong":
+        assert request.constraint is not None
+        if request.constraint.grammar == "broken":
+            raise ValueError("a bug")
+        if request.constraint.grammar == "wrong":
             raise RequestError("the grammar is wrong", param="grammar")
         return self.rule
 
@@ -49,7 +52,7 @@ def test_a_grammar_is_compiled_beside_everything_else() -> None:
             [free] = inbox.drain()
             assert isinstance(free, Submit)
             assert free.constraint is None
-            assert compiler.asked == [(BOUND, 7)]
+            assert [it.constraint for it in compiler.asked] == [BOUND]
             compiler.may_go_on.set()
             await eventually(lambda: inbox.wait(0))
             [bound] = inbox.drain()
@@ -69,6 +72,8 @@ def test_a_wrong_grammar_is_a_refusal_and_no_more() -> None:
         async with closing(await connect(server.address)) as client:
             with pytest.raises(RequestError, match="the grammar is wrong"):
                 await collect(client.submit([request("a", ConstraintSpec(grammar="wrong"))]))
+            with pytest.raises(EngineError, match="could not be made: a bug"):
+                await collect(client.submit([request("d", ConstraintSpec(grammar="broken"))]))
             client.submit([request("b")])
             await eventually(lambda: inbox.wait(0))
             assert [type(command) for command in inbox.drain()] == [Submit]
