@@ -1,0 +1,74 @@
+"""langchain-openai: chat models, structured output by its three methods, tools, an agent's loop."""
+
+from typing import Any
+
+import pytest
+from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_openai import ChatOpenAI
+from weather import QUESTION, TOOL, Report, check_arguments, weather
+
+
+@pytest.fixture
+def chat(url: str, model: str) -> ChatOpenAI:
+    return _chat(url, model)
+
+
+def _chat(url: str, model: str, **options: Any) -> ChatOpenAI:
+    return ChatOpenAI(
+        base_url=f"{url}/v1",
+        api_key="unused",
+        model=model,
+        temperature=0,
+        seed=1,
+        max_completion_tokens=64,
+        max_retries=0,
+        **options,
+    )
+
+
+def test_chat(chat: ChatOpenAI) -> None:
+    whole = chat.invoke(QUESTION)
+    assert whole.content
+    assert whole.usage_metadata["total_tokens"] > 0
+    assert "".join(chunk.content for chunk in chat.stream(QUESTION)) == whole.content
+    assert len(chat.batch([QUESTION, "Name a fruit."])) == 2
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_structured_output(chat: ChatOpenAI, method: str) -> None:
+    answer = chat.with_structured_output(Report, method=method).invoke(QUESTION)
+    assert isinstance(answer, Report)
+
+
+def test_json_mode(chat: ChatOpenAI) -> None:
+    """The schema is no part of the request: any JSON is an answer."""
+    bound = chat.with_structured_output(None, method="json_mode", include_raw=True)
+    answer = bound.invoke("Answer in JSON: name a city.")
+    cut_off = answer["raw"].response_metadata["finish_reason"] == "length"
+    assert isinstance(answer["parsed"], dict) or cut_off
+
+
+def test_agent(chat: ChatOpenAI) -> None:
+    messages: list[Any] = [HumanMessage(QUESTION)]
+    first = chat.bind_tools([TOOL], tool_choice="required").invoke(messages)
+    messages.append(first)
+    assert first.tool_calls
+    for call in first.tool_calls:
+        check_arguments(call["args"])
+        messages.append(ToolMessage(weather(**call["args"]), tool_call_id=call["id"]))
+    answer = chat.bind_tools([TOOL], tool_choice="none").invoke(messages)
+    assert answer.content
+
+
+def test_tools_streamed(chat: ChatOpenAI) -> None:
+    bound = chat.bind_tools([Report], tool_choice="Report")
+    whole = None
+    for chunk in bound.stream(QUESTION):
+        whole = chunk if whole is None else whole + chunk
+    assert [call["name"] for call in whole.tool_calls] == ["Report"]
+    Report.model_validate(whole.tool_calls[0]["args"])
+
+
+def test_responses(url: str, model: str) -> None:
+    answer = _chat(url, model, use_responses_api=True).invoke(QUESTION)
+    assert answer.text

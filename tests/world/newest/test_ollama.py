@@ -1,0 +1,67 @@
+"""The official Ollama client: models, generation, chat, formats, and an agent's loop."""
+
+from typing import Any
+
+import ollama
+import pytest
+from weather import QUESTION, TOOL, Report, check_arguments, weather
+
+ASK = [{"role": "user", "content": QUESTION}]
+OPTIONS: dict[str, Any] = {"temperature": 0, "seed": 1, "num_predict": 48}
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> ollama.Client:
+    return ollama.Client(host=url)
+
+
+def test_models(client: ollama.Client, model: str) -> None:
+    assert [found.model for found in client.list().models]
+    assert client.show(model).details
+
+
+def test_generate(client: ollama.Client, model: str) -> None:
+    whole = client.generate(model=model, prompt=QUESTION, options=OPTIONS)
+    assert whole.done
+    parts = list(client.generate(model=model, prompt=QUESTION, options=OPTIONS, stream=True))
+    assert "".join(part.response for part in parts) == whole.response
+    assert parts[-1].eval_count == whole.eval_count
+
+
+def test_chat(client: ollama.Client, model: str) -> None:
+    whole = client.chat(model=model, messages=ASK, options=OPTIONS)
+    assert whole.message.content
+    parts = list(client.chat(model=model, messages=ASK, options=OPTIONS, stream=True))
+    assert "".join(part.message.content or "" for part in parts) == whole.message.content
+
+
+def test_format(client: ollama.Client, model: str) -> None:
+    answer = client.chat(
+        model=model, messages=ASK, options=OPTIONS, format=Report.model_json_schema()
+    )
+    Report.model_validate_json(answer.message.content)
+
+
+def test_agent(client: ollama.Client, model: str) -> None:
+    """The API cannot force a call: the loop answers calls if there are any."""
+    messages: list[Any] = list(ASK)
+    first = client.chat(model=model, messages=messages, tools=[TOOL], options=OPTIONS)
+    assert first.message.content or first.message.tool_calls
+    arguments = {"city": "Paris", "days": 2}
+    if first.message.tool_calls:
+        messages.append(first.message)
+        arguments = dict(first.message.tool_calls[0].function.arguments)
+    else:
+        call = {"function": {"name": "weather", "arguments": arguments}}
+        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+    check_arguments(arguments)
+    result = weather(**arguments)
+    messages.append({"role": "tool", "tool_name": "weather", "content": result})
+    answer = client.chat(model=model, messages=messages, options=OPTIONS)
+    assert answer.message.content
+
+
+def test_errors(client: ollama.Client) -> None:
+    with pytest.raises(ollama.ResponseError) as error:
+        client.chat(model="another", messages=ASK)
+    assert error.value.status_code == 404
