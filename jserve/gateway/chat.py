@@ -134,10 +134,11 @@ class ChatTemplate:
         except MemoryError:
             raise
         except Exception as error:  # on unexpected messages a template may raise any
-            raise RequestError(
-                f"the model's chat template refused the messages: {str(error)[:_MAX_ERROR_CHARS]}",
-                param="messages",
-            ) from error
+            text = str(error)[:_MAX_ERROR_CHARS]
+            if source is not None:
+                raise RequestError(f"chat_template: {text}", param="chat_template") from error
+            message = f"the model's chat template refused the messages: {text}"
+            raise RequestError(message, param="messages") from error
         return "".join(pieces)
 
 

@@ -56,9 +56,9 @@ class ChatReader:
             if isinstance(part, CallPart):
                 self._num_calls = max(self._num_calls, part.index + 1)
         reasons = any(isinstance(part, ReasoningPart) for part in parts)
-        return ChatDelta(
-            delta, parts, self._finish(delta.finish), self._counter.feed(delta.token_ids, reasons)
-        )
+        last = delta.finish is not None
+        num_reasoning = self._counter.feed(delta.token_ids, reasons, last=last)
+        return ChatDelta(delta, parts, self._finish(delta.finish), num_reasoning)
 
     def _split(self, text: str) -> Sequence[ReasoningPart | TextPart]:
         if self._reasoning is not None:
@@ -84,25 +84,28 @@ class _ReasoningTokens:
 
     def __init__(self, end: Sequence[int]) -> None:
         self._end = list(end)
-        self._tail: list[int] = []
+        self._last: list[int] = []  # the last ones, which may begin the end
         self._unsure = 0  # tokens that may be reasoning: none of it has been seen
         self._begun = False
         self._over = not end
 
-    def feed(self, tokens: Sequence[int], reasons: bool) -> int:
+    def feed(self, tokens: Sequence[int], reasons: bool, *, last: bool) -> int:
+        """Returns the number of tokens that are known to be reasoning now."""
         if self._over:
             return 0
-        for count, token in enumerate(tokens, 1):
-            self._tail = [*self._tail, token][-len(self._end) :]
-            if self._tail == self._end:
+        for token in tokens:
+            self._last.append(token)
+            if self._last == self._end:
+                self._last.clear()
                 self._over = True
-                return max(0, self._unsure + count - len(self._end)) if self._sees(reasons) else 0
-        self._unsure += len(tokens)
-        if not self._sees(reasons):
+                break
+            if len(self._last) == len(self._end):
+                del self._last[0]
+                self._unsure += 1
+        if last:
+            self._unsure += len(self._last)
+        self._begun |= reasons
+        if not self._begun:
             return 0
         found, self._unsure = self._unsure, 0
         return found
-
-    def _sees(self, reasons: bool) -> bool:
-        self._begun |= reasons
-        return self._begun

@@ -1,5 +1,7 @@
 """What every chat API asks for, and the generation that answers it."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,12 +10,22 @@ from jserve.core.errors import RequestError
 from jserve.core.request import ConstraintSpec
 from jserve.gateway.chat_formats import ChatFormats
 from jserve.gateway.chat_reader import ChatReader
+from jserve.gateway.messages import checked_content
 from jserve.gateway.output import GenerationRequest, Prompt
+from jserve.gateway.prompts import Truncation
 from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.tenants import Caller
-from jserve.gateway.tools.format import ChoiceMode, Tool, ToolChoice, WantedCalls
+from jserve.gateway.tools.format import (
+    ChoiceMode,
+    Tool,
+    ToolChoice,
+    ToolFormat,
+    WantedCalls,
+    own_schema,
+)
 from jserve.gateway.validation import SamplingFields, check_id_lists
-from jserve.grammar.source import GrammarKind, GrammarSource
+from jserve.grammar.source import GrammarKind, GrammarSource, Whitespace
+from jserve.grammar.text import parsed
 
 AUTO = ToolChoice(ChoiceMode.AUTO)
 
@@ -46,6 +58,14 @@ class Conversation:
     variables: Mapping[str, Any] = field(default_factory=dict[str, Any])
     documents: Sequence[Any] | None = None
     chat_template: str | None = None  # instead of the model's own
+    truncation: Truncation | None = None
+
+    @property
+    def final_text(self) -> str:
+        """The last message's text, if it is the assistant's; for messages that were checked."""
+        last = self.messages[-1]
+        content = last.get("content") if last.get("role") == "assistant" else None
+        return checked_content("messages", content or "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +103,9 @@ async def render(
     *,
     caller: Caller,
     ignored: list[str] | None = None,
+    most: int | None = None,
 ) -> Prompt:
-    """Renders the messages with the tools, and tokenizes.
+    """Renders the messages with the tools, and tokenizes; at most `most` tokens, None: the context.
 
     Raises RequestError, for a template without tools among others, PromptTooLong or Unavailable.
     """
@@ -99,6 +120,8 @@ async def render(
         variables=conversation.variables,
         chat_template=conversation.chat_template,
         ignored=ignored,
+        most=most,
+        truncation=plane.prompts.bounded(conversation.truncation, conversation.sampling.max_tokens),
     )
 
 
@@ -119,9 +142,11 @@ async def prepare(
     formats = plane.formats
     tools = _used_tools(plane, conversation)
     prompt = await render(plane, conversation, caller=caller, ignored=ignored)
-    inside = formats.reasoning is not None and formats.reasoning.starts_inside(prompt.text or "")
-    source = _source(plane, conversation, tools)
-    constraint = await plane.constraint(source, caller)
+    continued = conversation.final_text if conversation.continue_final_message else ""
+    inside = formats.reasoning is not None and formats.reasoning.starts_inside(
+        prompt.text or "", continued=continued
+    )
+    constraint = await _constraint(plane, conversation, tools, caller)
     start, end = _markers(plane, inside=inside)
     most = conversation.max_reasoning_tokens
     if end and (constraint is not None or most is not None):
@@ -163,31 +188,55 @@ def _used_tools(plane: RequestPlane, conversation: Conversation) -> Sequence[Too
     return conversation.tools
 
 
-def _source(
-    plane: RequestPlane, conversation: Conversation, tools: Sequence[Tool]
-) -> GrammarSource | None:
+async def _constraint(
+    plane: RequestPlane, conversation: Conversation, tools: Sequence[Tool], caller: Caller
+) -> ConstraintSpec | None:
     """What binds the answer: calls that must come, a form of the text, or one of both."""
     structured, calls = conversation.structured, plane.formats.tools
     if not tools or calls is None:
-        return structured
-    choice = conversation.tool_choice
-    if structured is not None:
-        if choice.mode is not ChoiceMode.AUTO:
-            raise RequestError(
-                f"{structured.field} and tool_choice both bind the answer; send one of them",
-                param=structured.field,
-            )
-        return structured
+        return await plane.constraint(structured, caller)
     wanted = WantedCalls(
         tools=tools,
-        choice=choice,
+        choice=conversation.tool_choice,
         parallel=conversation.parallel_tool_calls,
         special=plane.special_ids,
     )
-    text = calls.grammar(wanted)
-    if text is None:
-        return None
-    return GrammarSource(kind=GrammarKind.GRAMMAR, value=text, field="tools")
+    if structured is None:
+        text = calls.grammar(wanted)
+        if text is None:
+            return None
+        return await plane.constraint(_of_tools(text), caller)
+    if structured.kind not in (GrammarKind.JSON, GrammarKind.JSON_OBJECT):
+        raise RequestError(
+            f"{structured.field} beside tools binds the answer twice; a JSON schema may be beside "
+            "them, or send tool_choice: none",
+            param=structured.field,
+        )
+    await plane.constraint(structured, caller)  # so that an error names its field
+    if wanted.choice.mode is ChoiceMode.AUTO:
+        text = _either(calls, wanted, structured)
+    else:  # the answer is calls alone
+        text = calls.grammar(wanted) or ""
+    return await plane.constraint(_of_tools(text, structured.whitespace), caller)
+
+
+def _either(calls: ToolFormat, wanted: WantedCalls, structured: GrammarSource) -> str:
+    """Writes the grammar of calls or of a JSON answer, as the model likes."""
+    required = replace(
+        wanted,
+        choice=ToolChoice(ChoiceMode.REQUIRED),
+        argument_schema=lambda tool: own_schema(tool) if tool.strict else {"type": "object"},
+    )
+    text = calls.grammar(required)
+    assert text is not None
+    is_object = structured.kind is GrammarKind.JSON_OBJECT
+    schema = {"type": "object"} if is_object else parsed(structured)
+    text = re.sub(r"^start:", "calls:", text, count=1, flags=re.MULTILINE)
+    return f"{text}answer: %json {json.dumps(schema)}\nstart: calls | answer\n"
+
+
+def _of_tools(text: str, whitespace: Whitespace | str = Whitespace.ONE) -> GrammarSource:
+    return GrammarSource(kind=GrammarKind.GRAMMAR, value=text, field="tools", whitespace=whitespace)
 
 
 def _markers(plane: RequestPlane, *, inside: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -8,8 +8,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import orjson
+
 from jserve.core.errors import RequestError
 from jserve.gateway.tools.format import Tool
+from jserve.gateway.validation import is_deeper
 
 _FIELDS = frozenset({"role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id"})
 # Fields of answers, which clients send back with the message. They say nothing to a template.
@@ -24,6 +27,7 @@ _REPLAYED_FIELDS = frozenset(
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _ROLES = {"developer": "system", "function": "tool"}  # newer and older names
 _MAX_CALLS = 256  # of one message
+_MAX_ARGUMENTS_DEPTH = 64
 
 Message = dict[str, Any]
 
@@ -116,7 +120,7 @@ def _check_message(where: str, message: Any, ignored: list[str] | None) -> Messa
             checked[name] = text
     if isinstance(reasoning := fields.get("reasoning"), str):  # vLLM's newer name
         checked.setdefault("reasoning_content", reasoning)
-    checked["content"] = _content(f"{where}.content", content)
+    checked["content"] = checked_content(f"{where}.content", content)
     if calls:
         checked["tool_calls"] = calls
     return checked
@@ -151,11 +155,7 @@ def _call(where: str, call: Any) -> dict[str, Any]:
         raise RequestError(f"{where}.id must be a string", param=f"{where}.id")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError as error:
-            path = f"{where}.function.arguments"
-            raise RequestError(f"{path} is not JSON: {error}", param=path) from None
+        arguments = _parsed(f"{where}.function.arguments", arguments)
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, Mapping):
@@ -163,6 +163,18 @@ def _call(where: str, call: Any) -> dict[str, Any]:
         raise RequestError(f"{path} must be a JSON object", param=path)
     read = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return read if call_id is None else {"id": call_id, **read}
+
+
+def _parsed(path: str, text: str) -> Any:
+    """Reads arguments, which are empty for a call without any."""
+    try:
+        arguments = orjson.loads(text) if text.strip() else {}
+    except ValueError as error:
+        raise RequestError(f"{path} is not JSON: {error}", param=path) from None
+    if is_deeper(arguments, _MAX_ARGUMENTS_DEPTH):
+        message = f"{path} is nested deeper than {_MAX_ARGUMENTS_DEPTH} levels"
+        raise RequestError(message, param=path)
+    return arguments
 
 
 def _refuse_field(where: str, name: str, ignored: list[str] | None) -> None:
@@ -173,7 +185,8 @@ def _refuse_field(where: str, name: str, ignored: list[str] | None) -> None:
     ignored.append(path)
 
 
-def _content(where: str, content: Any) -> str:
+def checked_content(where: str, content: Any) -> str:
+    """Returns the text of a message; RequestError if it is anything else."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple):

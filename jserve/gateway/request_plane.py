@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TypedDict, Unpack
 
 from jserve.core.clock import Clock
-from jserve.core.errors import Unavailable, UnknownModel
+from jserve.core.errors import RequestError, Unavailable, UnknownModel
 from jserve.core.request import ConstraintSpec, EngineInfo, Request
 from jserve.gateway.buffers import BufferAccount, BufferBudget
 from jserve.gateway.cache_salts import given_salt
@@ -47,6 +47,8 @@ from jserve.grammar.source import GrammarSource
 __all__ = ["GenerationRequest", "OutputDelta", "OutputStream", "Prompt", "RequestPlane"]
 
 _PRIORITY_LIMIT = 2**31 - 1
+_MAX_BAD_WORDS = 1024
+_MAX_BAD_WORD_CHARS = 256
 
 
 class RequestOptions(TypedDict, total=False):
@@ -172,6 +174,26 @@ class RequestPlane:
     def text_ids(self, text: str) -> tuple[int, ...]:
         """The tokens of a short text inside of an answer."""
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def with_bad_words(self, given: SamplingFields, words: Sequence[str]) -> SamplingFields:
+        """Adds the tokens of words that must not be generated to `bad_token_ids`.
+
+        A word is one token, within a text and at its beginning. Raises RequestError for others.
+        """
+        if not words:
+            return given
+        if len(words) > _MAX_BAD_WORDS or max(map(len, words)) > _MAX_BAD_WORD_CHARS:
+            message = f"bad_words must be at most {_MAX_BAD_WORDS} words of at most "
+            raise RequestError(f"{message}{_MAX_BAD_WORD_CHARS} characters", param="bad_words")
+        ids: dict[int, None] = {}
+        for i, word in enumerate(words):
+            alone, spaced = self.text_ids(word.lstrip()), self.text_ids(f" {word.lstrip()}")
+            # A spelling of several tokens never comes either if one of them is forbidden.
+            if len(alone) != 1 or (len(spaced) != 1 and alone[0] not in spaced):
+                message = f"bad_words[{i}] is several tokens; only words of one are supported"
+                raise RequestError(message, param="bad_words")
+            ids |= dict.fromkeys((*alone, *(spaced if len(spaced) == 1 else ())))
+        return replace(given, bad_token_ids=(*(given.bad_token_ids or ()), *ids))
 
     async def constraint(
         self, source: GrammarSource | None, caller: Caller = LOCAL

@@ -40,23 +40,17 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "length_penalty": (1.0,),
     "early_stopping": (False,),
     "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
-    "truncation_side": (),
+    "stop_regex": ([], ""),
     "logprob_token_ids": ([],),
-    "bad_words": ([],),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "kv_transfer_params": (),
     "vllm_xargs": (),
     "repetition_detection": (),
     "stream_interval": (1,),
 }
 UNSUPPORTED_COMPLETION = _UNSUPPORTED | {
-    "suffix": ("",),
     "prompt_embeds": (),
 }
 UNSUPPORTED_CHAT = _UNSUPPORTED | {
-    "echo": (False,),
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
@@ -71,9 +65,11 @@ _SHARED_FIELDS = (
     *WITHOUT_EFFECT,
     *("model", "n", "stop", "stream", "stream_options", "logprobs", "max_tokens", "priority"),
     *STRUCTURED_FIELDS,
-    *("skip_special_tokens", "include_stop_str_in_output", "cache_salt"),
+    *("skip_special_tokens", "include_stop_str_in_output", "cache_salt", "echo"),
+    *("return_token_ids", "return_tokens_as_token_ids", "bad_words"),
+    *("truncate_prompt_tokens", "truncation_side"),
 )
-COMPLETION_FIELDS = (*_SHARED_FIELDS, "prompt", "echo", "best_of", "add_special_tokens")
+COMPLETION_FIELDS = (*_SHARED_FIELDS, "prompt", "suffix", "best_of", "add_special_tokens")
 CHAT_FIELDS = (
     *_SHARED_FIELDS,
     *("messages", "top_logprobs", "max_completion_tokens", "add_generation_prompt"),

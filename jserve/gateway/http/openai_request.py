@@ -12,6 +12,7 @@ from jserve.core.request import MAX_LOGPROBS
 from jserve.gateway.http import openai_fields as known
 from jserve.gateway.http.fields import Fields, as_integer, wrong_type
 from jserve.gateway.http.openai_tools import AskedTools, read_tools
+from jserve.gateway.prompts import WHOLE_CONTEXT, Truncation
 from jserve.gateway.structured import STRUCTURED_FIELDS, read_structured
 from jserve.gateway.validation import SamplingFields
 from jserve.grammar.source import GrammarSource
@@ -41,13 +42,18 @@ class OpenAIRequest:
     priority: int | None
     structured: GrammarSource | None  # a form that is right; `RequestPlane.constraint` checks it
     cache_salt: Any = field(repr=False)  # unchecked; `cache_salts.given_salt` does it
+    echo: bool
+    bad_words: tuple[str, ...]  # `RequestPlane.with_bad_words` turns them into token ids
+    truncation: Truncation | None  # `PromptMaker.bounded` checks it
+    return_token_ids: bool
+    tokens_as_ids: bool  # log-probabilities name tokens by their ids
     ignored: tuple[str, ...]  # names of unknown fields, where those are not refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest(OpenAIRequest):
     prompts: tuple[str | tuple[int, ...], ...]  # not empty; each text or token ids
-    echo: bool
+    best_of: int  # choices that are generated; the best `n` are answered
     add_special_tokens: bool | None
 
 
@@ -78,17 +84,24 @@ def parse_completion(
     prompts = _prompts(fields, max_prompts)
     n = _choices(fields)
     best_of = fields.integer("best_of")
-    if best_of not in (None, 1, n):
-        raise RequestError("best_of: not supported yet; use n", param="best_of")
-    echo = fields.boolean("echo") or False
+    if best_of is None:
+        best_of = n
+    if best_of < n:
+        raise RequestError(f"best_of is {best_of}, which is less than n = {n}", param="best_of")
+    if fields.string("suffix"):
+        message = "suffix is not supported: text is continued at its end, never filled in"
+        raise RequestError(message, param="suffix")
     logprobs = fields.raw("logprobs")
     limits = _sampling(fields, logprobs=logprobs, max_tokens=fields.raw("max_tokens"))
     shared = _shared(fields)
+    if best_of > n and shared["stream"]:
+        message = "best_of with stream: the best choices are known at the end; leave one out"
+        raise RequestError(message, param="best_of")
     special = fields.boolean("add_special_tokens")
     fields.finish(known.UNSUPPORTED_COMPLETION, known.COMPLETION_FIELDS)
     return CompletionRequest(
         prompts=prompts,
-        echo=echo,
+        best_of=best_of,
         add_special_tokens=special,
         n=n,
         ignored=tuple(ignored),
@@ -101,11 +114,7 @@ def parse_chat(body: Mapping[str, Any], *, ignore_unknown: bool = False) -> Chat
     """Reads the body of `POST /v1/chat/completions`; errors are those of `parse_completion`."""
     ignored: list[str] = []
     fields = Fields(body, ignored=ignored if ignore_unknown else None)
-    generation_prompt = fields.boolean("add_generation_prompt")
-    continues = fields.boolean("continue_final_message") or False
-    if continues and generation_prompt:
-        name = "continue_final_message"
-        raise RequestError(f"{name} and add_generation_prompt exclude each other", param=name)
+    generation_prompt, continues = generation_prompt_fields(fields)
     logprobs, max_tokens = _chat_logprobs(fields), _chat_max_tokens(fields)
     limits = _sampling(fields, logprobs=logprobs, max_tokens=max_tokens)
     n = _choices(fields)
@@ -117,7 +126,7 @@ def parse_chat(body: Mapping[str, Any], *, ignore_unknown: bool = False) -> Chat
         tools=read_tools(fields),
         include_reasoning=fields.boolean("include_reasoning") is not False,
         max_reasoning_tokens=_reasoning_budget(fields),
-        add_generation_prompt=generation_prompt is not False and not continues,
+        add_generation_prompt=generation_prompt,
         continue_final_message=continues,
         template_variables=variables,
         documents=_documents(fields),
@@ -129,6 +138,16 @@ def parse_chat(body: Mapping[str, Any], *, ignore_unknown: bool = False) -> Chat
     )
     fields.finish(known.UNSUPPORTED_CHAT, known.CHAT_FIELDS)
     return replace(asked, ignored=tuple(ignored))
+
+
+def generation_prompt_fields(fields: Fields) -> tuple[bool, bool]:
+    """Reads whether the prompt opens an answer, and whether it ends with the last message."""
+    generation_prompt = fields.boolean("add_generation_prompt")
+    continues = fields.boolean("continue_final_message") or False
+    if continues and generation_prompt:
+        name = "continue_final_message"
+        raise RequestError(f"{name} and add_generation_prompt exclude each other", param=name)
+    return generation_prompt is not False and not continues, continues
 
 
 def _reasoning_budget(fields: Fields) -> int | None:
@@ -192,7 +211,26 @@ def _shared(fields: Fields) -> dict[str, Any]:
         "priority": fields.integer("priority"),
         "structured": read_structured({name: fields.raw(name) for name in STRUCTURED_FIELDS}),
         "cache_salt": fields.raw("cache_salt"),
+        "echo": fields.boolean("echo") or False,
+        "bad_words": fields.strings("bad_words") or (),
+        "truncation": _truncation(fields),
+        "return_token_ids": fields.boolean("return_token_ids") or False,
+        "tokens_as_ids": fields.boolean("return_tokens_as_token_ids") or False,
     }
+
+
+def _truncation(fields: Fields) -> Truncation | None:
+    name = "truncate_prompt_tokens"
+    length, side = fields.integer(name), fields.string("truncation_side")
+    if side not in (None, "left", "right"):
+        message = f"truncation_side must be left or right, not {side[:40]!r}"
+        raise RequestError(message, param="truncation_side")
+    if length is None:
+        return None
+    if length < 1 and length != WHOLE_CONTEXT:
+        message = f"{name} must be at least 1, or {WHOLE_CONTEXT} for the context, not {length}"
+        raise RequestError(message, param=name)
+    return Truncation(length, keeps_start=side == "right")
 
 
 def _choices(fields: Fields) -> int:

@@ -11,15 +11,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from jserve.gateway.conversation import Conversation, prepare
+from jserve.gateway.conversation import Conversation, prepare, render
 from jserve.gateway.http.edge import IGNORED_FIELDS
 from jserve.gateway.http.event_stream import EventStream, unless_disconnected
 from jserve.gateway.http.openai_answer import Answer
 from jserve.gateway.http.openai_request import (
     ChatRequest,
     CompletionRequest,
+    OpenAIRequest,
 )
-from jserve.gateway.http.openai_response import Head
+from jserve.gateway.http.openai_response import Head, TokenIds, TokenText
 from jserve.gateway.http.openai_shape import ChatShape, CompletionShape, Shape
 from jserve.gateway.http.request_bodies import RequestBodies
 from jserve.gateway.metrics import GatewayMetrics
@@ -61,6 +62,7 @@ class OpenAIRoutes:
             Route("/v1/models/{id:path}", self.model, methods=["GET"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+            Route("/v1/chat/completions/render", self.render, methods=["POST"]),
         ]
 
     async def models(self, request: Request) -> Response:
@@ -77,32 +79,67 @@ class OpenAIRoutes:
         asked = await self._bodies.completion(request)
         self._plane.check_model(asked.model)
         caller: Caller = request.scope["caller"]
-        with self._plane.preparing(caller, len(asked.prompts), asked.n):
+        with self._plane.preparing(caller, len(asked.prompts), asked.best_of):
             prompts = await self._prompts(asked)
             generations = await self._prepare(caller, _with_echo(asked), prompts)
         shape = CompletionShape(
             generations,
-            self._plane.tokenizer,
+            self._tokens(asked),
+            top=asked.sampling.logprobs,
             prompt_logprobs=asked.sampling.prompt_logprobs is not None,
+            token_ids=asked.return_token_ids,
         )
-        return await self._respond(request, asked, generations, shape)
+        num_best = asked.n if asked.best_of > asked.n else None
+        return await self._respond(request, asked, generations, shape, num_best)
 
     async def chat_completions(self, request: Request) -> Response:
         asked = await self._bodies.chat(request)
         self._plane.check_model(asked.model)
         caller: Caller = request.scope["caller"]
         with self._plane.preparing(caller, 1, asked.n):
+            conversation = self._conversation(asked)
             prepared = await prepare(
                 self._plane,
-                self._conversation(asked),
+                conversation,
                 id=f"chatcmpl-{uuid.uuid4().hex}",
                 caller=caller,
                 ignored=request.scope.get(IGNORED_FIELDS),
             )
         shape = ChatShape(
-            self._plane.tokenizer, prepared, include_reasoning=asked.include_reasoning
+            self._tokens(asked),
+            prepared,
+            include_reasoning=asked.include_reasoning,
+            token_ids=asked.return_token_ids,
+            echo=conversation.final_text if asked.echo else "",
         )
         return await self._respond(request, asked, (prepared.generation,), shape)
+
+    async def render(self, request: Request) -> Response:
+        """The prompt of a chat, and its token ids, without an answer."""
+        asked = await self._bodies.chat(request)
+        self._plane.check_model(asked.model)
+        caller: Caller = request.scope["caller"]
+        with self._plane.preparing(caller, 1, None):
+            prompt = await render(
+                self._plane,
+                self._conversation(asked),
+                caller=caller,
+                ignored=request.scope.get(IGNORED_FIELDS),
+            )
+        return json_response(
+            {
+                "object": "chat.completion.prompt",
+                "model": self._plane.model_name,
+                "prompt": prompt.text,
+                "token_ids": prompt.ids,
+                "count": len(prompt.ids),
+                "max_model_len": self._plane.info.max_model_len,
+            }
+        )
+
+    def _tokens(self, asked: OpenAIRequest) -> TokenText:
+        tokens = self._plane.tokenizer
+        return TokenIds(tokens) if asked.tokens_as_ids else tokens
 
     def _conversation(self, asked: ChatRequest) -> Conversation:
         return Conversation(
@@ -112,7 +149,7 @@ class OpenAIRoutes:
             parallel_tool_calls=asked.tools.parallel,
             structured=asked.structured,
             max_reasoning_tokens=asked.max_reasoning_tokens,
-            sampling=asked.sampling,
+            sampling=self._plane.with_bad_words(asked.sampling, asked.bad_words),
             stop=asked.stop,
             n=asked.n,
             priority=asked.priority,
@@ -125,6 +162,7 @@ class OpenAIRoutes:
             variables=asked.template_variables,
             documents=asked.documents,
             chat_template=asked.chat_template,
+            truncation=asked.truncation,
         )
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -142,15 +180,16 @@ class OpenAIRoutes:
     async def _prompts(self, asked: CompletionRequest) -> list[Prompt]:
         """Texts are tokenized together; a request has texts or token ids."""
         texts = [it for it in asked.prompts if isinstance(it, str)]
+        truncation = self._plane.prompts.bounded(asked.truncation, asked.sampling.max_tokens)
         if texts:
             return await self._plane.prompts.of_texts(
-                texts, add_special_tokens=asked.add_special_tokens
+                texts, add_special_tokens=asked.add_special_tokens, truncation=truncation
             )
         pauses = Pauses()
         prompts: list[Prompt] = []
         for ids in asked.prompts:
             assert not isinstance(ids, str)
-            prompts.append(self._plane.prompts.of_ids(ids))
+            prompts.append(self._plane.prompts.of_ids(ids, truncation))
             await pauses.end()
         return prompts
 
@@ -163,7 +202,10 @@ class OpenAIRoutes:
         # The first generation has the id of the answer.
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         constraint = await self._plane.constraint(asked.structured, caller)
-        sampling = check_id_lists(asked.sampling, self._plane.info)
+        sampling = self._plane.with_bad_words(asked.sampling, asked.bad_words)
+        sampling = check_id_lists(sampling, self._plane.info)
+        if asked.best_of > asked.n and sampling.logprobs is None:
+            sampling = replace(sampling, logprobs=0)  # the best choices are known by them
         pauses = Pauses()
         generations: list[GenerationRequest] = []
         for i, prompt in enumerate(prompts):
@@ -174,7 +216,7 @@ class OpenAIRoutes:
                 caller=caller,
                 constraint=constraint,
                 stop=asked.stop,
-                n=asked.n,
+                n=asked.best_of,
                 priority=asked.priority,
                 echo=asked.echo,
                 skip_special_tokens=asked.skip_special_tokens,
@@ -200,6 +242,7 @@ class OpenAIRoutes:
         asked: CompletionRequest | ChatRequest,
         generations: tuple[GenerationRequest, ...],
         shape: Shape,
+        num_best: int | None = None,
     ) -> Response:
         answer = Answer(
             head=Head(
@@ -214,6 +257,7 @@ class OpenAIRoutes:
             metrics=self._metrics,
             include_usage=asked.include_usage,
             continuous_usage=asked.continuous_usage,
+            num_best=num_best,
         )
         if asked.stream:
             keep_alive_s = self._plane.config.sse_keep_alive_s

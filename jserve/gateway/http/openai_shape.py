@@ -50,10 +50,20 @@ class CompletionShape:
     reasoning_tokens = 0
 
     def __init__(
-        self, generations: Sequence[GenerationRequest], tokens: TokenText, *, prompt_logprobs: bool
+        self,
+        generations: Sequence[GenerationRequest],
+        tokens: TokenText,
+        *,
+        top: int | None,
+        prompt_logprobs: bool,
+        token_ids: bool = False,
     ) -> None:
+        """`top` is the number of alternatives to answer; None: no log-probabilities."""
         self._generations = generations
         self._tokens = tokens
+        self._top = top
+        self._token_ids = token_ids
+        self._begun: set[int] = set()  # choices whose prompt's ids were sent
         self._prompt_logprobs = prompt_logprobs  # whether requested by name, not only by echo
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by choice
 
@@ -61,7 +71,8 @@ class CompletionShape:
         return {"prompt_logprobs": None, **self._choice(index, prompt, delta)}
 
     def chunk(self, index: int, prompt: int, delta: OutputDelta) -> Json | None:
-        return self._choice(index, prompt, delta) if _is_visible(delta) else None
+        shown = _is_visible(delta) or (self._token_ids and delta.token_ids)
+        return self._choice(index, prompt, delta) if shown else None
 
     def beside(
         self, prompt_logprobs: Sequence[TokenLogprobs | None] | None, *, whole: bool
@@ -77,11 +88,16 @@ class CompletionShape:
         }
         if self._prompt_logprobs and delta.prompt_logprobs is not None:
             choice["prompt_logprobs"] = prompt_logprobs_json(delta.prompt_logprobs, self._tokens)
+        if self._token_ids:
+            choice["token_ids"] = delta.token_ids
+            if index not in self._begun:
+                self._begun.add(index)
+                choice["prompt_token_ids"] = self._generations[prompt].prompt.ids
         return choice
 
     def _logprobs_of(self, index: int, prompt: int, delta: OutputDelta) -> Json | None:
         generation = self._generations[prompt]
-        top = generation.sampling.logprobs
+        top = self._top
         if top is None:
             return None
         ids = delta.token_ids
@@ -102,9 +118,19 @@ class ChatShape:
     chunk_kind = "chat.completion.chunk"
 
     def __init__(
-        self, tokens: TokenText, prepared: PreparedChat, *, include_reasoning: bool = True
+        self,
+        tokens: TokenText,
+        prepared: PreparedChat,
+        *,
+        include_reasoning: bool = True,
+        token_ids: bool = False,
+        echo: str = "",
     ) -> None:
+        """`echo` is a text that the content of every choice begins with."""
         self._tokens = tokens
+        self._token_ids = token_ids
+        self._sent_prompt = False
+        self._echo = echo
         self._prepared = prepared
         self._include_reasoning = include_reasoning
         self._readers: dict[int, ChatReader] = {}  # by choice, once its role was sent
@@ -113,6 +139,7 @@ class ChatShape:
     def choice(self, index: int, prompt: int, delta: OutputDelta) -> Json:
         read = self._read(self._prepared.reader(), delta)
         reasoning, text, calls = self._joined(read)
+        text = self._echo + text
         message: Json = {
             "role": "assistant",
             "content": text if text or not calls else None,
@@ -129,19 +156,26 @@ class ChatShape:
         reader, content = self._readers.get(index), Json()
         if reader is None:
             reader = self._readers[index] = self._prepared.reader()
-            content = {"role": "assistant", "content": ""}
+            content = {"role": "assistant", "content": self._echo}
         read = self._read(reader, delta)
-        content |= self._delta(read)
-        if not content and not _has_more(delta):
+        found = self._delta(read)
+        if content and "content" in found:
+            found["content"] = self._echo + found["content"]
+        content |= found
+        if not content and not _has_more(delta) and not (self._token_ids and delta.token_ids):
             return None
         return self._choice(index, read, "delta", content)
 
     def beside(
         self, prompt_logprobs: Sequence[TokenLogprobs | None] | None, *, whole: bool
     ) -> Json:
-        if prompt_logprobs is None:
-            return {"prompt_logprobs": None} if whole else {}
-        return {"prompt_logprobs": prompt_logprobs_json(prompt_logprobs, self._tokens)}
+        found = Json()
+        if self._token_ids and not self._sent_prompt:
+            self._sent_prompt = True
+            found["prompt_token_ids"] = self._prepared.generation.prompt.ids
+        if prompt_logprobs is not None:
+            return found | {"prompt_logprobs": prompt_logprobs_json(prompt_logprobs, self._tokens)}
+        return found | {"prompt_logprobs": None} if whole else found
 
     def _read(self, reader: ChatReader, delta: OutputDelta) -> ChatDelta:
         read = reader.feed(delta)
@@ -203,7 +237,8 @@ class ChatShape:
         delta = read.delta
         logprobs = None if delta.logprobs is None else chat_logprobs(delta.logprobs, self._tokens)
         finish = {**finish_json(delta), "finish_reason": read.finish}
-        return {"index": index, key: content, "logprobs": logprobs, **finish}
+        choice = {"index": index, key: content, "logprobs": logprobs, **finish}
+        return choice | {"token_ids": delta.token_ids} if self._token_ids else choice
 
 
 def _is_visible(delta: OutputDelta) -> bool:

@@ -59,15 +59,25 @@ _SIGNS: tuple[tuple[tuple[str, ...], str | None], ...] = (
     (("<|python_tag|>",), "llama3_json"),
     (("<|python_start|>",), "pythonic"),
 )
-# A use of the variable; SmolLM3 has another name for it.
-_TAKES_TOOLS = re.compile(r"\{[%{](?:(?![%}]\}).)*?\b(?:xml_)?tools\b", re.DOTALL)
+# A use of the variable, within a tag; SmolLM3 has another name for it.
+_TAGS = re.compile(r"(\{[%{]|[%}]\})")
+_TOOLS = re.compile(r"\b(?:xml_)?tools\b")
 # A marker of calls that no format here has.
 _FOREIGN = re.compile(r"<[^<>\s]*(?:tool|function).?calls?[^<>\s]*>", re.IGNORECASE)
 
 
 def takes_tools(chat_template: str | None) -> bool:
-    """Whether the template writes the tools that it is given."""
-    return chat_template is not None and _TAKES_TOOLS.search(chat_template) is not None
+    """Whether the template writes the tools that it is given.
+
+    Clients send templates, so the time is linear in its length.
+    """
+    inside = False
+    for piece in () if chat_template is None else _TAGS.split(chat_template):
+        if _TAGS.fullmatch(piece):
+            inside = piece[0] == "{"
+        elif inside and _TOOLS.search(piece):
+            return True
+    return False
 
 
 def named_format(name: str) -> ToolFormat:
