@@ -93,7 +93,7 @@ lock: ## Resolves requirements/*.txt again (ARGS=--upgrade for newer versions)
 	$(compile) pyproject.toml --group build --extra cuda -c requirements/runtime.txt -o requirements/cuda.txt
 	$(compile) pyproject.toml --group build --extra tpu -c requirements/runtime.txt -o requirements/tpu.txt
 	$(compile) requirements/clients-newest.in -o requirements/clients-newest.txt
-	$(compile) requirements/clients-instructor.in -o requirements/clients-instructor.txt
+	$(compile) requirements/clients-pinned.in -o requirements/clients-pinned.txt
 
 proto: ## Generates the stubs of jserve/proto
 	@scripts/bootstrap.sh dev

@@ -1,4 +1,4 @@
-"""Official clients, unchanged, against one server with SmolLM2.
+"""Official clients, unchanged, against a server with SmolLM2 and one whose model is a script.
 
 python -m tests.world [ARGUMENTS OF PYTEST]    (make test-world)
 
@@ -12,11 +12,18 @@ import time
 from pathlib import Path
 
 from tests.e2e.server import REPOSITORY, serving
+from tests.gateway.http.agent_serving import call_text, serving_agent
+from tests.gateway.http.http_serving import MODEL as SCRIPTED_MODEL
 
 CONFIG = "configs/smollm2_135m_fast.py"
 MODEL = "smollm2-135m"
 WORLD = Path(__file__).parent
 LOG = REPOSITORY / ".cache/world.log"
+# What SmolLM2 cannot do: every answer of the scripted model reasons, speaks and calls a tool.
+SCRIPT = "<think>I don't know.</think>Let me see. " + call_text(
+    "weather", '{"city": "Paris", "days": 2}'
+)
+SCRIPTED_KEY = "secret"
 
 
 def environments() -> dict[str, Path]:
@@ -28,7 +35,7 @@ def environments() -> dict[str, Path]:
     }
 
 
-def run(group: str, python: Path, url: str, arguments: list[str]) -> int:
+def run(group: str, python: Path, servers: dict[str, str], arguments: list[str]) -> int:
     """Runs the tests of one group in its environment; returns the exit status of pytest."""
     print(f"==> {group}", flush=True)
     begin_s = time.monotonic()
@@ -36,7 +43,7 @@ def run(group: str, python: Path, url: str, arguments: list[str]) -> int:
     status = subprocess.run(
         [python, "-m", "pytest", "-c", WORLD / "pytest.ini", WORLD / group, *arguments],
         cwd=WORLD,
-        env={**environment, "WORLD_URL": url, "WORLD_MODEL": MODEL},
+        env=environment | servers,
         check=False,
     ).returncode
     print(f"==> {group}: status {status} after {time.monotonic() - begin_s:.0f} s", flush=True)
@@ -46,9 +53,17 @@ def run(group: str, python: Path, url: str, arguments: list[str]) -> int:
 def main(arguments: list[str]) -> int:
     """Returns 0 if the tests of every group pass."""
     LOG.parent.mkdir(exist_ok=True)
-    with serving(CONFIG, LOG) as server:
+    with serving(CONFIG, LOG) as server, serving_agent(api_keys=(SCRIPTED_KEY,)) as scripted:
+        scripted.says = SCRIPT
+        servers = {
+            "WORLD_URL": server.url,
+            "WORLD_MODEL": MODEL,
+            "WORLD_SCRIPTED_URL": scripted.url,
+            "WORLD_SCRIPTED_MODEL": SCRIPTED_MODEL,
+            "WORLD_SCRIPTED_KEY": SCRIPTED_KEY,
+        }
         groups = environments().items()
-        statuses = [run(group, python, server.url, arguments) for group, python in groups]
+        statuses = [run(group, python, servers, arguments) for group, python in groups]
     return max(statuses)
 
 

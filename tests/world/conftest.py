@@ -1,11 +1,21 @@
-"""What every client is told: the server's address and the model's name.
+"""What every client is told: addresses and names of models, by environment variables.
 
 These tests run where jserve is not installed; see `__main__.py`.
 """
 
 import os
+from dataclasses import dataclass
 
 import pytest
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """A server with a key, whose model reasons, speaks and calls `weather` in every answer."""
+
+    url: str
+    model: str
+    key: str
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +26,8 @@ def url() -> str:
 @pytest.fixture(scope="session")
 def model() -> str:
     return os.environ["WORLD_MODEL"]
+
+
+@pytest.fixture(scope="session")
+def scripted() -> Scripted:
+    return Scripted(*(os.environ[f"WORLD_SCRIPTED_{name}"] for name in ("URL", "MODEL", "KEY")))

@@ -8,7 +8,6 @@ import pytest
 from weather import DESCRIPTION, PARAMETERS, QUESTION, check_arguments, weather
 
 ASK = [{"role": "user", "content": QUESTION}]
-# Another temperature than the API's default would be a body field of any client.
 GREEDY: dict[str, Any] = {"max_tokens": 48, "extra_body": {"temperature": 0}}
 TOOL = {"name": "weather", "description": DESCRIPTION, "input_schema": PARAMETERS}
 
@@ -75,6 +74,26 @@ def test_agent(client: anthropic.Anthropic, model: str) -> None:
     )
     assert answer.content[0].type == "text"
     assert answer.content[0].text
+
+
+def test_thinking(scripted: Any) -> None:
+    """All kinds of blocks in a stream, which come back as blocks of the next turn."""
+    asked: dict[str, Any] = {"model": scripted.model, "max_tokens": 300, "tools": [TOOL]}
+    asked["thinking"] = {"type": "adaptive"}
+    with anthropic.Anthropic(base_url=scripted.url, api_key=scripted.key, max_retries=0) as client:
+        with client.messages.stream(messages=ASK, **asked) as stream:
+            kinds = {event.type for event in stream}
+            message = stream.get_final_message()
+        assert {"thinking", "text", "input_json", "signature"} <= kinds
+        assert [block.type for block in message.content] == ["thinking", "text", "tool_use"]
+        assert message.stop_reason == "tool_use"
+        use = message.content[-1]
+        check_arguments(use.input)
+        result = {"type": "tool_result", "tool_use_id": use.id, "content": weather(**use.input)}
+        turns = [*ASK, message.to_param(), {"role": "user", "content": [result]}]
+        assert client.messages.create(messages=turns, **asked).content
+        with pytest.raises(anthropic.AuthenticationError):
+            client.with_options(api_key="wrong").messages.create(messages=ASK, **asked)
 
 
 def test_errors(client: anthropic.Anthropic, model: str) -> None:

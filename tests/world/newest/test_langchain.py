@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import openai
 import pytest
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI
@@ -41,16 +42,21 @@ def test_structured_output(chat: ChatOpenAI, method: str) -> None:
 
 
 def test_json_mode(chat: ChatOpenAI) -> None:
-    """The schema is no part of the request: any JSON is an answer."""
+    """The schema is no part of the request, so a small model's JSON may be of any form or length."""
     bound = chat.with_structured_output(None, method="json_mode", include_raw=True)
-    answer = bound.invoke("Answer in JSON: name a city.")
-    cut_off = answer["raw"].response_metadata["finish_reason"] == "length"
-    assert isinstance(answer["parsed"], dict) or cut_off
+    try:
+        answer = bound.invoke("Answer in JSON: name a city.")
+    except openai.LengthFinishReasonError as error:
+        assert error.completion.choices[0].message.content.startswith("{")
+    else:
+        assert isinstance(answer["parsed"], dict)
 
 
 def test_agent(chat: ChatOpenAI) -> None:
     messages: list[Any] = [HumanMessage(QUESTION)]
-    first = chat.bind_tools([TOOL], tool_choice="required").invoke(messages)
+    first = chat.bind_tools([TOOL], tool_choice="required", parallel_tool_calls=False).invoke(
+        messages
+    )
     messages.append(first)
     assert first.tool_calls
     for call in first.tool_calls:

@@ -61,6 +61,30 @@ def test_agent(client: ollama.Client, model: str) -> None:
     assert answer.message.content
 
 
+def test_thinking_and_calls(scripted: Any) -> None:
+    def weather(city: str, days: int) -> str:
+        """Tells the weather.
+
+        Args:
+            city: A city.
+            days: Number of days.
+        """
+        return f"{city} {days}"
+
+    client = ollama.Client(host=scripted.url, headers={"Authorization": f"Bearer {scripted.key}"})
+    asked: dict[str, Any] = {"model": scripted.model, "tools": [weather], "think": True}
+    answer = client.chat(messages=ASK, **asked).message
+    assert answer.thinking == "I don't know."
+    assert answer.content.strip() == "Let me see."
+    (call,) = answer.tool_calls
+    check_arguments(dict(call.function.arguments))
+    result = {"role": "tool", "tool_name": "weather", "content": weather(**call.function.arguments)}
+    assert client.chat(messages=[*ASK, answer, result], **asked).message.content
+    parts = list(client.chat(messages=ASK, stream=True, **asked))
+    assert "".join(part.message.thinking or "" for part in parts) == answer.thinking
+    assert [call for part in parts for call in part.message.tool_calls or ()] == [call]
+
+
 def test_errors(client: ollama.Client) -> None:
     with pytest.raises(ollama.ResponseError) as error:
         client.chat(model="another", messages=ASK)

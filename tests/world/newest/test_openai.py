@@ -91,7 +91,9 @@ def test_tools(client: openai.OpenAI, model: str, choice: Any, reason: str) -> N
         events = [event.type for event in stream]
         streamed = stream.get_final_completion()
     assert "tool_calls.function.arguments.done" in events
-    assert streamed.choices[0].message.tool_calls[0].function == call.function
+    (again,) = streamed.choices[0].message.tool_calls
+    assert again.function.name == "weather"
+    assert again.function.arguments == call.function.arguments
     assert streamed.choices[0].finish_reason == reason
 
 
@@ -141,6 +143,19 @@ def test_agent(client: openai.OpenAI, model: str) -> None:
     answer = step("none").choices[0].message
     assert answer.content
     assert not answer.tool_calls
+
+
+def test_reasoning_and_calls(scripted: Any) -> None:
+    with (
+        openai.OpenAI(base_url=f"{scripted.url}/v1", api_key=scripted.key, max_retries=0) as client,
+        client.chat.completions.stream(
+            model=scripted.model, messages=ASK, tools=[TOOL], max_tokens=300
+        ) as stream,
+    ):
+        message = stream.get_final_completion().choices[0].message
+    assert message.reasoning_content == "I don't know."
+    assert message.content.strip() == "Let me see."
+    check_arguments(message.tool_calls[0].function.arguments)
 
 
 def test_errors(client: openai.OpenAI, model: str) -> None:

@@ -6,6 +6,7 @@ import instructor
 import openai
 import pytest
 from instructor import Mode
+from instructor.core import InstructorRetryException
 from weather import QUESTION, Report
 
 ASK = [{"role": "user", "content": QUESTION}]
@@ -25,7 +26,7 @@ def test_json(url: str, model: str) -> None:
     client.on("completion:response", seen.append)
     try:
         client.chat.completions.create(response_model=Report, max_retries=0, **_asked(model))
-    except instructor.core.InstructorRetryException:
+    except InstructorRetryException:
         assert seen[0].choices[0].message.content.lstrip().startswith("{")
 
 
