@@ -6,7 +6,7 @@ A model of 135M parameters writes nonsense, so all values are bounded: what a gr
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 CITIES = ("Paris", "Rome", "Oslo")
 QUESTION = "What is the weather in Paris?"
@@ -29,6 +29,7 @@ TOOL: dict[str, Any] = {
 class Report(BaseModel):
     """The weather of a city."""
 
+    model_config = ConfigDict(extra="forbid")  # else a small model adds fields without an end
     city: Literal["Paris", "Rome", "Oslo"]
     degrees: int = Field(ge=-9, le=40)
     sunny: bool
