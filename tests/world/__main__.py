@@ -18,6 +18,7 @@ from tests.gateway.http.http_serving import MODEL as SCRIPTED_MODEL
 CONFIG = "configs/smollm2_135m_fast.py"
 MODEL = "smollm2-135m"
 WORLD = Path(__file__).parent
+NO_TESTS = 5  # pytest's exit status
 LOG = REPOSITORY / ".cache/world.log"
 # What SmolLM2 cannot do: every answer of the scripted model reasons, speaks and calls a tool.
 SCRIPT = "<think>I don't know.</think>Let me see. " + call_text(
@@ -35,7 +36,7 @@ def environments() -> dict[str, Path]:
     }
 
 
-def run(group: str, python: Path, servers: dict[str, str], arguments: list[str]) -> int:
+def run(group: str, python: Path, variables: dict[str, str], arguments: list[str]) -> int:
     """Runs the tests of one group in its environment; returns the exit status of pytest."""
     print(f"==> {group}", flush=True)
     begin_s = time.monotonic()
@@ -43,7 +44,7 @@ def run(group: str, python: Path, servers: dict[str, str], arguments: list[str])
     status = subprocess.run(
         [python, "-m", "pytest", "-c", WORLD / "pytest.ini", WORLD / group, *arguments],
         cwd=WORLD,
-        env=environment | servers,
+        env=environment | variables,
         check=False,
     ).returncode
     print(f"==> {group}: status {status} after {time.monotonic() - begin_s:.0f} s", flush=True)
@@ -51,11 +52,12 @@ def run(group: str, python: Path, servers: dict[str, str], arguments: list[str])
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0 if the tests of every group pass."""
+    """Returns 0 if the tests of every group pass; a group may have none of those asked for."""
     LOG.parent.mkdir(exist_ok=True)
     with serving(CONFIG, LOG) as server, serving_agent(api_keys=(SCRIPTED_KEY,)) as scripted:
         scripted.says = SCRIPT
-        servers = {
+        variables = {
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else its import asks the Internet for prices
             "WORLD_URL": server.url,
             "WORLD_MODEL": MODEL,
             "WORLD_SCRIPTED_URL": scripted.url,
@@ -63,8 +65,8 @@ def main(arguments: list[str]) -> int:
             "WORLD_SCRIPTED_KEY": SCRIPTED_KEY,
         }
         groups = environments().items()
-        statuses = [run(group, python, servers, arguments) for group, python in groups]
-    return max(statuses)
+        statuses = [run(group, python, variables, arguments) for group, python in groups]
+    return max((it for it in statuses if it != NO_TESTS), default=NO_TESTS)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from typing import Any
 
 import ollama
 import pytest
-from weather import QUESTION, TOOL, Report, check_arguments, weather
+from weather import PARAMETERS, QUESTION, TOOL, Report, check_arguments, weather
 
 ASK = [{"role": "user", "content": QUESTION}]
 OPTIONS: dict[str, Any] = {"temperature": 0, "seed": 1, "num_predict": 48}
@@ -43,22 +43,22 @@ def test_format(client: ollama.Client, model: str) -> None:
 
 
 def test_agent(client: ollama.Client, model: str) -> None:
-    """The API cannot force a call: the loop answers calls if there are any."""
-    messages: list[Any] = list(ASK)
-    first = client.chat(model=model, messages=messages, tools=[TOOL], options=OPTIONS)
-    assert first.message.content or first.message.tool_calls
-    arguments = {"city": "Paris", "days": 2}
-    if first.message.tool_calls:
-        messages.append(first.message)
-        arguments = dict(first.message.tool_calls[0].function.arguments)
-    else:
-        call = {"function": {"name": "weather", "arguments": arguments}}
-        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-    check_arguments(arguments)
-    result = weather(**arguments)
-    messages.append({"role": "tool", "tool_name": "weather", "content": result})
-    answer = client.chat(model=model, messages=messages, options=OPTIONS)
-    assert answer.message.content
+    """The API has no `tool_choice`, so the arguments of the call are bound by `format`."""
+    asked: dict[str, Any] = {"model": model, "options": OPTIONS}
+    plan = client.chat(messages=ASK, format=PARAMETERS, **asked)
+    arguments = check_arguments(plan.message.content)
+    call = {"function": {"name": "weather", "arguments": arguments}}
+    messages = [
+        *ASK,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_name": "weather", "content": weather(**arguments)},
+    ]
+    assert client.chat(messages=messages, **asked).message.content
+
+
+def test_tools_if_the_model_likes(client: ollama.Client, model: str) -> None:
+    message = client.chat(model=model, messages=ASK, tools=[TOOL], options=OPTIONS).message
+    assert message.content or message.tool_calls
 
 
 def test_thinking_and_calls(scripted: Any) -> None:
