@@ -81,19 +81,20 @@ class ChatWriter:
         """Sets what the delta's text says in its response."""
         read = self._readers[delta.index].feed(delta)
         self.reasoning_tokens += read.reasoning_tokens
-        text, self._echoes[delta.index] = self._echoes[delta.index], ""
+        texts, self._echoes[delta.index] = [self._echoes[delta.index]], ""
+        reasoning: list[str] = []
         for part in read.parts:
             match part:
                 case ReasoningPart():
-                    if self._include_reasoning:
-                        response.reasoning += part.text
+                    reasoning.append(part.text)
                 case TextPart():
-                    text += part.text
+                    texts.append(part.text)
                 case CallPart(index, name, arguments):
                     piece = response.tool_calls.add(index=index, arguments=arguments)
                     if name is not None:
                         piece.name, piece.id = name, self._chat.call_id()
-        response.text = text
+        response.text = "".join(texts)
+        response.reasoning = "".join(reasoning) if self._include_reasoning else ""
         response.finished_with_calls = read.finish == "tool_calls"
 
 
