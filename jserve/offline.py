@@ -310,8 +310,9 @@ class LLM:
         fields = _one_each(sampling, len(given))
         asked = [parse_chat({**options, "messages": messages}) for messages in given]
         for request in asked:
-            if request.stream:
-                raise RequestError("stream: the answers of a chat come whole here", param="stream")
+            for name in ("stream", "echo"):
+                if getattr(request, name):
+                    raise RequestError(f"{name} is not an option of LLM.chat", param=name)
         chats = self._loop.call(self._prepare_chats(asked, fields))
         answers = self._complete([chat.generation for chat in chats], use_tqdm)
         return [

@@ -30,13 +30,18 @@ from jserve.scheduler.simulated_executor import SimulatedExecutor
 from jserve.scheduler.simulated_model import SimulatedModel
 
 GREEDY = SamplingFields(temperature=0, max_tokens=12)
-SMALL = ["scheduler.max_queue=4", "engine.mixed_tokens=64", "engine.decode_rows=8"]
 
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     """An engine with one program of each kind; these tests do not depend on their number."""
-    return LLM(load("configs/tiny_random.py", SMALL))
+    sizes = ("mixed_tokens=64", "decode_rows=8")
+    changes = ["scheduler.max_queue=4", *(f"engine.{size}" for size in sizes)]
+    config = load("configs/tiny_random.py", ["gateway.tool_parser=hermes", *changes])
+    assert isinstance(config.model.source, RandomWeights)
+    spec = dataclasses.replace(config.model.source.spec, eos_token_ids=(511,))  # ends a grammar
+    model = dataclasses.replace(config.model, source=RandomWeights(spec=spec))
+    return LLM(dataclasses.replace(config, model=model))
 
 
 def test_a_batch_larger_than_slots_and_queue_equals_single_runs(llm: LLM) -> None:
@@ -84,12 +89,7 @@ def test_no_prompt_is_dropped(llm: LLM) -> None:
             llm.generate(prompts, GREEDY, use_tqdm=False)  # type: ignore[arg-type]
 
 
-def test_a_chat_reads_calls_and_binds_them() -> None:
-    config = load("configs/tiny_random.py", ["gateway.tool_parser=hermes", *SMALL])
-    assert isinstance(config.model.source, RandomWeights)
-    spec = dataclasses.replace(config.model.source.spec, eos_token_ids=(511,))  # ends a grammar
-    model = dataclasses.replace(config.model, source=RandomWeights(spec=spec))
-    chatty = LLM(dataclasses.replace(config, model=model))
+def test_a_chat_reads_calls_and_binds_them(llm: LLM) -> None:
     city = {"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
     function = {"name": "weather", "parameters": {**city, "additionalProperties": False}}
     options = {
@@ -101,22 +101,23 @@ def test_a_chat_reads_calls_and_binds_them() -> None:
     }
     fields = SamplingFields(temperature=0, max_tokens=200)
     talks = [[{"role": "user", "content": text}] for text in ("Hi", "Ho")]
-    for completion in chatty.chat(talks, fields, n=2, **options):
+    for completion in llm.chat(talks, fields, n=2, **options):
         (call,) = completion.tool_calls
         assert (call.name, json.loads(call.arguments)) == ("weather", {"city": "Rome"})
         assert completion.text == ""
-    (one,) = chatty.chat(talks[1], GREEDY, chat_template="Ho weather>", use_tqdm=False)
-    (plain,) = chatty.generate("Ho weather>", GREEDY, use_tqdm=False)
+    (one,) = llm.chat(talks[1], GREEDY, chat_template="Ho weather>", use_tqdm=False)
+    (plain,) = llm.generate("Ho weather>", GREEDY, use_tqdm=False)
     assert (one.prompt, one.text, one.tool_calls) == ("Ho weather>", plain.text, ())
     for wrong, message in (
         ({"tool": []}, "tool"),
-        ({"stream": True}, "come whole"),
+        ({"stream": True}, "stream is not an option"),
+        ({"echo": True}, "echo is not an option"),
         ({"tool_choice": "required"}, "there are no tools"),
     ):
         with pytest.raises(RequestError, match=message):
-            chatty.chat(talks, GREEDY, use_tqdm=False, **wrong)
+            llm.chat(talks, GREEDY, use_tqdm=False, **wrong)
     with pytest.raises(RequestError, match="1 entries for 2 prompts"):
-        chatty.chat(talks, [GREEDY], use_tqdm=False)
+        llm.chat(talks, [GREEDY], use_tqdm=False)
 
 
 def test_choices_differ_and_a_seed_repeats_them(llm: LLM) -> None:
