@@ -1,4 +1,4 @@
-"""`LLM.generate` for scripts and notebooks: the request plane over an engine in this process."""
+"""`LLM` for scripts and notebooks: the request plane over an engine in this process."""
 
 import asyncio
 import itertools
@@ -14,7 +14,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from typing import Any, TypeVar, Unpack
 
@@ -34,7 +34,11 @@ from jserve.engine.config import PlatformConfig
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
 from jserve.engine.loop import EngineLoop
 from jserve.engine.step_log import StepLog, open_step_log
+from jserve.gateway.chat_reader import WholeAnswer
+from jserve.gateway.conversation import PreparedChat, prepare
 from jserve.gateway.engine_client import LiveStreams, UpdateStream
+from jserve.gateway.http.openai_conversation import conversation_of
+from jserve.gateway.http.openai_request import ChatRequest, parse_chat
 from jserve.gateway.output import join
 from jserve.gateway.request_plane import (
     GenerationRequest,
@@ -44,6 +48,7 @@ from jserve.gateway.request_plane import (
     RequestPlane,
 )
 from jserve.gateway.structured import read_structured
+from jserve.gateway.tenants import LOCAL
 from jserve.gateway.text_model import TextModel
 from jserve.gateway.validation import SamplingFields
 from jserve.grammar.maker import ConstraintMaker
@@ -54,8 +59,17 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool that the model wants answered; `arguments` is JSON text."""
+
+    id: str = field(compare=False)
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """One completed choice of one prompt."""
+    """One completed choice of one prompt. The text of a chat is without reasoning and calls."""
 
     prompt: PromptLike
     text: str
@@ -66,6 +80,8 @@ class Completion:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     # Prompt tokens that were not computed again. Equal answers may differ in it.
     num_cached_tokens: int = field(default=0, compare=False)
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 class GenerateOptions(RequestOptions, total=False):
@@ -265,11 +281,50 @@ class LLM:
         TypeError when there is no such option.
         """
         wanted = _prompts(prompts)
-        if sampling is None or isinstance(sampling, SamplingFields):
-            sampling = [sampling or SamplingFields()] * len(wanted)
-        if len(sampling) != len(wanted):
-            raise RequestError(f"sampling has {len(sampling)} entries for {len(wanted)} prompts")
-        generations = self._loop.call(self._prepare(wanted, sampling, options))
+        fields = _one_each(sampling, len(wanted))
+        generations = self._loop.call(self._prepare(wanted, fields, options))
+        return [
+            _completion(prompt, deltas)
+            for prompt, choices in zip(wanted, self._complete(generations, use_tqdm), strict=True)
+            for deltas in choices
+        ]
+
+    def chat(
+        self,
+        conversations: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling: SamplingFields | Sequence[SamplingFields] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **options: Any,
+    ) -> list[Completion]:
+        """Answers every conversation, `n` times each; one is a list of messages.
+
+        `sampling` is as of `generate`. Options are fields of `POST /v1/chat/completions`, with
+        values as JSON has them: `tools`, `tool_choice`, `response_format`, `chat_template_kwargs`,
+        `continue_final_message`, `n`, … The prompt of a completion is the rendered text. Raises
+        RequestError, before anything runs, when a message or an option is wrong or unknown.
+        """
+        given: list[Any] = list(conversations)
+        if given and isinstance(given[0], Mapping):
+            given = [given]
+        fields = _one_each(sampling, len(given))
+        asked = [parse_chat({**options, "messages": messages}) for messages in given]
+        for request in asked:
+            for name in ("stream", "echo"):
+                if getattr(request, name):
+                    raise RequestError(f"{name} is not an option of LLM.chat", param=name)
+        chats = self._loop.call(self._prepare_chats(asked, fields))
+        answers = self._complete([chat.generation for chat in chats], use_tqdm)
+        return [
+            _chat_completion(request, chat, deltas)
+            for request, chat, choices in zip(asked, chats, answers, strict=True)
+            for deltas in choices
+        ]
+
+    def _complete(
+        self, generations: Sequence[GenerationRequest], use_tqdm: bool
+    ) -> list[list[list[OutputDelta]]]:
+        """Runs the requests; returns the deltas of their choices."""
         answers: list[list[list[OutputDelta]]] = [[[] for _ in range(it.n)] for it in generations]
         tokens = 0
         total = sum(it.n for it in generations)
@@ -285,11 +340,7 @@ class LLM:
                     bar.set_postfix_str(f"{rate:.1f} tokens/s")
 
             self._loop.call(self._engine.drive(self._run(generations, on_delta)))
-        return [
-            _completion(prompt, deltas)
-            for prompt, choices in zip(wanted, answers, strict=True)
-            for deltas in choices
-        ]
+        return answers
 
     def stream(
         self,
@@ -354,6 +405,18 @@ class LLM:
             )
         return generations
 
+    async def _prepare_chats(
+        self, asked: Sequence[ChatRequest], sampling: Sequence[SamplingFields]
+    ) -> list[PreparedChat]:
+        chats: list[PreparedChat] = []
+        for request, fields in zip(asked, sampling, strict=True):
+            given = {name: value for name, value in asdict(fields).items() if value is not None}
+            request = replace(request, sampling=replace(request.sampling, **given))
+            conversation = conversation_of(self._plane, request)
+            name = f"offline-{next(self._serial)}"
+            chats.append(await prepare(self._plane, conversation, id=name, caller=LOCAL))
+        return chats
+
     async def _run(
         self, generations: Sequence[GenerationRequest], on_delta: Callable[[int, OutputDelta], None]
     ) -> None:
@@ -374,6 +437,17 @@ class LLM:
         except ExceptionGroup as errors:
             error = errors.exceptions[0]
             raise error from error.__cause__  # without the group
+
+
+def _one_each(
+    sampling: SamplingFields | Sequence[SamplingFields] | None, num_prompts: int
+) -> Sequence[SamplingFields]:
+    """Returns sampling fields for each prompt."""
+    if sampling is None or isinstance(sampling, SamplingFields):
+        return [sampling or SamplingFields()] * num_prompts
+    if len(sampling) != num_prompts:
+        raise RequestError(f"sampling has {len(sampling)} entries for {num_prompts} prompts")
+    return sampling
 
 
 async def _next(deltas: AsyncIterator[OutputDelta]) -> OutputDelta | None:
@@ -441,4 +515,20 @@ def _completion(prompt: PromptLike, deltas: Sequence[OutputDelta]) -> Completion
         logprobs=None if whole.logprobs is None else tuple(whole.logprobs),
         prompt_logprobs=None if whole.prompt_logprobs is None else tuple(whole.prompt_logprobs),
         num_cached_tokens=whole.cached_tokens,
+    )
+
+
+def _chat_completion(
+    asked: ChatRequest, chat: PreparedChat, deltas: Sequence[OutputDelta]
+) -> Completion:
+    prompt = chat.generation.prompt
+    completion = _completion(prompt.text or prompt.ids, deltas)
+    answer = WholeAnswer.of(chat.reader().feed(join(deltas)).parts)
+    return replace(
+        completion,
+        text=answer.text,
+        reasoning=answer.reasoning if asked.include_reasoning else "",
+        tool_calls=tuple(
+            ToolCall(chat.call_id(), name, arguments) for name, arguments in answer.calls
+        ),
     )

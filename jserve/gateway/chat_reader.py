@@ -22,6 +22,34 @@ class ChatDelta:
     reasoning_tokens: int = 0  # of this delta
 
 
+@dataclass(frozen=True, slots=True)
+class WholeAnswer:
+    """What the parts of one choice say, joined."""
+
+    reasoning: str
+    text: str
+    calls: Sequence[tuple[str, str]]  # names and arguments
+
+    @classmethod
+    def of(cls, parts: Sequence[ChatPart]) -> "WholeAnswer":
+        """Joins all parts of a choice."""
+        reasoning: list[str] = []
+        texts: list[str] = []
+        calls: list[tuple[str, list[str]]] = []
+        for part in parts:
+            match part:
+                case ReasoningPart(text):
+                    reasoning.append(text)
+                case TextPart(text):
+                    texts.append(text)
+                case CallPart(_, name, arguments):
+                    if name is not None:
+                        calls.append((name, []))
+                    calls[-1][1].append(arguments)
+        joined = [(name, "".join(arguments)) for name, arguments in calls]
+        return cls("".join(reasoning), "".join(texts), joined)
+
+
 class ChatReader:
     """One per choice. The joined parts don't depend on how the text was cut."""
 

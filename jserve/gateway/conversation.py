@@ -47,6 +47,7 @@ class Conversation:
     sampling: SamplingFields = field(default_factory=SamplingFields)
     stop: Any = None
     n: int = 1
+    echo: bool = False  # the text of each choice starts with the prompt's
     priority: int | None = None
     cache_salt: Any = field(default=None, repr=False)
     default_max_tokens: int | None = None  # comes before the model's default
@@ -164,6 +165,7 @@ async def prepare(
         constraint=constraint,
         stop=conversation.stop,
         n=conversation.n,
+        echo=conversation.echo,
         priority=conversation.priority,
         skip_special_tokens=conversation.skip_special_tokens,
         include_stop_str_in_output=conversation.include_stop_str_in_output,

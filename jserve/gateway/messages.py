@@ -26,6 +26,11 @@ _REPLAYED_FIELDS = frozenset(
 # Types of a part that is text, and the field that holds it.
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _ROLES = {"developer": "system", "function": "tool"}  # newer and older names
+# Variables of a template that come from the server; a request may only name what they are.
+_SERVER_VARIABLES = frozenset(
+    {"messages", "tools", "documents", "continue_final_message", "tokenize", "chat_template"}
+)
+_NEUTRAL: tuple[Any, ...] = (None, False, [], {})
 _MAX_CALLS = 256  # of one message
 _MAX_ARGUMENTS_DEPTH = 64
 
@@ -51,6 +56,18 @@ def check_num_messages(number: int, most: int) -> None:
     """Raises RequestError if there are more than `most`."""
     if number > most:
         raise RequestError(f"messages has {number} entries; at most {most}", param="messages")
+
+
+def checked_variables(where: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a request's variables for a template without those that come from the server.
+
+    Raises RequestError if one of these says anything.
+    """
+    for name in _SERVER_VARIABLES & variables.keys():
+        if variables[name] not in _NEUTRAL:
+            path = f"{where}.{name}"
+            raise RequestError(f"{path}: not supported yet; leave it out", param=path)
+    return {name: it for name, it in variables.items() if name not in _SERVER_VARIABLES}
 
 
 def tool_json(tool: Tool) -> dict[str, Any]:

@@ -12,17 +12,13 @@ from jserve.core.request import MAX_LOGPROBS
 from jserve.gateway.http import openai_fields as known
 from jserve.gateway.http.fields import Fields, as_integer, wrong_type
 from jserve.gateway.http.openai_tools import AskedTools, read_tools
+from jserve.gateway.messages import checked_variables
 from jserve.gateway.prompts import WHOLE_CONTEXT, Truncation
 from jserve.gateway.structured import STRUCTURED_FIELDS, read_structured
 from jserve.gateway.validation import SamplingFields
 from jserve.grammar.source import GrammarSource
 
 _NO_LIMIT = -1  # of max_tokens, as llama.cpp and LM Studio have it
-# Variables of a template that come from the server; a request may only name what they are.
-_SERVER_VARIABLES = frozenset(
-    {"messages", "tools", "documents", "continue_final_message", "tokenize", "chat_template"}
-)
-_NEUTRAL: tuple[Any, ...] = (None, False, [], {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,12 +167,8 @@ def _is_object(value: Any) -> bool:
 
 def template_variables(fields: Fields) -> dict[str, Any]:
     """Reads the variables of a chat template that a request sets."""
-    variables = fields.mapping("chat_template_kwargs") or {}
-    for name in _SERVER_VARIABLES & variables.keys():
-        if variables[name] not in _NEUTRAL:
-            where = f"chat_template_kwargs.{name}"
-            raise RequestError(f"{where}: not supported yet; leave it out", param=where)
-    variables = {name: it for name, it in variables.items() if name not in _SERVER_VARIABLES}
+    name = "chat_template_kwargs"
+    variables = checked_variables(name, fields.mapping(name) or {})
     effort = fields.string("reasoning_effort")
     return variables if effort is None else {"reasoning_effort": effort, **variables}
 

@@ -11,10 +11,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from jserve.gateway.conversation import Conversation, prepare, render
+from jserve.gateway.conversation import prepare, render
 from jserve.gateway.http.edge import IGNORED_FIELDS
 from jserve.gateway.http.event_stream import EventStream, unless_disconnected
 from jserve.gateway.http.openai_answer import Answer
+from jserve.gateway.http.openai_conversation import conversation_of
 from jserve.gateway.http.openai_request import (
     ChatRequest,
     CompletionRequest,
@@ -97,7 +98,7 @@ class OpenAIRoutes:
         self._plane.check_model(asked.model)
         caller: Caller = request.scope["caller"]
         with self._plane.preparing(caller, 1, asked.n):
-            conversation = self._conversation(asked)
+            conversation = conversation_of(self._plane, asked)
             prepared = await prepare(
                 self._plane,
                 conversation,
@@ -122,7 +123,7 @@ class OpenAIRoutes:
         with self._plane.preparing(caller, 1, None):
             prompt = await render(
                 self._plane,
-                self._conversation(asked),
+                conversation_of(self._plane, asked),
                 caller=caller,
                 ignored=request.scope.get(IGNORED_FIELDS),
             )
@@ -140,30 +141,6 @@ class OpenAIRoutes:
     def _tokens(self, asked: OpenAIRequest) -> TokenText:
         tokens = self._plane.tokenizer
         return TokenIds(tokens) if asked.tokens_as_ids else tokens
-
-    def _conversation(self, asked: ChatRequest) -> Conversation:
-        return Conversation(
-            messages=asked.messages,
-            tools=asked.tools.tools,
-            tool_choice=asked.tools.choice,
-            parallel_tool_calls=asked.tools.parallel,
-            structured=asked.structured,
-            max_reasoning_tokens=asked.max_reasoning_tokens,
-            sampling=self._plane.with_bad_words(asked.sampling, asked.bad_words),
-            stop=asked.stop,
-            n=asked.n,
-            priority=asked.priority,
-            cache_salt=asked.cache_salt,
-            default_max_tokens=self._plane.info.max_model_len if asked.unlimited else None,
-            skip_special_tokens=asked.skip_special_tokens,
-            include_stop_str_in_output=asked.include_stop_str_in_output,
-            add_generation_prompt=asked.add_generation_prompt,
-            continue_final_message=asked.continue_final_message,
-            variables=asked.template_variables,
-            documents=asked.documents,
-            chat_template=asked.chat_template,
-            truncation=asked.truncation,
-        )
 
     def _model(self, name: str) -> dict[str, Any]:
         info = self._plane.info

@@ -5,7 +5,7 @@ from itertools import chain
 from typing import Protocol
 
 from jserve.core.request import TokenLogprobs
-from jserve.gateway.chat_reader import ChatDelta, ChatReader
+from jserve.gateway.chat_reader import ChatDelta, ChatReader, WholeAnswer
 from jserve.gateway.conversation import PreparedChat
 from jserve.gateway.http.openai_response import (
     CompletionLogprobs,
@@ -184,28 +184,16 @@ class ChatShape:
 
     def _joined(self, read: ChatDelta) -> tuple[str, str, list[Json]]:
         """Reasoning, text and calls of a whole choice."""
-        reasoning: list[str] = []
-        texts: list[str] = []
-        calls: list[tuple[str, list[str]]] = []
-        for part in read.parts:
-            match part:
-                case ReasoningPart(text):
-                    reasoning.append(text)
-                case TextPart(text):
-                    texts.append(text)
-                case CallPart(_, name, arguments):
-                    if name is not None:
-                        calls.append((name, []))
-                    calls[-1][1].append(arguments)
-        made = [
+        whole = WholeAnswer.of(read.parts)
+        calls = [
             {
                 "id": self._prepared.call_id(),
                 "type": "function",
-                "function": {"name": name, "arguments": "".join(arguments)},
+                "function": {"name": name, "arguments": arguments},
             }
-            for name, arguments in calls
+            for name, arguments in whole.calls
         ]
-        return "".join(reasoning) if self._include_reasoning else "", "".join(texts), made
+        return whole.reasoning if self._include_reasoning else "", whole.text, calls
 
     def _delta(self, read: ChatDelta) -> Json:
         """Fields of a chunk's delta."""

@@ -1,0 +1,31 @@
+"""A request of OpenAI's chat completions → the conversation that every API has."""
+
+from jserve.gateway.conversation import Conversation
+from jserve.gateway.http.openai_request import ChatRequest
+from jserve.gateway.request_plane import RequestPlane
+
+
+def conversation_of(plane: RequestPlane, asked: ChatRequest) -> Conversation:
+    """Makes the conversation that a request asks to continue."""
+    return Conversation(
+        messages=asked.messages,
+        tools=asked.tools.tools,
+        tool_choice=asked.tools.choice,
+        parallel_tool_calls=asked.tools.parallel,
+        structured=asked.structured,
+        max_reasoning_tokens=asked.max_reasoning_tokens,
+        sampling=plane.with_bad_words(asked.sampling, asked.bad_words),
+        stop=asked.stop,
+        n=asked.n,
+        priority=asked.priority,
+        cache_salt=asked.cache_salt,
+        default_max_tokens=plane.info.max_model_len if asked.unlimited else None,
+        skip_special_tokens=asked.skip_special_tokens,
+        include_stop_str_in_output=asked.include_stop_str_in_output,
+        add_generation_prompt=asked.add_generation_prompt,
+        continue_final_message=asked.continue_final_message,
+        variables=asked.template_variables,
+        documents=asked.documents,
+        chat_template=asked.chat_template,
+        truncation=asked.truncation,
+    )
