@@ -35,28 +35,43 @@ def count_parts(data: bytes, descriptor: Any, most: int) -> int:
     are no message count as they look: the parser refuses them.
     """
     count = 0
+    kinds: dict[tuple[Any, int], tuple[Any, bool]] = {}
     waiting: list[tuple[int, int, Any]] = [(0, len(data), descriptor)]
     while waiting and count <= most:
         position, end, kind = waiting.pop()
         while position < end and count <= most:
             count += 1
-            tag, position = _varint(data, position, end)
+            tag = data[position]  # most numbers are of one byte
+            position += 1
+            if tag > 127:
+                tag, position = _varint(data, position - 1, end)
             wire = tag & 7
             if wire == _VARINT:
                 _, position = _varint(data, position, end)
             elif wire == _LENGTH:
                 size, position = _varint(data, position, end)
-                field = kind.fields_by_number.get(tag >> 3)
-                if field is not None and field.message_type is not None:
-                    waiting.append((position, min(position + size, end), field.message_type))
-                elif field is not None and field.is_packed:
-                    count += size // _PACKED_BYTES
-                position += size
+                if size:
+                    nested, is_packed = kinds.get((kind, tag)) or _kind(kinds, kind, tag)
+                    if nested is not None:
+                        waiting.append((position, min(position + size, end), nested))
+                    elif is_packed:
+                        count += size // _PACKED_BYTES
+                    position += size
             elif wire in (_FIXED64, _FIXED32):
                 position += 8 if wire == _FIXED64 else 4
             else:
                 break
     return min(count, most + 1)
+
+
+def _kind(
+    kinds: dict[tuple[Any, int], tuple[Any, bool]], kind: Any, tag: int
+) -> tuple[Any, bool]:
+    """Remembers a field's kind of message, or None, and whether it is of packed numbers."""
+    field = kind.fields_by_number.get(tag >> 3)
+    found = (None, False) if field is None else (field.message_type, field.is_packed)
+    kinds[kind, tag] = found
+    return found
 
 
 def _varint(data: bytes, position: int, end: int) -> tuple[int, int]:
