@@ -64,9 +64,7 @@ def count_parts(data: bytes, descriptor: Any, most: int) -> int:
     return min(count, most + 1)
 
 
-def _kind(
-    kinds: dict[tuple[Any, int], tuple[Any, bool]], kind: Any, tag: int
-) -> tuple[Any, bool]:
+def _kind(kinds: dict[tuple[Any, int], tuple[Any, bool]], kind: Any, tag: int) -> tuple[Any, bool]:
     """Remembers a field's kind of message, or None, and whether it is of packed numbers."""
     field = kind.fields_by_number.get(tag >> 3)
     found = (None, False) if field is None else (field.message_type, field.is_packed)
