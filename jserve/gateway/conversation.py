@@ -24,7 +24,7 @@ from jserve.gateway.tools.format import (
     own_schema,
 )
 from jserve.gateway.validation import SamplingFields, check_id_lists
-from jserve.grammar.source import GrammarKind, GrammarSource, Whitespace
+from jserve.grammar.source import GrammarKind, GrammarSource
 from jserve.grammar.text import parsed
 
 AUTO = ToolChoice(ChoiceMode.AUTO)
@@ -217,7 +217,8 @@ async def _constraint(
         text = _either(calls, wanted, structured)
     else:  # the answer is calls alone
         text = calls.grammar(wanted) or ""
-    return await plane.constraint(_of_tools(text, structured.whitespace), caller)
+    bound = replace(_of_tools(text), whitespace=structured.whitespace, fit=structured.fit)
+    return await plane.constraint(bound, caller)
 
 
 def _either(calls: ToolFormat, wanted: WantedCalls, structured: GrammarSource) -> str:
@@ -235,8 +236,8 @@ def _either(calls: ToolFormat, wanted: WantedCalls, structured: GrammarSource) -
     return f"{text}answer: %json {json.dumps(schema)}\nstart: calls | answer\n"
 
 
-def _of_tools(text: str, whitespace: Whitespace | str = Whitespace.ONE) -> GrammarSource:
-    return GrammarSource(kind=GrammarKind.GRAMMAR, value=text, field="tools", whitespace=whitespace)
+def _of_tools(text: str) -> GrammarSource:
+    return GrammarSource(kind=GrammarKind.GRAMMAR, value=text, field="tools")
 
 
 def _markers(plane: RequestPlane, *, inside: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -248,6 +248,31 @@ def test_documents_and_templates_of_a_request() -> None:
         assert post(served, chat_template="{{" * 100_000 + "x").status_code == 400
 
 
+FITTED: dict[str, dict[str, Any]] = {
+    "response_format": {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "c", "schema": PARAMETERS},
+            "fit": True,
+        }
+    },
+    "structured_outputs": {"structured_outputs": {"json": PARAMETERS, "fit": True}},
+}
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_fit_reaches_the_engine_with_tools_and_without(name: str) -> None:
+    fields = FITTED[name]
+    loose = {name: fields[name] | {"fit": False}}
+    with chatting("ok", chat_template=WITH_TOOLS, tool_parser="hermes") as (_, served):
+        for tools in ({}, {"tools": [WEATHER]}, {"tools": [WEATHER], "tool_choice": "required"}):
+            for body, fit in ((fields, True), (loose, False)):
+                assert post(served, **body, **tools).is_success
+                constraint = served.engine.submitted[-1].constraint
+                assert constraint is not None
+                assert constraint.fit is fit
+
+
 def test_large_tools() -> None:
     with chatting("ok", chat_template=WITH_TOOLS, tool_parser="hermes") as (_, served):
         large = {"type": "object", "properties": {"x" * (1 << 20): {}}}
