@@ -45,6 +45,7 @@ class Conversation:
     structured: GrammarSource | None = None
     max_reasoning_tokens: int | None = None
     sampling: SamplingFields = field(default_factory=SamplingFields)
+    bad_words: Sequence[str] = ()  # `RequestPlane.with_bad_words` checks them
     stop: Any = None
     n: int = 1
     priority: int | None = None
@@ -156,6 +157,7 @@ async def prepare(
             reasoning_end=end,
             max_reasoning_tokens=most,
         )
+    constraint = plane.with_bad_words(constraint, conversation.bad_words)
     generation = plane.prepare(
         id=id,
         prompt=prompt,

@@ -43,7 +43,7 @@ class OpenAIRequest:
     structured: GrammarSource | None  # a form that is right; `RequestPlane.constraint` checks it
     cache_salt: Any = field(repr=False)  # unchecked; `cache_salts.given_salt` does it
     echo: bool
-    bad_words: tuple[str, ...]  # `RequestPlane.with_bad_words` turns them into token ids
+    bad_words: tuple[str, ...]  # unchecked; `RequestPlane.with_bad_words` does it
     truncation: Truncation | None  # `PromptMaker.bounded` checks it
     return_token_ids: bool
     tokens_as_ids: bool  # log-probabilities name tokens by their ids

@@ -10,7 +10,8 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from jserve.core.request import Request
+from jserve.core.request import ConstraintSpec, Request
+from jserve.gateway.bad_words import bad_sequences
 from tests.gateway.http.http_serving import CHAT, CHAT_TEMPLATE, END, Served, error_of, serving
 
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
@@ -347,12 +348,46 @@ def test_the_best_of_several() -> None:
         assert error["param"] == "suffix"
 
 
-def test_bad_words_are_bad_tokens() -> None:
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_bad_words_never_come(path: str) -> None:
     with chatting("ok") as (_, served):
-        assert post(served, bad_words=["a", "b"], bad_token_ids=[5]).is_success
-        assert served.engine.submitted[-1].sampling.bad_token_ids == (5, 97, 98)
-        for bad in (["ab"], [""], ["x" * 300], ["a"] * 2000):
-            assert error_of(post(served, bad_words=bad), 400)["param"] == "bad_words"
+
+        def send(**fields: Any) -> httpx.Response:
+            body = {"messages": HI} if path == CHAT else {"prompt": "Hi"}
+            return httpx.post(served.url + path, json=body | fields, timeout=60)
+
+        assert send(bad_words=["a", "bc", " a"], bad_token_ids=[5]).is_success
+        request = served.engine.submitted[-1]
+        assert request.sampling.bad_token_ids == (5,)
+        assert request.constraint == ConstraintSpec(bad_sequences=((97,), (98, 99)))
+        assert send(bad_words=["bc"], guided_regex="[a-z]+").is_success
+        constraint = served.engine.submitted[-1].constraint
+        assert constraint is not None
+        assert "a-z" in constraint.grammar
+        assert constraint.bad_sequences == ((98, 99),)
+        for bad, word in (
+            ([""], "[0] is empty"),
+            (["a", " "], "[1] is empty"),
+            (["x" * 300], "300 characters"),
+            (["x" * 65], "65 tokens"),
+            (["a"] * 2000, "2000 words"),
+        ):
+            error = error_of(send(bad_words=bad), 400)
+            assert error["param"] == "bad_words"
+            assert word in error["message"]
+        error = error_of(send(bad_words=["a"], allowed_token_ids=[97]), 400)
+        assert error["param"] == "bad_words"
+
+
+def test_words_are_bad_behind_a_space_as_in_vllm() -> None:
+    spellings = {"a": (1,), " a": (2,), "bc": (3, 4), " bc": (5, 4), "d": (6,), " d": (7, 6)}
+    spellings |= {"e": (8, 9), " e": (8, 10)}
+    found = bad_sequences(["a", " bc", "d", "e"], spellings.__getitem__)
+    assert found == ((1,), (2,), (3, 4), (5, 4), (6,), (8, 9))
+
+
+def test_what_is_not_there_yet_is_named() -> None:
+    with chatting("ok") as (_, served):
         assert error_of(post(served, stop_regex=["a+"]), 400)["param"] == "stop_regex"
 
 
