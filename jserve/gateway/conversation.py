@@ -43,7 +43,7 @@ class Conversation:
     tool_choice: ToolChoice = AUTO
     parallel_tool_calls: bool = True
     structured: GrammarSource | None = None
-    max_reasoning_tokens: int | None = None
+    max_reasoning_tokens: int | None = None  # without effect on a model that does not reason
     sampling: SamplingFields = field(default_factory=SamplingFields)
     bad_words: Sequence[str] = ()  # `RequestPlane.with_bad_words` checks them
     stop: Any = None

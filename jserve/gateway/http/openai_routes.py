@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from jserve.core.errors import RequestError
 from jserve.gateway.conversation import Conversation, prepare, render
 from jserve.gateway.http.edge import IGNORED_FIELDS
 from jserve.gateway.http.event_stream import EventStream, unless_disconnected
@@ -142,6 +143,12 @@ class OpenAIRoutes:
         return TokenIds(tokens) if asked.tokens_as_ids else tokens
 
     def _conversation(self, asked: ChatRequest) -> Conversation:
+        if asked.max_reasoning_tokens and not self._plane.formats.bounds_reasoning:
+            raise RequestError(
+                "thinking_token_budget: no reasoning of this model is known here; leave it out, "
+                "or name a parser with gateway.reasoning_parser",
+                param="thinking_token_budget",
+            )
         return Conversation(
             messages=asked.messages,
             tools=asked.tools.tools,

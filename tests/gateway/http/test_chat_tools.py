@@ -220,6 +220,18 @@ def test_a_prompt_that_opens_the_reasoning_and_its_budget() -> None:
         assert constraint.grammar == ""
 
 
+def test_a_budget_of_a_model_that_does_not_reason() -> None:
+    with chatting("ok") as (_, served):
+        error = error_of(post(served, thinking_token_budget=7), 400)
+        assert error["param"] == "thinking_token_budget"
+        assert "gateway.reasoning_parser" in error["message"]
+        assert post(served, thinking_token_budget=0).is_success
+        # Clients of the Messages API send one to any model.
+        body = {"messages": HI, "max_tokens": 9, "thinking": {"type": "enabled"}}
+        body["thinking"] |= {"budget_tokens": 7}
+        assert httpx.post(served.url + "/v1/messages", json=body, timeout=60).is_success
+
+
 def test_a_message_that_goes_on() -> None:
     last = {"role": "assistant", "content": "The answer is "}
     with chatting("four", chat_template=CHAT_TEMPLATE) as (_, served):
