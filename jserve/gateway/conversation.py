@@ -16,6 +16,7 @@ from jserve.gateway.prompts import Truncation
 from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.tenants import Caller
 from jserve.gateway.tools.format import (
+    AUTO,
     ChoiceMode,
     Tool,
     ToolChoice,
@@ -26,8 +27,6 @@ from jserve.gateway.tools.format import (
 from jserve.gateway.validation import SamplingFields, check_id_lists
 from jserve.grammar.source import GrammarKind, GrammarSource
 from jserve.grammar.text import parsed
-
-AUTO = ToolChoice(ChoiceMode.AUTO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TypedDict, Unpack
 
 from jserve.core.clock import Clock
-from jserve.core.errors import RequestError, Unavailable, UnknownModel
+from jserve.core.errors import Unavailable, UnknownModel
 from jserve.core.request import ConstraintSpec, EngineInfo, Request
 from jserve.gateway.bad_words import bad_sequences
 from jserve.gateway.buffers import BufferAccount, BufferBudget

@@ -1,18 +1,15 @@
 """Tools of OpenAI's chat completions, in the newer and the older form."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jserve.core.errors import RequestError
 from jserve.gateway.http.fields import Fields, wrong_type
-from jserve.gateway.tools.format import ChoiceMode, Tool, ToolChoice
+from jserve.gateway.tools.check import check_choice, check_num_tools, check_tools
+from jserve.gateway.tools.format import AUTO, ChoiceMode, Tool, ToolChoice
 
-MAX_TOOLS = 256
-_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 _MODES = {mode.value: mode for mode in ChoiceMode if mode is not ChoiceMode.NAMED}
-AUTO = ToolChoice(ChoiceMode.AUTO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,29 +38,9 @@ def read_tools(fields: Fields) -> AskedTools:
         choice = _older_choice(called)
     if allowed is not None:
         tools = tuple(tool for tool in tools if tool.name in allowed)
-    if choice.mode in (ChoiceMode.REQUIRED, ChoiceMode.NAMED) and not tools:
-        raise RequestError("tool_choice asks for a call, but there are no tools", param="tools")
-    if choice.name is not None and choice.name not in {tool.name for tool in tools}:
-        message = f"tool_choice names {choice.name[:100]!r}, which is not among the tools"
-        raise RequestError(message, param="tool_choice")
+    check_choice(choice, tools, empty_field="tools")
     parallel = fields.boolean("parallel_tool_calls")
     return AskedTools(tools, choice, parallel is not False)
-
-
-def check_tools(tools: Sequence[Tool]) -> tuple[Tool, ...]:
-    """Returns the tools; RequestError for too many, a wrong name, or one name twice."""
-    if len(tools) > MAX_TOOLS:
-        raise RequestError(f"tools has {len(tools)} tools; at most {MAX_TOOLS}", param="tools")
-    names: set[str] = set()
-    for i, tool in enumerate(tools):
-        where = f"tools[{i}].function.name"
-        if not _NAME.fullmatch(tool.name):
-            message = f"{where} must have 1 to 128 letters, digits, or any of _ . : / -"
-            raise RequestError(message, param=where)
-        if tool.name in names:
-            raise RequestError(f"{where}: {tool.name!r} is there twice", param=where)
-        names.add(tool.name)
-    return tuple(tools)
 
 
 def _tools(value: Any) -> tuple[Tool, ...]:
@@ -71,6 +48,7 @@ def _tools(value: Any) -> tuple[Tool, ...]:
         return ()
     if not isinstance(value, list):
         raise wrong_type("tools", "a list of tools", value)
+    check_num_tools(len(value))
     found: list[Tool] = []
     for i, tool in enumerate(value):
         where = f"tools[{i}]"
@@ -80,13 +58,15 @@ def _tools(value: Any) -> tuple[Tool, ...]:
             message = f"{where}.type: only functions are supported, not {str(tool['type'])[:40]!r}"
             raise RequestError(message, param=f"{where}.type")
         found.append(_function(tool.get("function"), f"{where}.function"))
-    return check_tools(found)
+    return check_tools(found, name_field="function.name")
 
 
 def _functions(value: Any) -> tuple[Tool, ...]:
     if not isinstance(value, list):
         raise wrong_type("functions", "a list of functions", value)
-    return check_tools([_function(it, f"functions[{i}]") for i, it in enumerate(value)])
+    check_num_tools(len(value), "functions")
+    found = [_function(it, f"functions[{i}]") for i, it in enumerate(value)]
+    return check_tools(found, name_field="name", field="functions")
 
 
 def _function(value: Any, where: str) -> Tool:

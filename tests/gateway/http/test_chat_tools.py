@@ -12,7 +12,15 @@ from pydantic import BaseModel
 
 from jserve.core.request import ConstraintSpec, Request
 from jserve.gateway.bad_words import bad_sequences
-from tests.gateway.http.http_serving import CHAT, CHAT_TEMPLATE, END, Served, error_of, serving
+from tests.gateway.http.http_serving import (
+    CHAT,
+    CHAT_TEMPLATE,
+    END,
+    MODEL,
+    Served,
+    error_of,
+    serving,
+)
 
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -284,6 +292,51 @@ def test_fit_reaches_the_engine_with_tools_and_without(name: str) -> None:
                 constraint = served.engine.submitted[-1].constraint
                 assert constraint is not None
                 assert constraint.fit is fit
+
+
+@pytest.mark.parametrize(
+    ("path", "name_field"),
+    [
+        (CHAT, "function.name"),
+        ("/v1/responses", "name"),
+        ("/v1/messages", "name"),
+        ("/api/chat", "function.name"),
+    ],
+)
+def test_every_api_has_the_same_rules_for_tools(path: str, name_field: str) -> None:
+    flat = name_field == "name"
+    body: dict[str, Any] = {"model": MODEL, "max_tokens": 9, "messages": HI}
+    if path == "/v1/responses":
+        body = {"input": "Hi"}
+
+    def tool(name: str) -> dict[str, Any]:
+        function = {"name": name}
+        if path == "/v1/messages":
+            return function | {"input_schema": PARAMETERS}
+        return {"type": "function", **function} if flat else {"function": function}
+
+    with chatting("ok", chat_template=WITH_TOOLS, tool_parser="hermes") as (_, served):
+
+        def message(**fields: Any) -> str:
+            answer = httpx.post(served.url + path, json=body | fields, timeout=60)
+            assert answer.status_code == 400, answer.text
+            error = answer.json()["error"]
+            return error if isinstance(error, str) else error["message"]
+
+        assert "at most 512" in message(tools=[tool(f"f{i}") for i in range(513)])
+        assert f"tools[0].{name_field} must have" in message(tools=[tool("two words")])
+        assert f"tools[1].{name_field}: there is" in message(tools=[tool("f"), tool("f")])
+        if path == "/api/chat":  # it has no choice of tools
+            return
+        required: Any = {"type": "any"} if path == "/v1/messages" else "required"
+        assert "there are no tools" in message(tool_choice=required)
+        choices: dict[str, Any] = {
+            CHAT: {"type": "function", "function": {"name": "g"}},
+            "/v1/responses": {"type": "function", "name": "g"},
+            "/v1/messages": {"type": "tool", "name": "g"},
+        }
+        refused = message(tools=[tool("f")], tool_choice=choices[path])
+        assert refused == "tool_choice names 'g', which is not among the tools"
 
 
 def test_large_tools() -> None:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from jserve.core.errors import RequestError
-from jserve.gateway.conversation import AUTO, Conversation
-from jserve.gateway.http.chat_fields import check_tool_names, thinking_variables
+from jserve.gateway.conversation import Conversation
+from jserve.gateway.http.chat_fields import thinking_variables
 from jserve.gateway.http.fields import Fields, as_integer
 from jserve.gateway.http.messages_api.content import read_messages, system_text
-from jserve.gateway.tools.format import ChoiceMode, Tool, ToolChoice
+from jserve.gateway.tools.check import check_choice, check_num_tools, check_tools
+from jserve.gateway.tools.format import AUTO, ChoiceMode, Tool, ToolChoice
 from jserve.gateway.validation import SamplingFields
 from jserve.grammar.source import GrammarKind, GrammarSource
 
@@ -97,8 +98,7 @@ def _parse(body: Mapping[str, Any], max_messages: int, ignore_unknown: bool) -> 
         variables["reasoning_effort"] = effort
     choice, single = _choice(fields)
     tools = _tools(fields)
-    if not tools and choice.mode in (ChoiceMode.REQUIRED, ChoiceMode.NAMED):
-        raise RequestError("tool_choice asks for a call, but there are no tools", param="tools")
+    check_choice(choice, tools, empty_field="tools")
     conversation = Conversation(
         messages=messages,
         tools=tools,
@@ -207,8 +207,9 @@ def _choice(fields: Fields) -> tuple[ToolChoice, bool]:
 
 def _tools(fields: Fields) -> tuple[Tool, ...]:
     values = fields.array("tools") or []
+    check_num_tools(len(values))
     tools = [_tool(f"tools[{i}]", value, fields.ignored) for i, value in enumerate(values)]
-    return tuple(check_tool_names(tools))
+    return check_tools(tools, name_field="name")
 
 
 def _tool(where: str, value: Any, ignored: list[str] | None) -> Tool:
