@@ -33,7 +33,7 @@ from jserve.grammar.text import parsed
 class Conversation:
     """A request for an answer to messages, read from whatever form an API has for it.
 
-    Messages are OpenAI's, unchecked: `chat.check_messages` does it. None is unset: the model's
+    Messages are OpenAI's, unchecked: `messages.check_messages` does it. None is unset: the model's
     default applies.
     """
 

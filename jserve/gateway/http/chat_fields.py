@@ -3,6 +3,18 @@
 from typing import Any
 
 
-def thinking_variables(enabled: bool) -> dict[str, Any]:
-    """Variables that switch reasoning on or off, by the names that models' templates have."""
-    return {"enable_thinking": enabled, "thinking": enabled}
+def read_thinking(
+    effort: str | None, *, enabled: bool | None = None
+) -> tuple[int | None, dict[str, Any]]:
+    """Returns the budget of reasoning, None for no bound, and variables for the template.
+
+    The effort `none` disables reasoning. Then the budget is 0, for templates without a switch;
+    the switch is set by both names that models' templates have for it.
+    """
+    variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+    if effort == "none":
+        enabled = False
+    if enabled is None:
+        return None, variables
+    switch = {"enable_thinking": enabled, "thinking": enabled}
+    return None if enabled else 0, switch | variables

@@ -10,6 +10,7 @@ from typing import Any
 from jserve.core.errors import RequestError
 from jserve.core.request import MAX_LOGPROBS
 from jserve.gateway.http import openai_fields as known
+from jserve.gateway.http.chat_fields import read_thinking
 from jserve.gateway.http.fields import Fields, as_integer, wrong_type
 from jserve.gateway.http.openai_tools import AskedTools, read_tools
 from jserve.gateway.prompts import WHOLE_CONTEXT, Truncation
@@ -59,7 +60,7 @@ class CompletionRequest(OpenAIRequest):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(OpenAIRequest):
-    messages: Any  # unchecked; `chat.check_messages` does it
+    messages: Any  # unchecked; `messages.check_messages` does it
     tools: AskedTools
     include_reasoning: bool
     max_reasoning_tokens: int | None
@@ -120,12 +121,13 @@ def parse_chat(body: Mapping[str, Any], *, ignore_unknown: bool = False) -> Chat
     n = _choices(fields)
     shared = _shared(fields)
     messages = fields.raw("messages")
-    variables = template_variables(fields)
+    budget, variables = template_variables(fields)
+    given_budget = _reasoning_budget(fields)
     asked = ChatRequest(
         messages=messages,
         tools=read_tools(fields),
         include_reasoning=fields.boolean("include_reasoning") is not False,
-        max_reasoning_tokens=_reasoning_budget(fields),
+        max_reasoning_tokens=budget if given_budget is None else given_budget,
         add_generation_prompt=generation_prompt,
         continue_final_message=continues,
         template_variables=variables,
@@ -169,16 +171,21 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def template_variables(fields: Fields) -> dict[str, Any]:
-    """Reads the variables of a chat template that a request sets."""
+def template_variables(
+    fields: Fields, effort: str | None = None
+) -> tuple[int | None, dict[str, Any]]:
+    """Reads the budget of reasoning by its effort, and the variables of a chat template.
+
+    `effort` counts unless the field `reasoning_effort` is there.
+    """
     variables = fields.mapping("chat_template_kwargs") or {}
     for name in _SERVER_VARIABLES & variables.keys():
         if variables[name] not in _NEUTRAL:
             where = f"chat_template_kwargs.{name}"
             raise RequestError(f"{where}: not supported yet; leave it out", param=where)
     variables = {name: it for name, it in variables.items() if name not in _SERVER_VARIABLES}
-    effort = fields.string("reasoning_effort")
-    return variables if effort is None else {"reasoning_effort": effort, **variables}
+    budget, of_effort = read_thinking(fields.string("reasoning_effort") or effort)
+    return budget, of_effort | variables
 
 
 def _sampling(fields: Fields, *, logprobs: Any, max_tokens: Any) -> dict[str, Any]:

@@ -228,6 +228,30 @@ def test_a_prompt_that_opens_the_reasoning_and_its_budget() -> None:
         assert constraint.grammar == ""
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"reasoning_effort": "none"}),
+        ("/v1/responses", {"input": "Hi", "reasoning": {"effort": "none"}}),
+        ("/v1/messages", {"thinking": {"type": "disabled"}}),
+        ("/v1/messages", {"output_config": {"effort": "none"}}),
+        ("/api/chat", {"think": False}),
+    ],
+)
+def test_no_thinking_is_the_same_in_every_api(path: str, fields: dict[str, Any]) -> None:
+    shows = "{{ enable_thinking }} {{ thinking }}"
+    with chatting("ok", chat_template=shows + THINKING) as (_, served):
+        body = fields if "input" in fields else {"messages": HI, **fields}
+        if path == "/v1/messages":
+            body["max_tokens"] = 9
+        answer = httpx.post(served.url + path, json={"model": MODEL, **body}, timeout=60)
+        assert answer.is_success, answer.text
+        assert prompt_of(served).startswith("False False")
+        constraint = served.engine.submitted[-1].constraint
+        assert constraint is not None
+        assert constraint.max_reasoning_tokens == 0
+
+
 def test_a_budget_of_a_model_that_does_not_reason() -> None:
     with chatting("ok") as (_, served):
         error = error_of(post(served, thinking_token_budget=7), 400)

@@ -6,7 +6,7 @@ from typing import Any
 
 from jserve.core.errors import RequestError
 from jserve.gateway.conversation import Conversation
-from jserve.gateway.http.chat_fields import thinking_variables
+from jserve.gateway.http.chat_fields import read_thinking
 from jserve.gateway.http.fields import Fields, as_integer
 from jserve.gateway.http.messages_api.content import read_messages, system_text
 from jserve.gateway.tools.check import check_choice, check_num_tools, check_tools
@@ -92,10 +92,9 @@ def _parse(body: Mapping[str, Any], max_messages: int, ignore_unknown: bool) -> 
     messages, continues = read_messages(
         fields.raw("messages"), system, most=max_messages, ignored=fields.ignored
     )
-    budget, variables, omits = _thinking(fields)
+    enabled, most, omits = _thinking(fields)
     effort, structured = _output(fields)
-    if effort is not None:
-        variables["reasoning_effort"] = effort
+    budget, variables = read_thinking(effort, enabled=enabled)
     choice, single = _choice(fields)
     tools = _tools(fields)
     check_choice(choice, tools, empty_field="tools")
@@ -105,7 +104,7 @@ def _parse(body: Mapping[str, Any], max_messages: int, ignore_unknown: bool) -> 
         tool_choice=choice,
         parallel_tool_calls=not single,
         structured=structured,
-        max_reasoning_tokens=budget,
+        max_reasoning_tokens=most if budget is None else budget,
         sampling=SamplingFields(
             temperature=fields.raw("temperature"),
             top_k=as_integer(fields.raw("top_k")),
@@ -129,11 +128,11 @@ def _parse(body: Mapping[str, Any], max_messages: int, ignore_unknown: bool) -> 
     )
 
 
-def _thinking(fields: Fields) -> tuple[int | None, dict[str, Any], bool]:
-    """Reads the budget of thinking, variables for the template, and whether its text is omitted."""
+def _thinking(fields: Fields) -> tuple[bool | None, int | None, bool]:
+    """Reads whether to think, the budget, and whether the text of thinking is omitted."""
     given = fields.mapping("thinking")
     if given is None:
-        return None, {}, False
+        return None, None, False
     thinking = Fields(given, "thinking", fields.ignored)
     kind, display = thinking.string("type"), thinking.string("display")
     budget = thinking.integer("budget_tokens")
@@ -144,14 +143,14 @@ def _thinking(fields: Fields) -> tuple[int | None, dict[str, Any], bool]:
     omits = display == "omitted"
     match kind:
         case "disabled":
-            return 0, thinking_variables(False), omits
+            return False, None, omits
         case "adaptive":
-            return None, thinking_variables(True), omits
+            return True, None, omits
         case "enabled":
             if budget is None or budget < 1:
                 message = "thinking.budget_tokens must be the number of tokens, at least 1"
                 raise RequestError(message, param="thinking.budget_tokens")
-            return budget, thinking_variables(True), omits
+            return True, budget, omits
     message = f"thinking.type {str(kind)[:40]!r} is not supported; enabled, disabled, adaptive are"
     raise RequestError(message, param="thinking.type")
 

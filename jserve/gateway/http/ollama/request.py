@@ -6,7 +6,7 @@ from typing import Any
 
 from jserve.core.errors import RequestError
 from jserve.gateway.conversation import Conversation
-from jserve.gateway.http.chat_fields import thinking_variables
+from jserve.gateway.http.chat_fields import read_thinking
 from jserve.gateway.http.fields import Fields, wrong_type
 from jserve.gateway.http.ollama.messages import read_messages
 from jserve.gateway.http.ollama.options import read_options
@@ -140,14 +140,10 @@ def _think(fields: Fields) -> tuple[int | None, dict[str, Any]]:
     """Reads the budget of reasoning, and variables for the template."""
     value = fields.raw("think")
     match value:
-        case None:
-            return None, {}
-        case True:
-            return None, thinking_variables(True)
-        case False:
-            return 0, thinking_variables(False)
+        case None | True | False:
+            return read_thinking(None, enabled=value)
         case "low" | "medium" | "high":
-            return None, thinking_variables(True) | {"reasoning_effort": value}
+            return read_thinking(value, enabled=True)
     raise wrong_type("think", "true, false, low, medium or high", value)
 
 
