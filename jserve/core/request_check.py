@@ -86,21 +86,25 @@ def _check_lengths(request: Request, info: EngineInfo) -> None:
 
 def _check_constraint(constraint: ConstraintSpec, info: EngineInfo) -> None:
     if len(constraint.grammar) > MAX_GRAMMAR_CHARS:
-        _refuse("grammar", f"has {len(constraint.grammar)} characters, over {MAX_GRAMMAR_CHARS}")
+        _refuse("grammar", f"has {len(constraint.grammar)} characters; at most {MAX_GRAMMAR_CHARS}")
     for name in ("reasoning_start", "reasoning_end"):
         ids: tuple[int, ...] = getattr(constraint, name)
         if len(ids) > _MAX_MARKER_TOKENS:
             _refuse(name, f"has {len(ids)} ids; at most {_MAX_MARKER_TOKENS}")
         _check_ids(name, ids, info.vocab)
     if len(constraint.bad_sequences) > _MAX_BAD_SEQUENCES:
-        _refuse("bad_words", f"are {len(constraint.bad_sequences)}; at most {_MAX_BAD_SEQUENCES}")
+        _refuse("bad_words", f"has {len(constraint.bad_sequences)}; at most {_MAX_BAD_SEQUENCES}")
     for ids in constraint.bad_sequences:
         if not 0 < len(ids) <= _MAX_MARKER_TOKENS:
-            _refuse("bad_words", f"hold one of {len(ids)} ids, not 1 to {_MAX_MARKER_TOKENS}")
+            _refuse(
+                "bad_words", f"has a word of {len(ids)} tokens; 1 to {_MAX_MARKER_TOKENS} may be"
+            )
         _check_ids("bad_words", ids, info.vocab)
     most = constraint.max_reasoning_tokens
-    if most is not None and not (0 <= most <= _MAX_INT32 and constraint.reasoning_end):
-        _refuse("max_reasoning_tokens", f"is {most}, or nothing ends the reasoning")
+    if most is not None and not 0 <= most <= _MAX_INT32:
+        _refuse("max_reasoning_tokens", f"is {most}, not from 0 to {_MAX_INT32}")
+    if most is not None and not constraint.reasoning_end:
+        _refuse("max_reasoning_tokens", "is there, but nothing that ends the reasoning")
 
 
 def _check_sampling(sampling: SamplingParams, info: EngineInfo, room: int) -> None:

@@ -36,6 +36,11 @@ class ChatFormats:
         return cls(tools, reasoning, renders_tools=tool_formats.takes_tools(template))
 
     @property
+    def bounds_reasoning(self) -> bool:
+        """Whether reasoning has an end that a budget can force."""
+        return self.reasoning is not None and bool(self.reasoning.end)
+
+    @property
     def markers(self) -> tuple[str, ...]:
         """Texts that parsers must see though they may be special tokens."""
         found: list[str] = []

@@ -16,6 +16,7 @@ from jserve.gateway.prompts import Truncation
 from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.tenants import Caller
 from jserve.gateway.tools.format import (
+    AUTO,
     ChoiceMode,
     Tool,
     ToolChoice,
@@ -24,17 +25,15 @@ from jserve.gateway.tools.format import (
     own_schema,
 )
 from jserve.gateway.validation import SamplingFields, check_id_lists
-from jserve.grammar.source import GrammarKind, GrammarSource, Whitespace
+from jserve.grammar.source import GrammarKind, GrammarSource
 from jserve.grammar.text import parsed
-
-AUTO = ToolChoice(ChoiceMode.AUTO)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
     """A request for an answer to messages, read from whatever form an API has for it.
 
-    Messages are OpenAI's, unchecked: `chat.check_messages` does it. None is unset: the model's
+    Messages are OpenAI's, unchecked: `messages.check_messages` does it. None is unset: the model's
     default applies.
     """
 
@@ -43,8 +42,9 @@ class Conversation:
     tool_choice: ToolChoice = AUTO
     parallel_tool_calls: bool = True
     structured: GrammarSource | None = None
-    max_reasoning_tokens: int | None = None
+    max_reasoning_tokens: int | None = None  # without effect on a model that does not reason
     sampling: SamplingFields = field(default_factory=SamplingFields)
+    bad_words: Sequence[str] = ()  # `RequestPlane.with_bad_words` checks them
     stop: Any = None
     n: int = 1
     echo: bool = False  # the text of each choice starts with the prompt's
@@ -157,6 +157,7 @@ async def prepare(
             reasoning_end=end,
             max_reasoning_tokens=most,
         )
+    constraint = plane.with_bad_words(constraint, conversation.bad_words)
     generation = plane.prepare(
         id=id,
         prompt=prompt,
@@ -219,7 +220,8 @@ async def _constraint(
         text = _either(calls, wanted, structured)
     else:  # the answer is calls alone
         text = calls.grammar(wanted) or ""
-    return await plane.constraint(_of_tools(text, structured.whitespace), caller)
+    bound = replace(_of_tools(text), whitespace=structured.whitespace, fit=structured.fit)
+    return await plane.constraint(bound, caller)
 
 
 def _either(calls: ToolFormat, wanted: WantedCalls, structured: GrammarSource) -> str:
@@ -237,8 +239,8 @@ def _either(calls: ToolFormat, wanted: WantedCalls, structured: GrammarSource) -
     return f"{text}answer: %json {json.dumps(schema)}\nstart: calls | answer\n"
 
 
-def _of_tools(text: str, whitespace: Whitespace | str = Whitespace.ONE) -> GrammarSource:
-    return GrammarSource(kind=GrammarKind.GRAMMAR, value=text, field="tools", whitespace=whitespace)
+def _of_tools(text: str) -> GrammarSource:
+    return GrammarSource(kind=GrammarKind.GRAMMAR, value=text, field="tools")
 
 
 def _markers(plane: RequestPlane, *, inside: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -13,7 +13,7 @@ from jserve.gateway.output import OutputDelta
 from jserve.gateway.pauses import Pauses
 from jserve.gateway.reasoning.format import ReasoningPart
 from jserve.gateway.request_plane import RequestPlane
-from jserve.gateway.tools.checks import check_choice, check_num_tools, check_tools
+from jserve.gateway.tools.check import check_choice, check_num_tools, check_tools
 from jserve.gateway.tools.format import CallPart, ChoiceMode, TextPart, Tool, ToolChoice
 from jserve.gateway.validation import is_deeper
 from jserve.proto import inference_pb2
@@ -43,7 +43,7 @@ async def read_chat(plane: RequestPlane, chat: inference_pb2.Chat) -> Conversati
         tools.append(Tool(it.name, it.description, parameters, it.strict))
         await pauses.end()
     choice = _choice(chat.tool_choice)
-    check_choice(choice, check_tools(tools, inner=""))
+    check_choice(choice, check_tools(tools, name_field="name"), empty_field="tools")
     documents: list[dict[str, Any]] = []
     for i, text in enumerate(chat.documents):
         documents.append(_json_object(f"documents[{i}]", text, depth))

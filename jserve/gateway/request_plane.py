@@ -15,8 +15,9 @@ from functools import cached_property
 from typing import TypedDict, Unpack
 
 from jserve.core.clock import Clock
-from jserve.core.errors import RequestError, Unavailable, UnknownModel
+from jserve.core.errors import Unavailable, UnknownModel
 from jserve.core.request import ConstraintSpec, EngineInfo, Request
+from jserve.gateway.bad_words import bad_sequences
 from jserve.gateway.buffers import BufferAccount, BufferBudget
 from jserve.gateway.cache_salts import given_salt
 from jserve.gateway.chat import ChatTemplate
@@ -47,8 +48,6 @@ from jserve.grammar.source import GrammarSource
 __all__ = ["GenerationRequest", "OutputDelta", "OutputStream", "Prompt", "RequestPlane"]
 
 _PRIORITY_LIMIT = 2**31 - 1
-_MAX_BAD_WORDS = 1024
-_MAX_BAD_WORD_CHARS = 256
 
 
 class RequestOptions(TypedDict, total=False):
@@ -175,25 +174,17 @@ class RequestPlane:
         """The tokens of a short text inside of an answer."""
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def with_bad_words(self, given: SamplingFields, words: Sequence[str]) -> SamplingFields:
-        """Adds the tokens of words that must not be generated to `bad_token_ids`.
+    def with_bad_words(
+        self, constraint: ConstraintSpec | None, words: Sequence[str]
+    ) -> ConstraintSpec | None:
+        """Returns `constraint`, with the words that must not be generated.
 
-        A word is one token, within a text and at its beginning. Raises RequestError for others.
+        Raises RequestError for an empty word, and for too many or too long ones.
         """
         if not words:
-            return given
-        if len(words) > _MAX_BAD_WORDS or max(map(len, words)) > _MAX_BAD_WORD_CHARS:
-            message = f"bad_words must be at most {_MAX_BAD_WORDS} words of at most "
-            raise RequestError(f"{message}{_MAX_BAD_WORD_CHARS} characters", param="bad_words")
-        ids: dict[int, None] = {}
-        for i, word in enumerate(words):
-            alone, spaced = self.text_ids(word.lstrip()), self.text_ids(f" {word.lstrip()}")
-            # A spelling of several tokens never comes either if one of them is forbidden.
-            if len(alone) != 1 or (len(spaced) != 1 and alone[0] not in spaced):
-                message = f"bad_words[{i}] is several tokens; only words of one are supported"
-                raise RequestError(message, param="bad_words")
-            ids |= dict.fromkeys((*alone, *(spaced if len(spaced) == 1 else ())))
-        return replace(given, bad_token_ids=(*(given.bad_token_ids or ()), *ids))
+            return constraint
+        found = bad_sequences(words, self.text_ids)
+        return replace(constraint or ConstraintSpec(), bad_sequences=found)
 
     async def constraint(
         self, source: GrammarSource | None, caller: Caller = LOCAL
@@ -242,8 +233,8 @@ class RequestPlane:
         if (default := options.get("default_max_tokens")) is not None:
             defaults = replace(defaults, max_tokens=default)
         resolved = resolve_sampling(sampling, defaults=defaults, info=info, prompt_tokens=len(ids))
-        if constraint is not None and constraint.grammar:
-            check_sampling(resolved)
+        if constraint is not None:
+            check_sampling(resolved, constraint, info)
         return GenerationRequest(
             id=check_request_id(id, config.max_request_id_chars),
             prompt=Prompt(ids, prompt.text),

@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from jserve.core.errors import RequestError
-from jserve.core.request import SamplingParams
+from jserve.core.request import ConstraintSpec, EngineInfo, SamplingParams
+from jserve.core.request_check import leaves_no_token
 from jserve.grammar.source import GrammarKind, GrammarSource, Whitespace
 
 # Fields that hold a source themselves: of older vLLM, SGLang and llama.cpp.
@@ -61,12 +62,19 @@ def read_structured(given: Mapping[str, Any]) -> GrammarSource | None:
     return found[0] if found else None
 
 
-def check_sampling(sampling: SamplingParams) -> None:
-    """Raises RequestError for rules of sampling that contradict any grammar.
+def check_sampling(sampling: SamplingParams, constraint: ConstraintSpec, info: EngineInfo) -> None:
+    """Raises RequestError for rules of sampling that contradict any grammar, or the bad words.
 
     The grammar says where the answer ends, and which tokens may come next. `logit_bias` only
     prefers among them; what forbids tokens could leave none in the middle of an answer.
     """
+    never = tuple(ids[0] for ids in constraint.bad_sequences if len(ids) == 1)
+    masked = replace(sampling, bad_token_ids=(*sampling.bad_token_ids, *never))
+    if never and leaves_no_token(masked, info):
+        message = "bad_words and the other rules of sampling leave no token to generate"
+        raise RequestError(message, param="bad_words")
+    if not constraint.grammar:
+        return
     ends = "the grammar says where the answer ends"
     forbids = "together they could leave no token to generate"
     reasons = {"min_tokens": ends, "ignore_eos": ends}

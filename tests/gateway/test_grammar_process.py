@@ -10,7 +10,7 @@ import pytest
 from jserve.core.errors import RequestError
 from jserve.core.request import EngineInfo
 from jserve.gateway.grammar_process import GrammarProcess
-from jserve.gateway.job_process import JobLimits
+from jserve.gateway.job_process import JobLimits, JobProcesses
 from jserve.grammar.source import MAX_SOURCE_BYTES, GrammarKind, GrammarSource
 from tests.gateway.fixtures import INFO
 from tests.gateway.tiny_tokenizers import byte_level_json
@@ -63,28 +63,26 @@ def grammars():
     processes.close()
 
 
-async def longest_pause(until: asyncio.Task[Any]) -> float:
-    """The longest time that the event loop served nobody."""
-    longest, last = 0.0, time.perf_counter()
+async def num_beats(until: asyncio.Task[Any]) -> int:
+    """Counts the turns of the event loop until a task is done."""
+    beats = 0
     while not until.done():
         await asyncio.sleep(0.001)
-        now = time.perf_counter()
-        longest, last = max(longest, now - last), now
-    return longest
+        beats += 1
+    return beats
 
 
 @pytest.mark.parametrize("name", TOO_MUCH)
 def test_what_is_too_much_is_a_400_in_bounded_time(grammars: GrammarProcess, name: str) -> None:
     async def main() -> None:
-        started = time.perf_counter()
-        task = asyncio.ensure_future(grammars.text(made(*TOO_MUCH[name])))
-        await longest_pause(task)
+        started = time.process_time()
         with pytest.raises(RequestError) as caught:
-            await task
+            await grammars.text(made(*TOO_MUCH[name]))
         assert caught.value.param == "field"
         assert str(caught.value).startswith("field")
         assert len(str(caught.value)) < 1000
-        assert time.perf_counter() - started < 10  # 2 s of processor time, on a busy machine
+        # The other process has 2 s (`test_time_is_bounded`); this one has next to nothing to do.
+        assert time.process_time() - started < 1
         # Others are served as ever.
         assert "json_schema" in await grammars.text(made("json_object", True))
 
@@ -97,26 +95,40 @@ def test_ten_thousand_choices_are_fine(grammars: GrammarProcess) -> None:
         assert len(asyncio.run(grammars.text(source))) > 100_000
 
 
-def test_the_loop_goes_on_while_a_grammar_is_compiled(grammars: GrammarProcess) -> None:
+def test_the_loop_goes_on_while_a_grammar_is_compiled() -> None:
     async def main() -> None:
-        task = asyncio.ensure_future(grammars.text(made(*TOO_MUCH["an exploding regex"])))
-        pause = await longest_pause(task)
-        assert pause < 0.25
-        with pytest.raises(RequestError, match="too many expressions"):
-            await task
+        starting = process()  # it reads the tokenizer first, which takes longer than a grammar
+        try:
+            task = asyncio.ensure_future(starting.text(made(*TOO_MUCH["an exploding regex"])))
+            beats = await num_beats(task)
+            with pytest.raises(RequestError, match="too many expressions"):
+                await task
+            assert beats > 10
+        finally:
+            starting.close()
 
     asyncio.run(main())
 
 
-def test_a_grammar_is_compiled_once(grammars: GrammarProcess) -> None:
+def test_a_grammar_is_compiled_once(
+    grammars: GrammarProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[bytes] = []
+    call = JobProcesses.call
+
+    async def counted(self: JobProcesses, job: bytes, tenant: str = "") -> bytes:
+        jobs.append(job)
+        return await call(self, job, tenant)
+
+    monkeypatch.setattr(JobProcesses, "call", counted)
+
     async def main() -> None:
         source = made("json", {"type": "object", "properties": {"once": {"type": "integer"}}})
         first, second = await asyncio.gather(grammars.text(source), grammars.text(source))
         assert first is second
-        started = time.perf_counter()
         for _ in range(100):
             assert await grammars.text(source) is first
-        assert time.perf_counter() - started < 0.1
+        assert len(jobs) == 1
 
     asyncio.run(main())
 

@@ -156,9 +156,11 @@ def test_two_bindings_are_both_named() -> None:
 )
 def test_sampling_that_contradicts_a_grammar(sampling: dict[str, Any]) -> None:
     with pytest.raises(RequestError) as caught:
-        check_sampling(SamplingParams(**sampling))
+        check_sampling(SamplingParams(**sampling), ConstraintSpec(grammar="g"), INFO)
     assert caught.value.param in sampling
-    check_sampling(SamplingParams(logit_bias=((5, -100.0),), stop_token_ids=(7,)))
+    check_sampling(SamplingParams(**sampling), ConstraintSpec(), INFO)
+    biased = SamplingParams(logit_bias=((5, -100.0),), stop_token_ids=(7,))
+    check_sampling(biased, ConstraintSpec(grammar="g"), INFO)
 
 
 def test_the_next_engine_gets_the_constraint_too() -> None:

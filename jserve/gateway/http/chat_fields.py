@@ -1,23 +1,20 @@
-"""Reading of what several chat APIs ask for under different names."""
+"""Fields that several chat APIs have under different names."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from jserve.core.errors import RequestError
-from jserve.gateway.tools.format import Tool
 
+def read_thinking(
+    effort: str | None, *, enabled: bool | None = None
+) -> tuple[int | None, dict[str, Any]]:
+    """Returns the budget of reasoning, None for no bound, and variables for the template.
 
-def check_tool_names(tools: Sequence[Tool]) -> Sequence[Tool]:
-    """Returns the tools. Raises RequestError if two have the same name."""
-    seen: set[str] = set()
-    for i, tool in enumerate(tools):
-        if tool.name in seen:
-            message = f"tools[{i}]: there is another tool of the name {tool.name[:60]!r}"
-            raise RequestError(message, param=f"tools[{i}]")
-        seen.add(tool.name)
-    return tools
-
-
-def thinking_variables(enabled: bool) -> dict[str, Any]:
-    """Variables that switch reasoning on or off, by the names that models' templates have."""
-    return {"enable_thinking": enabled, "thinking": enabled}
+    The effort `none` disables reasoning. Then the budget is 0, for templates without a switch;
+    the switch is set by both names that models' templates have for it.
+    """
+    variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+    if effort == "none":
+        enabled = False
+    if enabled is None:
+        return None, variables
+    switch = {"enable_thinking": enabled, "thinking": enabled}
+    return None if enabled else 0, switch | variables

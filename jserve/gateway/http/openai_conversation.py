@@ -1,12 +1,22 @@
 """A request of OpenAI's chat completions → the conversation that every API has."""
 
+from jserve.core.errors import RequestError
 from jserve.gateway.conversation import Conversation
 from jserve.gateway.http.openai_request import ChatRequest
 from jserve.gateway.request_plane import RequestPlane
 
 
 def conversation_of(plane: RequestPlane, asked: ChatRequest) -> Conversation:
-    """Makes the conversation that a request asks to continue."""
+    """Makes the conversation that a request asks to continue.
+
+    Raises RequestError for a budget of reasoning that nothing here can keep.
+    """
+    if asked.max_reasoning_tokens and not plane.formats.bounds_reasoning:
+        raise RequestError(
+            "thinking_token_budget: no reasoning of this model is known here; leave it out, "
+            "or name a parser with gateway.reasoning_parser",
+            param="thinking_token_budget",
+        )
     return Conversation(
         messages=asked.messages,
         tools=asked.tools.tools,
@@ -14,7 +24,8 @@ def conversation_of(plane: RequestPlane, asked: ChatRequest) -> Conversation:
         parallel_tool_calls=asked.tools.parallel,
         structured=asked.structured,
         max_reasoning_tokens=asked.max_reasoning_tokens,
-        sampling=plane.with_bad_words(asked.sampling, asked.bad_words),
+        sampling=asked.sampling,
+        bad_words=asked.bad_words,
         stop=asked.stop,
         n=asked.n,
         priority=asked.priority,

@@ -10,6 +10,7 @@ from typing import Any
 from jserve.core.errors import RequestError
 from jserve.core.request import MAX_LOGPROBS
 from jserve.gateway.http import openai_fields as known
+from jserve.gateway.http.chat_fields import read_thinking
 from jserve.gateway.http.fields import Fields, as_integer, wrong_type
 from jserve.gateway.http.openai_tools import AskedTools, read_tools
 from jserve.gateway.messages import checked_variables
@@ -39,7 +40,7 @@ class OpenAIRequest:
     structured: GrammarSource | None  # a form that is right; `RequestPlane.constraint` checks it
     cache_salt: Any = field(repr=False)  # unchecked; `cache_salts.given_salt` does it
     echo: bool
-    bad_words: tuple[str, ...]  # `RequestPlane.with_bad_words` turns them into token ids
+    bad_words: tuple[str, ...]  # unchecked; `RequestPlane.with_bad_words` does it
     truncation: Truncation | None  # `PromptMaker.bounded` checks it
     return_token_ids: bool
     tokens_as_ids: bool  # log-probabilities name tokens by their ids
@@ -55,7 +56,7 @@ class CompletionRequest(OpenAIRequest):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(OpenAIRequest):
-    messages: Any  # unchecked; `chat.check_messages` does it
+    messages: Any  # unchecked; `messages.check_messages` does it
     tools: AskedTools
     include_reasoning: bool
     max_reasoning_tokens: int | None
@@ -116,12 +117,13 @@ def parse_chat(body: Mapping[str, Any], *, ignore_unknown: bool = False) -> Chat
     n = _choices(fields)
     shared = _shared(fields)
     messages = fields.raw("messages")
-    variables = template_variables(fields)
+    budget, variables = template_variables(fields)
+    given_budget = _reasoning_budget(fields)
     asked = ChatRequest(
         messages=messages,
         tools=read_tools(fields),
         include_reasoning=fields.boolean("include_reasoning") is not False,
-        max_reasoning_tokens=_reasoning_budget(fields),
+        max_reasoning_tokens=budget if given_budget is None else given_budget,
         add_generation_prompt=generation_prompt,
         continue_final_message=continues,
         template_variables=variables,
@@ -165,12 +167,17 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def template_variables(fields: Fields) -> dict[str, Any]:
-    """Reads the variables of a chat template that a request sets."""
+def template_variables(
+    fields: Fields, effort: str | None = None
+) -> tuple[int | None, dict[str, Any]]:
+    """Reads the budget of reasoning by its effort, and the variables of a chat template.
+
+    `effort` counts unless the field `reasoning_effort` is there.
+    """
     name = "chat_template_kwargs"
     variables = checked_variables(name, fields.mapping(name) or {})
-    effort = fields.string("reasoning_effort")
-    return variables if effort is None else {"reasoning_effort": effort, **variables}
+    budget, of_effort = read_thinking(fields.string("reasoning_effort") or effort)
+    return budget, of_effort | variables
 
 
 def _sampling(fields: Fields, *, logprobs: Any, max_tokens: Any) -> dict[str, Any]:

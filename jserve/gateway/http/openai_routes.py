@@ -179,8 +179,8 @@ class OpenAIRoutes:
         # The first generation has the id of the answer.
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         constraint = await self._plane.constraint(asked.structured, caller)
-        sampling = self._plane.with_bad_words(asked.sampling, asked.bad_words)
-        sampling = check_id_lists(sampling, self._plane.info)
+        constraint = self._plane.with_bad_words(constraint, asked.bad_words)
+        sampling = check_id_lists(asked.sampling, self._plane.info)
         if asked.best_of > asked.n and sampling.logprobs is None:
             sampling = replace(sampling, logprobs=0)  # the best choices are known by them
         pauses = Pauses()

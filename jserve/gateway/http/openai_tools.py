@@ -6,11 +6,10 @@ from typing import Any
 
 from jserve.core.errors import RequestError
 from jserve.gateway.http.fields import Fields, wrong_type
-from jserve.gateway.tools.checks import check_choice, check_tools
-from jserve.gateway.tools.format import ChoiceMode, Tool, ToolChoice
+from jserve.gateway.tools.check import check_choice, check_num_tools, check_tools
+from jserve.gateway.tools.format import AUTO, ChoiceMode, Tool, ToolChoice
 
 _MODES = {mode.value: mode for mode in ChoiceMode if mode is not ChoiceMode.NAMED}
-AUTO = ToolChoice(ChoiceMode.AUTO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ def read_tools(fields: Fields) -> AskedTools:
         choice = _older_choice(called)
     if allowed is not None:
         tools = tuple(tool for tool in tools if tool.name in allowed)
-    check_choice(choice, tools)
+    check_choice(choice, tools, empty_field="tools")
     parallel = fields.boolean("parallel_tool_calls")
     return AskedTools(tools, choice, parallel is not False)
 
@@ -49,6 +48,7 @@ def _tools(value: Any) -> tuple[Tool, ...]:
         return ()
     if not isinstance(value, list):
         raise wrong_type("tools", "a list of tools", value)
+    check_num_tools(len(value))
     found: list[Tool] = []
     for i, tool in enumerate(value):
         where = f"tools[{i}]"
@@ -58,13 +58,15 @@ def _tools(value: Any) -> tuple[Tool, ...]:
             message = f"{where}.type: only functions are supported, not {str(tool['type'])[:40]!r}"
             raise RequestError(message, param=f"{where}.type")
         found.append(_function(tool.get("function"), f"{where}.function"))
-    return check_tools(found)
+    return check_tools(found, name_field="function.name")
 
 
 def _functions(value: Any) -> tuple[Tool, ...]:
     if not isinstance(value, list):
         raise wrong_type("functions", "a list of functions", value)
-    return check_tools([_function(it, f"functions[{i}]") for i, it in enumerate(value)])
+    check_num_tools(len(value), "functions")
+    found = [_function(it, f"functions[{i}]") for i, it in enumerate(value)]
+    return check_tools(found, name_field="name", field="functions")
 
 
 def _function(value: Any, where: str) -> Tool:

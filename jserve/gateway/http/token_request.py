@@ -29,7 +29,7 @@ class TokenizeRequest:
 
     model: str | None
     prompt: str | None
-    messages: Any  # unchecked; `chat.check_messages` does it
+    messages: Any  # unchecked; `messages.check_messages` does it
     add_special_tokens: bool | None
     add_generation_prompt: bool
     return_token_strs: bool
@@ -62,7 +62,7 @@ def parse_tokenize(body: Mapping[str, Any], *, ignore_unknown: bool = False) -> 
         add_special_tokens=fields.boolean("add_special_tokens"),
         add_generation_prompt=generation_prompt,
         return_token_strs=fields.boolean("return_token_strs") or False,
-        template_variables=template_variables(fields),
+        template_variables=template_variables(fields)[1],
         tools=read_tools(fields).tools,
         continue_final_message=continues,
         chat_template=fields.string("chat_template"),

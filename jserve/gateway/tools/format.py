@@ -46,6 +46,9 @@ class ToolChoice:
     name: str | None = None
 
 
+AUTO = ToolChoice(ChoiceMode.AUTO)
+
+
 @dataclass(frozen=True, slots=True)
 class TextPart:
     """The next piece of the answer's text."""

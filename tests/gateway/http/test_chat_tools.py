@@ -10,8 +10,17 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from jserve.core.request import Request
-from tests.gateway.http.http_serving import CHAT, CHAT_TEMPLATE, END, Served, error_of, serving
+from jserve.core.request import ConstraintSpec, Request
+from jserve.gateway.bad_words import bad_sequences
+from tests.gateway.http.http_serving import (
+    CHAT,
+    CHAT_TEMPLATE,
+    END,
+    MODEL,
+    Served,
+    error_of,
+    serving,
+)
 
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -219,6 +228,42 @@ def test_a_prompt_that_opens_the_reasoning_and_its_budget() -> None:
         assert constraint.grammar == ""
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (CHAT, {"reasoning_effort": "none"}),
+        ("/v1/responses", {"input": "Hi", "reasoning": {"effort": "none"}}),
+        ("/v1/messages", {"thinking": {"type": "disabled"}}),
+        ("/v1/messages", {"output_config": {"effort": "none"}}),
+        ("/api/chat", {"think": False}),
+    ],
+)
+def test_no_thinking_is_the_same_in_every_api(path: str, fields: dict[str, Any]) -> None:
+    shows = "{{ enable_thinking }} {{ thinking }}"
+    with chatting("ok", chat_template=shows + THINKING) as (_, served):
+        body = fields if "input" in fields else {"messages": HI, **fields}
+        if path == "/v1/messages":
+            body["max_tokens"] = 9
+        answer = httpx.post(served.url + path, json={"model": MODEL, **body}, timeout=60)
+        assert answer.is_success, answer.text
+        assert prompt_of(served).startswith("False False")
+        constraint = served.engine.submitted[-1].constraint
+        assert constraint is not None
+        assert constraint.max_reasoning_tokens == 0
+
+
+def test_a_budget_of_a_model_that_does_not_reason() -> None:
+    with chatting("ok") as (_, served):
+        error = error_of(post(served, thinking_token_budget=7), 400)
+        assert error["param"] == "thinking_token_budget"
+        assert "gateway.reasoning_parser" in error["message"]
+        assert post(served, thinking_token_budget=0).is_success
+        # Clients of the Messages API send one to any model.
+        body = {"messages": HI, "max_tokens": 9, "thinking": {"type": "enabled"}}
+        body["thinking"] |= {"budget_tokens": 7}
+        assert httpx.post(served.url + "/v1/messages", json=body, timeout=60).is_success
+
+
 def test_a_message_that_goes_on() -> None:
     last = {"role": "assistant", "content": "The answer is "}
     with chatting("four", chat_template=CHAT_TEMPLATE) as (_, served):
@@ -246,6 +291,76 @@ def test_documents_and_templates_of_a_request() -> None:
         for bad in ("{% if %}", "{% for i in range(10**9) %}{% endfor %}", "{{ 1 / 0 }}"):
             assert error_of(post(served, chat_template=bad), 400)["param"] == "chat_template"
         assert post(served, chat_template="{{" * 100_000 + "x").status_code == 400
+
+
+FITTED: dict[str, dict[str, Any]] = {
+    "response_format": {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "c", "schema": PARAMETERS},
+            "fit": True,
+        }
+    },
+    "structured_outputs": {"structured_outputs": {"json": PARAMETERS, "fit": True}},
+}
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_fit_reaches_the_engine_with_tools_and_without(name: str) -> None:
+    fields = FITTED[name]
+    loose = {name: fields[name] | {"fit": False}}
+    with chatting("ok", chat_template=WITH_TOOLS, tool_parser="hermes") as (_, served):
+        for tools in ({}, {"tools": [WEATHER]}, {"tools": [WEATHER], "tool_choice": "required"}):
+            for body, fit in ((fields, True), (loose, False)):
+                assert post(served, **body, **tools).is_success
+                constraint = served.engine.submitted[-1].constraint
+                assert constraint is not None
+                assert constraint.fit is fit
+
+
+@pytest.mark.parametrize(
+    ("path", "name_field"),
+    [
+        (CHAT, "function.name"),
+        ("/v1/responses", "name"),
+        ("/v1/messages", "name"),
+        ("/api/chat", "function.name"),
+    ],
+)
+def test_every_api_has_the_same_rules_for_tools(path: str, name_field: str) -> None:
+    flat = name_field == "name"
+    body: dict[str, Any] = {"model": MODEL, "max_tokens": 9, "messages": HI}
+    if path == "/v1/responses":
+        body = {"input": "Hi"}
+
+    def tool(name: str) -> dict[str, Any]:
+        function = {"name": name}
+        if path == "/v1/messages":
+            return function | {"input_schema": PARAMETERS}
+        return {"type": "function", **function} if flat else {"function": function}
+
+    with chatting("ok", chat_template=WITH_TOOLS, tool_parser="hermes") as (_, served):
+
+        def message(**fields: Any) -> str:
+            answer = httpx.post(served.url + path, json=body | fields, timeout=60)
+            assert answer.status_code == 400, answer.text
+            error = answer.json()["error"]
+            return error if isinstance(error, str) else error["message"]
+
+        assert "at most 512" in message(tools=[tool(f"f{i}") for i in range(513)])
+        assert f"tools[0].{name_field} must have" in message(tools=[tool("two words")])
+        assert f"tools[1].{name_field}: there is" in message(tools=[tool("f"), tool("f")])
+        if path == "/api/chat":  # it has no choice of tools
+            return
+        required: Any = {"type": "any"} if path == "/v1/messages" else "required"
+        assert "there are no tools" in message(tool_choice=required)
+        choices: dict[str, Any] = {
+            CHAT: {"type": "function", "function": {"name": "g"}},
+            "/v1/responses": {"type": "function", "name": "g"},
+            "/v1/messages": {"type": "tool", "name": "g"},
+        }
+        refused = message(tools=[tool("f")], tool_choice=choices[path])
+        assert refused == "tool_choice names 'g', which is not among the tools"
 
 
 def test_large_tools() -> None:
@@ -322,12 +437,46 @@ def test_the_best_of_several() -> None:
         assert error["param"] == "suffix"
 
 
-def test_bad_words_are_bad_tokens() -> None:
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_bad_words_never_come(path: str) -> None:
     with chatting("ok") as (_, served):
-        assert post(served, bad_words=["a", "b"], bad_token_ids=[5]).is_success
-        assert served.engine.submitted[-1].sampling.bad_token_ids == (5, 97, 98)
-        for bad in (["ab"], [""], ["x" * 300], ["a"] * 2000):
-            assert error_of(post(served, bad_words=bad), 400)["param"] == "bad_words"
+
+        def send(**fields: Any) -> httpx.Response:
+            body = {"messages": HI} if path == CHAT else {"prompt": "Hi"}
+            return httpx.post(served.url + path, json=body | fields, timeout=60)
+
+        assert send(bad_words=["a", "bc", " a"], bad_token_ids=[5]).is_success
+        request = served.engine.submitted[-1]
+        assert request.sampling.bad_token_ids == (5,)
+        assert request.constraint == ConstraintSpec(bad_sequences=((97,), (98, 99)))
+        assert send(bad_words=["bc"], guided_regex="[a-z]+").is_success
+        constraint = served.engine.submitted[-1].constraint
+        assert constraint is not None
+        assert "a-z" in constraint.grammar
+        assert constraint.bad_sequences == ((98, 99),)
+        for bad, word in (
+            ([""], "[0] is empty"),
+            (["a", " "], "[1] is empty"),
+            (["x" * 300], "300 characters"),
+            (["x" * 65], "65 tokens"),
+            (["a"] * 2000, "2000 words"),
+        ):
+            error = error_of(send(bad_words=bad), 400)
+            assert error["param"] == "bad_words"
+            assert word in error["message"]
+        error = error_of(send(bad_words=["a"], allowed_token_ids=[97]), 400)
+        assert error["param"] == "bad_words"
+
+
+def test_words_are_bad_behind_a_space_as_in_vllm() -> None:
+    spellings = {"a": (1,), " a": (2,), "bc": (3, 4), " bc": (5, 4), "d": (6,), " d": (7, 6)}
+    spellings |= {"e": (8, 9), " e": (8, 10)}
+    found = bad_sequences(["a", " bc", "d", "e"], spellings.__getitem__)
+    assert found == ((1,), (2,), (3, 4), (5, 4), (6,), (8, 9))
+
+
+def test_what_is_not_there_yet_is_named() -> None:
+    with chatting("ok") as (_, served):
         assert error_of(post(served, stop_regex=["a+"]), 400)["param"] == "stop_regex"
 
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from jserve.core.errors import RequestError
-from jserve.gateway.conversation import AUTO, Conversation
-from jserve.gateway.http.chat_fields import check_tool_names, thinking_variables
+from jserve.gateway.conversation import Conversation
+from jserve.gateway.http.chat_fields import read_thinking
 from jserve.gateway.http.fields import Fields, as_integer
 from jserve.gateway.http.messages_api.content import read_messages, system_text
-from jserve.gateway.tools.format import ChoiceMode, Tool, ToolChoice
+from jserve.gateway.tools.check import check_choice, check_num_tools, check_tools
+from jserve.gateway.tools.format import AUTO, ChoiceMode, Tool, ToolChoice
 from jserve.gateway.validation import SamplingFields
 from jserve.grammar.source import GrammarKind, GrammarSource
 
@@ -91,21 +92,19 @@ def _parse(body: Mapping[str, Any], max_messages: int, ignore_unknown: bool) -> 
     messages, continues = read_messages(
         fields.raw("messages"), system, most=max_messages, ignored=fields.ignored
     )
-    budget, variables, omits = _thinking(fields)
+    enabled, most, omits = _thinking(fields)
     effort, structured = _output(fields)
-    if effort is not None:
-        variables["reasoning_effort"] = effort
+    budget, variables = read_thinking(effort, enabled=enabled)
     choice, single = _choice(fields)
     tools = _tools(fields)
-    if not tools and choice.mode in (ChoiceMode.REQUIRED, ChoiceMode.NAMED):
-        raise RequestError("tool_choice asks for a call, but there are no tools", param="tools")
+    check_choice(choice, tools, empty_field="tools")
     conversation = Conversation(
         messages=messages,
         tools=tools,
         tool_choice=choice,
         parallel_tool_calls=not single,
         structured=structured,
-        max_reasoning_tokens=budget,
+        max_reasoning_tokens=most if budget is None else budget,
         sampling=SamplingFields(
             temperature=fields.raw("temperature"),
             top_k=as_integer(fields.raw("top_k")),
@@ -129,11 +128,11 @@ def _parse(body: Mapping[str, Any], max_messages: int, ignore_unknown: bool) -> 
     )
 
 
-def _thinking(fields: Fields) -> tuple[int | None, dict[str, Any], bool]:
-    """Reads the budget of thinking, variables for the template, and whether its text is omitted."""
+def _thinking(fields: Fields) -> tuple[bool | None, int | None, bool]:
+    """Reads whether to think, the budget, and whether the text of thinking is omitted."""
     given = fields.mapping("thinking")
     if given is None:
-        return None, {}, False
+        return None, None, False
     thinking = Fields(given, "thinking", fields.ignored)
     kind, display = thinking.string("type"), thinking.string("display")
     budget = thinking.integer("budget_tokens")
@@ -144,14 +143,14 @@ def _thinking(fields: Fields) -> tuple[int | None, dict[str, Any], bool]:
     omits = display == "omitted"
     match kind:
         case "disabled":
-            return 0, thinking_variables(False), omits
+            return False, None, omits
         case "adaptive":
-            return None, thinking_variables(True), omits
+            return True, None, omits
         case "enabled":
             if budget is None or budget < 1:
                 message = "thinking.budget_tokens must be the number of tokens, at least 1"
                 raise RequestError(message, param="thinking.budget_tokens")
-            return budget, thinking_variables(True), omits
+            return True, budget, omits
     message = f"thinking.type {str(kind)[:40]!r} is not supported; enabled, disabled, adaptive are"
     raise RequestError(message, param="thinking.type")
 
@@ -207,8 +206,9 @@ def _choice(fields: Fields) -> tuple[ToolChoice, bool]:
 
 def _tools(fields: Fields) -> tuple[Tool, ...]:
     values = fields.array("tools") or []
+    check_num_tools(len(values))
     tools = [_tool(f"tools[{i}]", value, fields.ignored) for i, value in enumerate(values)]
-    return tuple(check_tool_names(tools))
+    return check_tools(tools, name_field="name")
 
 
 def _tool(where: str, value: Any, ignored: list[str] | None) -> Tool:

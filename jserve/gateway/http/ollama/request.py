@@ -6,10 +6,11 @@ from typing import Any
 
 from jserve.core.errors import RequestError
 from jserve.gateway.conversation import Conversation
-from jserve.gateway.http.chat_fields import check_tool_names, thinking_variables
+from jserve.gateway.http.chat_fields import read_thinking
 from jserve.gateway.http.fields import Fields, wrong_type
 from jserve.gateway.http.ollama.messages import read_messages
 from jserve.gateway.http.ollama.options import read_options
+from jserve.gateway.tools.check import check_num_tools, check_tools
 from jserve.gateway.tools.format import Tool
 from jserve.grammar.source import GrammarKind, GrammarSource
 
@@ -139,14 +140,10 @@ def _think(fields: Fields) -> tuple[int | None, dict[str, Any]]:
     """Reads the budget of reasoning, and variables for the template."""
     value = fields.raw("think")
     match value:
-        case None:
-            return None, {}
-        case True:
-            return None, thinking_variables(True)
-        case False:
-            return 0, thinking_variables(False)
+        case None | True | False:
+            return read_thinking(None, enabled=value)
         case "low" | "medium" | "high":
-            return None, thinking_variables(True) | {"reasoning_effort": value}
+            return read_thinking(value, enabled=True)
     raise wrong_type("think", "true, false, low, medium or high", value)
 
 
@@ -164,8 +161,9 @@ def _format(fields: Fields) -> GrammarSource | None:
 
 def _tools(fields: Fields) -> tuple[Tool, ...]:
     values = fields.array("tools") or []
+    check_num_tools(len(values))
     tools = [_tool(f"tools[{i}]", value, fields.ignored) for i, value in enumerate(values)]
-    return tuple(check_tool_names(tools))
+    return check_tools(tools, name_field="function.name")
 
 
 def _tool(where: str, value: Any, ignored: list[str] | None) -> Tool:

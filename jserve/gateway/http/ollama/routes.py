@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from jserve.gateway.chat_formats import ChatFormats
-from jserve.gateway.conversation import AUTO, PreparedChat, prepare
+from jserve.gateway.conversation import PreparedChat, prepare
 from jserve.gateway.http.edge import IGNORED_FIELDS
 from jserve.gateway.http.event_stream import EventStream, unless_disconnected
 from jserve.gateway.http.ollama.answer import (
@@ -29,6 +29,7 @@ from jserve.gateway.http.request_bodies import RequestBodies
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.tenants import Caller
+from jserve.gateway.tools.format import AUTO
 from jserve.gateway.validation import check_id_lists
 
 _TAG = ":latest"  # Ollama's names without a tag have this one

@@ -77,6 +77,7 @@ class ResponseRequest:
     tools: Tools
     parallel_tool_calls: bool
     structured: GrammarSource | None
+    max_reasoning_tokens: int | None
     variables: dict[str, Any]  # of the chat template
     max_output_tokens: int | None
     sampling: SamplingFields
@@ -104,7 +105,7 @@ def parse_response(
     stream = fields.boolean("stream") or False
     _without_effect(fields, stream)
     structured = _structured(fields, repeated["text"]["format"])
-    variables = _variables(fields, repeated["reasoning"]["effort"])
+    budget, variables = template_variables(fields, repeated["reasoning"]["effort"])
     logprobs = _logprobs(fields, repeated["top_logprobs"])
     parsed: dict[str, Any] = {
         "model": fields.string("model"),
@@ -128,6 +129,7 @@ def parse_response(
         stream=stream,
         parallel_tool_calls=repeated["parallel_tool_calls"],
         structured=structured,
+        max_reasoning_tokens=budget,
         variables=variables,
         max_output_tokens=repeated["max_output_tokens"],
         repeated={**repeated, "store": store, "background": background},
@@ -248,17 +250,6 @@ def _format(form: dict[str, Any]) -> GrammarSource | None:
         "json_schema are"
     )
     raise RequestError(message, param=f"{name}.type")
-
-
-def _variables(fields: Fields, effort: str | None) -> dict[str, Any]:
-    """Reads the variables of the chat template, of which the reasoning effort is one."""
-    variables = template_variables(fields)
-    if effort is None:
-        return variables
-    given: dict[str, Any] = {"reasoning_effort": effort}
-    if effort == "none":
-        given["enable_thinking"] = False  # what templates with a switch call it
-    return given | variables
 
 
 def _logprobs(fields: Fields, top: int) -> int | None:

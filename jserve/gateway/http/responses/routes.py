@@ -36,6 +36,7 @@ from jserve.gateway.tenants import Caller
 _log = logging.getLogger(__name__)
 
 _PAGE, _MAX_PAGE = 20, 100  # items of one list
+_MAX_PAGE_DIGITS = 9  # so that reading them takes no time
 # Fields of a conversation, as its errors name them → those of this API.
 _PARAMS = {"messages": "input", "prompt": "input"}
 
@@ -171,6 +172,7 @@ class ResponseRoutes:
             tool_choice=asked.tools.choice,
             parallel_tool_calls=asked.parallel_tool_calls,
             structured=asked.structured,
+            max_reasoning_tokens=asked.max_reasoning_tokens,
             sampling=asked.sampling,
             stop=asked.stop,
             priority=asked.priority,
@@ -275,7 +277,8 @@ def _place_after(items: Sequence[StoredItem], after: str | None) -> int:
 def _limit(given: str | None) -> int:
     if given is None:
         return _PAGE
-    if not given.isascii() or not given.isdigit() or not 1 <= int(given[:4]) <= _MAX_PAGE:
+    digits = given.isascii() and given.isdigit() and len(given) <= _MAX_PAGE_DIGITS
+    if not digits or not 1 <= int(given) <= _MAX_PAGE:
         message = f"limit must be from 1 to {_MAX_PAGE}, not {given[:40]!r}"
         raise RequestError(message, param="limit")
-    return int(given[:4])
+    return int(given)

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from jserve.core.errors import RequestError
-from jserve.gateway.conversation import AUTO
 from jserve.gateway.http.fields import Fields, shown, wrong_type
-from jserve.gateway.tools.format import ChoiceMode, Tool, ToolChoice
+from jserve.gateway.tools.check import check_choice, check_num_tools, check_tools, not_among
+from jserve.gateway.tools.format import AUTO, ChoiceMode, Tool, ToolChoice
 
-_MAX_TOOLS = 512
-_MAX_NAME_CHARS = 128
 _CHOICES = {mode.value: mode for mode in ChoiceMode if mode is not ChoiceMode.NAMED}
 # Fields of a tool about other callers than the model, with the values that ask for nothing.
 _NEUTRAL = {"allowed_callers": (["direct"],), "async": (False,), "defer_loading": (False,)}
@@ -77,22 +75,12 @@ def _allowed(tools: Sequence[Tool], allowed: Any) -> list[Tool]:
             raise RequestError(f"{where} must be a function with a name", param=where)
         names.add(name)
     for name in sorted(names - {tool.name for tool in tools}):
-        raise _not_among(name)
+        raise not_among(name)
     return [tool for tool in tools if tool.name in names]
 
 
 def _checked(tools: Sequence[Tool], choice: ToolChoice) -> Tools:
-    if choice.mode is ChoiceMode.REQUIRED and not tools:
-        message = "tool_choice asks for a call, but there are no tools"
-        raise RequestError(message, param="tool_choice")
-    if choice.name is not None and all(tool.name != choice.name for tool in tools):
-        raise _not_among(choice.name)
-    return Tools(tuple(tools), choice)
-
-
-def _not_among(name: str) -> RequestError:
-    message = f"tool_choice names {name[:60]!r}, which is not among the tools"
-    return RequestError(message, param="tool_choice")
+    return Tools(tuple(tools), check_choice(choice, tools, empty_field="tool_choice"))
 
 
 def _tools(value: Any, ignored: list[str] | None) -> tuple[Tool, ...]:
@@ -100,19 +88,9 @@ def _tools(value: Any, ignored: list[str] | None) -> tuple[Tool, ...]:
         return ()
     if not isinstance(value, list):
         raise wrong_type("tools", "a list", value)
-    if len(value) > _MAX_TOOLS:
-        raise RequestError(f"tools has {len(value)} entries; at most {_MAX_TOOLS}", param="tools")
-    tools: list[Tool] = []
-    places: dict[str, int] = {}
-    for i, item in enumerate(value):
-        tool = _tool(f"tools[{i}]", item, ignored)
-        if tool.name in places:
-            name = f"tools[{i}].name"
-            message = f"{name} is {tool.name[:60]!r}, which tools[{places[tool.name]}] has already"
-            raise RequestError(message, param=name)
-        places[tool.name] = i
-        tools.append(tool)
-    return tuple(tools)
+    check_num_tools(len(value))
+    tools = [_tool(f"tools[{i}]", item, ignored) for i, item in enumerate(value)]
+    return check_tools(tools, name_field="name")
 
 
 def _tool(where: str, value: Any, ignored: list[str] | None) -> Tool:
@@ -125,8 +103,8 @@ def _tool(where: str, value: Any, ignored: list[str] | None) -> Tool:
         message = f"{name} {str(kind)[:40]!r} is not supported; function tools are"
         raise RequestError(message, param=name)
     name = fields.string("name")
-    if not name or len(name) > _MAX_NAME_CHARS:
-        message = f"{where}.name must be a text of 1 to {_MAX_NAME_CHARS} characters"
+    if not name:
+        message = f"{where}.name is missing"
         if "function" in value:
             message += ", beside type: the Responses API has no function object"
         raise RequestError(message, param=f"{where}.name")

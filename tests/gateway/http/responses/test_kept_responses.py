@@ -79,7 +79,10 @@ def test_input_items_in_pages():
         newest = client.responses.input_items.list(response.id)
         assert [item.id for item in newest] == [item.id for item in listed][::-1]
         assert list(client.responses.input_items.list(response.id, after=listed[0].id)) == []
-        for fields in ({"limit": 0}, {"limit": 101}, {"order": "up"}, {"after": "msg_0"}):
+        for fields in (
+            *({"limit": it} for it in ("0", "101", "00500", "9" * 9999, "-1", "²")),
+            *({"order": "up"}, {"after": "msg_0"}),
+        ):
             error = raises(
                 openai.BadRequestError,
                 client.responses.input_items.list,
