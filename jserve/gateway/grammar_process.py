@@ -6,7 +6,7 @@ What was found good is kept, so a schema that every request sends costs nothing.
 import asyncio
 import hashlib
 import signal
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +48,7 @@ class GrammarProcess:
         self._kept: OrderedDict[bytes, str] = OrderedDict()
         self._kept_chars = 0
         self._running: dict[bytes, asyncio.Future[str]] = {}
+        self._waiters = Counter[bytes]()
 
     def close(self) -> None:
         """Ends the processes."""
@@ -72,11 +73,18 @@ class GrammarProcess:
             return kept
         running = self._running.get(key)
         if running is None:
-            # Others may wait for it: it goes on when the first client leaves.
+            # Others may wait for it: it goes on until the last client leaves.
             running = asyncio.ensure_future(self._check(processes, source, job, key, tenant))
             running.add_done_callback(_retrieve)
             self._running[key] = running
-        return await asyncio.shield(running)
+        self._waiters[key] += 1
+        try:
+            return await asyncio.shield(running)
+        finally:
+            self._waiters[key] -= 1
+            if not self._waiters[key]:
+                del self._waiters[key]
+                running.cancel()  # if it is not done: nobody waits for it any more
 
     async def _check(
         self, processes: JobProcesses, source: GrammarSource, job: bytes, key: bytes, tenant: str
@@ -86,7 +94,7 @@ class GrammarProcess:
         except JobStopped as error:
             raise source.refused(f"the grammar is too complex: {error}") from None
         finally:
-            del self._running[key]
+            self._running.pop(key, None)
         self._keep(key, text)
         return text
 

@@ -17,7 +17,8 @@ _SOON = (
     *('":""', '":[]', '":{}', '":"', '":', *_QUOTED, '","', ',"', ":", ",", '{"', '["', "{", "["),
 )
 _FEW = 4096  # allowed tokens of which the longest is taken; more are free text
-_MOST_TOKENS = 1024  # of a way
+_TRIED = 24  # of the shortest allowed tokens
+_MOST_TOKENS = 512  # of a way
 
 
 class Closing:
@@ -36,11 +37,17 @@ class Closing:
         blank = [not text.strip() for text in self._texts]
         self._lengths[blank] = 0  # they lead nowhere
         self._letter = ids.get(b"a")
+        # Whole characters: behind half of one no quote may come.
+        self._plain = [text.isascii() and not set(text) & set(b'"\\') for text in self._texts]
 
-    def way(self, matcher: LLMatcher) -> list[int] | None:
+    def is_plain(self, token: int, allowed: memoryview) -> bool:
+        """Whether `token` only goes on with a text in quotes, where anything may be written."""
+        return self._is_text(allowed) and self._plain[token]
+
+    def way(self, matcher: LLMatcher, most: int = _MOST_TOKENS) -> list[int] | None:
         """Tokens after which `matcher`, which stays where it is, accepts; None if none is found.
 
-        The end-of-sequence id is none of them.
+        There are at most `most`; the end-of-sequence id is none of them.
         """
         matcher = matcher.deep_copy()
         words = np.zeros(mask_words(len(self._texts)), np.uint32)
@@ -48,17 +55,24 @@ class Closing:
         found: list[int] = []
         while not matcher.is_accepting():
             matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-            token = self._next(allowed, words)
-            if token is None or len(found) == _MOST_TOKENS or not matcher.consume_token(token):
+            if len(found) >= min(most, _MOST_TOKENS):
+                return None
+            token = self._next(matcher, allowed, words)
+            if token is None or not matcher.consume_token(token):
                 return None
             found.append(token)
-        return found
+        return found if len(found) <= most else None
 
-    def _next(self, allowed: memoryview, words: np.ndarray) -> int | None:
+    def _is_text(self, allowed: memoryview) -> bool:
+        return len(self._free) == 2 and all(
+            allowed[token // 8] >> token % 8 & 1 for token in self._free
+        )
+
+    def _next(self, matcher: LLMatcher, allowed: memoryview, words: np.ndarray) -> int | None:
         def may_come(token: int) -> bool:
             return bool(allowed[token // 8] >> token % 8 & 1)
 
-        is_text = len(self._free) == 2 and all(map(may_come, self._free))
+        is_text = self._is_text(allowed)
         token = next(filter(may_come, self._quoted if is_text else self._soon), None)
         if token is not None or is_text:
             return self._letter if token is None else token
@@ -66,6 +80,11 @@ class Closing:
         (ids,) = np.nonzero(bits)
         if not ids.size:
             return None
+        shortest = ids[np.argsort(self._lengths[ids], kind="stable")[:_TRIED]]
+        for token in shortest.tolist():  # one of them may be the last
+            after = matcher.deep_copy()
+            if after.consume_token(token) and after.is_accepting():
+                return token
         if ids.size > _FEW and self._letter is not None and bits[self._letter]:
             return self._letter
         return int(ids[np.argmax(self._lengths[ids])])

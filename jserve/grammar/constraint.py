@@ -58,7 +58,7 @@ class GrammarConstraint:
             if token in self._eos:
                 self._ended = True  # the matcher itself refuses it where nothing else may come
                 continue
-            if self._room is not None and not self._room.take(self._matcher, token):
+            if self._room is not None and not self._room.take(self._matcher, token, self._bytes):
                 self._is_current = False
                 return count
             self._matcher.consume_token(token)

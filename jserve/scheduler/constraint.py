@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jserve.core.errors import EngineError, RequestError
+from jserve.core.errors import RequestError
 from jserve.core.request import SamplingParams
 
 _TRUSTED_TOKENS = 4  # in a row that stand make one good that did not
@@ -65,6 +65,7 @@ class Bound:
         self._restricts = bool(sampling.allowed_token_ids or sampling.bad_token_ids)
         self._num_output = num_output
         self._last_cut = -1  # number of output tokens
+        self._same_cuts = 0  # cuts in a row at that number
         self._num_cuts = 0  # that were not made good by tokens that stood
         self._cautious = 0  # tokens until it runs ahead again
         self.num_unknown = 0  # rows in flight whose tokens will be asked for
@@ -96,7 +97,7 @@ class Bound:
     def accept(self, new: Sequence[int]) -> int:
         """Takes the tokens of the oldest row; returns how many stand.
 
-        Raises EngineError if a masked token does not.
+        Raises RequestError if none does, again and again.
         """
         self.num_unknown -= 1
         stand = self._constraint.accept(new)
@@ -106,8 +107,10 @@ class Bound:
             if stand >= _TRUSTED_TOKENS:
                 self._num_cuts = max(0, self._num_cuts - 1)
             return stand
-        if self._num_output == self._last_cut:  # its first token had a mask this time
-            raise EngineError("the device sampled a token that its mask forbids")
+        # At first without its mask, then with it; a constraint may also look further than that.
+        self._same_cuts = self._same_cuts + 1 if self._num_output == self._last_cut else 0
+        if self._same_cuts > 1:
+            raise RequestError("no token that was sampled stands", param="grammar")
         self._last_cut = self._num_output
         self._num_cuts = min(self._num_cuts + 1, _MAX_CAUTION)
         self._cautious = 1 << self._num_cuts

@@ -174,16 +174,18 @@ class Planner:
         beside_free = any(map(_is_free, running))
         draft = _Draft(now_s, left=left, share=-(-left // self._config.max_partial_prefills))
         for seq in tuple(running):  # a copy: preemptions change the queue
-            if seq.rewound and not self._tell_again(draft, seq):
+            pages: PageDelta | None = ()
+            if seq.rewound and (pages := self._tell_again(draft, seq)) is None:
                 continue
             if seq.num_computed < len(seq.context):
                 if seq.state is SequenceState.RUNNING:
-                    self._grant(draft, _Grant(seq))
+                    self._grant(draft, _Grant(seq, pages=pages))
                 continue
             if seq.bound is not None and not seq.bound.may_decode(1, beside_free=beside_free):
                 continue
             end = seq.num_computed + 1
-            pages = () if end <= seq.pages.capacity else self._make_room(seq, end, now_s)
+            if end > seq.pages.capacity:
+                pages = self._make_room(seq, end, now_s)
             if pages is not None:
                 draft.decodes.append((seq, pages, 1))
         self._admit(draft)
@@ -287,10 +289,13 @@ class Planner:
         """Whether the step has processor rows left for `admission`."""
         return draft.num_processors + admission.processor_rows <= self._max_processor_rows
 
-    def _tell_again(self, draft: _Draft, seq: Sequence) -> bool:
-        """Admits a rewound sequence to its own slot; False if it has no row in this step."""
+    def _tell_again(self, draft: _Draft, seq: Sequence) -> PageDelta | None:
+        """Admits a rewound sequence to its own slot, with a page for its next token.
+
+        None if it has no row in this step.
+        """
         if seq.state is not SequenceState.RUNNING:
-            return False
+            return None
         admission = Admission(
             seq.slot,
             seq.request,
@@ -300,14 +305,19 @@ class Planner:
         )
         if admission.history_rows > self._max_processor_rows:
             self._preempt(seq, draft.now_s)  # its history fits into no step: it is computed again
-            return False
+            return None
         if not self._has_processors(draft, admission) or draft.left <= 0:
-            return False
+            return None
+        pages: PageDelta | None = ()
+        if seq.num_computed + 1 > seq.pages.capacity:
+            pages = self._make_room(seq, seq.num_computed + 1, draft.now_s)
+        if pages is None:
+            return None
         _add_admission(draft, admission)
         seq.rewound = False
         if admission.last_token is not None:
             draft.left -= 1
-        return True
+        return pages
 
     def _enter(self, draft: _Draft, seq: Sequence, admission: Admission, hit: Hit) -> None:
         if seq.queue_s is None:

@@ -114,7 +114,7 @@ def test_calls_come_in_pieces_apart_from_the_text():
                 assert [name for _, name, _ in found.calls] == ["weather"] * 2
                 for _, _, arguments in found.calls:
                     assert json.loads(arguments) == {"city": "Köln"}
-                assert found.num_pieces > 4
+                assert found.num_pieces >= 2
                 assert found.last.finish_reason == STOP
                 assert found.last.finished_with_calls
             assert len({call[0] for found in both for call in found.calls}) == 4
@@ -300,7 +300,10 @@ BAD = {
     ),
     "document": (asking(documents=["{}", "1"]), "documents[1] must be the JSON text of an object"),
     "name": (asking(tools=tool(name="a b")), "tools[0].name must have 1 to 128 letters"),
-    "twice": (asking(tools=tool() + tool()), "tools[1].name: 'f' is there twice"),
+    "twice": (
+        asking(tools=tool() + tool()),
+        "tools[1].name: there is another tool of the name 'f'",
+    ),
     "many": (asking(tools=tool() * 257), "tools has 257 tools; at most 256"),
     "no tools": (asking(tool_choice={"mode": REQUIRED}), "there are no tools"),
     "other": (asking(tools=tool(), tool_choice={"mode": NAMED, "name": "g"}), "names 'g'"),

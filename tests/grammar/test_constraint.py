@@ -118,7 +118,7 @@ def test_a_text_that_has_to_fit_is_whole(seed: int, most: int) -> None:
 
 
 def test_a_grammar_without_a_text_that_short_is_refused() -> None:
-    with pytest.raises(RequestError, match="raise it, or leave fit out") as caught:
+    with pytest.raises(RequestError, match="raise max_tokens, or leave fit out") as caught:
         make(30, grammar=source(SCHEMA), fit=True)
     assert caught.value.param == "max_tokens"
 

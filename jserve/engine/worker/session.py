@@ -208,10 +208,8 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         error: JserveError | None = None
         constraint = None
         try:
-            if self._constrain is None:
-                raise RequestError("this engine knows no constraints", param="grammar")
             loop = asyncio.get_running_loop()
-            constraint = await loop.run_in_executor(self._threads, self._constrain, request)
+            constraint = await loop.run_in_executor(self._threads, self._make, request)
         except JserveError as refused:
             error = refused
         except Exception as failed:  # of a library: the client must not wait for ever
@@ -258,6 +256,13 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         for session in self._sessions:
             session.heartbeat = heartbeat
             session.unsent.set()
+
+    def _make(self, request: Request) -> Constraint | None:
+        if self._constrain is None:
+            raise RequestError("this engine knows no constraints", param="grammar")
+        if request.id not in self._by_engine_id:  # aborted while it waited for a thread
+            return None
+        return self._constrain(request)
 
     def close(self) -> None:
         """Compiles nothing more."""
