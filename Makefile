@@ -20,7 +20,7 @@ compile = $(bin)/uv pip compile $(ARGS) --quiet --universal --generate-hashes --
 	--no-annotate --fork-strategy fewest --python-version 3.11 --custom-compile-command "make lock"
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-newest check format lint types contracts tpu-compile gpu-compile gpu-check sweep sharding references lock proto clean
+.PHONY: help serve test test-world test-newest check format lint types contracts tpu-compile gpu-compile gpu-check sweep sharding references lock proto clean
 
 help: ## Shows this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,10 @@ serve: ## Serves CONFIG on HOST, HTTP_PORT and GRPC_PORT; LOCK=cuda or tpu for a
 
 test: check ## Runs every check and the test suite (PYTEST_ARGS=… for pytest)
 	@scripts/test.sh $(bin)/python $(pytest_args)
+
+test-world: ## Runs official clients, each group in its own environment, against a server (PYTEST_ARGS=…)
+	@scripts/bootstrap.sh dev
+	@scripts/world.sh $(bin)/python $(PYTEST_ARGS)
 
 test-newest: ## Runs the suite with the newest JAX and the newest of all else on PYTHON (PYTHON=python3.13)
 	@scripts/bootstrap.sh newest .venv-newest
@@ -88,11 +92,13 @@ lock: ## Resolves requirements/*.txt again (ARGS=--upgrade for newer versions)
 	$(compile) pyproject.toml --group build --extra dev -c requirements/runtime.txt -o requirements/dev.txt
 	$(compile) pyproject.toml --group build --extra cuda -c requirements/runtime.txt -o requirements/cuda.txt
 	$(compile) pyproject.toml --group build --extra tpu -c requirements/runtime.txt -o requirements/tpu.txt
+	$(compile) requirements/clients-newest.in -o requirements/clients-newest.txt
+	$(compile) requirements/clients-pinned.in -o requirements/clients-pinned.txt
 
 proto: ## Generates the stubs of jserve/proto
 	@scripts/bootstrap.sh dev
 	$(bin)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --pyi_out=. $(protos)
 
 clean: ## Removes what make has made, the weights cache excepted
-	rm -rf .venv .venv-newest .venv-cuda .venv-references jserve/pallas_kernels/native/build .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	rm -rf .venv .venv-newest .venv-cuda .venv-references .venv-clients-* jserve/pallas_kernels/native/build .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

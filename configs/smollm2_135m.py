@@ -25,6 +25,10 @@ def get_config() -> ServeConfig:
     return ServeConfig(
         model=ModelConfig(name="smollm2-135m", source=weights),
         engine=EngineConfig(num_slots=32, decode_rows=(32,), kv_bytes=1 << 30),
-        # As the model card advises. At temperature 1 a model of this size answers gibberish.
-        gateway=GatewayConfig(default_temperature=0.2, default_top_p=0.9),
+        gateway=GatewayConfig(
+            # As the model card advises. At temperature 1 a model of this size answers gibberish.
+            default_temperature=0.2,
+            default_top_p=0.9,
+            tool_parser="hermes",  # its template takes no tools: they are described to it
+        ),
     )

@@ -1,12 +1,20 @@
-"""`LLM.generate` for scripts and notebooks: the request plane over an engine in this process."""
+"""`LLM` for scripts and notebooks: the request plane over an engine in this process."""
 
 import asyncio
 import itertools
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from typing import Any, TypeVar, Unpack
 
@@ -17,7 +25,7 @@ from jserve.checkpoints.locate import text_assets_from_config
 from jserve.checkpoints.tensor_source import Progress
 from jserve.config import ServeConfig
 from jserve.core.clock import WallClock
-from jserve.core.errors import ConfigError, EngineError, RequestError
+from jserve.core.errors import ConfigError, EngineError, JserveError, RequestError
 from jserve.core.request import EngineInfo, FinishReason, Request, TokenLogprobs
 from jserve.core.stats import EngineStats
 from jserve.engine.build.assembly import Engine
@@ -26,7 +34,11 @@ from jserve.engine.config import PlatformConfig
 from jserve.engine.inbox import Abort, Inbox, Outbox, Submit
 from jserve.engine.loop import EngineLoop
 from jserve.engine.step_log import StepLog, open_step_log
+from jserve.gateway.chat_reader import WholeAnswer
+from jserve.gateway.conversation import PreparedChat, prepare
 from jserve.gateway.engine_client import LiveStreams, UpdateStream
+from jserve.gateway.http.openai_conversation import conversation_of
+from jserve.gateway.http.openai_request import ChatRequest, parse_chat
 from jserve.gateway.output import join
 from jserve.gateway.request_plane import (
     GenerationRequest,
@@ -35,16 +47,29 @@ from jserve.gateway.request_plane import (
     RequestOptions,
     RequestPlane,
 )
+from jserve.gateway.structured import read_structured
+from jserve.gateway.tenants import LOCAL
 from jserve.gateway.text_model import TextModel
 from jserve.gateway.validation import SamplingFields
+from jserve.grammar.maker import ConstraintMaker
 
+_STRUCTURED = ("response_format", "structured_outputs")
 PromptLike = str | Sequence[int]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool that the model wants answered; `arguments` is JSON text."""
+
+    id: str = field(compare=False)
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """One completed choice of one prompt."""
+    """One completed choice of one prompt. The text of a chat is without reasoning and calls."""
 
     prompt: PromptLike
     text: str
@@ -55,6 +80,15 @@ class Completion:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     # Prompt tokens that were not computed again. Equal answers may differ in it.
     num_cached_tokens: int = field(default=0, compare=False)
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+class GenerateOptions(RequestOptions, total=False):
+    """Options of a request here: those of the request plane, and forms of the HTTP API."""
+
+    response_format: Mapping[str, Any] | None
+    structured_outputs: Mapping[str, Any] | None
 
 
 class InProcessEngine:
@@ -65,10 +99,13 @@ class InProcessEngine:
     may be wrong then, so later sequences are refused.
     """
 
-    def __init__(self, engine: Engine, step_log: StepLog | None) -> None:
+    def __init__(
+        self, engine: Engine, constraints: ConstraintMaker, step_log: StepLog | None
+    ) -> None:
         self.info: EngineInfo | None = engine.info
         self.ready = True
         self.stats = EngineStats()
+        self._constraints = constraints
         self._scheduler = engine.scheduler
         self._max_queue = engine.info.max_queue
         self._inbox, self._outbox = Inbox(), Outbox()
@@ -129,7 +166,7 @@ class InProcessEngine:
         if self._backlog:
             room = self._max_queue - self._scheduler.stats().num_waiting
             for name in list(itertools.islice(self._backlog, max(room, 0))):
-                self._inbox.put(Submit(self._backlog.pop(name)))
+                self._enter(name)
         self._loop.run_once()
         events = self._outbox.take()
         self.stats = events.stats
@@ -137,6 +174,16 @@ class InProcessEngine:
             self._streams.post(update)
         for name, error in events.rejections:
             self._streams.reject(name, error)
+
+    def _enter(self, name: str) -> None:
+        request, constraint = self._backlog.pop(name), None
+        if request.constraint is not None:
+            try:
+                constraint = self._constraints.make(request)
+            except JserveError as error:
+                self._outbox.reject(name, error)
+                return
+        self._inbox.put(Submit(request, constraint))
 
 
 class _LoopThread:
@@ -198,7 +245,12 @@ class LLM:
         assets = text_assets_from_config(config.model, on_files)
         self.text = TextModel.from_assets(assets, config.gateway)
         self.info = engine.info
-        self._engine = InProcessEngine(engine, open_step_log(config.engine))
+        constraints = ConstraintMaker(
+            lambda: assets.tokenizer_json,
+            vocab=self.info.vocab,
+            eos_token_ids=self.info.eos_token_ids,
+        )
+        self._engine = InProcessEngine(engine, constraints, open_step_log(config.engine))
         self._plane = RequestPlane(
             tokenizer=self.text.tokenizer,
             chat_template=self.text.chat_template,
@@ -218,21 +270,61 @@ class LLM:
         sampling: SamplingFields | Sequence[SamplingFields] | None = None,
         *,
         use_tqdm: bool = True,
-        **options: Unpack[RequestOptions],
+        **options: Unpack[GenerateOptions],
     ) -> list[Completion]:
         """Completes every prompt, `n` times each, in the order of the prompts.
 
         `sampling` is one for all prompts, or one for each; its fields that are None take the
-        model's defaults. Options (`n`, `stop`, `cache_salt`, …) are those of a served request.
+        model's defaults. Options (`n`, `stop`, `cache_salt`, …) are those of a served request;
+        `structured_outputs` ({"json": schema}, {"regex": …}, …) and `response_format` bind answers.
         Raises RequestError, before anything runs, when a prompt, a field or an option is wrong, and
         TypeError when there is no such option.
         """
         wanted = _prompts(prompts)
-        if sampling is None or isinstance(sampling, SamplingFields):
-            sampling = [sampling or SamplingFields()] * len(wanted)
-        if len(sampling) != len(wanted):
-            raise RequestError(f"sampling has {len(sampling)} entries for {len(wanted)} prompts")
-        generations = self._loop.call(self._prepare(wanted, sampling, options))
+        fields = _one_each(sampling, len(wanted))
+        generations = self._loop.call(self._prepare(wanted, fields, options))
+        return [
+            _completion(prompt, deltas)
+            for prompt, choices in zip(wanted, self._complete(generations, use_tqdm), strict=True)
+            for deltas in choices
+        ]
+
+    def chat(
+        self,
+        conversations: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling: SamplingFields | Sequence[SamplingFields] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **options: Any,
+    ) -> list[Completion]:
+        """Answers every conversation, `n` times each; one is a list of messages.
+
+        `sampling` is as of `generate`. Options are fields of `POST /v1/chat/completions`, with
+        values as JSON has them: `tools`, `tool_choice`, `response_format`, `chat_template_kwargs`,
+        `continue_final_message`, `n`, … The prompt of a completion is the rendered text. Raises
+        RequestError, before anything runs, when a message or an option is wrong or unknown.
+        """
+        given: list[Any] = list(conversations)
+        if given and isinstance(given[0], Mapping):
+            given = [given]
+        fields = _one_each(sampling, len(given))
+        asked = [parse_chat({**options, "messages": messages}) for messages in given]
+        for request in asked:
+            for name in ("stream", "echo"):
+                if getattr(request, name):
+                    raise RequestError(f"{name} is not an option of LLM.chat", param=name)
+        chats = self._loop.call(self._prepare_chats(asked, fields))
+        answers = self._complete([chat.generation for chat in chats], use_tqdm)
+        return [
+            _chat_completion(request, chat, deltas)
+            for request, chat, choices in zip(asked, chats, answers, strict=True)
+            for deltas in choices
+        ]
+
+    def _complete(
+        self, generations: Sequence[GenerationRequest], use_tqdm: bool
+    ) -> list[list[list[OutputDelta]]]:
+        """Runs the requests; returns the deltas of their choices."""
         answers: list[list[list[OutputDelta]]] = [[[] for _ in range(it.n)] for it in generations]
         tokens = 0
         total = sum(it.n for it in generations)
@@ -248,17 +340,13 @@ class LLM:
                     bar.set_postfix_str(f"{rate:.1f} tokens/s")
 
             self._loop.call(self._engine.drive(self._run(generations, on_delta)))
-        return [
-            _completion(prompt, deltas)
-            for prompt, choices in zip(wanted, answers, strict=True)
-            for deltas in choices
-        ]
+        return answers
 
     def stream(
         self,
         prompt: PromptLike,
         sampling: SamplingFields | None = None,
-        **options: Unpack[RequestOptions],
+        **options: Unpack[GenerateOptions],
     ) -> Iterator[str]:
         """Yields the text of one completion as it grows. Options are those of `generate`."""
         fields = [sampling or SamplingFields()]
@@ -293,13 +381,16 @@ class LLM:
         self,
         prompts: Sequence[PromptLike],
         sampling: Sequence[SamplingFields],
-        options: RequestOptions,
+        options: GenerateOptions,
     ) -> list[GenerationRequest]:
-        if unknown := options.keys() - RequestOptions.__annotations__.keys():
+        if unknown := options.keys() - GenerateOptions.__annotations__.keys():
             raise TypeError(
                 f"{', '.join(sorted(unknown))}: no such option; options are "
-                f"{', '.join(RequestOptions.__annotations__)}, and SamplingFields holds the rest"
+                f"{', '.join(GenerateOptions.__annotations__)}, and SamplingFields holds the rest"
             )
+        structured = read_structured({key: options.get(key) for key in _STRUCTURED})
+        constraint = await self._plane.constraint(structured)
+        rest: Any = {key: value for key, value in options.items() if key not in _STRUCTURED}
         generations: list[GenerationRequest] = []
         for index, (prompt, fields) in enumerate(zip(prompts, sampling, strict=True)):
             if isinstance(prompt, str):
@@ -307,8 +398,24 @@ class LLM:
             else:
                 ids = self._plane.prompts.of_ids(_token_ids(prompt, index))
             name = f"offline-{next(self._serial)}"
-            generations.append(self._plane.prepare(id=name, prompt=ids, sampling=fields, **options))
+            generations.append(
+                self._plane.prepare(
+                    id=name, prompt=ids, sampling=fields, constraint=constraint, **rest
+                )
+            )
         return generations
+
+    async def _prepare_chats(
+        self, asked: Sequence[ChatRequest], sampling: Sequence[SamplingFields]
+    ) -> list[PreparedChat]:
+        chats: list[PreparedChat] = []
+        for request, fields in zip(asked, sampling, strict=True):
+            given = {name: value for name, value in asdict(fields).items() if value is not None}
+            request = replace(request, sampling=replace(request.sampling, **given))
+            conversation = conversation_of(self._plane, request)
+            name = f"offline-{next(self._serial)}"
+            chats.append(await prepare(self._plane, conversation, id=name, caller=LOCAL))
+        return chats
 
     async def _run(
         self, generations: Sequence[GenerationRequest], on_delta: Callable[[int, OutputDelta], None]
@@ -330,6 +437,17 @@ class LLM:
         except ExceptionGroup as errors:
             error = errors.exceptions[0]
             raise error from error.__cause__  # without the group
+
+
+def _one_each(
+    sampling: SamplingFields | Sequence[SamplingFields] | None, num_prompts: int
+) -> Sequence[SamplingFields]:
+    """Returns sampling fields for each prompt."""
+    if sampling is None or isinstance(sampling, SamplingFields):
+        return [sampling or SamplingFields()] * num_prompts
+    if len(sampling) != num_prompts:
+        raise RequestError(f"sampling has {len(sampling)} entries for {num_prompts} prompts")
+    return sampling
 
 
 async def _next(deltas: AsyncIterator[OutputDelta]) -> OutputDelta | None:
@@ -397,4 +515,20 @@ def _completion(prompt: PromptLike, deltas: Sequence[OutputDelta]) -> Completion
         logprobs=None if whole.logprobs is None else tuple(whole.logprobs),
         prompt_logprobs=None if whole.prompt_logprobs is None else tuple(whole.prompt_logprobs),
         num_cached_tokens=whole.cached_tokens,
+    )
+
+
+def _chat_completion(
+    asked: ChatRequest, chat: PreparedChat, deltas: Sequence[OutputDelta]
+) -> Completion:
+    prompt = chat.generation.prompt
+    completion = _completion(prompt.text or prompt.ids, deltas)
+    answer = WholeAnswer.of(chat.reader().feed(join(deltas)).parts)
+    return replace(
+        completion,
+        text=answer.text,
+        reasoning=answer.reasoning if asked.include_reasoning else "",
+        tool_calls=tuple(
+            ToolCall(chat.call_id(), name, arguments) for name, arguments in answer.calls
+        ),
     )

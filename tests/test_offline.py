@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import itertools
+import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -13,6 +14,7 @@ import pytest
 
 from jserve.cache.kv_cache import KVCache
 from jserve.cache.layout import single_group
+from jserve.checkpoints.config import RandomWeights
 from jserve.config import load
 from jserve.core.errors import ConfigError, EngineError, PromptTooLong, RequestError
 from jserve.core.request import EngineInfo, FinishReason, Request, SequenceUpdate
@@ -35,7 +37,11 @@ def llm() -> LLM:
     """An engine with one program of each kind; these tests do not depend on their number."""
     sizes = ("mixed_tokens=64", "decode_rows=8")
     changes = ["scheduler.max_queue=4", *(f"engine.{size}" for size in sizes)]
-    return LLM(load("configs/tiny_random.py", changes))
+    config = load("configs/tiny_random.py", ["gateway.tool_parser=hermes", *changes])
+    assert isinstance(config.model.source, RandomWeights)
+    spec = dataclasses.replace(config.model.source.spec, eos_token_ids=(511,))  # ends a grammar
+    model = dataclasses.replace(config.model, source=RandomWeights(spec=spec))
+    return LLM(dataclasses.replace(config, model=model))
 
 
 def test_a_batch_larger_than_slots_and_queue_equals_single_runs(llm: LLM) -> None:
@@ -81,6 +87,37 @@ def test_no_prompt_is_dropped(llm: LLM) -> None:
     ):
         with pytest.raises(RequestError, match=message):
             llm.generate(prompts, GREEDY, use_tqdm=False)  # type: ignore[arg-type]
+
+
+def test_a_chat_reads_calls_and_binds_them(llm: LLM) -> None:
+    city = {"type": "object", "properties": {"city": {"enum": ["Rome"]}}, "required": ["city"]}
+    function = {"name": "weather", "parameters": {**city, "additionalProperties": False}}
+    options = {
+        "tools": [{"type": "function", "function": function}],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "chat_template": "{{ messages[0].content }}{{ tools and tools[0].function.name }}>",
+        "use_tqdm": False,
+    }
+    fields = SamplingFields(temperature=0, max_tokens=200)
+    talks = [[{"role": "user", "content": text}] for text in ("Hi", "Ho")]
+    for completion in llm.chat(talks, fields, n=2, **options):
+        (call,) = completion.tool_calls
+        assert (call.name, json.loads(call.arguments)) == ("weather", {"city": "Rome"})
+        assert completion.text == ""
+    (one,) = llm.chat(talks[1], GREEDY, chat_template="Ho weather>", use_tqdm=False)
+    (plain,) = llm.generate("Ho weather>", GREEDY, use_tqdm=False)
+    assert (one.prompt, one.text, one.tool_calls) == ("Ho weather>", plain.text, ())
+    for wrong, message in (
+        ({"tool": []}, "tool"),
+        ({"stream": True}, "stream is not an option"),
+        ({"echo": True}, "echo is not an option"),
+        ({"tool_choice": "required"}, "there are no tools"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            llm.chat(talks, GREEDY, use_tqdm=False, **wrong)
+    with pytest.raises(RequestError, match="1 entries for 2 prompts"):
+        llm.chat(talks, [GREEDY], use_tqdm=False)
 
 
 def test_choices_differ_and_a_seed_repeats_them(llm: LLM) -> None:

@@ -3,7 +3,8 @@
     python -m benchmarks.serving.failover --kills 50
 
 Starts a server with one engine, asks every kind of request undisturbed (greedy, seeded, penalties,
-several choices, stop strings, log-probabilities; streamed and not), then asks them in a loop over
+several choices, stop strings, log-probabilities, with `--grammars` also bound answers; streamed and
+not), then asks them in a loop over
 `--streams` connections while the engine is killed (SIGKILL, or whatever `--signal` names) at random
 moments. Crashes do not count as crashes in a row (control.healthy_after_s=0), which would put the
 restarts off. Prints how many answers differ, and the time from the last token before a death to the
@@ -47,6 +48,11 @@ _KINDS: dict[str, dict[str, Any]] = {
     "stop": {"temperature": 1.0, "stop": ["e", "xj"], "min_tokens": 20},
     "logprobs": {"temperature": 1.0, "logprobs": 3},
 }
+_SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "integer"}}}
+_GRAMMARS: dict[str, dict[str, Any]] = {  # for models with an end-of-sequence id
+    "json": {"temperature": 1.0, "guided_json": _SCHEMA | {"required": ["a", "b"]}},
+    "regex": {"temperature": 0, "guided_regex": "([a-z]{2,9} ){20,}"},
+}
 
 Answer = list[tuple[str, str | None, str]]  # of each choice: text, finish reason, log-probabilities
 
@@ -75,20 +81,21 @@ class Tally:
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-def make_asks(count: int, max_tokens: int, seed: int) -> list[Ask]:
+def make_asks(count: int, max_tokens: int, seed: int, *, grammars: bool = False) -> list[Ask]:
     """The requests: every kind over several prompts, every second one streamed."""
     rng = random.Random(seed)
+    kinds = _KINDS | _GRAMMARS if grammars else _KINDS
     asks: list[Ask] = []
     for number in range(count):
-        kind = list(_KINDS)[number % len(_KINDS)]
+        kind = list(kinds)[number % len(kinds)]
         body = {
             "prompt": rng.choice(_PROMPTS) * rng.randint(1, 6),
             "max_tokens": rng.randint(max_tokens // 4, max_tokens),
             "seed": rng.randrange(1 << 31),
-            "ignore_eos": True,
+            "ignore_eos": kind not in _GRAMMARS,
         }
-        stream = number // len(_KINDS) % 2 == 0
-        asks.append(Ask(kind, body | _KINDS[kind] | {"stream": stream}, stream))
+        stream = number // len(kinds) % 2 == 0
+        asks.append(Ask(kind, body | kinds[kind] | {"stream": stream}, stream))
     return asks
 
 
@@ -214,7 +221,11 @@ async def until_ready(client: httpx.AsyncClient) -> None:
 async def measure(options: argparse.Namespace, url: str, server: ServerProcess) -> Tally:
     """Undisturbed answers first, then those under fire."""
     tally = Tally()
-    asks = list(enumerate(make_asks(options.requests, options.max_tokens, options.seed)))
+    asks = list(
+        enumerate(
+            make_asks(options.requests, options.max_tokens, options.seed, grammars=options.grammars)
+        )
+    )
     limits = httpx.Limits(max_connections=options.streams + 8)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
         waiting = asyncio.create_task(until_ready(client))
@@ -256,6 +267,7 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--config", default="configs/tiny_random.py")
+    parser.add_argument("--grammars", action="store_true", help="needs a model that can end")
     parser.add_argument("--set", action="append", default=[], help="as of jserve; may repeat")
     parser.add_argument("--streams", type=int, default=12, help="requests at a time")
     parser.add_argument("--requests", type=int, default=48, help="different ones")

@@ -76,6 +76,23 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConstraintSpec:
+    """Bounds on the text of an answer beyond its sampling parameters.
+
+    With `reasoning_end` the answer begins with reasoning, which a grammar leaves alone: what
+    follows these tokens is bound. Reasoning begins with `reasoning_start`, or with the answer
+    where that is empty; an answer that does not begin with it has none.
+    """
+
+    grammar: str = ""  # in llguidance's form, JSON or Lark; empty: none
+    fit: bool = False  # the text ends within max_tokens, by a short way if need be
+    reasoning_start: tuple[int, ...] = ()
+    reasoning_end: tuple[int, ...] = ()
+    bad_sequences: tuple[tuple[int, ...], ...] = ()  # tokens that never come in a row
+    max_reasoning_tokens: int | None = None  # at which `reasoning_end` is forced; None: no bound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One sequence to generate in the engine; `n` choices are `n` requests.
 
@@ -101,6 +118,7 @@ class Request:
     # Computed tokens are shared among requests of the same salt only. Whoever knows a salt can
     # learn by timing what was asked under it, so no log shows it.
     cache_salt: str = field(default="", repr=False)
+    constraint: ConstraintSpec | None = None
 
 
 @dataclass(frozen=True, slots=True)

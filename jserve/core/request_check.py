@@ -12,6 +12,7 @@ from jserve.core.request import (
     MAX_LOGIT_BIAS,
     MAX_STOP_TOKEN_IDS,
     Bounds,
+    ConstraintSpec,
     EngineInfo,
     Request,
     SamplingParams,
@@ -21,6 +22,9 @@ MAX_LOGIT_BIAS_VALUE = 100.0
 _MAX_ID_CHARS = 256
 _MAX_TENANT_CHARS = 256
 _MAX_INT32 = 2**31 - 1
+MAX_GRAMMAR_CHARS = 1 << 20
+_MAX_MARKER_TOKENS = 64
+_MAX_BAD_SEQUENCES = 1024
 _BOUNDED: tuple[tuple[str, Bounds, bool], ...] = tuple(
     (field.name, field.metadata["bounds"], field.default is None)
     for field in fields(SamplingParams)
@@ -45,6 +49,8 @@ def check_request(request: Request, info: EngineInfo) -> None:
     deadline_s = request.deadline_s
     if deadline_s is not None and not (math.isfinite(deadline_s) and deadline_s >= 0):
         _refuse("deadline_s", f"is {deadline_s}")
+    if request.constraint is not None:
+        _check_constraint(request.constraint, info)
     _check_sampling(request.sampling, info, room=info.max_model_len - len(request.prompt))
 
 
@@ -76,6 +82,29 @@ def _check_lengths(request: Request, info: EngineInfo) -> None:
         _refuse("max_tokens", f"is {most}; it must be at least 1")
     if output >= most:
         _refuse("output", f"has {output} tokens, and max_tokens is {most}: nothing is left to do")
+
+
+def _check_constraint(constraint: ConstraintSpec, info: EngineInfo) -> None:
+    if len(constraint.grammar) > MAX_GRAMMAR_CHARS:
+        _refuse("grammar", f"has {len(constraint.grammar)} characters; at most {MAX_GRAMMAR_CHARS}")
+    for name in ("reasoning_start", "reasoning_end"):
+        ids: tuple[int, ...] = getattr(constraint, name)
+        if len(ids) > _MAX_MARKER_TOKENS:
+            _refuse(name, f"has {len(ids)} ids; at most {_MAX_MARKER_TOKENS}")
+        _check_ids(name, ids, info.vocab)
+    if len(constraint.bad_sequences) > _MAX_BAD_SEQUENCES:
+        _refuse("bad_words", f"has {len(constraint.bad_sequences)}; at most {_MAX_BAD_SEQUENCES}")
+    for ids in constraint.bad_sequences:
+        if not 0 < len(ids) <= _MAX_MARKER_TOKENS:
+            _refuse(
+                "bad_words", f"has a word of {len(ids)} tokens; 1 to {_MAX_MARKER_TOKENS} may be"
+            )
+        _check_ids("bad_words", ids, info.vocab)
+    most = constraint.max_reasoning_tokens
+    if most is not None and not 0 <= most <= _MAX_INT32:
+        _refuse("max_reasoning_tokens", f"is {most}, not from 0 to {_MAX_INT32}")
+    if most is not None and not constraint.reasoning_end:
+        _refuse("max_reasoning_tokens", "is there, but nothing that ends the reasoning")
 
 
 def _check_sampling(sampling: SamplingParams, info: EngineInfo, room: int) -> None:

@@ -76,7 +76,8 @@ class Admission:
 
     The pages of a sequence may hold K and V of its first `num_computed` tokens already, computed
     by another sequence or moved in. Its first chunk starts there. With `last_token`, the newest
-    of `output`, its first row is a decode row that computes this token.
+    of `output`, its first row is a decode row that computes this token. A sequence that holds the
+    slot already keeps its pages: tokens after its output did not stand, and it goes on from there.
     """
 
     slot: int
@@ -155,10 +156,18 @@ class Move(NamedTuple):
 
 
 class MaskRow(NamedTuple):
-    """The tokens that a slot may sample in this step."""
+    """The tokens that may be the first which a slot samples in this step.
+
+    Those that it samples in later decode steps of the same run are not masked.
+    """
 
     slot: int
-    words: tuple[int, ...]  # uint32; bit i % 32 of word i // 32: token id i is allowed
+    words: bytes  # uint32, little-endian; bit i % 32 of word i // 32: token id i is allowed
+
+
+def mask_words(vocab: int) -> int:
+    """Words of a mask over `vocab` token ids."""
+    return -(-vocab // 32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,8 @@ class DeviceExecutor:
         self._shape = shape
         self._mover = mover
         self._eos = eos_token_ids
+        # On the devices already: a step without masks sends none.
+        self._no_masks = jax.device_put(np.zeros(shape.masks, np.int32), state.lengths.sharding)
         self._wants_logprobs = np.zeros(shape.num_slots, bool)  # [slots], by the slot's sequence
 
     def submit(self, plan: StepPlan) -> PendingStep:
@@ -73,7 +75,8 @@ class DeviceExecutor:
             kv = self._mover.run(self._state.kv, batch.moves)
             self._state = self._state._replace(kv=kv)
         call = self._programs[batch.program]
-        self._state, result = call(self._params, self._state, batch.buffer)
+        masks = self._no_masks if batch.masks is None else batch.masks
+        self._state, result = call(self._params, self._state, batch.buffer, masks)
         return StartedStep(batch, result, self._mover.num_out if self._mover else 0)
 
     def wait(self, step: StartedStep) -> tuple[int, ...]:

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from jserve.core.errors import JserveError
 from jserve.core.request import Request, SequenceUpdate
 from jserve.core.stats import EngineStats
+from jserve.scheduler.constraint import Constraint
 
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Take this request."""
+    """Take this request; `constraint` binds its output."""
 
     request: Request
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)

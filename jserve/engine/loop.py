@@ -79,10 +79,10 @@ class EngineLoop:
     def _drain_inbox(self) -> None:
         for command in self._inbox.drain():
             match command:
-                case Submit(request):
+                case Submit(request, constraint):
                     now_s = self._clock.now_s()
                     try:
-                        self._scheduler.add(request, now_s)
+                        self._scheduler.add(request, now_s, constraint)
                     except JserveError as error:
                         self._outbox.reject(request.id, error)
                         continue

@@ -77,12 +77,17 @@ class ApiKeys:
         if isinstance(authorization, str):
             authorization = authorization.encode()
         scheme, _, key = authorization.partition(b" ")
-        digest, found = _digest(key.strip()), None
+        found = self.find_key(key.strip())
+        return found if scheme.lower() == b"bearer" else None
+
+    def find_key(self, key: bytes) -> KeyGrant | None:
+        """The grant of a key; None for an unknown one."""
+        digest, found = _digest(key), None
         # Comparing every key in constant time leaks nothing by timing.
         for known, grant in self._grants.items():
             if hmac.compare_digest(digest, known):
                 found = grant
-        return found if scheme.lower() == b"bearer" else None
+        return found
 
     def find_in(self, metadata: Iterable[tuple[str, str | bytes]]) -> KeyGrant | None:
         """The grant of a gRPC call, from its metadata `authorization`."""

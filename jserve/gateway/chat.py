@@ -21,17 +21,6 @@ from jserve.core.errors import ConfigError, RequestError
 
 MAX_RENDERED_CHARS = 16 << 20
 _MAX_ERROR_CHARS = 1000  # of a template's own message
-_MESSAGE_FIELDS = frozenset({"role", "content", "name", "reasoning_content"})
-# Fields of answers, which clients send back with the message. They say nothing to a template.
-_REPLAYED_FIELDS = frozenset(
-    {
-        *("annotations", "cache_control", "created_at", "id", "images", "parsed", "phase"),
-        *("provider_specific_fields", "reasoning_details", "status", "thinking_blocks"),
-    }
-)
-_TOOL_FIELDS = frozenset({"tool_calls", "function_call", "tool_call_id"})
-# Types of a part that is text, and the field that holds it.
-_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
 class _TemplateError(Exception):
@@ -111,8 +100,13 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Any] | None = None,
+        source: str | None = None,
     ) -> str:
         """Returns the prompt text. As in transformers, `variables` come before the model's own.
+
+        `source` is a template instead of the model's.
 
         Any failure of the template is a RequestError, but for the MemoryError of one that is larger
         than what the process may take.
@@ -120,10 +114,13 @@ class ChatTemplate:
         pieces: list[str] = []
         size = 0
         try:
-            for piece in self._template.generate(
+            template = self._template
+            if source is not None:
+                template = self._environment.from_string(source)
+            for piece in template.generate(
                 {
-                    "tools": None,
-                    "documents": None,
+                    "tools": tools or None,
+                    "documents": documents or None,
                     "add_generation_prompt": add_generation_prompt,
                     **self.special_tokens,
                     **(variables or {}),
@@ -137,86 +134,12 @@ class ChatTemplate:
         except MemoryError:
             raise
         except Exception as error:  # on unexpected messages a template may raise any
-            raise RequestError(
-                f"the model's chat template refused the messages: {str(error)[:_MAX_ERROR_CHARS]}",
-                param="messages",
-            ) from error
+            text = str(error)[:_MAX_ERROR_CHARS]
+            if source is not None:
+                raise RequestError(f"chat_template: {text}", param="chat_template") from error
+            message = f"the model's chat template refused the messages: {text}"
+            raise RequestError(message, param="messages") from error
         return "".join(pieces)
-
-
-def check_messages(
-    value: Any, *, max_messages: int, ignored: list[str] | None = None
-) -> list[dict[str, str]]:
-    """Returns messages of role and text; text parts are joined by line ends, as in vLLM.
-
-    What an assistant's answer has beside its text may come back with it: empty fields and those
-    that say nothing to a template are dropped. Unknown fields are named in `ignored`, or refused
-    without it. Raises RequestError naming the message and the field.
-    """
-    if not isinstance(value, list | tuple) or not value:
-        raise RequestError("messages must be a list with at least one message", param="messages")
-    check_num_messages(len(value), max_messages)
-    return [_check_message(f"messages[{i}]", message, ignored) for i, message in enumerate(value)]
-
-
-def check_num_messages(number: int, most: int) -> None:
-    """Raises RequestError if there are more than `most`."""
-    if number > most:
-        raise RequestError(f"messages has {number} entries; at most {most}", param="messages")
-
-
-def _check_message(where: str, message: Any, ignored: list[str] | None) -> dict[str, str]:
-    if not isinstance(message, Mapping):
-        raise RequestError(f"{where} must be an object", param=where)
-    fields = {name: value for name, value in message.items() if value not in (None, "", [], {})}
-    role = message.get("role")
-    if not isinstance(role, str):
-        raise RequestError(f"{where}.role must be a string", param=f"{where}.role")
-    if role in ("tool", "function"):
-        raise RequestError(
-            f"{where}.role {role!r}: tools are not supported yet", param=f"{where}.role"
-        )
-    content = fields.get("content", message.get("content"))
-    refusal = fields.pop("refusal", "")
-    if role == "assistant" and content is None:  # it declined, or said nothing
-        content = refusal
-    for name in sorted(fields.keys() - _MESSAGE_FIELDS - _REPLAYED_FIELDS):
-        _refuse_field(where, name, ignored)
-    checked = {"role": role}
-    for name in ("name", "reasoning_content"):
-        if not isinstance(text := fields.get(name, ""), str):
-            raise RequestError(f"{where}.{name} must be a string", param=f"{where}.{name}")
-        if text:
-            checked[name] = text
-    return {**checked, "content": _content(f"{where}.content", content)}
-
-
-def _refuse_field(where: str, name: str, ignored: list[str] | None) -> None:
-    """Raises RequestError, unless the field is only unknown and those are ignored."""
-    path = f"{where}.{name[:60]}"
-    if name in _TOOL_FIELDS:
-        raise RequestError(f"{path}: tools are not supported yet", param=path)
-    if name == "audio" or ignored is None:
-        raise RequestError(f"{path} is not supported", param=path)
-    ignored.append(path)
-
-
-def _content(where: str, content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list | tuple):
-        raise RequestError(f"{where} must be a string or a list of text parts", param=where)
-    texts: list[str] = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if not isinstance(kind, str) or kind not in _TEXT_PARTS:
-            raise RequestError(f"{where}[{i}] must be of type text", param=f"{where}[{i}]")
-        field = _TEXT_PARTS[kind]
-        if not isinstance(part.get(field), str):
-            param = f"{where}[{i}].{field}"
-            raise RequestError(f"{param} must be a string", param=param)
-        texts.append(part[field])
-    return "\n".join(texts)
 
 
 def _raise_exception(message: str) -> None:

@@ -71,6 +71,16 @@ class GatewayConfig:
     # Of all together. Over it, the largest request of the tenant who holds the most ends.
     max_buffer_bytes: int = 256 << 20
 
+    # Responses (`/v1/responses`) that are kept to be continued or fetched, with `store` and for all
+    # tenants; then the oldest one of the tenant who holds the most goes. 0: none is kept.
+    max_stored_responses: int = 4096
+    max_stored_response_bytes: int = 64 << 20
+
+    # How the model writes calls of tools, and reasoning: names of parsers, or none. None: as its
+    # chat template tells.
+    tool_parser: str | None = None
+    reasoning_parser: str | None = None
+
     default_temperature: float | None = None
     default_top_k: int | None = None
     default_top_p: float | None = None
@@ -98,6 +108,9 @@ class GatewayConfig:
         for name in ("max_request_buffer_bytes", "max_buffer_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"gateway.{name} is {getattr(self, name)}; it must be 1 or more")
+        for name in ("max_stored_responses", "max_stored_response_bytes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"gateway.{name} is {getattr(self, name)}; it must be 0 or more")
         for name in ("api_keys_file", "tls_cert", "tls_key"):
             value = getattr(self, name)
             if value is not None and not value.strip():

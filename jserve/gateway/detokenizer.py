@@ -138,10 +138,17 @@ class ByteLevelDetokenizer:
     """A `Detokenizer` for byte-level BPE; the output completes a character that `prompt` began."""
 
     def __init__(
-        self, fragments: Fragments, *, skip_special_tokens: bool, prompt: tuple[int, ...] = ()
+        self,
+        fragments: Fragments,
+        *,
+        skip_special_tokens: bool,
+        shown_tokens: frozenset[int] = frozenset(),
+        prompt: tuple[int, ...] = (),
     ) -> None:
         self._fragments = fragments
-        self._skipped = fragments.special if skip_special_tokens else frozenset[int]()
+        self._skipped = (
+            fragments.special - shown_tokens if skip_special_tokens else frozenset[int]()
+        )
         self._decoder = _utf8_decoder(errors="replace")
         self.push(prompt[-_TAIL_TOKENS:])
 
@@ -157,10 +164,17 @@ class ByteFallbackDetokenizer:
     """A `Detokenizer` for SentencePiece; without a prompt the leading space is stripped."""
 
     def __init__(
-        self, fragments: Fragments, *, skip_special_tokens: bool, prompt: tuple[int, ...] = ()
+        self,
+        fragments: Fragments,
+        *,
+        skip_special_tokens: bool,
+        shown_tokens: frozenset[int] = frozenset(),
+        prompt: tuple[int, ...] = (),
     ) -> None:
         self._fragments = fragments
-        self._skipped = fragments.special if skip_special_tokens else frozenset[int]()
+        self._skipped = (
+            fragments.special - shown_tokens if skip_special_tokens else frozenset[int]()
+        )
         self._decoder = _utf8_decoder(errors=_PER_BYTE)
         self._in_run = False  # the last fragment was a byte
         self._strip = "" if prompt else fragments.spec.strip_start

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -9,17 +10,25 @@ import grpc.aio
 
 from jserve.core.errors import RequestError
 from jserve.core.request import FinishReason, TokenLogprobs
-from jserve.gateway.chat import check_num_messages
+from jserve.gateway.conversation import prepare, render
+from jserve.gateway.grpc_chat import ChatWriter, read_chat, without_echo
 from jserve.gateway.output import num_logprobs
 from jserve.gateway.pauses import LARGE, Pauses
 from jserve.gateway.request_plane import GenerationRequest, OutputDelta, Prompt, RequestPlane
 from jserve.gateway.tenants import Caller
 from jserve.gateway.tokenizer import TextTokenizer
 from jserve.gateway.validation import SamplingFields
+from jserve.grammar.source import GrammarKind, GrammarSource, Whitespace
 from jserve.proto import inference_pb2, types_pb2
 from jserve.proto.convert import FINISH_TO_PROTO, logprobs_to_proto
 
 _PIECE_POSITIONS = 16  # of up to 20 alternatives take less than a millisecond
+_Spaces = inference_pb2.StructuredOutput
+_WHITESPACE = {
+    _Spaces.WHITESPACE_NONE: Whitespace.NONE,
+    _Spaces.WHITESPACE_ONE: Whitespace.ONE,
+    _Spaces.WHITESPACE_ANY: Whitespace.ANY,
+}
 
 
 def sampling_fields(message: types_pb2.SamplingParams) -> SamplingFields:
@@ -45,39 +54,89 @@ async def parse_prompt(
                 message.text, add_special_tokens=add_special_tokens, most=most
             )
         case "chat":
-            check_num_messages(len(message.chat.messages), plane.config.max_chat_messages)
-            messages = [{"role": m.role, "content": m.content} for m in message.chat.messages]
-            return await plane.prompts.of_chat(messages, caller=caller, most=most)
+            conversation = await read_chat(plane, message.chat)
+            return await render(plane, conversation, caller=caller, most=most)
         case "token_ids" if isinstance(message, inference_pb2.GenerateRequest):
             return plane.prompts.of_ids(message.token_ids.ids)
         case _:
             raise RequestError("no input; set text, token_ids or chat", param="input")
 
 
+def grammar_source(message: inference_pb2.GenerateRequest) -> GrammarSource | None:
+    """Reads what binds the answer; RequestError if the message names nothing."""
+    if not message.HasField("structured_output"):
+        return None
+    given = message.structured_output
+    field = given.WhichOneof("kind")
+    if field is None or (field == "json_object" and not given.json_object):
+        fault = "structured_output is empty; set json_schema, json_object, regex, choice, grammar "
+        raise RequestError(fault + "or structural_tag", param="structured_output")
+    kind = GrammarKind.JSON if field == "json_schema" else GrammarKind(field)
+    value = getattr(given, field)
+    whitespace = _WHITESPACE.get(given.whitespace, Whitespace.ONE)
+    return GrammarSource(
+        kind=kind,
+        value=list(value.values) if kind is GrammarKind.CHOICE else value,
+        field=f"structured_output.{field}",
+        whitespace=given.whitespace_pattern if given.HasField("whitespace_pattern") else whitespace,
+        fit=given.fit,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedGeneration:
+    """A generation, and what writes its choices if it answers a chat."""
+
+    generation: GenerationRequest
+    writer: ChatWriter | None = None
+
+
 async def parse_generation(
     plane: RequestPlane, message: inference_pb2.GenerateRequest, request_id: str, caller: Caller
-) -> GenerationRequest:
-    """Parses and validates; see `RequestPlane.prepare` for the errors."""
+) -> ParsedGeneration:
+    """Parses and validates; see `RequestPlane.prepare` and `conversation.prepare` for errors."""
     plane.check_model(message.model)
+    sampling, options = sampling_fields(message.sampling), _options(plane, message)
+    if message.WhichOneof("input") == "chat":
+        chat = message.chat
+        with plane.preparing(caller, 1, message.n or None):
+            conversation = replace(
+                await read_chat(plane, chat),
+                structured=grammar_source(message),
+                sampling=sampling,
+                **options,
+            )
+            prepared = await prepare(plane, conversation, id=request_id, caller=caller)
+        prepared, echo = without_echo(prepared)
+        shown = chat.include_reasoning if chat.HasField("include_reasoning") else True
+        writer = ChatWriter(prepared, include_reasoning=shown, echo=echo)
+        return ParsedGeneration(prepared.generation, writer)
     with plane.preparing(caller, 1, message.n or None):
         prompt = await parse_prompt(plane, message, caller)
-    return plane.prepare(
+        constraint = await plane.constraint(grammar_source(message), caller)
+    generation = plane.prepare(
         id=request_id,
         prompt=prompt,
         caller=caller,
-        sampling=sampling_fields(message.sampling),
-        stop=list(message.stop[: plane.config.max_stop_strings + 1]),
-        n=message.n or None,
-        priority=message.priority,
-        echo=message.echo,
-        skip_special_tokens=message.skip_special_tokens
-        if message.HasField("skip_special_tokens")
-        else None,
-        include_stop_str_in_output=message.include_stop_str_in_output
-        if message.HasField("include_stop_str_in_output")
-        else None,
-        cache_salt=message.cache_salt if message.HasField("cache_salt") else None,
+        constraint=constraint,
+        sampling=sampling,
+        **options,
     )
+    return ParsedGeneration(generation)
+
+
+def _options(plane: RequestPlane, message: inference_pb2.GenerateRequest) -> dict[str, Any]:
+    """Options of every input; None where they are not set."""
+    given: dict[str, Any] = {
+        name: getattr(message, name) if message.HasField(name) else None
+        for name in ("skip_special_tokens", "include_stop_str_in_output", "cache_salt")
+    }
+    return given | {
+        "stop": list(message.stop[: plane.config.max_stop_strings + 1]),
+        "n": message.n or 1,
+        "priority": message.priority,
+        "echo": message.echo,
+    }
 
 
 class EncodedResponses(grpc.aio.ServerInterceptor):
@@ -144,7 +203,7 @@ async def encode(
 
 async def responses(
     plane: RequestPlane,
-    generation: GenerationRequest,
+    parsed: ParsedGeneration,
     deltas: AsyncIterable[OutputDelta],
     started_s: float,
 ) -> AsyncIterator[bytes]:
@@ -154,14 +213,25 @@ async def responses(
     nobody asks for the next message the engine's updates are merged, so a reader that is slow gets
     fewer, larger ones.
     """
+    generation, writer = parsed.generation, parsed.writer
     unfinished = set(range(generation.n))
     num_output = num_cached = 0
     queue_s = 0.0
     ttft_s: float | None = None
 
+    def respond(delta: OutputDelta) -> inference_pb2.GenerateResponse:
+        message = make_response(delta, generation.id)
+        if writer is not None:
+            writer.write(delta, message)
+        if delta.finish is not None:
+            complete(message)
+        return message
+
     def complete(message: inference_pb2.GenerateResponse) -> None:
         unfinished.discard(message.index)
         if not unfinished:
+            if writer is not None:
+                message.usage.reasoning_tokens = writer.reasoning_tokens
             message.usage.prompt_tokens = len(generation.prompt.ids)
             message.usage.completion_tokens = num_output
             message.usage.cached_tokens = num_cached
@@ -177,17 +247,12 @@ async def responses(
         num_cached += delta.cached_tokens if delta.index == 0 else 0  # the prompt counts once
         queue_s = max(queue_s, delta.queue_s or 0.0)
         pauses.start()
-        message = make_response(delta, generation.id)
-        if delta.finish is not None:
-            complete(message)
+        message = respond(delta)
         turn = plane.large_answers if num_logprobs(delta) > LARGE else nullcontext()
         async with turn:
             data = await encode(message, delta, plane.tokenizer, pauses)
         await pauses.end()
         yield data
     for index in sorted(unfinished):
-        message = make_response(
-            OutputDelta(index, "", (), finish=FinishReason.ABORT), generation.id
-        )
-        complete(message)
+        message = respond(OutputDelta(index, "", (), finish=FinishReason.ABORT))
         yield message.SerializeToString()

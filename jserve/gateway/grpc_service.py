@@ -34,13 +34,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         started_s = self._plane.clock.now_s()
         try:
             request_id = request.request_id or new_request_id()
-            generation = await parse_generation(
-                self._plane, request, request_id, self._caller(context)
-            )
+            parsed = await parse_generation(self._plane, request, request_id, self._caller(context))
             deadline_s = _time_left_s(context)
-            running = self._plane.run(generation, self._metrics, deadline_s=deadline_s)
+            running = self._plane.run(parsed.generation, self._metrics, deadline_s=deadline_s)
             async with aclosing(running) as deltas:
-                async for response in responses(self._plane, generation, deltas, started_s):
+                async for response in responses(self._plane, parsed, deltas, started_s):
                     await context.write(response)  # waits while the client's window is full
         except JserveError as error:
             await abort(context, error)

@@ -101,15 +101,15 @@ class GenerateStream:
         started_s = self._plane.clock.now_s()
         live = self._live[message.request_id]
         try:
-            generation = await parse_generation(
-                self._plane, message, message.request_id, self._caller
+            parsed = await parse_generation(self._plane, message, message.request_id, self._caller)
+            running = self._plane.run(
+                parsed.generation, self._metrics, deadline_s=self._time_left_s()
             )
-            running = self._plane.run(generation, self._metrics, deadline_s=self._time_left_s())
             async with aclosing(running) as deltas:
                 live.deltas = deltas
                 if live.cancelled:
                     deltas.close()
-                async for response in responses(self._plane, generation, deltas, started_s):
+                async for response in responses(self._plane, parsed, deltas, started_s):
                     await self._write(response)
         except JserveError as error:
             await self._fail(message.request_id, make_failure(error))

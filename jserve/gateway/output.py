@@ -6,7 +6,13 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from jserve.core.logprobs import PackedLogprobs
-from jserve.core.request import FinishReason, SamplingParams, SequenceUpdate, TokenLogprobs
+from jserve.core.request import (
+    ConstraintSpec,
+    FinishReason,
+    SamplingParams,
+    SequenceUpdate,
+    TokenLogprobs,
+)
 from jserve.gateway.buffers import logprobs_bytes
 from jserve.gateway.stop_strings import StopMatcher
 from jserve.gateway.tenants import LOCAL, Caller
@@ -35,8 +41,10 @@ class GenerationRequest:
     echo: bool = False  # the text of each choice starts with the prompt's text
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    shown_tokens: frozenset[int] = frozenset()  # special tokens that are text all the same
     prompt_only: bool = False  # max_tokens was 0: the one generated token is not shown
     cache_salt: str = field(default="", repr=False)
+    constraint: ConstraintSpec | None = None  # on every choice
 
 
 class OutputDelta(NamedTuple):
@@ -137,7 +145,9 @@ class OutputProcessor:
         self._fed_chars = 0
         self._head = echoed(generation, tokenizer) if head is None else head
         self._detokenizer = tokenizer.detokenizer(
-            skip_special_tokens=generation.skip_special_tokens, prompt=generation.prompt.ids
+            skip_special_tokens=generation.skip_special_tokens,
+            shown_tokens=generation.shown_tokens,
+            prompt=generation.prompt.ids,
         )
 
     def feed(self, update: SequenceUpdate) -> OutputDelta:

@@ -8,25 +8,30 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from typing import TypedDict, Unpack
 
 from jserve.core.clock import Clock
 from jserve.core.errors import Unavailable, UnknownModel
-from jserve.core.request import EngineInfo, Request
+from jserve.core.request import ConstraintSpec, EngineInfo, Request
+from jserve.gateway.bad_words import bad_sequences
 from jserve.gateway.buffers import BufferAccount, BufferBudget
 from jserve.gateway.cache_salts import given_salt
 from jserve.gateway.chat import ChatTemplate
+from jserve.gateway.chat_formats import ChatFormats
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.defaults import SamplingDefaults
 from jserve.gateway.engine_client import EngineClient
 from jserve.gateway.fingerprint import fingerprint
+from jserve.gateway.grammar_process import GrammarProcess
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.output import GenerationRequest, OutputDelta, Prompt
 from jserve.gateway.output_stream import OutputStream
 from jserve.gateway.prompts import PromptMaker
+from jserve.gateway.structured import check_sampling
 from jserve.gateway.tenants import LOCAL, Caller, TenantCounts, most_sequences
 from jserve.gateway.tokenizer import TextTokenizer
 from jserve.gateway.validation import (
@@ -38,6 +43,7 @@ from jserve.gateway.validation import (
     integer,
     resolve_sampling,
 )
+from jserve.grammar.source import GrammarSource
 
 __all__ = ["GenerationRequest", "OutputDelta", "OutputStream", "Prompt", "RequestPlane"]
 
@@ -54,6 +60,7 @@ class RequestOptions(TypedDict, total=False):
     skip_special_tokens: bool | None
     include_stop_str_in_output: bool | None
     default_max_tokens: int | None  # instead of the model's default; the context bounds it
+    shown_tokens: frozenset[int] | None  # special tokens that are text all the same
     cache_salt: str | None  # computed prompts are shared with requests of the same salt only
 
 
@@ -78,6 +85,9 @@ class RequestPlane:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.prompts = PromptMaker(tokenizer, chat_template, config, lambda: self.info)
+        self.grammars = GrammarProcess(tokenizer.tokenizer_json, lambda: self.info)
+        source = None if chat_template is None else chat_template.source
+        self.formats = ChatFormats.of_template(source, config)
         self.defaults = defaults
         self.engine = engine
         self.config = config
@@ -145,6 +155,49 @@ class RequestPlane:
                 f"model {name[:200]!r} is not served here; {served} is", param="model"
             )
 
+    @cached_property
+    def special_ids(self) -> Mapping[str, int]:
+        """Ids of the vocabulary's special tokens by their text."""
+        return {
+            token["content"]: int(token_id)
+            for token_id, token in self.tokenizer.added_tokens().items()
+            if token["special"]
+        }
+
+    @cached_property
+    def marker_ids(self) -> frozenset[int]:
+        """Special tokens that the parsers of calls and reasoning must see."""
+        ids = (self.special_ids.get(text) for text in self.formats.markers)
+        return frozenset(token_id for token_id in ids if token_id is not None)
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """The tokens of a short text inside of an answer."""
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def with_bad_words(
+        self, constraint: ConstraintSpec | None, words: Sequence[str]
+    ) -> ConstraintSpec | None:
+        """Returns `constraint`, with the words that must not be generated.
+
+        Raises RequestError for an empty word, and for too many or too long ones.
+        """
+        if not words:
+            return constraint
+        found = bad_sequences(words, self.text_ids)
+        return replace(constraint or ConstraintSpec(), bad_sequences=found)
+
+    async def constraint(
+        self, source: GrammarSource | None, caller: Caller = LOCAL
+    ) -> ConstraintSpec | None:
+        """Returns what binds an answer to `source`, for `prepare`; None for none.
+
+        The grammar is compiled beside the event loop, unless it was before. Raises RequestError if
+        it is wrong, not supported or too complex, and Unavailable before an engine was seen.
+        """
+        if source is None:
+            return None
+        return ConstraintSpec(grammar=await self.grammars.text(source, caller.name), fit=source.fit)
+
     def prepare(
         self,
         *,
@@ -152,12 +205,14 @@ class RequestPlane:
         prompt: Prompt,
         sampling: SamplingFields,
         caller: Caller = LOCAL,
+        constraint: ConstraintSpec | None = None,
         **options: Unpack[RequestOptions],
     ) -> GenerationRequest:
         """Checks every field and resolves the defaults; None means not given.
 
         The priority of a caller who may not set one is 0. max_tokens 0 is allowed with `echo` or
-        prompt_logprobs: only the prompt is looked at.
+        prompt_logprobs: only the prompt is looked at, and nothing is bound by `constraint`, which
+        else is that of every choice.
         Raises RequestError (with `param`), PromptTooLong, Unavailable before the engine was
         ever seen (its context length is not known yet).
         """
@@ -177,12 +232,13 @@ class RequestPlane:
         defaults = self.defaults
         if (default := options.get("default_max_tokens")) is not None:
             defaults = replace(defaults, max_tokens=default)
+        resolved = resolve_sampling(sampling, defaults=defaults, info=info, prompt_tokens=len(ids))
+        if constraint is not None:
+            check_sampling(resolved, constraint, info)
         return GenerationRequest(
             id=check_request_id(id, config.max_request_id_chars),
             prompt=Prompt(ids, prompt.text),
-            sampling=resolve_sampling(
-                sampling, defaults=defaults, info=info, prompt_tokens=len(ids)
-            ),
+            sampling=resolved,
             stop=check_stop(
                 options.get("stop"),
                 max_count=config.max_stop_strings,
@@ -195,6 +251,7 @@ class RequestPlane:
             skip_special_tokens=boolean(
                 "skip_special_tokens", options.get("skip_special_tokens"), default=True
             ),
+            shown_tokens=options.get("shown_tokens") or frozenset(),
             include_stop_str_in_output=boolean(
                 "include_stop_str_in_output",
                 options.get("include_stop_str_in_output"),
@@ -202,6 +259,7 @@ class RequestPlane:
             ),
             prompt_only=prompt_only,
             cache_salt=given_salt(options.get("cache_salt")) or caller.cache_salt,
+            constraint=None if prompt_only else constraint,
         )
 
     def run(
@@ -249,6 +307,7 @@ class RequestPlane:
                 tenant=caller.name,
                 tenant_slots=max_slots,
                 cache_salt=generation.cache_salt,
+                constraint=generation.constraint,
             )
             for choice in range(generation.n)
         ]

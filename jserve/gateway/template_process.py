@@ -15,6 +15,7 @@ from jserve.gateway.job_child import Handler
 from jserve.gateway.job_process import JobLimits, JobProcesses, JobStopped
 
 _LIMITS = JobLimits(cpu_s=1.0, memory_bytes=512 << 20)
+_GIVEN = ("chat_template", "chat_template")  # as errors name one that a request brought
 _MOST = 2  # so that one conversation that takes its second does not hold up the others
 
 
@@ -55,10 +56,10 @@ class TemplateProcess:
         try:
             text = await self._processes.call(job, tenant)
         except JobStopped as error:
-            raise RequestError(
-                f"the model's chat template cannot render these messages: {error}",
-                param="messages",
-            ) from None
+            own = variables.get("source") is None
+            which, param = ("the model's chat template", "messages") if own else _GIVEN
+            message = f"{which} cannot render these messages: {error}"
+            raise RequestError(message, param=param) from None
         return text.decode("utf-8", "surrogatepass")
 
 

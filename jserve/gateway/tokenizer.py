@@ -59,6 +59,7 @@ class TextTokenizer:
             self._tokenizer = Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the library raises no subclass
             raise ConfigError(f"tokenizer.json: {error}") from error
+        self.tokenizer_json = tokenizer_json  # for what makes its own of it, in other processes
         # A file may carry the truncation or padding of its training run.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -175,9 +176,13 @@ class TextTokenizer:
         return await asyncio.get_running_loop().run_in_executor(self._threads, decode)
 
     def detokenizer(
-        self, *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
+        self,
+        *,
+        skip_special_tokens: bool = True,
+        shown_tokens: frozenset[int] = frozenset(),
+        prompt: Sequence[int] = (),
     ) -> Detokenizer:
-        """Starts an incremental decode.
+        """Starts an incremental decode; of the special tokens, `shown_tokens` are not skipped.
 
         Without `prompt` its text equals `decode` of the pushed ids. With it, it is the
         continuation of the prompt's text: a leading space stays, and a character that the prompt
@@ -185,7 +190,10 @@ class TextTokenizer:
         """
         kind = ByteLevelDetokenizer if self._fragments.spec.byte_level else ByteFallbackDetokenizer
         return kind(
-            self._fragments, skip_special_tokens=skip_special_tokens, prompt=tuple(prompt[-16:])
+            self._fragments,
+            skip_special_tokens=skip_special_tokens,
+            shown_tokens=shown_tokens,
+            prompt=tuple(prompt[-16:]),
         )
 
     def token_id(self, token: str) -> int | None:

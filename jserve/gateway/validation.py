@@ -207,6 +207,20 @@ def boolean(name: str, value: Any, *, default: bool) -> bool:
     return value
 
 
+def is_deeper(value: Any, most: int) -> bool:
+    """Whether JSON is nested deeper than `most` levels; without recursion."""
+    level: list[Any] = [value] if type(value) in (dict, list) else []
+    for _ in range(most):
+        children: list[Any] = []
+        for container in level:
+            items = container.values() if type(container) is dict else container
+            children += [item for item in items if type(item) in (dict, list)]
+        if not children:
+            return False
+        level = children
+    return True
+
+
 def token_ids(name: str, value: Any, vocab: int) -> tuple[int, ...]:
     """A list of token ids of the vocabulary."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):

@@ -123,4 +123,5 @@ class Gateway:
         await self._engine.close()
         await self._lag.stop()
         self.plane.prompts.close()
+        self.plane.grammars.close()
         self._bodies.close()

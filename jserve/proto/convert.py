@@ -19,6 +19,7 @@ from jserve.core.errors import (
 )
 from jserve.core.logprobs import LogprobBytes, PackedLogprobs
 from jserve.core.request import (
+    ConstraintSpec,
     EngineInfo,
     FinishReason,
     Request,
@@ -42,7 +43,9 @@ _FINISH_FROM_PROTO = {number: reason for reason, number in FINISH_TO_PROTO.items
 
 _SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
 _OPTIONAL_FIELDS = tuple(field.name for field in fields(SamplingParams) if field.default is None)
-_REQUEST_FIELDS = tuple(field.name for field in fields(Request) if field.name != "sampling")
+_NESTED_FIELDS = ("sampling", "constraint")  # messages of their own
+_REQUEST_FIELDS = tuple(it.name for it in fields(Request) if it.name not in _NESTED_FIELDS)
+_CONSTRAINT_FIELDS = tuple(field.name for field in fields(ConstraintSpec))
 _INFO_FIELDS = tuple(field.name for field in fields(EngineInfo))
 _STATS_FIELDS = tuple(field.name for field in fields(EngineStats))
 
@@ -62,9 +65,18 @@ def sampling_from_proto(message: types_pb2.SamplingParams) -> SamplingParams:
 
 
 def request_to_proto(request: Request) -> engine_pb2.EngineRequest:
-    return engine_pb2.EngineRequest(
-        **_to_fields(request, _REQUEST_FIELDS), sampling=sampling_to_proto(request.sampling)
-    )
+    return _request_to_proto(request, sampling_to_proto(request.sampling))
+
+
+def _request_to_proto(
+    request: Request, sampling: types_pb2.SamplingParams
+) -> engine_pb2.EngineRequest:
+    message = engine_pb2.EngineRequest(**_to_fields(request, _REQUEST_FIELDS), sampling=sampling)
+    if request.constraint is not None:
+        values = _to_fields(request.constraint, _CONSTRAINT_FIELDS)
+        values["bad_sequences"] = [types_pb2.TokenIds(ids=it) for it in values["bad_sequences"]]
+        message.constraint.CopyFrom(engine_pb2.Constraint(**values))
+    return message
 
 
 class RequestWriter:
@@ -81,9 +93,7 @@ class RequestWriter:
         if request.sampling is not self._sampling:
             self._message = sampling_to_proto(request.sampling)
             self._sampling = request.sampling
-        return engine_pb2.EngineRequest(
-            **_to_fields(request, _REQUEST_FIELDS), sampling=self._message
-        )
+        return _request_to_proto(request, self._message)
 
 
 class RequestReader:
@@ -111,7 +121,17 @@ def _request(message: engine_pb2.EngineRequest, sampling: SamplingParams) -> Req
     values = _from_fields(message, _REQUEST_FIELDS)
     if not message.HasField("deadline_s"):
         values["deadline_s"] = None
+    if message.HasField("constraint"):
+        values["constraint"] = _constraint(message.constraint)
     return Request(**values, sampling=sampling)
+
+
+def _constraint(message: engine_pb2.Constraint) -> ConstraintSpec:
+    values = _from_fields(message, _CONSTRAINT_FIELDS)
+    if not message.HasField("max_reasoning_tokens"):
+        values["max_reasoning_tokens"] = None
+    values["bad_sequences"] = tuple(tuple(it.ids) for it in message.bad_sequences)
+    return ConstraintSpec(**values)
 
 
 def _to_fields(value: object, names: Iterable[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class SessionRequest(_message.Message):
     def __init__(self, submit: _Optional[_Union[EngineRequest, _Mapping]] = ..., abort: _Optional[str] = ..., proof: _Optional[bytes] = ...) -> None: ...
 
 class EngineRequest(_message.Message):
-    __slots__ = ("id", "prompt", "sampling", "choice", "priority", "output", "resumed", "deadline_s", "tenant", "tenant_slots", "cache_salt")
+    __slots__ = ("id", "prompt", "sampling", "choice", "priority", "output", "resumed", "deadline_s", "tenant", "tenant_slots", "cache_salt", "constraint")
     ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class EngineRequest(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     TENANT_SLOTS_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    CONSTRAINT_FIELD_NUMBER: _ClassVar[int]
     id: str
     prompt: _containers.RepeatedScalarFieldContainer[int]
     sampling: _types_pb2.SamplingParams
@@ -42,7 +43,24 @@ class EngineRequest(_message.Message):
     tenant: str
     tenant_slots: int
     cache_salt: str
-    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., choice: _Optional[int] = ..., priority: _Optional[int] = ..., output: _Optional[_Iterable[int]] = ..., resumed: _Optional[bool] = ..., deadline_s: _Optional[float] = ..., tenant: _Optional[str] = ..., tenant_slots: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    constraint: Constraint
+    def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., choice: _Optional[int] = ..., priority: _Optional[int] = ..., output: _Optional[_Iterable[int]] = ..., resumed: _Optional[bool] = ..., deadline_s: _Optional[float] = ..., tenant: _Optional[str] = ..., tenant_slots: _Optional[int] = ..., cache_salt: _Optional[str] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ...) -> None: ...
+
+class Constraint(_message.Message):
+    __slots__ = ("grammar", "reasoning_start", "reasoning_end", "max_reasoning_tokens", "fit", "bad_sequences")
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    REASONING_START_FIELD_NUMBER: _ClassVar[int]
+    REASONING_END_FIELD_NUMBER: _ClassVar[int]
+    MAX_REASONING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FIT_FIELD_NUMBER: _ClassVar[int]
+    BAD_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    grammar: str
+    reasoning_start: _containers.RepeatedScalarFieldContainer[int]
+    reasoning_end: _containers.RepeatedScalarFieldContainer[int]
+    max_reasoning_tokens: int
+    fit: bool
+    bad_sequences: _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenIds]
+    def __init__(self, grammar: _Optional[str] = ..., reasoning_start: _Optional[_Iterable[int]] = ..., reasoning_end: _Optional[_Iterable[int]] = ..., max_reasoning_tokens: _Optional[int] = ..., fit: _Optional[bool] = ..., bad_sequences: _Optional[_Iterable[_Union[_types_pb2.TokenIds, _Mapping]]] = ...) -> None: ...
 
 class SessionResponse(_message.Message):
     __slots__ = ("hello", "updates", "stats", "rejections", "heartbeat")

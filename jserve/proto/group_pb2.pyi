@@ -134,8 +134,8 @@ class StepMask(_message.Message):
     SLOT_FIELD_NUMBER: _ClassVar[int]
     WORDS_FIELD_NUMBER: _ClassVar[int]
     slot: int
-    words: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, slot: _Optional[int] = ..., words: _Optional[_Iterable[int]] = ...) -> None: ...
+    words: bytes
+    def __init__(self, slot: _Optional[int] = ..., words: _Optional[bytes] = ...) -> None: ...
 
 class StepAdmission(_message.Message):
     __slots__ = ("slot", "request", "output", "num_computed", "last_token", "adapter")

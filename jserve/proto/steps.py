@@ -98,7 +98,7 @@ class StepReader:
             chunks=columns.chunks(),
             admissions=admissions,
             moves=tuple(map(_read_move, step.moves)),
-            masks=tuple(MaskRow(mask.slot, tuple(mask.words)) for mask in step.masks),
+            masks=tuple(MaskRow(mask.slot, mask.words) for mask in step.masks),
         )
 
     def _read_chunks(self, step: group_pb2.Step, columns: "_Columns") -> None:

@@ -20,6 +20,8 @@ class SchedulerConfig:
     step_tokens: int | None = None
     # Most decode steps of one run. None: as many as the program holds.
     decode_steps: int | None = None
+    # The same beside sequences whose next token waits for a mask: each result brings one of theirs.
+    bound_decode_steps: int = 2
     # Longest time that a new request should wait for decode runs in flight. It limits the steps of
     # a run by the measured pace of earlier runs, so the first run may take longer. 0: no limit.
     decode_wait_s: float = 0.25
@@ -38,6 +40,7 @@ class SchedulerConfig:
         _at_least("max_queue", self.max_queue, 1)
         _at_least("step_tokens", self.step_tokens, 1)
         _at_least("decode_steps", self.decode_steps, 1)
+        _at_least("bound_decode_steps", self.bound_decode_steps, 1)
         _at_least("decode_wait_s", self.decode_wait_s, 0)
         _at_least("max_partial_prefills", self.max_partial_prefills, 1)
         _at_least("headroom_pages", self.headroom_pages, 0)

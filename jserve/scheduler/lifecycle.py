@@ -80,6 +80,19 @@ class Lifecycle:
         self._vacate(seq)
         self._wait(seq, Event.PREEMPTION, now_s)
 
+    def rewind(self, seq: Sequence, num_forced: int = 0) -> None:
+        """The running `seq` goes on after its output: what came behind it does not stand.
+
+        It keeps its slot and its pages, which are written again. The last `num_forced` tokens of
+        the output were not sampled: they, and the one before them, are computed by a chunk.
+        """
+        _require(seq, SequenceState.RUNNING)
+        tokens = seq.chain.tokens()
+        seq.num_tokens = len(tokens)
+        seq.num_computed = len(tokens) - num_forced - 1
+        seq.context = tokens[:-1] if seq.resumes_after(seq.num_computed) else tokens
+        seq.rewound = True
+
     def retire(self, seq: Sequence) -> None:
         """RUNNING → RETIRED: the last token of `seq` is in flight, its slot and pages are free."""
         self._leave_slot(seq)
@@ -147,6 +160,7 @@ class Lifecycle:
         """Takes slot and pages of the running `seq` back; the caller sets its next state."""
         self._leave_slot(seq)
         self._cache.release(seq.pages, seq.num_known)
+        seq.rewound = False
 
     def _leave_slot(self, seq: Sequence) -> None:
         _require(seq, SequenceState.RUNNING)

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from jserve.cache.kv_cache import AdmissionRoom, KVCache
 from jserve.cache.pages import NO_HIT, Hit, PageDelta, joined
 from jserve.core.stats import EngineStats
-from jserve.core.step import Admission, Chunk, Program, StepPlan
+from jserve.core.step import Admission, Chunk, MaskRow, Program, StepPlan
 from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.constraint import Bound
 from jserve.scheduler.lifecycle import Lifecycle
 from jserve.scheduler.pace import Pace
 from jserve.scheduler.policy import decode_steps
@@ -21,6 +22,7 @@ class Rows:
 
     chunks: list[Chunk] = field(default_factory=list[Chunk])
     sequences: list[Sequence] = field(default_factory=list[Sequence])
+    masks: list[MaskRow] = field(default_factory=list[MaskRow])  # of some rows, in any order
 
 
 @dataclass(slots=True)
@@ -56,6 +58,7 @@ class _Draft:
     decodes: list[_Decode] = field(default_factory=list[_Decode])
     prompts: list[_Grant] = field(default_factory=list[_Grant])
     admissions: list[Admission] = field(default_factory=list[Admission])
+    num_processors: int = 0  # processor rows of the admissions
 
 
 class Planner:
@@ -91,7 +94,7 @@ class Planner:
 
     def plan(self, now_s: float) -> Step | None:
         """Builds the next step, and counts it as done; None if nothing can run."""
-        if self._head_fits() or any(s.num_computed < len(s.context) for s in self._running):
+        if self._head_fits() or any(map(_needs_mixed, self._running)):
             step = self._mixed_step(now_s)
         else:
             step = self._decode_step(now_s)
@@ -118,13 +121,21 @@ class Planner:
             [seq.max_total - seq.num_tokens for seq in running],
             waiting=len(self._waiting) > 0,
         )
+        beside_free = any(map(_is_free, running))
+        if not beside_free or not all(map(_runs_ahead, running)):
+            steps = min(steps, self._config.bound_decode_steps if beside_free else 1)
         while steps > 1 and not self._all_can_grow(steps):
             steps //= 2  # rather a shorter run than a preemption
         grow, is_running = self._cache.grow, SequenceState.RUNNING  # looked up once
         decodes: list[_Decode] = []
         for seq in tuple(running):  # a copy: preemptions change the queue
             left = seq.max_total - seq.num_tokens
-            new = left if left < steps else steps
+            most = steps
+            if seq.bound is not None:
+                most = seq.bound.may_decode(steps, beside_free=beside_free)
+                if not most:
+                    continue
+            new = left if left < most else most
             end = seq.num_computed + new
             pages = ()
             if end > seq.pages.capacity:  # as for all that were preempted on the way
@@ -153,20 +164,28 @@ class Planner:
             chunks=tuple(rows.chunks),
             admissions=tuple(admissions),
             moves=self._cache.take_moves() if rows.chunks else (),
+            masks=tuple(rows.masks),
         )
         return Step(plan, rows, tuple(prompts))
 
     def _mixed_step(self, now_s: float) -> Step:
         running = self._running
-        left = self._step_tokens - sum(s.num_computed >= len(s.context) for s in running)
+        left = self._step_tokens - sum(not _needs_mixed(seq) for seq in running)
+        beside_free = any(map(_is_free, running))
         draft = _Draft(now_s, left=left, share=-(-left // self._config.max_partial_prefills))
         for seq in tuple(running):  # a copy: preemptions change the queue
+            pages: PageDelta | None = ()
+            if seq.rewound and (pages := self._tell_again(draft, seq)) is None:
+                continue
             if seq.num_computed < len(seq.context):
                 if seq.state is SequenceState.RUNNING:
-                    self._grant(draft, _Grant(seq))
+                    self._grant(draft, _Grant(seq, pages=pages))
+                continue
+            if seq.bound is not None and not seq.bound.may_decode(1, beside_free=beside_free):
                 continue
             end = seq.num_computed + 1
-            pages = () if end <= seq.pages.capacity else self._make_room(seq, end, now_s)
+            if end > seq.pages.capacity:
+                pages = self._make_room(seq, end, now_s)
             if pages is not None:
                 draft.decodes.append((seq, pages, 1))
         self._admit(draft)
@@ -248,15 +267,13 @@ class Planner:
         if not len(self._waiting):
             return
         room = self._admission_room()
-        num_processors = 0
         passed: list[Sequence] = []
         while self._lifecycle.num_free_slots and draft.left > 0:
             seq, hit = self._candidate(passed)
             if seq is None:
                 return
             admission, hit = self._admission(seq, hit)
-            num_processors += admission.processor_rows
-            if num_processors > self._max_processor_rows:
+            if not self._has_processors(draft, admission):
                 return
             if seq.num_in_flight > 0:  # just preempted: its tokens are not all known yet
                 return
@@ -268,13 +285,47 @@ class Planner:
                 other.num_passed += 1
             passed = [other for other in passed if other.num_passed < self._config.max_overtakes]
 
+    def _has_processors(self, draft: _Draft, admission: Admission) -> bool:
+        """Whether the step has processor rows left for `admission`."""
+        return draft.num_processors + admission.processor_rows <= self._max_processor_rows
+
+    def _tell_again(self, draft: _Draft, seq: Sequence) -> PageDelta | None:
+        """Admits a rewound sequence to its own slot, with a page for its next token.
+
+        None if it has no row in this step.
+        """
+        if seq.state is not SequenceState.RUNNING:
+            return None
+        admission = Admission(
+            seq.slot,
+            seq.request,
+            tuple(seq.output),
+            num_computed=seq.num_computed,
+            last_token=seq.output[-1] if seq.resumes_after(seq.num_computed) else None,
+        )
+        if admission.history_rows > self._max_processor_rows:
+            self._preempt(seq, draft.now_s)  # its history fits into no step: it is computed again
+            return None
+        if not self._has_processors(draft, admission) or draft.left <= 0:
+            return None
+        pages: PageDelta | None = ()
+        if seq.num_computed + 1 > seq.pages.capacity:
+            pages = self._make_room(seq, seq.num_computed + 1, draft.now_s)
+        if pages is None:
+            return None
+        _add_admission(draft, admission)
+        seq.rewound = False
+        if admission.last_token is not None:
+            draft.left -= 1
+        return pages
+
     def _enter(self, draft: _Draft, seq: Sequence, admission: Admission, hit: Hit) -> None:
         if seq.queue_s is None:
             self._count_first_admission(seq, hit, draft.now_s)
         self._counters.recomputed_tokens += max(0, seq.num_lost - hit.num_tokens)
         seq.num_lost = 0
         pages = self._lifecycle.admit(seq, hit)
-        draft.admissions.append(admission)
+        _add_admission(draft, admission)
         if admission.last_token is not None:
             draft.left -= 1
             more = self._cache.grow(seq.pages, seq.num_computed + 1)
@@ -348,14 +399,41 @@ class Planner:
 def issue_decodes(decodes: list[_Decode]) -> Rows:
     """Makes the rows of `decodes`, and counts their tokens as computed and in flight."""
     chunks: list[Chunk] = []
+    masks: list[MaskRow] = []
     for seq, pages, new in decodes:
+        if seq.bound is not None:
+            _mask(seq, seq.bound, masks)
         start = seq.num_computed
         # `_make` takes half the time of naming the fields, and this runs for every row.
         chunks.append(Chunk._make((seq.slot, seq.id, start, 1, (), new, (), pages, ())))
         seq.num_computed = start + new
         seq.num_tokens += new
         seq.num_in_flight += 1
-    return Rows(chunks, [seq for seq, _, _ in decodes])
+    return Rows(chunks, [seq for seq, _, _ in decodes], masks)
+
+
+def _mask(seq: Sequence, bound: Bound, masks: list[MaskRow]) -> None:
+    """Adds the mask of a row that yields tokens of `seq`, if it is known and not everything."""
+    if (mask := bound.issue()) is not None:
+        masks.append(MaskRow(seq.slot, mask))
+
+
+def _is_free(seq: Sequence) -> bool:
+    return seq.bound is None or seq.bound.mask is None
+
+
+def _runs_ahead(seq: Sequence) -> bool:
+    return seq.bound is None or seq.bound.runs_ahead
+
+
+def _needs_mixed(seq: Sequence) -> bool:
+    """Whether the next row of the running `seq` is more than a decode row."""
+    return seq.num_computed < len(seq.context) or seq.rewound
+
+
+def _add_admission(draft: _Draft, admission: Admission) -> None:
+    draft.admissions.append(admission)
+    draft.num_processors += admission.processor_rows
 
 
 def issue_prompt(rows: Rows, grant: _Grant) -> None:
@@ -377,6 +455,8 @@ def issue_prompt(rows: Rows, grant: _Grant) -> None:
         )
     )
     rows.sequences.append(seq)
+    if max_new and seq.bound is not None:
+        _mask(seq, seq.bound, rows.masks)
     seq.num_computed = end
     seq.num_tokens += max_new
     seq.num_in_flight += 1

@@ -12,6 +12,7 @@ from jserve.core.step import Program, ProgramKind, RowLogprobs, StepPlan, StepRe
 from jserve.scheduler import logprobs
 from jserve.scheduler.audit import Audit, audit
 from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.constraint import Bound, Constraint
 from jserve.scheduler.lifecycle import Lifecycle
 from jserve.scheduler.planner import Planner, Step
 from jserve.scheduler.policy import FIRST_COME_FIRST_SERVED, Policy
@@ -43,6 +44,7 @@ class Scheduler:
         programs: tuple[Program, ...],
         max_processor_rows: int = 8,
         policy: Policy = FIRST_COME_FIRST_SERVED,
+        eos_token_ids: tuple[int, ...] = (),
     ) -> None:
         """`max_processor_rows` is how many processor rows the admissions of one step can take.
 
@@ -54,6 +56,7 @@ class Scheduler:
         """
         self._config = config
         self._max_model_len = max_model_len
+        self._eos_token_ids = eos_token_ids
         self._counters = EngineStats()
         self._finish_rate = FinishRate()
         self._cache = cache
@@ -74,12 +77,15 @@ class Scheduler:
 
     # Requests in and out.
 
-    def add(self, request: Request, now_s: float) -> None:
+    def add(self, request: Request, now_s: float, constraint: Constraint | None = None) -> None:
         """Queues `request`. Its `output` is replayed as after a preemption.
+
+        A `constraint` has taken that output already.
 
         Raises:
             PromptTooLong: it can never fit, however idle the engine.
-            RequestError: its id is in use, or the prompt, max_tokens or what is left of it is 0.
+            RequestError: its id is in use, the prompt, max_tokens or what is left of it is 0, or
+                the constraint leaves no token.
             Overloaded: the queue is full, and `request` is not resumed.
             Unavailable: the engine drains.
         """
@@ -108,6 +114,8 @@ class Scheduler:
             seq.reported, seq.plain = True, request.sampling.logprobs is None
         elif request.sampling.prompt_logprobs is not None:
             seq.prompt_logprobs = PackedLogprobs([None])
+        if constraint is not None:
+            seq.bound = Bound(constraint, request.sampling, len(output), self._eos_token_ids)
         self._num_arrivals += 1
         self._live[request.id] = seq
         self._lifecycle.arrive(seq, now_s)
@@ -257,9 +265,16 @@ class Scheduler:
             num, new = num_new[row], tokens[row]
             if num != len(new):
                 new = new[:num]
-            seq.output += new
-            num_output += num
             finish = _FINISH_REASONS[codes[row]]
+            error = None
+            if seq.bound is not None:
+                accepted = self._accept(seq, seq.bound, chunks[row].max_new, new, finish, now_s)
+                if accepted is None:
+                    continue
+                new, finish, error = accepted
+            else:
+                seq.output += new
+            num_output += len(new)
             if finish is not None:
                 if num > chunks[row].max_new:
                     raise EngineError(
@@ -269,6 +284,8 @@ class Scheduler:
                 self._end(seq)
                 self._counters.num_finished += 1
                 self._finish_rate.record(now_s)
+            elif seq.rewound or seq.state is not state:
+                pass  # its constraint has set where it goes on
             elif state is not running or num != chunks[row].max_new:
                 self._settle(seq, chunks[row].max_new - num, now_s)
             if len(seq.output) >= seq.keep_output and seq.state is running:
@@ -276,13 +293,69 @@ class Scheduler:
             if not new and finish is None:
                 continue
             if seq.plain:
-                updates.append(SequenceUpdate(seq.id, tuple(new), finish))
+                updates.append(SequenceUpdate(seq.id, tuple(new), finish, error=error))
             else:
                 if not seq.reported and finish is None:
                     self._lifecycle.note_first_output(seq, now_s)
-                updates.append(_full_update(seq, row, new, finish, result))
+                update = _full_update(seq, row, new, finish, result)
+                updates.append(update if error is None else update._replace(error=error))
         self._counters.output_tokens += num_output
         return updates
+
+    def _accept(
+        self,
+        seq: Sequence,
+        bound: Bound,
+        max_new: int,
+        new: list[int],
+        finish: FinishReason | None,
+        now_s: float,
+    ) -> tuple[list[int], FinishReason | None, str | None] | None:
+        """Adds those of a row's tokens that stand; returns them, and the end that they make.
+
+        None for a row that was planned behind a token which does not stand. The last entry is why
+        the constraint can't go on, where that is the end.
+        """
+        if bound.num_stale > 0:
+            bound.num_stale -= 1
+            return None
+        if not max_new:  # tokens of the prompt
+            return new, finish, None
+        try:
+            stand = bound.accept(new)
+            is_cut = stand < len(new)
+            if is_cut:
+                new, finish = new[:stand], None
+            seq.output += new
+            if finish is not None:
+                return new, finish, None
+            if bound.num_unknown and bound.mask is not None and bound.runs_ahead and not is_cut:
+                return new, None, None  # the next row is planned without it
+            if not bound.next_mask():
+                return new, FinishReason.STOP, None
+            forced = self._force(seq, bound)
+        except RequestError as error:
+            return [], FinishReason.ERROR, str(error)
+        if is_cut or forced or (bound.num_unknown and not bound.runs_ahead):
+            self._go_on_after_output(seq, bound, len(forced), now_s)
+        return [*new, *forced], None, None
+
+    def _force(self, seq: Sequence, bound: Bound) -> list[int]:
+        """Adds the tokens that must come next to the output, but for the last that it may have."""
+        if seq.state is not SequenceState.RUNNING:
+            return []
+        forced = bound.force(seq.max_total - len(seq.request.prompt) - len(seq.output) - 1)
+        seq.output += forced
+        return forced
+
+    def _go_on_after_output(
+        self, seq: Sequence, bound: Bound, num_forced: int, now_s: float
+    ) -> None:
+        bound.drop_rows(seq.num_in_flight)
+        if seq.state is SequenceState.RUNNING:
+            self._lifecycle.rewind(seq, num_forced)
+        elif seq.state is SequenceState.RETIRED:
+            self._lifecycle.requeue(seq, now_s)
 
     def _settle(self, seq: Sequence, shortfall: int, now_s: float) -> None:
         """Corrects the counts of a sequence that got `shortfall` tokens less than planned."""

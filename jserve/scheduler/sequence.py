@@ -19,6 +19,7 @@ from jserve.cache.pages import NO_PAGES, Pages
 from jserve.cache.prefix import PageChain
 from jserve.core.logprobs import PackedLogprobs
 from jserve.core.request import Request, TokenLogprobs
+from jserve.scheduler.constraint import Bound
 
 # Smaller ranks are served first and preempted last. No two sequences have the same: `Lifecycle`
 # appends the number of their arrival to what the policy gives.
@@ -89,6 +90,8 @@ class Sequence:
     num_tokens: int = 0
     num_computed: int = 0  # positions whose K and V are written
     keep_output: int = 0  # output tokens at which another page is full and can be shared
+    rewound: bool = False  # the device must be told of it anew; it keeps slot and pages
+    bound: Bound | None = None  # where a constraint binds its output
 
     @property
     def num_context(self) -> int:

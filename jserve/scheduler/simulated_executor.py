@@ -21,9 +21,10 @@ from jserve.core.step import (
     RowLogprobs,
     StepPlan,
     StepResult,
+    mask_words,
     page_entries,
 )
-from jserve.scheduler.simulated_model import EMPTY_DIGEST, SimulatedModel, extend
+from jserve.scheduler.simulated_model import EMPTY_DIGEST, SimulatedModel, allows, extend
 from jserve.scheduler.simulated_pages import PlanError, SimulatedPages, require
 
 
@@ -129,13 +130,17 @@ class SimulatedExecutor:
 
     def _check_mask(self, mask: MaskRow, name: str) -> None:
         words, vocab = mask.words, self._model.vocab
-        require(len(words) == -(-vocab // 32), f"{name}: a mask of {len(words)} words")
-        require(any(_allows(words, token) for token in range(vocab)), f"{name}: a mask of nothing")
+        require(len(words) == 4 * mask_words(vocab), f"{name}: a mask of {len(words)} bytes")
+        require(any(allows(words, token) for token in range(vocab)), f"{name}: a mask of nothing")
 
     def _admit(self, plan: StepPlan) -> None:
+        fresh = {chunk.slot for chunk in plan.chunks if any(new.first == 0 for new in chunk.pages)}
         for admission in plan.admissions:
             require(0 <= admission.slot < len(self._slots), f"no slot {admission.slot}")
-            self._slots[admission.slot] = self._new_slot(admission)
+            before, slot = self._slots[admission.slot], self._new_slot(admission)
+            if before and before.request.id == slot.request.id and admission.slot not in fresh:
+                slot.pages, slot.writers = before.pages, before.writers
+            self._slots[admission.slot] = slot
 
     def _new_slot(self, admission: Admission) -> _Slot:
         request = admission.request
@@ -247,8 +252,7 @@ class SimulatedExecutor:
         require(
             1 <= chunk.max_new <= num_steps, f"{name}: {chunk.max_new} tokens in {num_steps} steps"
         )
-        for done in range(num_steps):
-            require(done < chunk.max_new, f"{name}: yields more than {chunk.max_new} tokens")
+        for _ in range(chunk.max_new):
             if slot.last_token is None:
                 raise PlanError(f"{name}: nothing was sampled before")
             self._sample(slot, self._compute(slot, slot.last_token), row, outcome)
@@ -272,10 +276,7 @@ class SimulatedExecutor:
 
     def _sample(self, slot: _Slot, digest: int, row: int, outcome: "_Outcome") -> None:
         num_output = slot.num_computed - len(slot.request.prompt)
-        token = self._model.sample(digest, slot.request, num_output)
-        if (mask := outcome.masks.get(row)) is not None:
-            while not _allows(mask, token):
-                token = (token + 1) % self._model.vocab
+        token = self._model.sample(digest, slot.request, num_output, outcome.masks.pop(row, None))
         sampling = slot.request.sampling
         code = FinishCode.RUNNING
         if token in slot.stops and num_output + 1 > sampling.min_tokens:
@@ -297,7 +298,7 @@ class _Outcome:
         self.first_token = 0  # ragged index of the present row's first token
         self._plan = plan
         of_slot = {mask.slot: mask.words for mask in plan.masks}
-        self.masks = {  # words by row
+        self.masks = {  # words by row, for its first token
             row: of_slot[chunk.slot]
             for row, chunk in enumerate(plan.chunks if of_slot else ())
             if chunk.slot in of_slot
@@ -336,10 +337,6 @@ class _Outcome:
             self._prompt_logprobs,
             self._landed,
         )
-
-
-def _allows(words: tuple[int, ...], token: int) -> bool:
-    return bool(words[token // 32] >> token % 32 & 1)
 
 
 def _no_logprobs(rows: int, steps: int) -> RowLogprobs:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from jserve.core.request import MAX_LOGPROBS, FinishReason, Request, TokenLogprobs
+from jserve.scheduler.constraint import Constraint
 
 _MASK = (1 << 64) - 1
 EMPTY_DIGEST = 0x9E3779B97F4A7C15  # the digest of an empty context
@@ -12,6 +13,11 @@ def extend(digest: int, token: int) -> int:
     """The digest of a context that is one token longer: what one position of KV memory holds."""
     mixed = ((digest ^ token) * 0xBF58476D1CE4E5B9) & _MASK
     return mixed ^ (mixed >> 29)
+
+
+def allows(mask: bytes, token: int) -> bool:
+    """Whether `mask`, as in `MaskRow.words`, allows `token`."""
+    return bool(mask[token // 8] >> token % 8 & 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,13 +36,18 @@ class SimulatedModel:
         eos = () if request.sampling.ignore_eos else self.eos_token_ids
         return frozenset((*eos, *request.sampling.stop_token_ids))
 
-    def sample(self, digest: int, request: Request, num_output: int) -> int:
-        """The token after a context of `digest` that holds `num_output` output tokens."""
+    def sample(
+        self, digest: int, request: Request, num_output: int, mask: bytes | None = None
+    ) -> int:
+        """The token after a context of `digest` that holds `num_output` output tokens.
+
+        One that the mask forbids gives way to the next one that it allows.
+        """
         token = extend(digest, request.sampling.seed + 31 * request.choice) % self.vocab
-        if num_output < request.sampling.min_tokens:
-            stops = self.stop_ids(request)
-            while token in stops:
-                token = (token + 1) % self.vocab
+        early = num_output < request.sampling.min_tokens
+        stops = self.stop_ids(request) if early else frozenset[int]()
+        while token in stops or not (mask is None or allows(mask, token)):
+            token = (token + 1) % self.vocab
         return token
 
     def logprobs(self, digest: int, token: int) -> TokenLogprobs:
@@ -49,8 +60,10 @@ class SimulatedModel:
             top=tuple(((best + i) % self.vocab, -float(i) / 64) for i in range(MAX_LOGPROBS)),
         )
 
-    def generate(self, request: Request, max_model_len: int) -> tuple[list[int], FinishReason]:
-        """The whole output of `request`, alone and undisturbed."""
+    def generate(
+        self, request: Request, max_model_len: int, constraint: Constraint | None = None
+    ) -> tuple[list[int], FinishReason]:
+        """The whole output of `request`, alone and undisturbed; every token is masked."""
         digest = EMPTY_DIGEST
         for token in request.prompt:
             digest = extend(digest, token)
@@ -58,8 +71,11 @@ class SimulatedModel:
         output: list[int] = []
         most = min(request.sampling.max_tokens, max_model_len - len(request.prompt))
         while True:
-            token = self.sample(digest, request, len(output))
+            mask = None if constraint is None else constraint.mask()
+            token = self.sample(digest, request, len(output), mask)
             output.append(token)
+            if constraint is not None:
+                constraint.accept((token,))
             if token in stops and len(output) > request.sampling.min_tokens:
                 return output, FinishReason.STOP
             if len(output) == most:

@@ -32,7 +32,7 @@ def user_environment() -> dict[str, str]:
     With `--unoptimized` servers do not optimize either.
     """
     environment = {name: text for name, text in os.environ.items() if not name.startswith("JAX_")}
-    flags = environment["XLA_FLAGS"].split()
+    flags = environment.get("XLA_FLAGS", "").split()
     environment["XLA_FLAGS"] = " ".join(flag for flag in flags if "device_count" not in flag)
     return environment
 

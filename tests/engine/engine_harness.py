@@ -1,6 +1,7 @@
 """A tiny engine in this process: real scheduler, real programs, no wire."""
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from jserve.model.functional import Model
 from jserve.model.sharding import device_mesh, param_shardings
 from jserve.pallas_kernels.backend import Backend, backend_for
 from jserve.scheduler.config import SchedulerConfig
+from jserve.scheduler.constraint import Constraint
 from jserve.scheduler.scheduler import Scheduler
 from tests.model.model_harness import dense_logits
 
@@ -106,6 +108,7 @@ class Harness:
             max_model_len=self.engine.info.max_model_len,
             programs=self.config.programs(),
             max_processor_rows=self.config.processor_rows,
+            eos_token_ids=self.engine.info.eos_token_ids,
         )
 
     def run(
@@ -115,6 +118,7 @@ class Harness:
         *,
         overlap: bool = True,
         scheduler: Scheduler | None = None,
+        constraints: Mapping[str, Constraint] | None = None,
     ) -> dict[str, Outcome]:
         """Runs requests to their end; request i arrives before turn `arrivals[i]`.
 
@@ -130,7 +134,8 @@ class Harness:
         for turn in range(10_000):
             now_s = float(turn)
             while queue and queue[0][0] <= turn:
-                scheduler.add(queue.popleft()[1], now_s)
+                request = queue.popleft()[1]
+                scheduler.add(request, now_s, (constraints or {}).get(request.id))
             updates = pipeline.turn(lambda now_s=now_s: now_s)
             for update in updates or ():
                 note(outcomes[update.request_id], update)

@@ -20,6 +20,13 @@ async def serving(*, step_s=0.0, reply=echo, cached=nothing_cached, channel_opti
     """A running server: yields (stub, engine, plane, channel)."""
     engine = FakeEngine(INFO, step_s=step_s, reply=reply, cached=cached)
     plane = make_plane(engine, **config)
+    async with serving_plane(plane, engine, channel_options) as served:
+        yield served
+
+
+@asynccontextmanager
+async def serving_plane(plane, engine, channel_options=()):
+    """A running server of `plane`: yields (stub, engine, plane, channel)."""
     server = GrpcServer(plane, GatewayMetrics(clock=plane.clock))
     await server.start()
     async with (

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from jserve.core.errors import ConfigError, RequestError
-from jserve.gateway.chat import ChatTemplate, check_messages
+from jserve.gateway.chat import ChatTemplate
+from jserve.gateway.messages import check_messages
 
 HI = [{"role": "user", "content": "Hi <b>&"}]
 
@@ -135,11 +136,26 @@ BAD_MESSAGES = {
     ],
     "messages[0].content[0].text": [[{"role": "user", "content": [{"type": "text", "text": 1}]}]],
     "messages[0].tool_calls": [
-        [{"role": "assistant", "content": "x", "tool_calls": [{"type": "function"}]}]
+        [{"role": "assistant", "content": "x", "tool_calls": "f"}],
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}] * 257}],
+        [{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f"}}]}],
+    ],
+    "messages[0].tool_calls[0]": [
+        [{"role": "assistant", "content": "x", "tool_calls": [call]}]
+        for call in ("f", {"type": "function"}, {"function": {}}, {"function": {"name": 1}})
+    ],
+    "messages[0].tool_calls[0].id": [
+        [{"role": "assistant", "tool_calls": [{"id": 1, "function": {"name": "f"}}]}]
+    ],
+    "messages[0].tool_calls[0].function.arguments": [
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": it}}]}]
+        for it in ("{", "[1]", "1", "NaN", '{"x": NaN}', "{'x': 1}", [1], 5, "[" * 100_000)
     ],
     "messages[0].function_call": [
-        [{"role": "assistant", "content": "x", "function_call": {"name": "f"}}]
+        [{"role": "assistant", "content": "x", "function_call": call}]
+        for call in ("f", {"arguments": "{}"})
     ],
+    "messages[0].tool_call_id": [[{"role": "tool", "content": "x", "tool_call_id": 1}]],
     "messages[0].audio": [[{"role": "assistant", "content": "x", "audio": {"id": "a"}}]],
     "messages[0].mood": [[{"role": "user", "content": "x", "mood": "good"}]],
     "messages[0].reasoning_content": [
@@ -154,8 +170,67 @@ def test_bad_messages_are_named(param):
         with pytest.raises(RequestError) as caught:
             check_messages(messages, max_messages=2)
         assert caught.value.param == param
-    with pytest.raises(RequestError, match="not supported yet"):
-        check_messages([{"role": "tool", "content": "x"}], max_messages=2)
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("message", "read"),
+    [
+        (
+            {"content": None, "tool_calls": [{"id": "a", "type": "function", "function": it}]},
+            {"content": "", "tool_calls": [{"id": "a", **CALL}]},
+        )
+        for it in (
+            {"name": "f", "arguments": '{"x": 1}'},
+            {"name": "f", "arguments": {"x": 1}},
+            {"name": "f", "arguments": ' {"x":1}\n', "parsed_arguments": {"x": 1}},
+        )
+    ]
+    + [
+        (
+            {"tool_calls": [{"index": 0, **CALL}, CALL], "content": "Let me look."},
+            {"content": "Let me look.", "tool_calls": [CALL, CALL]},
+        ),
+        (
+            {"content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+            {"content": "", "tool_calls": [CALL]},
+        ),
+        (
+            {"content": "", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]},
+            {
+                "content": "",
+                "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+            },
+        ),
+    ],
+)
+def test_replayed_calls_have_the_form_that_templates_read(message, read):
+    checked = check_messages([{"role": "assistant", **message}], max_messages=1)
+    assert checked == [{"role": "assistant", **read}]
+
+
+@pytest.mark.parametrize(
+    ("message", "read"),
+    [
+        (
+            {"role": "tool", "tool_call_id": "a", "content": "x"},
+            {"role": "tool", "tool_call_id": "a", "content": "x"},
+        ),
+        (
+            {"role": "tool", "content": [{"type": "text", "text": "x"}], "name": "f"},
+            {"role": "tool", "content": "x", "name": "f"},
+        ),
+        ({"role": "tool", "content": None}, {"role": "tool", "content": ""}),
+        (
+            {"role": "function", "name": "f", "content": "x"},
+            {"role": "tool", "name": "f", "content": "x"},
+        ),
+    ],
+)
+def test_answers_of_tools(message, read):
+    assert check_messages([message], max_messages=1) == [read]
 
 
 @pytest.mark.parametrize(
@@ -194,9 +269,9 @@ def test_unknown_fields_of_messages_can_be_ignored():
     checked = check_messages(messages, max_messages=1, ignored=ignored)
     assert checked == [{"role": "user", "content": "x"}]
     assert ignored == ["messages[0].mood", "messages[0].tone"]
-    with pytest.raises(RequestError, match="tools are not supported"):
+    with pytest.raises(RequestError, match="audio is not supported"):  # it would be missing
         check_messages(
-            [{"role": "assistant", "content": "x", "tool_calls": [{}]}],
+            [{"role": "assistant", "content": "x", "audio": {"id": "a"}}],
             max_messages=1,
             ignored=ignored,
         )

@@ -16,6 +16,7 @@ from jserve.core.errors import (
     Unavailable,
 )
 from jserve.core.request import (
+    ConstraintSpec,
     EngineInfo,
     FinishReason,
     Request,
@@ -67,6 +68,15 @@ SAMPLING = st.builds(
     logprobs=st.none() | st.integers(0, 20),
     prompt_logprobs=st.none() | st.integers(0, 20),
 )
+CONSTRAINTS = st.builds(
+    ConstraintSpec,
+    grammar=st.text(st.characters(codec="utf-8"), max_size=9),
+    fit=st.booleans(),
+    reasoning_start=ID_LISTS,
+    reasoning_end=ID_LISTS,
+    max_reasoning_tokens=st.none() | IDS,
+    bad_sequences=st.lists(ID_LISTS, max_size=3).map(tuple),
+)
 REQUESTS = st.builds(
     Request,
     id=st.text(st.characters(codec="utf-8"), max_size=9),
@@ -77,6 +87,7 @@ REQUESTS = st.builds(
     tenant=st.text(st.characters(codec="utf-8"), max_size=9),
     tenant_slots=INT32,
     cache_salt=st.text(st.characters(codec="utf-8"), max_size=9),
+    constraint=st.none() | CONSTRAINTS,
 )
 LOGPROBS = st.builds(
     TokenLogprobs,

@@ -177,7 +177,7 @@ def test_all_that_a_plan_may_carry_arrives() -> None:
             Move(MoveKind.COPY, 0, 9, 8),
             Move(MoveKind.OUT, 0, 9, 1),
         ),
-        masks=(MaskRow(1, (2**32 - 1, 0, 5)), MaskRow(3, (1, 2, 3))),
+        masks=(MaskRow(1, bytes(range(12))), MaskRow(3, b"\xff" * 12)),
     )
     decode = StepPlan(
         1,
@@ -189,7 +189,7 @@ def test_all_that_a_plan_may_carry_arrives() -> None:
             Chunk(1, "", 0, 1, max_new=4, pages=(NewPages(1, 3, (4,)),), drafts=(0,)),
         ),
         moves=(Move(MoveKind.COPY, 1, 3, 4),),
-        masks=(MaskRow(0, (0, 1, 2)),),
+        masks=(MaskRow(0, bytes(12)),),
     )
     writer, reader = StepWriter(programs), StepReader(programs)
     for plan in (mixed, decode):

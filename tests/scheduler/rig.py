@@ -58,6 +58,7 @@ class Rig:
             programs=programs,
             max_processor_rows=max_processor_rows,
             policy=policy,
+            eos_token_ids=model.eos_token_ids,
         )
         self.executor = Recording(
             programs,

@@ -124,6 +124,12 @@ RULES = request("r", bad_token_ids=(1,))
 IN_A, IN_B = Admission(0, A), Admission(1, B)
 
 
+def mask_row(slot: int, *allowed: int) -> MaskRow:
+    bits = np.zeros(64, bool)
+    bits[list(allowed)] = True
+    return MaskRow(slot, np.packbits(bits, bitorder="little").tobytes())
+
+
 def masked_step(*masks: MaskRow) -> StepPlan:
     return StepPlan(0, MIXED, 1, (prompt_chunk(A),), (IN_A,), masks=masks)
 
@@ -160,12 +166,12 @@ def masked_step(*masks: MaskRow) -> StepPlan:
         (first_step(prompt_chunk(B, slot=0), admissions=(IN_A,)), "holds a, not b"),
         (first_step(prompt_chunk(A, drafts=(1,)), admissions=(IN_A,)), "drafts"),
         (
-            StepPlan(0, MIXED, 1, (prompt_chunk(A),), (IN_A,), masks=(MaskRow(1, (0, 1)),)),
+            StepPlan(0, MIXED, 1, (prompt_chunk(A),), (IN_A,), masks=(mask_row(1, 32),)),
             "a mask without a row",
         ),
-        (masked_step(MaskRow(0, (1, 0)), MaskRow(0, (1, 0))), "two masks"),
-        (masked_step(MaskRow(0, (1,))), "a mask of 1 words"),
-        (masked_step(MaskRow(0, (0, 1 << 18))), "a mask of nothing"),  # bit 50 is no token
+        (masked_step(mask_row(0, 0), mask_row(0, 0)), "two masks"),
+        (masked_step(MaskRow(0, bytes(4))), "a mask of 4 bytes"),
+        (masked_step(mask_row(0, 50)), "a mask of nothing"),  # there is no token 50
         (first_step(prompt_chunk(A), admissions=(Admission(0, A, adapter=7),)), "adapter 7"),
         (first_step(prompt_chunk(A, pages=pages(0)), admissions=(IN_A,)), "no page 0"),
         (first_step(prompt_chunk(A, pages=pages(5)), admissions=(IN_A,)), "no page 5"),
@@ -190,12 +196,11 @@ def test_refuses_a_wrong_plan(plan: StepPlan, message: str) -> None:
 
 
 def test_only_tokens_of_the_mask_are_sampled() -> None:
-    """In the step of the mask, in the row of its slot."""
-    allowed = (1 << 7 | 1 << 30, 1 << 17)  # 7, 30 and 49
+    """As the first of the step, in the row of the mask's slot."""
     executor = device()
     plan = first_step(prompt_chunk(A), prompt_chunk(B, 1), admissions=(IN_A, IN_B))
     free = device().submit(plan).tokens[:, 0].tolist()
-    result = executor.submit(dataclasses.replace(plan, masks=(MaskRow(1, allowed),)))
+    result = executor.submit(dataclasses.replace(plan, masks=(mask_row(1, 7, 30, 49),)))
     assert free[0] == result.tokens[0, 0]
     assert free[1] not in (7, 30, 49)
     assert result.tokens[1, 0] in (7, 30, 49)
@@ -204,10 +209,23 @@ def test_only_tokens_of_the_mask_are_sampled() -> None:
         decode_chunk(3, pages=pages(3, first=1), max_new=4),
         decode_chunk(3, 1, "b", pages=pages(4, first=1), max_new=4),
     )
-    mask = MaskRow(0, allowed)
-    result = executor.submit(StepPlan(1, DECODE, 4, rows, masks=(mask,)))
-    assert set(result.tokens[0].tolist()) <= {7, 30, 49}
-    assert not set(result.tokens[1].tolist()) <= {7, 30, 49}
+    result = executor.submit(StepPlan(1, DECODE, 4, rows, masks=(mask_row(0, 7, 30, 49),)))
+    assert result.tokens[0, 0] in (7, 30, 49)
+    assert not set(result.tokens[0, 1:].tolist()) <= {7, 30, 49}
+    assert result.tokens[1, 0] not in (7, 30, 49)
+
+
+def test_a_row_yields_no_more_than_its_limit() -> None:
+    executor = device()
+    executor.collect(
+        executor.submit(first_step(prompt_chunk(A), prompt_chunk(B, 1), admissions=(IN_A, IN_B)))
+    )
+    rows = (
+        decode_chunk(3, pages=pages(3, first=1), max_new=1),
+        decode_chunk(3, 1, "b", pages=pages(4, first=1), max_new=4),
+    )
+    result = executor.submit(StepPlan(1, DECODE, 4, rows))
+    assert result.num_new[:2].tolist() == [1, 4]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +236,6 @@ def test_only_tokens_of_the_mask_are_sampled() -> None:
         (decode_chunk(3, max_new=0), "0 tokens in 4 steps"),
         (decode_chunk(3, max_new=5), "5 tokens in 4 steps"),
         (decode_chunk(3, num_tokens=2), "not one token"),
-        (decode_chunk(3, max_new=2, pages=pages(2, first=1)), "yields more than 2"),
         (decode_chunk(3, max_new=4), "no page for position 4"),
     ],
 )

@@ -130,6 +130,7 @@ def build_engine(
         max_model_len=shape.max_model_len,
         programs=config.programs(),
         max_processor_rows=config.processor_rows,
+        eos_token_ids=info.eos_token_ids,
     )
     executor = DeviceExecutor(params, state, programs, shape.batch, info.eos_token_ids, mover)
     jax.block_until_ready((params, state))

@@ -13,7 +13,15 @@ from operator import attrgetter
 
 import numpy as np
 
-from jserve.core.step import Chunk, Move, Program, ProgramKind, StepPlan, page_entries
+from jserve.core.step import (
+    Chunk,
+    Move,
+    Program,
+    ProgramKind,
+    StepPlan,
+    mask_words,
+    page_entries,
+)
 from jserve.engine.program.admissions import pack_admissions
 from jserve.engine.program.layout import Layout
 from jserve.model.sampling.history import history_row_dtype
@@ -34,15 +42,16 @@ class BatchShape:
     history_rows: int = 0  # rows of `history_*` in one step
     # No program reads the following sections yet: `make_step` refuses a shape that has one of them,
     # or several page groups.
-    mask_rows: int = 0  # masks in one step
-    has_row_limits: bool = False  # rows may be told to yield fewer tokens than the others
     has_adapters: bool = False
     decode_tokens: int = 1  # that a decode row computes: its last token and drafts after it
 
     @property
-    def mask_words(self) -> int:
-        """Words of one mask."""
-        return -(-self.vocab // 32)
+    def masks(self) -> tuple[int, int]:
+        """The shape of a step's masks: [slots, words]. They do not travel with the buffer.
+
+        Most steps have none, and all masks together are larger than all else that is sent.
+        """
+        return self.num_slots, mask_words(self.vocab)
 
 
 @functools.cache
@@ -62,13 +71,14 @@ def layout(program: Program, shape: BatchShape) -> Layout:
         "page_slot": pages,
         "page_index": pages,
         "page_id": pages,
-        "mask_slot": (shape.mask_rows,),
-        "mask_words": (shape.mask_rows, shape.mask_words),
-        "row_limit": (rows * shape.has_row_limits,),
+        "num_masks": (),
+        "mask_slot": (shape.num_slots,),  # of each row of the masks
         "row_num_drafts": (rows * (shape.decode_tokens > 1),),
         "row_drafts": (rows, shape.decode_tokens - 1),
     }
-    if program.kind is ProgramKind.MIXED:
+    if program.kind is ProgramKind.DECODE:
+        sections["row_limit"] = (rows,)  # tokens that the row yields at most
+    else:
         processors, vocab = shape.processor_rows, shape.vocab
         sections |= {
             "num_decode": (),
@@ -99,15 +109,20 @@ class Batch:
     """A packed plan."""
 
     program: Program
-    buffer: np.ndarray  # int32; owned by the device once submitted, never written again
+    # Both are owned by the device once submitted, and never written again.
+    buffer: np.ndarray  # int32
+    masks: np.ndarray | None  # [slots, words] int32, the first `num_masks` rows; None: no masks
     slots: np.ndarray  # [len(plan.chunks)] slot of each row
     has_targets: bool  # whether log-probabilities of prompt tokens are wanted
     moves: tuple[Move, ...]
 
     @property
     def checksum(self) -> int:
-        """CRC-32 of buffer and moves: tells whether two processes packed the same."""
-        return zlib.crc32(repr(self.moves).encode(), zlib.crc32(self.buffer.data))
+        """CRC-32 of buffer, masks and moves: tells whether two processes packed the same."""
+        masks = b"" if self.masks is None else self.masks.data
+        return zlib.crc32(
+            repr(self.moves).encode(), zlib.crc32(masks, zlib.crc32(self.buffer.data))
+        )
 
 
 def pack(plan: StepPlan, shape: BatchShape, eos_token_ids: tuple[int, ...]) -> Batch:
@@ -124,9 +139,13 @@ def pack(plan: StepPlan, shape: BatchShape, eos_token_ids: tuple[int, ...]) -> B
     slots = np.array([chunk.slot for chunk in chunks])
     views["row_slot"][: len(chunks)] = slots
     _pack_pages(views, chunks, shape)
-    _pack_options(views, plan, shape)
+    masks = _pack_masks(views, plan, shape)
+    if any(map(_drafts, chunks)):
+        _pack_drafts(views, chunks, shape)
     has_targets = False
-    if program.kind is ProgramKind.MIXED:
+    if program.kind is ProgramKind.DECODE:
+        views["row_limit"][: len(chunks)] = [chunk.max_new for chunk in chunks]
+    else:
         first = _pack_tokens(views, chunks, program)
         has_targets = _pack_targets(views, chunks, first)
         pack_admissions(
@@ -136,7 +155,7 @@ def pack(plan: StepPlan, shape: BatchShape, eos_token_ids: tuple[int, ...]) -> B
             vocab=shape.vocab,
             eos_token_ids=eos_token_ids,
         )
-    return Batch(program, buffer, slots, has_targets, plan.moves)
+    return Batch(program, buffer, masks, slots, has_targets, plan.moves)
 
 
 def _pack_pages(views: dict[str, np.ndarray], chunks: Sequence[Chunk], shape: BatchShape) -> None:
@@ -159,18 +178,19 @@ def _pack_pages(views: dict[str, np.ndarray], chunks: Sequence[Chunk], shape: Ba
             views[name][group, :count] = values
 
 
-def _pack_options(views: dict[str, np.ndarray], plan: StepPlan, shape: BatchShape) -> None:
-    """Writes the sections whose width is 0 where the engine does not have the feature."""
-    if len(plan.masks) > shape.mask_rows:
-        raise ValueError(f"{len(plan.masks)} masks in one step; the buffer holds {shape.mask_rows}")
-    views["mask_slot"].fill(shape.num_slots)
+def _pack_masks(
+    views: dict[str, np.ndarray], plan: StepPlan, shape: BatchShape
+) -> np.ndarray | None:
+    if not plan.masks:
+        return None
+    if len(plan.masks) > shape.num_slots:
+        raise ValueError(f"{len(plan.masks)} masks in one step; there are {shape.num_slots} slots")
+    masks = np.zeros(shape.masks, np.int32)
+    views["num_masks"][...] = len(plan.masks)
     for i, (slot, words) in enumerate(plan.masks):
         views["mask_slot"][i] = slot
-        views["mask_words"][i] = np.array(words, np.uint32).view(np.int32)
-    if shape.has_row_limits:
-        views["row_limit"][: len(plan.chunks)] = [chunk.max_new for chunk in plan.chunks]
-    if any(map(_drafts, plan.chunks)):
-        _pack_drafts(views, plan.chunks, shape)
+        masks[i] = np.frombuffer(words, "<i4")
+    return masks
 
 
 _drafts = attrgetter("drafts")  # runs for every row of every step

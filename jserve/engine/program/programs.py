@@ -24,7 +24,7 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 @dataclass(frozen=True, slots=True)
 class CompiledProgram:
-    """One program, ready to be called with `(params, state, buffer)`."""
+    """One program, ready to be called with `(params, state, buffer, masks)`."""
 
     program: Program
     call: jax.stages.Compiled
@@ -71,14 +71,16 @@ def lower_step(
 ) -> jax.stages.Lowered:
     """A program as it is compiled: its state is donated, what it returns is on every device."""
     everywhere = named_sharding(mesh, ())
-    buffer = jax.ShapeDtypeStruct((layout(program, shape).size,), jnp.int32, sharding=everywhere)
+    size = layout(program, shape).size
+    buffer = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=everywhere)
+    masks = jax.ShapeDtypeStruct(shape.masks, jnp.int32, sharding=everywhere)
     kept = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(
         make_step(model, mesh, program, shape),
         donate_argnums=1,
         out_shardings=(kept, everywhere),
     )
-    return step.lower(params, state, buffer)
+    return step.lower(params, state, buffer, masks)
 
 
 def signature(leaf: jax.Array | jax.ShapeDtypeStruct) -> str:

@@ -24,7 +24,13 @@ from jserve.model.functional import Model
 from jserve.model.sampling.logprobs import Logprobs, no_logprobs
 from jserve.model.sampling.sample import sampler_config
 from jserve.model.sampling.sharded import ShardedSampler
-from jserve.model.sampling.state import admit, admit_processors, stop_code
+from jserve.model.sampling.state import (
+    admit,
+    admit_processors,
+    clear_step_masks,
+    set_step_masks,
+    stop_code,
+)
 from jserve.pallas_kernels.ragged_paged_attention.batch import RaggedBatch, make_ragged_batch
 from jserve.pallas_kernels.ragged_paged_attention.sharded import sharded_attention
 
@@ -63,7 +69,7 @@ class _Rows(NamedTuple):
 
 
 def make_step(model: Model, mesh: Mesh, program: Program, shape: BatchShape):
-    """The program as `(params, state, buffer) -> (state, result)`, to be jitted.
+    """The program as `(params, state, buffer, masks) -> (state, result)`, to be jitted.
 
     Raises ValueError for a shape with a feature that no program reads.
     """
@@ -78,8 +84,6 @@ def make_step(model: Model, mesh: Mesh, program: Program, shape: BatchShape):
 def _features(shape: BatchShape) -> dict[str, bool]:
     """Whether `shape` has each of the features whose sections no program reads."""
     return {
-        "mask_rows": shape.mask_rows > 0,
-        "has_row_limits": shape.has_row_limits,
         "has_adapters": shape.has_adapters,
         "decode_tokens": shape.decode_tokens > 1,
         "page_groups": shape.page_groups > 1,
@@ -94,11 +98,12 @@ def mixed_step(
     params: Params,
     state: DeviceState,
     buffer: jax.Array,
+    masks: jax.Array,
 ) -> tuple[DeviceState, DeviceResult]:
     """One step over a ragged batch: decode rows first, then prompt chunks."""
     batch = layout(program, shape).unpack(buffer)
     sampler = ShardedSampler(mesh, shape.vocab)
-    state = _admit(sampler, _grow_tables(state, batch), batch)
+    state = _mask(_admit(sampler, _grow_tables(state, batch), batch), batch, masks)
     slots = batch["row_slot"]
     row = jnp.arange(program.rows)
     decode = row < batch["num_decode"]
@@ -160,25 +165,26 @@ def decode_step(
     params: Params,
     state: DeviceState,
     buffer: jax.Array,
+    masks: jax.Array,
 ) -> tuple[DeviceState, DeviceResult]:
-    """Up to `program.steps` decode steps; a row that finishes freezes, the others go on."""
+    """Up to `program.steps` decode steps; a row that finishes, or is at its limit, freezes."""
     batch = layout(program, shape).unpack(buffer)
-    state = _grow_tables(state, batch)
+    state = _mask(_grow_tables(state, batch), batch, masks)
     slots = batch["row_slot"]
     row = jnp.arange(program.rows)
     safe_slots = jnp.clip(slots, 0, shape.num_slots - 1)
     tables = state.page_tables[0][safe_slots]
 
-    def running(state: DeviceState) -> jax.Array:
-        return (row < batch["num_rows"]) & state.active[safe_slots]
+    def running(n: jax.Array, state: DeviceState) -> jax.Array:
+        return (row < batch["num_rows"]) & (n < batch["row_limit"]) & state.active[safe_slots]
 
     def more(carry: _Carry) -> jax.Array:
         n, state, *_ = carry
-        return (n < batch["num_steps"]) & jnp.any(running(state))
+        return (n < batch["num_steps"]) & jnp.any(running(n, state))
 
     def decode(carry: _Carry) -> _Carry:
         n, state, outcome, logprobs = carry
-        live = running(state)
+        live = running(n, state)
         starts = state.lengths[safe_slots]
         rows = _Rows(slots, live, live, starts + 1, batch["num_rows"])
         positions = jnp.where(live, starts, 0)
@@ -259,7 +265,9 @@ def _advance(
         lengths=state.lengths.at[live_slots].set(rows.lengths, mode="drop"),
         last_tokens=state.last_tokens.at[sampling_slots].set(sampled.tokens, mode="drop"),
         active=state.active.at[sampling_slots].set(finish == FinishCode.RUNNING, mode="drop"),
-        sampler=sampler.observe(state.sampler, rows.slots, sampled.tokens, rows.samples),
+        sampler=clear_step_masks(
+            sampler.observe(state.sampler, rows.slots, sampled.tokens, rows.samples)
+        ),
     )
     return state, sampled.tokens, finish, sampled.logprobs
 
@@ -271,6 +279,12 @@ def _grow_tables(state: DeviceState, batch: dict[str, jax.Array]) -> DeviceState
         for group, table in enumerate(state.page_tables)
     )
     return state._replace(page_tables=tables)
+
+
+def _mask(state: DeviceState, batch: dict[str, jax.Array], masks: jax.Array) -> DeviceState:
+    """Keeps the step's masks for the first token of their slots."""
+    sampler = set_step_masks(state.sampler, batch["num_masks"], batch["mask_slot"], masks)
+    return state._replace(sampler=sampler)
 
 
 def _admit(split: ShardedSampler, state: DeviceState, batch: dict[str, jax.Array]) -> DeviceState:

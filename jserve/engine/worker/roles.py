@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from jserve.checkpoints.config import Dtype, Quantization
+from jserve.checkpoints.locate import text_assets_from_config
 from jserve.checkpoints.progress import FileProgress
 from jserve.engine.build.assembly import Engine
 from jserve.engine.build.start import start_engine
@@ -11,6 +12,7 @@ from jserve.engine.group import process_group
 from jserve.engine.job import EngineJob
 from jserve.engine.step_log import open_step_log
 from jserve.engine.worker import worker
+from jserve.grammar.maker import ConstraintMaker
 from jserve.model.loading.load import prepare
 from jserve.pallas_kernels.backend import Backend
 from jserve.proto.engine_status import (
@@ -40,7 +42,17 @@ def run_engine(job: EngineJob, report: Report) -> None:
             step_log=step_log,
             on_ready=lambda address: report(Ready(address, _summary(job, engine), engine.phases)),
             token=job.token,
+            constrain=_constraints(job, engine).make,
         )
+
+
+def _constraints(job: EngineJob, engine: Engine) -> ConstraintMaker:
+    def tokenizer_json() -> str:
+        assets = text_assets_from_config(job.model, lambda done_bytes, total_bytes: None)
+        return assets.tokenizer_json
+
+    info = engine.info
+    return ConstraintMaker(tokenizer_json, vocab=info.vocab, eos_token_ids=info.eos_token_ids)
 
 
 def run_follower(job: EngineJob, report: Report) -> None:

@@ -9,14 +9,15 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import grpc
 
 from jserve.core.clock import Clock, WallClock
-from jserve.core.errors import JserveError, RequestError
-from jserve.core.request import EngineInfo, SequenceUpdate
+from jserve.core.errors import EngineError, JserveError, RequestError
+from jserve.core.request import EngineInfo, Request, SequenceUpdate
 from jserve.core.request_check import check_request
 from jserve.core.stats import EngineStats
 from jserve.engine.inbox import Abort, Command, Inbox, Outbox, Submit
@@ -37,10 +38,14 @@ from jserve.proto.session_auth import (
     nonce_of,
     proof,
 )
+from jserve.scheduler.constraint import Constraint
 
 logger = logging.getLogger(__name__)
 
 _PROOF_TIMEOUT_S = 5.0
+_NUM_COMPILERS = 2  # of grammars at a time; beside the loop they take its time
+
+Constrain = Callable[[Request], Constraint | None]
 
 
 @dataclass(eq=False, slots=True)
@@ -105,8 +110,15 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         *,
         clock: Clock | None = None,
         is_compiling: Callable[[], bool] = lambda: False,
+        constrain: Constrain | None = None,
     ) -> None:
-        """With a `token`, only a gateway that holds it is served."""
+        """With a `token`, only a gateway that holds it is served.
+
+        `constrain` is called in threads of this object; without it, constraints are refused.
+        """
+        self._constrain = constrain
+        self._threads = ThreadPoolExecutor(_NUM_COMPILERS, thread_name_prefix="grammars")
+        self._compiling = set[asyncio.Task[None]]()
         self._clock = clock or WallClock()
         self._is_compiling = is_compiling
         self._changed_s = self._clock.now_s()  # when the number of steps last changed
@@ -183,7 +195,35 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         sequence = _Sequence(session, request.id, f"{request.id}#{next(self._serial)}")
         session.live.add(sequence)
         self._by_request_id[request.id] = self._by_engine_id[sequence.engine_id] = sequence
-        return Submit(replace(request, id=sequence.engine_id))
+        request = replace(request, id=sequence.engine_id)
+        if request.constraint is None:
+            return Submit(request)
+        task = asyncio.create_task(self._submit_bound(request))
+        self._compiling.add(task)
+        task.add_done_callback(self._compiling.discard)
+        return None
+
+    async def _submit_bound(self, request: Request) -> None:
+        """Submits a request once its constraint is compiled, if it is still wanted then."""
+        error: JserveError | None = None
+        constraint = None
+        try:
+            loop = asyncio.get_running_loop()
+            constraint = await loop.run_in_executor(self._threads, self._make, request)
+        except JserveError as refused:
+            error = refused
+        except Exception as failed:  # of a library: the client must not wait for ever
+            logger.exception("a constraint could not be made")
+            error = EngineError(f"the constraint could not be made: {failed}")
+        sequence = self._by_engine_id.get(request.id)
+        if sequence is None:  # aborted meanwhile
+            return
+        if error is None:
+            self._inbox.put(Submit(request, constraint))
+        else:
+            sequence.session.rejections.append((sequence.request_id, error))
+            sequence.session.unsent.set()
+            self._forget(sequence)
 
     def deliver(self) -> None:
         """Sorts the events of the outbox by gateway; on the event loop."""
@@ -216,6 +256,17 @@ class EngineSessions(engine_pb2_grpc.EngineServicer):
         for session in self._sessions:
             session.heartbeat = heartbeat
             session.unsent.set()
+
+    def _make(self, request: Request) -> Constraint | None:
+        if self._constrain is None:
+            raise RequestError("this engine knows no constraints", param="grammar")
+        if request.id not in self._by_engine_id:  # aborted while it waited for a thread
+            return None
+        return self._constrain(request)
+
+    def close(self) -> None:
+        """Compiles nothing more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _forget(self, sequence: _Sequence) -> None:
         sequence.session.live.discard(sequence)

@@ -14,7 +14,7 @@ from jserve.core.errors import ConfigError
 from jserve.core.private_path import why_folder_not_private
 from jserve.core.request import EngineInfo
 from jserve.engine.inbox import Inbox, Outbox
-from jserve.engine.worker.session import EngineSessions
+from jserve.engine.worker.session import Constrain, EngineSessions
 from jserve.proto import engine_pb2_grpc
 from jserve.proto.limits import HEARTBEAT_S, MAX_SESSION_MESSAGE_BYTES
 
@@ -36,8 +36,10 @@ class SessionServer:
         address: str,
         claim: BinaryIO | None,
         beating: asyncio.Task[None],
+        sessions: EngineSessions,
     ) -> None:
         self._server = server
+        self._sessions = sessions
         self._beating = beating
         self._outbox = outbox
         self._claim = claim
@@ -52,6 +54,7 @@ class SessionServer:
         """Takes no more gateways, waits `grace_s` for the present ones to go, drops the rest."""
         await self._server.stop(grace_s)
         self._beating.cancel()
+        self._sessions.close()
         self._outbox.detach()
         path = socket_path(self.address)
         if path is not None:
@@ -68,6 +71,7 @@ async def serve_sessions(
     token: str | None = None,
     *,
     is_compiling: Callable[[], bool] = lambda: False,
+    constrain: Constrain | None = None,
 ) -> SessionServer:
     """Listens until stopped. The loop may post at any time.
 
@@ -87,7 +91,9 @@ async def serve_sessions(
     if path is not None:
         path, claim = _claimed(path, is_folder=address.endswith("/"))
         address, token = f"{UNIX}{path}", None
-    sessions = EngineSessions(info, inbox, outbox, token, is_compiling=is_compiling)
+    sessions = EngineSessions(
+        info, inbox, outbox, token, is_compiling=is_compiling, constrain=constrain
+    )
     server = grpc.aio.server(options=_OPTIONS)
     engine_pb2_grpc.add_EngineServicer_to_server(sessions, server)
     try:
@@ -100,7 +106,7 @@ async def serve_sessions(
     if path is None:
         address = f"{address.rpartition(':')[0]}:{bound}"
     beating = asyncio.create_task(_beat(sessions))
-    return SessionServer(server, outbox, address, claim, beating)
+    return SessionServer(server, outbox, address, claim, beating, sessions)
 
 
 async def _beat(sessions: EngineSessions) -> None:

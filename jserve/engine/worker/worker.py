@@ -14,6 +14,7 @@ from jserve.engine.build.assembly import Engine
 from jserve.engine.inbox import Inbox, Outbox
 from jserve.engine.loop import EngineLoop
 from jserve.engine.step_log import StepLog
+from jserve.engine.worker.session import Constrain
 from jserve.engine.worker.session_server import serve_sessions
 
 
@@ -26,14 +27,17 @@ def serve(
     step_log: StepLog | None,
     on_ready: Callable[[str], None],
     token: str | None = None,
+    constrain: Constrain | None = None,
 ) -> None:
     """Serves gateways at `address` until SIGTERM; then finishes what runs, within the timeout.
 
-    `executor` is the engine's own, or leads others. `address` and `token` are those of
+    `executor` is the engine's own, or leads others. `address`, `token` and `constrain` are those of
     `serve_sessions`; `on_ready` gets the address with the port or socket that was chosen. Raises
     EngineError when the loop died: the process should end.
     """
-    asyncio.run(_serve(engine, executor, address, drain_timeout_s, step_log, on_ready, token))
+    asyncio.run(
+        _serve(engine, executor, address, drain_timeout_s, step_log, on_ready, token, constrain)
+    )
 
 
 async def _serve(
@@ -44,6 +48,7 @@ async def _serve(
     step_log: StepLog | None,
     on_ready: Callable[[str], None],
     token: str | None,
+    constrain: Constrain | None,
 ) -> None:
     inbox, outbox = Inbox(), Outbox()
     loop = EngineLoop(
@@ -55,7 +60,13 @@ async def _serve(
         target=_run_loop, args=(loop, events, ended), name="engine-loop", daemon=True
     )
     server = await serve_sessions(
-        address, engine.info, inbox, outbox, token, is_compiling=engine.is_compiling
+        address,
+        engine.info,
+        inbox,
+        outbox,
+        token,
+        is_compiling=engine.is_compiling,
+        constrain=constrain,
     )
     thread.start()
     asked = asyncio.Event()

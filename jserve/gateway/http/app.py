@@ -15,9 +15,12 @@ from jserve.gateway.http.edge import Edge, RequireKey
 from jserve.gateway.http.errors import error_response, unrouted
 from jserve.gateway.http.event_stream import ClientGone
 from jserve.gateway.http.hosts import CheckHost
+from jserve.gateway.http.messages_api.routes import MessagesRoutes
+from jserve.gateway.http.ollama.routes import OllamaRoutes
 from jserve.gateway.http.openai_routes import OpenAIRoutes
 from jserve.gateway.http.probes import ProbeRoutes
 from jserve.gateway.http.request_bodies import RequestBodies
+from jserve.gateway.http.responses.routes import ResponseRoutes
 from jserve.gateway.http.token_routes import TokenRoutes
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.prometheus import make_registry
@@ -44,7 +47,10 @@ def make_app(
     app: ASGIApp = Starlette(
         routes=[
             *OpenAIRoutes(plane, metrics, bodies).routes(),
+            *ResponseRoutes(plane, metrics, bodies).routes(),
             *TokenRoutes(plane, bodies).routes(),
+            *MessagesRoutes(plane, metrics, bodies).routes(),
+            *OllamaRoutes(plane, metrics, bodies).routes(),
             *ProbeRoutes(plane, registry, version).routes(),
         ],
         exception_handlers={
@@ -62,12 +68,12 @@ def make_app(
 
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, JserveError)
-    return error_response(error)
+    return error_response(error, request.scope)
 
 
 async def _on_unrouted(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = error_response(unrouted(request, error.status_code))
+    response = error_response(unrouted(request, error.status_code), request.scope)
     for name, value in (error.headers or {}).items():
         response.headers[name] = value
     return response
@@ -80,4 +86,5 @@ async def _on_gone(request: Request, error: Exception) -> Response:
 async def _on_bug(request: Request, error: Exception) -> Response:
     # Starlette raises the error again after this, so the server logs it with its traceback.
     request_id = request.scope["request_id"]
-    return error_response(EngineError(f"internal error; the log has it as request {request_id}"))
+    bug = EngineError(f"internal error; the log has it as request {request_id}")
+    return error_response(bug, request.scope)

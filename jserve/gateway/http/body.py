@@ -9,6 +9,7 @@ from jserve.core.errors import RequestError
 from jserve.gateway.config import GatewayConfig
 from jserve.gateway.http.errors import HttpError
 from jserve.gateway.http.event_stream import ClientGone
+from jserve.gateway.validation import is_deeper
 
 # A client that is cut off while it sends often never reads the answer, so bytes beyond the limit
 # are read and dropped, up to this many times the limit.
@@ -38,7 +39,8 @@ def parse_object(body: bytes, max_depth: int) -> dict[str, Any]:
         raise RequestError(message) from error
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object")
-    _check_depth(value, max_depth)
+    if is_deeper(value, max_depth):
+        raise RequestError(f"the body is nested deeper than {max_depth} levels")
     return value
 
 
@@ -70,16 +72,3 @@ async def _read(request: Request, limit: int) -> bytes:
     if size > limit:
         raise HttpError(413, f"the body is larger than {limit} bytes", code="request_too_large")
     return b"".join(chunks)
-
-
-def _check_depth(value: dict[str, Any], max_depth: int) -> None:
-    level: list[Any] = [value]
-    for _ in range(max_depth):
-        children: list[Any] = []
-        for container in level:
-            items = container.values() if type(container) is dict else container
-            children += [item for item in items if type(item) in (dict, list)]
-        if not children:
-            return
-        level = children
-    raise RequestError(f"the body is nested deeper than {max_depth} levels")

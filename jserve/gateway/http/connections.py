@@ -270,7 +270,7 @@ class _Counted:
 
 async def _no_room(scope: Scope, receive: Receive, send: Send) -> None:
     error = Unavailable("the server has as many connections as it takes", retry_after_s=1.0)
-    await error_response(error)(scope, receive, send)
+    await error_response(error, scope)(scope, receive, send)
 
 
 def _timeout_answer(part: str) -> bytes:

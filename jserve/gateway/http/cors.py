@@ -27,7 +27,7 @@ class Cors:
             app,
             allow_origins=origins,
             allow_origin_regex=_LOOPBACK,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after", IGNORED_FIELDS_HEADER],
         )

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jserve.core.errors import Unauthenticated
 from jserve.gateway.api_keys import ApiKeys
 from jserve.gateway.config import GatewayConfig
-from jserve.gateway.http.errors import error_response
+from jserve.gateway.http.errors import error_response, is_messages_path
 from jserve.gateway.http.fields import MAX_NAMED
 from jserve.gateway.metrics import GatewayMetrics
 from jserve.gateway.request_plane import shutting_down
@@ -30,7 +30,10 @@ _OPEN_PATHS = frozenset(("/health", "/ready", "/version", "/metrics"))  # for pr
 
 
 class Edge:
-    """Gives every response an X-Request-Id (the client's own where it is usable) and counts it."""
+    """Gives every response an X-Request-Id (the client's own where it is usable) and counts it.
+
+    Anthropic's clients read the id from Request-Id.
+    """
 
     def __init__(self, app: ASGIApp, metrics: GatewayMetrics, config: GatewayConfig) -> None:
         self._app = app
@@ -46,7 +49,8 @@ class Edge:
         scope["request_id"] = request_id
         host, _ = scope["client"] or (None, 0)
         scope["caller"] = at_address(host, may_set_priority=self._any_priority)
-        header = (b"x-request-id", request_id.encode("ascii"))
+        names = [b"x-request-id"] + [b"request-id"] * is_messages_path(scope["path"])
+        headers = [(name, request_id.encode("ascii")) for name in names]
         status = _NO_ANSWER
         start_s = self._metrics.clock.now_s()
 
@@ -54,14 +58,14 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), header, *_ignored(scope)]
+                message["headers"] = [*message.get("headers", ()), *headers, *_ignored(scope)]
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except asyncio.CancelledError:  # the server ends, and has waited long enough
             if status == _NO_ANSWER:
-                await error_response(shutting_down())(scope, receive, send_with_id)
+                await error_response(shutting_down(), scope)(scope, receive, send_with_id)
         finally:
             duration_s = self._metrics.clock.now_s() - start_s
             self._finish(scope, status, duration_s)
@@ -99,7 +103,7 @@ def _ignored(scope: Scope) -> list[tuple[bytes, bytes]]:
 
 
 class RequireKey:
-    """Requires `Authorization: Bearer <key>` with a known key; probes are open.
+    """Requires `Authorization: Bearer` or `x-api-key` with a known key; probes are open.
 
     The key's tenant becomes `scope["caller"]`.
     """
@@ -111,10 +115,16 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
-            grant = self._keys.find(dict(scope["headers"]).get(b"authorization", b""))
+            headers = dict(scope["headers"])
+            grant = self._keys.find(headers.get(b"authorization", b""))
             if grant is None:
-                message = "the API key is missing or wrong; send Authorization: Bearer <key>"
-                await error_response(Unauthenticated(message))(scope, receive, send)
+                grant = self._keys.find_key(headers.get(b"x-api-key", b""))
+            if grant is None:
+                error = Unauthenticated(
+                    "the API key is missing or wrong; send Authorization: Bearer <key>, or "
+                    "x-api-key: <key>"
+                )
+                await error_response(error, scope)(scope, receive, send)
                 return
             scope["caller"] = grant.caller(any_priority=self._any_priority)
         await self._app(scope, receive, send)

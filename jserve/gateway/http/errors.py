@@ -1,16 +1,34 @@
-"""Errors as the OpenAI API words them, and their HTTP status and headers."""
+"""Errors in the form of the API that a path belongs to, with their HTTP status and headers."""
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
-from jserve.core.errors import JserveError, RequestError, wire_status
+from jserve.core.errors import JserveError, PromptTooLong, RequestError, wire_status
 
 _REASONS = {
     404: ("unknown_url", "no such URL: {method} {path}; see /v1/models for a first one"),
     405: ("method_not_allowed", "{path} does not take {method}"),
+}
+
+ErrorForm: TypeAlias = Callable[[JserveError, str], dict[str, object]]  # of an error and request id
+
+MESSAGES_PATH = "/v1/messages"  # and below it: the Anthropic API
+OLLAMA_PATH = "/api"  # below it: the Ollama API
+
+# Anthropic's error types by HTTP status; others are faults of the request, or of the server.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
 }
 
 
@@ -23,8 +41,8 @@ class HttpError(RequestError):
         self.code = code
 
 
-def error_json(error: JserveError) -> dict[str, object]:
-    """The `{"error": {…}}` object of `error`, for a body or an event of a stream."""
+def openai_error(error: JserveError, request_id: str) -> dict[str, object]:
+    """OpenAI's `{"error": {…}}` object, for a body or an event of a stream."""
     fields = {
         "message": str(error),
         "type": wire_status(error).openai_type,
@@ -34,9 +52,56 @@ def error_json(error: JserveError) -> dict[str, object]:
     return {"error": fields}
 
 
-def error_response(error: JserveError) -> Response:
-    """The whole HTTP response to `error`, with Retry-After or WWW-Authenticate where due."""
-    status = error.status if isinstance(error, HttpError) else wire_status(error).http
+def anthropic_error(error: JserveError, request_id: str) -> dict[str, object]:
+    """Anthropic's error object, for a body or an event of a stream.
+
+    Clients know a prompt that is too long by the first words of its message.
+    """
+    status = http_status(error)
+    default = "api_error" if status >= 500 else "invalid_request_error"
+    words = f"prompt is too long: {error}" if isinstance(error, PromptTooLong) else str(error)
+    fields = {"type": _ANTHROPIC_TYPES.get(status, default), "message": words}
+    return {"type": "error", "error": fields, "request_id": request_id}
+
+
+def ollama_error(error: JserveError, request_id: str) -> dict[str, object]:
+    """Ollama's error object, for a body or a line of a stream."""
+    return {"error": str(error)}
+
+
+def is_messages_path(path: str) -> bool:
+    """Whether a URL's path is one of the Anthropic API."""
+    return path == MESSAGES_PATH or path.startswith(f"{MESSAGES_PATH}/")
+
+
+def form_of_path(path: str) -> ErrorForm:
+    """The form that clients of a URL's path expect."""
+    if is_messages_path(path):
+        return anthropic_error
+    return ollama_error if path.startswith(f"{OLLAMA_PATH}/") else openai_error
+
+
+def http_status(error: JserveError) -> int:
+    """The HTTP status of a response that is `error`."""
+    return error.status if isinstance(error, HttpError) else wire_status(error).http
+
+
+def error_json(error: JserveError, scope: Scope | None = None) -> dict[str, object]:
+    """The object of `error` as the API of the request has it; OpenAI's before there is a request.
+
+    It is a body, or an event of a stream.
+    """
+    if scope is None:
+        return openai_error(error, "")
+    return form_of_path(scope["path"])(error, scope.get("request_id", ""))
+
+
+def error_response(error: JserveError, scope: Scope | None = None) -> Response:
+    """The whole HTTP response to `error`, with Retry-After or WWW-Authenticate where due.
+
+    `scope` is the request's; None where its first line was not read.
+    """
+    status = http_status(error)
     headers: dict[str, str] = {}
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
@@ -48,7 +113,7 @@ def error_response(error: JserveError) -> Response:
     if status == 413:
         headers["connection"] = "close"
     return Response(
-        orjson.dumps(error_json(error)),
+        orjson.dumps(error_json(error, scope)),
         status_code=status,
         headers=headers,
         media_type="application/json",

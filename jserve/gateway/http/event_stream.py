@@ -1,8 +1,8 @@
-"""Server-sent events over ASGI: keep-alive, back-pressure, abort when the client leaves."""
+"""Streamed answers over ASGI: framing, keep-alive, back-pressure, abort when the client leaves."""
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -21,10 +21,10 @@ DONE = b"data: [DONE]\n\n"
 _FIRST = asyncio.FIRST_COMPLETED
 _KEEP_ALIVE = b": keep-alive\n\n"
 _HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would buffer events
 ]
+EVENT_STREAM = b"text/event-stream; charset=utf-8"
 
 
 class ClientGone(Exception):
@@ -48,6 +48,21 @@ def event(data: object) -> bytes:
         start = end
         time.sleep(REST_S)
     return b"".join([*parts, b"\n\n"])
+
+
+class StreamForm:
+    """How one API frames a stream, here OpenAI's: server-sent events that end with `[DONE]`."""
+
+    content_type = EVENT_STREAM
+    keep_alive = _KEEP_ALIVE  # sent while there is nothing else; empty: nothing is
+    end = DONE
+
+    def error(self, json: Mapping[str, object]) -> bytes:
+        """Frames the error that ends a stream; `end` follows it."""
+        return event(json)
+
+
+OPENAI_STREAM = StreamForm()
 
 
 def _escaped(json: bytes) -> bytes:
@@ -86,7 +101,7 @@ async def _disconnect(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends `events`, each already encoded, as they come; `[DONE]` ends it.
+    """Sends `events`, each already encoded, as they come, and what ends a stream of this form.
 
     The response starts with the first event, so an error before it keeps its HTTP status; or after
     `keep_alive_s`, with a comment that repeats while nothing else is sent. A later error is an
@@ -94,14 +109,21 @@ class EventStream(Response):
     buffers are the socket's.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *, keep_alive_s: float) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        *,
+        keep_alive_s: float,
+        form: StreamForm = OPENAI_STREAM,
+    ) -> None:
         super().__init__()
         self._events = events
+        self._form = form
         self._keep_alive_s = keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the stream to its end, or until the client leaves."""
-        writer = _Writer(scope, receive, send)
+        writer = _Writer(scope, receive, send, self._form)
         pumping = asyncio.create_task(self._pump(writer))
         gone = asyncio.create_task(_disconnect(receive))
         try:
@@ -122,21 +144,22 @@ class EventStream(Response):
         except JserveError as error:
             await writer.fail(error)
         else:
-            await writer.end(DONE)
+            await writer.end()
 
     async def _keep_alive(self, writer: "_Writer", until: tuple[asyncio.Task[None], ...]) -> None:
         wait_s = self._keep_alive_s
         while not (await asyncio.wait(until, timeout=wait_s, return_when=_FIRST))[0]:
             wait_s = self._keep_alive_s - writer.idle_s
             if wait_s <= 0:
-                await writer.comment(_KEEP_ALIVE)
+                await writer.keep_alive()
                 wait_s = self._keep_alive_s
 
 
 class _Writer:
     """The response's messages, whole and in order, from two tasks. Owned by one EventStream."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, form: StreamForm) -> None:
+        self._form = form
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -150,32 +173,36 @@ class _Writer:
     def idle_s(self) -> float:
         return self._loop.time() - self._last_write_s
 
-    async def comment(self, data: bytes) -> None:
-        if not self._lock.locked():  # a pending write already keeps the connection alive
-            await self.write(data)
+    async def keep_alive(self) -> None:
+        if not self._form.keep_alive:
+            self._last_write_s = self._loop.time()
+        elif not self._lock.locked():  # a pending write already keeps the connection alive
+            await self.write(self._form.keep_alive)
 
     async def write(self, data: bytes) -> None:
         async with self._lock:
             await self._body(data, more=True)
 
-    async def end(self, data: bytes) -> None:
+    async def end(self) -> None:
         async with self._lock:
-            await self._body(data, more=False)
+            await self._body(self._form.end, more=False)
 
     async def fail(self, error: JserveError) -> None:
         async with self._lock:
             if self._started:
-                await self._body(event(error_json(error)) + DONE, more=False)
+                data = self._form.error(error_json(error, self._scope))
+                await self._body(data + self._form.end, more=False)
             else:
                 self._ended = True
-                await error_response(error)(self._scope, self._receive, self._send)
+                await error_response(error, self._scope)(self._scope, self._receive, self._send)
 
     async def _body(self, data: bytes, *, more: bool) -> None:
         if self._ended:
             return
         if not self._started:
             self._started = True
-            start = {"type": "http.response.start", "status": 200, "headers": _HEADERS}
+            headers = [(b"content-type", self._form.content_type), *_HEADERS]
+            start = {"type": "http.response.start", "status": 200, "headers": headers}
             await self._send(start)
         self._ended = not more
         if len(data) > _PIECE_BYTES:

@@ -33,7 +33,7 @@ class CheckHost:
         if error is None:
             await self._app(scope, receive, send)
         else:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
 
     def _error(self, scope: Scope) -> HttpError | None:
         given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]

@@ -4,8 +4,9 @@ Choice `i` of prompt `p` has the index `p × n + i`.
 """
 
 import asyncio
+import math
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ class Answer:
     metrics: GatewayMetrics
     include_usage: bool
     continuous_usage: bool
+    num_best: int | None = None  # the choices of a prompt that are answered; None: all
 
     async def whole(self) -> bytes:
         """Returns the complete JSON object.
@@ -101,10 +103,8 @@ class Answer:
     def _whole(self, done: Sequence[tuple[int, OutputDelta]]) -> bytes:
         # Each is written before the next one is made: as objects they take ten times the memory.
         choices = [
-            orjson.Fragment(
-                orjson.dumps(self.shape.choice(self._index(prompt, delta.index), prompt, delta))
-            )
-            for prompt, delta in done
+            orjson.Fragment(orjson.dumps(self.shape.choice(index, prompt, delta)))
+            for index, prompt, delta in self._answered(done)
         ]
         json = self.head.json(self.shape.kind, choices)
         json["usage"] = self._usage(
@@ -112,6 +112,18 @@ class Answer:
             sum(delta.cached_tokens for _, delta in done if delta.index == 0),
         )
         return orjson.dumps(json | self.shape.beside(done[0][1].prompt_logprobs, whole=True))
+
+    def _answered(
+        self, done: Sequence[tuple[int, OutputDelta]]
+    ) -> Iterator[tuple[int, int, OutputDelta]]:
+        """Yields the index, the prompt and the delta of every choice that is answered."""
+        if self.num_best is None:
+            yield from ((self._index(prompt, it.index), prompt, it) for prompt, it in done)
+            return
+        for prompt in range(len(self.generations)):
+            best = sorted((it for p, it in done if p == prompt), key=_mean_logprob, reverse=True)
+            for rank, delta in enumerate(best[: self.num_best]):
+                yield prompt * self.num_best + rank, prompt, delta
 
     def _event(self, prompt: int, delta: OutputDelta, usage: Json) -> bytes:
         """Writes one chunk, with fields of `usage` if there are any; empty if it shows nothing."""
@@ -154,4 +166,11 @@ class Answer:
     def _usage(self, completion_tokens: int, cached_tokens: int) -> Json:
         """The usage of the whole answer. Of each prompt the first choice says what was cached."""
         prompt_tokens = sum(len(it.prompt.ids) for it in self.generations)
-        return usage_json(prompt_tokens, completion_tokens, cached_tokens)
+        return usage_json(
+            prompt_tokens, completion_tokens, cached_tokens, self.shape.reasoning_tokens
+        )
+
+
+def _mean_logprob(delta: OutputDelta) -> float:
+    logprobs = [entry.logprob for entry in delta.logprobs or ()]
+    return sum(logprobs) / len(logprobs) if logprobs else -math.inf

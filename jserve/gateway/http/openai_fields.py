@@ -3,6 +3,7 @@
 from dataclasses import fields as dataclass_fields
 
 from jserve.gateway.http.fields import Fields
+from jserve.gateway.structured import STRUCTURED_FIELDS
 from jserve.gateway.validation import SamplingFields
 
 # Fields of both routes that go to `SamplingFields` under their own names and are checked there.
@@ -29,6 +30,7 @@ WITHOUT_EFFECT = {
     "prompt_cache_retention": Fields.string,
     "session_id": Fields.string,
     "request_id": Fields.string,  # the header X-Request-Id names a request
+    "guided_decoding_backend": Fields.string,
 }
 
 # Fields of the OpenAI API or of vLLM that are not served, with the values that ask for nothing;
@@ -38,43 +40,22 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "length_penalty": (1.0,),
     "early_stopping": (False,),
     "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
-    "truncation_side": (),
+    "stop_regex": ([], ""),
     "logprob_token_ids": ([],),
-    "bad_words": ([],),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
     "kv_transfer_params": (),
     "vllm_xargs": (),
     "repetition_detection": (),
     "stream_interval": (1,),
 }
 UNSUPPORTED_COMPLETION = _UNSUPPORTED | {
-    "suffix": ("",),
     "prompt_embeds": (),
 }
 UNSUPPORTED_CHAT = _UNSUPPORTED | {
-    "echo": (False,),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none", "auto"),  # without effect when there are no tools
-    "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "audio": (),
-    "include_reasoning": (True, False),
-    "thinking_token_budget": (),
     "web_search_options": (),
     "moderation": (),
     "add_special_tokens": (False,),  # the template writes them
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "chat_template": (),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
 }
@@ -83,11 +64,16 @@ _SHARED_FIELDS = (
     *SAMPLING,
     *WITHOUT_EFFECT,
     *("model", "n", "stop", "stream", "stream_options", "logprobs", "max_tokens", "priority"),
-    *("response_format", "skip_special_tokens", "include_stop_str_in_output", "cache_salt"),
+    *STRUCTURED_FIELDS,
+    *("skip_special_tokens", "include_stop_str_in_output", "cache_salt", "echo"),
+    *("return_token_ids", "return_tokens_as_token_ids", "bad_words"),
+    *("truncate_prompt_tokens", "truncation_side"),
 )
-COMPLETION_FIELDS = (*_SHARED_FIELDS, "prompt", "echo", "best_of", "add_special_tokens")
+COMPLETION_FIELDS = (*_SHARED_FIELDS, "prompt", "suffix", "best_of", "add_special_tokens")
 CHAT_FIELDS = (
     *_SHARED_FIELDS,
     *("messages", "top_logprobs", "max_completion_tokens", "add_generation_prompt"),
-    *("chat_template_kwargs", "reasoning_effort"),
+    *("chat_template_kwargs", "reasoning_effort", "include_reasoning", "thinking_token_budget"),
+    *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"),
+    *("continue_final_message", "documents", "chat_template"),
 )

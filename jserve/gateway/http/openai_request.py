@@ -4,21 +4,22 @@ What is honoured, accepted without effect or refused is listed in `openai_fields
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jserve.core.errors import RequestError
 from jserve.core.request import MAX_LOGPROBS
 from jserve.gateway.http import openai_fields as known
+from jserve.gateway.http.chat_fields import read_thinking
 from jserve.gateway.http.fields import Fields, as_integer, wrong_type
+from jserve.gateway.http.openai_tools import AskedTools, read_tools
+from jserve.gateway.messages import checked_variables
+from jserve.gateway.prompts import WHOLE_CONTEXT, Truncation
+from jserve.gateway.structured import STRUCTURED_FIELDS, read_structured
 from jserve.gateway.validation import SamplingFields
+from jserve.grammar.source import GrammarSource
 
 _NO_LIMIT = -1  # of max_tokens, as llama.cpp and LM Studio have it
-# Variables of a template that come from the server; a request may only name what they are.
-_SERVER_VARIABLES = frozenset(
-    {"messages", "tools", "documents", "continue_final_message", "tokenize", "chat_template"}
-)
-_NEUTRAL: tuple[Any, ...] = (None, False, [], {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,22 +37,34 @@ class OpenAIRequest:
     skip_special_tokens: bool | None
     include_stop_str_in_output: bool | None
     priority: int | None
+    structured: GrammarSource | None  # a form that is right; `RequestPlane.constraint` checks it
     cache_salt: Any = field(repr=False)  # unchecked; `cache_salts.given_salt` does it
+    echo: bool
+    bad_words: tuple[str, ...]  # unchecked; `RequestPlane.with_bad_words` does it
+    truncation: Truncation | None  # `PromptMaker.bounded` checks it
+    return_token_ids: bool
+    tokens_as_ids: bool  # log-probabilities name tokens by their ids
     ignored: tuple[str, ...]  # names of unknown fields, where those are not refused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest(OpenAIRequest):
     prompts: tuple[str | tuple[int, ...], ...]  # not empty; each text or token ids
-    echo: bool
+    best_of: int  # choices that are generated; the best `n` are answered
     add_special_tokens: bool | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest(OpenAIRequest):
-    messages: Any  # unchecked; `chat.check_messages` does it
+    messages: Any  # unchecked; `messages.check_messages` does it
+    tools: AskedTools
+    include_reasoning: bool
+    max_reasoning_tokens: int | None
     add_generation_prompt: bool
+    continue_final_message: bool
     template_variables: dict[str, Any]
+    documents: list[Any] | None
+    chat_template: str | None
 
 
 def parse_completion(
@@ -68,17 +81,24 @@ def parse_completion(
     prompts = _prompts(fields, max_prompts)
     n = _choices(fields)
     best_of = fields.integer("best_of")
-    if best_of not in (None, 1, n):
-        raise RequestError("best_of: not supported yet; use n", param="best_of")
-    echo = fields.boolean("echo") or False
+    if best_of is None:
+        best_of = n
+    if best_of < n:
+        raise RequestError(f"best_of is {best_of}, which is less than n = {n}", param="best_of")
+    if fields.string("suffix"):
+        message = "suffix is not supported: text is continued at its end, never filled in"
+        raise RequestError(message, param="suffix")
     logprobs = fields.raw("logprobs")
     limits = _sampling(fields, logprobs=logprobs, max_tokens=fields.raw("max_tokens"))
     shared = _shared(fields)
+    if best_of > n and shared["stream"]:
+        message = "best_of with stream: the best choices are known at the end; leave one out"
+        raise RequestError(message, param="best_of")
     special = fields.boolean("add_special_tokens")
     fields.finish(known.UNSUPPORTED_COMPLETION, known.COMPLETION_FIELDS)
     return CompletionRequest(
         prompts=prompts,
-        echo=echo,
+        best_of=best_of,
         add_special_tokens=special,
         n=n,
         ignored=tuple(ignored),
@@ -91,35 +111,73 @@ def parse_chat(body: Mapping[str, Any], *, ignore_unknown: bool = False) -> Chat
     """Reads the body of `POST /v1/chat/completions`; errors are those of `parse_completion`."""
     ignored: list[str] = []
     fields = Fields(body, ignored=ignored if ignore_unknown else None)
-    generation_prompt = fields.boolean("add_generation_prompt")
+    generation_prompt, continues = generation_prompt_fields(fields)
     logprobs, max_tokens = _chat_logprobs(fields), _chat_max_tokens(fields)
     limits = _sampling(fields, logprobs=logprobs, max_tokens=max_tokens)
     n = _choices(fields)
     shared = _shared(fields)
     messages = fields.raw("messages")
-    variables = template_variables(fields)
-    fields.finish(known.UNSUPPORTED_CHAT, known.CHAT_FIELDS)
-    return ChatRequest(
+    budget, variables = template_variables(fields)
+    given_budget = _reasoning_budget(fields)
+    asked = ChatRequest(
         messages=messages,
-        add_generation_prompt=generation_prompt is not False,
+        tools=read_tools(fields),
+        include_reasoning=fields.boolean("include_reasoning") is not False,
+        max_reasoning_tokens=budget if given_budget is None else given_budget,
+        add_generation_prompt=generation_prompt,
+        continue_final_message=continues,
         template_variables=variables,
+        documents=_documents(fields),
+        chat_template=fields.string("chat_template"),
         n=n,
-        ignored=tuple(ignored),
+        ignored=(),
         **limits,
         **shared,
     )
+    fields.finish(known.UNSUPPORTED_CHAT, known.CHAT_FIELDS)
+    return replace(asked, ignored=tuple(ignored))
 
 
-def template_variables(fields: Fields) -> dict[str, Any]:
-    """Reads the variables of a chat template that a request sets."""
-    variables = fields.mapping("chat_template_kwargs") or {}
-    for name in _SERVER_VARIABLES & variables.keys():
-        if variables[name] not in _NEUTRAL:
-            where = f"chat_template_kwargs.{name}"
-            raise RequestError(f"{where}: not supported yet; leave it out", param=where)
-    variables = {name: it for name, it in variables.items() if name not in _SERVER_VARIABLES}
-    effort = fields.string("reasoning_effort")
-    return variables if effort is None else {"reasoning_effort": effort, **variables}
+def generation_prompt_fields(fields: Fields) -> tuple[bool, bool]:
+    """Reads whether the prompt opens an answer, and whether it ends with the last message."""
+    generation_prompt = fields.boolean("add_generation_prompt")
+    continues = fields.boolean("continue_final_message") or False
+    if continues and generation_prompt:
+        name = "continue_final_message"
+        raise RequestError(f"{name} and add_generation_prompt exclude each other", param=name)
+    return generation_prompt is not False and not continues, continues
+
+
+def _reasoning_budget(fields: Fields) -> int | None:
+    budget = fields.integer("thinking_token_budget")
+    if budget is not None and budget < 0:
+        name = "thinking_token_budget"
+        raise RequestError(f"{name} must be at least 0, not {budget}", param=name)
+    return budget
+
+
+def _documents(fields: Fields) -> list[Any] | None:
+    documents = fields.raw("documents")
+    if documents is None or (isinstance(documents, list) and all(map(_is_object, documents))):
+        return documents
+    raise wrong_type("documents", "a list of objects", documents)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def template_variables(
+    fields: Fields, effort: str | None = None
+) -> tuple[int | None, dict[str, Any]]:
+    """Reads the budget of reasoning by its effort, and the variables of a chat template.
+
+    `effort` counts unless the field `reasoning_effort` is there.
+    """
+    name = "chat_template_kwargs"
+    variables = checked_variables(name, fields.mapping(name) or {})
+    budget, of_effort = read_thinking(fields.string("reasoning_effort") or effort)
+    return budget, of_effort | variables
 
 
 def _sampling(fields: Fields, *, logprobs: Any, max_tokens: Any) -> dict[str, Any]:
@@ -139,7 +197,6 @@ def _sampling(fields: Fields, *, logprobs: Any, max_tokens: Any) -> dict[str, An
 def _shared(fields: Fields) -> dict[str, Any]:
     for key, read in known.WITHOUT_EFFECT.items():
         read(fields, key)
-    _refuse_structured(fields)
     stream = fields.boolean("stream") or False
     include_usage, continuous_usage = _usage(fields, stream)
     return {
@@ -151,8 +208,28 @@ def _shared(fields: Fields) -> dict[str, Any]:
         "skip_special_tokens": fields.boolean("skip_special_tokens"),
         "include_stop_str_in_output": fields.boolean("include_stop_str_in_output"),
         "priority": fields.integer("priority"),
+        "structured": read_structured({name: fields.raw(name) for name in STRUCTURED_FIELDS}),
         "cache_salt": fields.raw("cache_salt"),
+        "echo": fields.boolean("echo") or False,
+        "bad_words": fields.strings("bad_words") or (),
+        "truncation": _truncation(fields),
+        "return_token_ids": fields.boolean("return_token_ids") or False,
+        "tokens_as_ids": fields.boolean("return_tokens_as_token_ids") or False,
     }
+
+
+def _truncation(fields: Fields) -> Truncation | None:
+    name = "truncate_prompt_tokens"
+    length, side = fields.integer(name), fields.string("truncation_side")
+    if side not in (None, "left", "right"):
+        message = f"truncation_side must be left or right, not {side[:40]!r}"
+        raise RequestError(message, param="truncation_side")
+    if length is None:
+        return None
+    if length < 1 and length != WHOLE_CONTEXT:
+        message = f"{name} must be at least 1, or {WHOLE_CONTEXT} for the context, not {length}"
+        raise RequestError(message, param=name)
+    return Truncation(length, keeps_start=side == "right")
 
 
 def _choices(fields: Fields) -> int:
@@ -200,14 +277,6 @@ def _usage(fields: Fields, stream: bool) -> tuple[bool, bool]:
     if include is None:  # it is true by default in vLLM
         include = every
     return include, include and every
-
-
-def _refuse_structured(fields: Fields) -> None:
-    given = fields.mapping("response_format")
-    if given is None or given == {"type": "text"}:
-        return
-    message = "response_format: only {'type': 'text'} is served; JSON mode is not supported yet"
-    raise RequestError(message, param="response_format")
 
 
 def _prompts(fields: Fields, most: int | None) -> tuple[str | tuple[int, ...], ...]:

@@ -32,6 +32,19 @@ class TokenText(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenIds:
+    """Tokens whose log-probabilities name them by their ids, as vLLM does it on demand."""
+
+    tokens: TokenText
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.tokens.token_bytes(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        return self.tokens.token_text(token_id)
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
     """Fields that every object of one answer repeats."""
 
@@ -52,13 +65,16 @@ class Head:
         }
 
 
-def usage_json(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
+def usage_json(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int = 0
+) -> Json:
     """Makes `usage`; `cached_tokens` are those of the prompt that were not computed."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 
@@ -74,6 +90,8 @@ def spelled(token_id: int, tokens: TokenText) -> str:
     A token that is no text of its own, such as half a character, is written by its bytes, so that
     different ones are never spelled alike.
     """
+    if isinstance(tokens, TokenIds):
+        return f"token_id:{token_id}"
     raw = tokens.token_bytes(token_id)
     try:
         return raw.decode()

@@ -11,14 +11,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from jserve.gateway.conversation import prepare, render
 from jserve.gateway.http.edge import IGNORED_FIELDS
 from jserve.gateway.http.event_stream import EventStream, unless_disconnected
 from jserve.gateway.http.openai_answer import Answer
+from jserve.gateway.http.openai_conversation import conversation_of
 from jserve.gateway.http.openai_request import (
     ChatRequest,
     CompletionRequest,
+    OpenAIRequest,
 )
-from jserve.gateway.http.openai_response import Head
+from jserve.gateway.http.openai_response import Head, TokenIds, TokenText
 from jserve.gateway.http.openai_shape import ChatShape, CompletionShape, Shape
 from jserve.gateway.http.request_bodies import RequestBodies
 from jserve.gateway.metrics import GatewayMetrics
@@ -60,6 +63,7 @@ class OpenAIRoutes:
             Route("/v1/models/{id:path}", self.model, methods=["GET"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+            Route("/v1/chat/completions/render", self.render, methods=["POST"]),
         ]
 
     async def models(self, request: Request) -> Response:
@@ -76,33 +80,67 @@ class OpenAIRoutes:
         asked = await self._bodies.completion(request)
         self._plane.check_model(asked.model)
         caller: Caller = request.scope["caller"]
-        with self._plane.preparing(caller, len(asked.prompts), asked.n):
+        with self._plane.preparing(caller, len(asked.prompts), asked.best_of):
             prompts = await self._prompts(asked)
-            generations = await self._prepare(
-                "cmpl", caller, _with_echo(asked), prompts, echo=asked.echo
-            )
+            generations = await self._prepare(caller, _with_echo(asked), prompts)
         shape = CompletionShape(
             generations,
-            self._plane.tokenizer,
+            self._tokens(asked),
+            top=asked.sampling.logprobs,
             prompt_logprobs=asked.sampling.prompt_logprobs is not None,
+            token_ids=asked.return_token_ids,
         )
-        return await self._respond(request, asked, generations, shape)
+        num_best = asked.n if asked.best_of > asked.n else None
+        return await self._respond(request, asked, generations, shape, num_best)
 
     async def chat_completions(self, request: Request) -> Response:
         asked = await self._bodies.chat(request)
         self._plane.check_model(asked.model)
         caller: Caller = request.scope["caller"]
         with self._plane.preparing(caller, 1, asked.n):
-            prompt = await self._plane.prompts.of_chat(
-                asked.messages,
+            conversation = conversation_of(self._plane, asked)
+            prepared = await prepare(
+                self._plane,
+                conversation,
+                id=f"chatcmpl-{uuid.uuid4().hex}",
                 caller=caller,
-                add_generation_prompt=asked.add_generation_prompt,
-                variables=asked.template_variables,
                 ignored=request.scope.get(IGNORED_FIELDS),
             )
-            generations = await self._prepare("chatcmpl", caller, asked, [prompt], echo=False)
-        shape = ChatShape(self._plane.tokenizer)
-        return await self._respond(request, asked, generations, shape)
+        shape = ChatShape(
+            self._tokens(asked),
+            prepared,
+            include_reasoning=asked.include_reasoning,
+            token_ids=asked.return_token_ids,
+            echo=conversation.final_text if asked.echo else "",
+        )
+        return await self._respond(request, asked, (prepared.generation,), shape)
+
+    async def render(self, request: Request) -> Response:
+        """The prompt of a chat, and its token ids, without an answer."""
+        asked = await self._bodies.chat(request)
+        self._plane.check_model(asked.model)
+        caller: Caller = request.scope["caller"]
+        with self._plane.preparing(caller, 1, None):
+            prompt = await render(
+                self._plane,
+                conversation_of(self._plane, asked),
+                caller=caller,
+                ignored=request.scope.get(IGNORED_FIELDS),
+            )
+        return json_response(
+            {
+                "object": "chat.completion.prompt",
+                "model": self._plane.model_name,
+                "prompt": prompt.text,
+                "token_ids": prompt.ids,
+                "count": len(prompt.ids),
+                "max_model_len": self._plane.info.max_model_len,
+            }
+        )
+
+    def _tokens(self, asked: OpenAIRequest) -> TokenText:
+        tokens = self._plane.tokenizer
+        return TokenIds(tokens) if asked.tokens_as_ids else tokens
 
     def _model(self, name: str) -> dict[str, Any]:
         info = self._plane.info
@@ -119,30 +157,32 @@ class OpenAIRoutes:
     async def _prompts(self, asked: CompletionRequest) -> list[Prompt]:
         """Texts are tokenized together; a request has texts or token ids."""
         texts = [it for it in asked.prompts if isinstance(it, str)]
+        truncation = self._plane.prompts.bounded(asked.truncation, asked.sampling.max_tokens)
         if texts:
             return await self._plane.prompts.of_texts(
-                texts, add_special_tokens=asked.add_special_tokens
+                texts, add_special_tokens=asked.add_special_tokens, truncation=truncation
             )
         pauses = Pauses()
         prompts: list[Prompt] = []
         for ids in asked.prompts:
             assert not isinstance(ids, str)
-            prompts.append(self._plane.prompts.of_ids(ids))
+            prompts.append(self._plane.prompts.of_ids(ids, truncation))
             await pauses.end()
         return prompts
 
     async def _prepare(
         self,
-        prefix: str,
         caller: Caller,
-        asked: CompletionRequest | ChatRequest,
+        asked: CompletionRequest,
         prompts: Sequence[Prompt],
-        *,
-        echo: bool,
     ) -> tuple[GenerationRequest, ...]:
         # The first generation has the id of the answer.
-        answer_id = f"{prefix}-{uuid.uuid4().hex}"
+        answer_id = f"cmpl-{uuid.uuid4().hex}"
+        constraint = await self._plane.constraint(asked.structured, caller)
+        constraint = self._plane.with_bad_words(constraint, asked.bad_words)
         sampling = check_id_lists(asked.sampling, self._plane.info)
+        if asked.best_of > asked.n and sampling.logprobs is None:
+            sampling = replace(sampling, logprobs=0)  # the best choices are known by them
         pauses = Pauses()
         generations: list[GenerationRequest] = []
         for i, prompt in enumerate(prompts):
@@ -151,10 +191,11 @@ class OpenAIRoutes:
                 prompt=prompt,
                 sampling=sampling,
                 caller=caller,
+                constraint=constraint,
                 stop=asked.stop,
-                n=asked.n,
+                n=asked.best_of,
                 priority=asked.priority,
-                echo=echo,
+                echo=asked.echo,
                 skip_special_tokens=asked.skip_special_tokens,
                 include_stop_str_in_output=asked.include_stop_str_in_output,
                 default_max_tokens=self._default_max_tokens(asked),
@@ -164,11 +205,11 @@ class OpenAIRoutes:
             await pauses.end()
         return tuple(generations)
 
-    def _default_max_tokens(self, asked: CompletionRequest | ChatRequest) -> int | None:
+    def _default_max_tokens(self, asked: CompletionRequest) -> int | None:
         """The default that comes before that of the model."""
         if asked.unlimited:
             return self._plane.info.max_model_len
-        if isinstance(asked, ChatRequest) or self._plane.config.default_max_tokens is not None:
+        if self._plane.config.default_max_tokens is not None:
             return None
         return _COMPLETION_TOKENS
 
@@ -178,6 +219,7 @@ class OpenAIRoutes:
         asked: CompletionRequest | ChatRequest,
         generations: tuple[GenerationRequest, ...],
         shape: Shape,
+        num_best: int | None = None,
     ) -> Response:
         answer = Answer(
             head=Head(
@@ -192,6 +234,7 @@ class OpenAIRoutes:
             metrics=self._metrics,
             include_usage=asked.include_usage,
             continuous_usage=asked.continuous_usage,
+            num_best=num_best,
         )
         if asked.stream:
             keep_alive_s = self._plane.config.sse_keep_alive_s

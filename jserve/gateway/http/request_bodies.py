@@ -17,18 +17,31 @@ from starlette.requests import Request
 from jserve.core.errors import Overloaded, RequestError
 from jserve.core.request import EngineInfo
 from jserve.gateway.cache_salts import given_salt
-from jserve.gateway.chat import check_messages
 from jserve.gateway.config import UnknownFields
+from jserve.gateway.conversation import Conversation
 from jserve.gateway.defaults import SamplingDefaults
 from jserve.gateway.http.body import parse_object, read_body
 from jserve.gateway.http.edge import IGNORED_FIELDS
 from jserve.gateway.http.fields import MAX_IGNORED
+from jserve.gateway.http.messages_api.request import (
+    MessagesRequest,
+    parse_count,
+    parse_messages,
+)
+from jserve.gateway.http.ollama.request import (
+    OllamaRequest,
+    ShowRequest,
+    parse_ollama_chat,
+    parse_ollama_generate,
+    parse_show,
+)
 from jserve.gateway.http.openai_request import (
     ChatRequest,
     CompletionRequest,
     parse_chat,
     parse_completion,
 )
+from jserve.gateway.http.responses.request import ResponseRequest, parse_response
 from jserve.gateway.http.token_request import (
     DetokenizeRequest,
     TokenizeRequest,
@@ -37,6 +50,8 @@ from jserve.gateway.http.token_request import (
 )
 from jserve.gateway.job_child import Handler
 from jserve.gateway.job_process import JobLimits, JobProcesses, JobStopped
+from jserve.gateway.messages import check_messages
+from jserve.gateway.prompts import Truncation
 from jserve.gateway.request_plane import RequestPlane
 from jserve.gateway.turns import LoopTurns
 from jserve.gateway.validation import (
@@ -77,6 +92,10 @@ def _chat(body: Mapping[str, Any], bounds: Bounds) -> ChatRequest:
     return parse_chat(body, ignore_unknown=bounds.ignore_unknown)
 
 
+def _response(body: Mapping[str, Any], bounds: Bounds) -> ResponseRequest:
+    return parse_response(body, max_items=bounds.max_messages, ignore_unknown=bounds.ignore_unknown)
+
+
 def _tokenize(body: Mapping[str, Any], bounds: Bounds) -> TokenizeRequest:
     return parse_tokenize(body, ignore_unknown=bounds.ignore_unknown)
 
@@ -85,11 +104,41 @@ def _detokenize(body: Mapping[str, Any], bounds: Bounds) -> DetokenizeRequest:
     return parse_detokenize(body, ignore_unknown=bounds.ignore_unknown)
 
 
+def _messages(body: Mapping[str, Any], bounds: Bounds) -> MessagesRequest:
+    return parse_messages(
+        body, max_messages=bounds.max_messages, ignore_unknown=bounds.ignore_unknown
+    )
+
+
+def _messages_count(body: Mapping[str, Any], bounds: Bounds) -> MessagesRequest:
+    return parse_count(body, max_messages=bounds.max_messages, ignore_unknown=bounds.ignore_unknown)
+
+
+def _ollama_chat(body: Mapping[str, Any], bounds: Bounds) -> OllamaRequest:
+    return parse_ollama_chat(
+        body, max_messages=bounds.max_messages, ignore_unknown=bounds.ignore_unknown
+    )
+
+
+def _ollama_generate(body: Mapping[str, Any], bounds: Bounds) -> OllamaRequest:
+    return parse_ollama_generate(body, ignore_unknown=bounds.ignore_unknown)
+
+
+def _ollama_show(body: Mapping[str, Any], bounds: Bounds) -> ShowRequest:
+    return parse_show(body, ignore_unknown=bounds.ignore_unknown)
+
+
 _PARSERS: Mapping[str, Callable[[Mapping[str, Any], Bounds], Any]] = {
     "completion": _completion,
     "chat": _chat,
+    "response": _response,
     "tokenize": _tokenize,
     "detokenize": _detokenize,
+    "messages": _messages,
+    "messages_count": _messages_count,
+    "ollama_chat": _ollama_chat,
+    "ollama_generate": _ollama_generate,
+    "ollama_show": _ollama_show,
 }
 
 
@@ -115,11 +164,29 @@ class RequestBodies:
     async def chat(self, request: Request) -> ChatRequest:
         return await self._read(request, "chat")
 
+    async def response(self, request: Request) -> ResponseRequest:
+        return await self._read(request, "response")
+
     async def tokenize(self, request: Request) -> TokenizeRequest:
         return await self._read(request, "tokenize")
 
     async def detokenize(self, request: Request) -> DetokenizeRequest:
         return await self._read(request, "detokenize")
+
+    async def messages(self, request: Request) -> MessagesRequest:
+        return await self._read(request, "messages")
+
+    async def messages_count(self, request: Request) -> MessagesRequest:
+        return await self._read(request, "messages_count")
+
+    async def ollama_chat(self, request: Request) -> OllamaRequest:
+        return await self._read(request, "ollama_chat")
+
+    async def ollama_generate(self, request: Request) -> OllamaRequest:
+        return await self._read(request, "ollama_generate")
+
+    async def ollama_show(self, request: Request) -> ShowRequest:
+        return await self._read(request, "ollama_show")
 
     async def _read(self, request: Request, kind: str) -> Any:
         config = self._plane.config
@@ -197,17 +264,32 @@ def _checked(parsed: Any, bounds: Bounds) -> Any:
             ignored=ignored if bounds.ignore_unknown else None,
         )
         parsed = replace(parsed, messages=checked, ignored=tuple(ignored[:MAX_IGNORED]))
-    if isinstance(parsed, CompletionRequest | ChatRequest):
+    if isinstance(parsed, MessagesRequest | OllamaRequest):
+        return replace(parsed, conversation=_checked_conversation(parsed.conversation, bounds))
+    if isinstance(parsed, CompletionRequest | ChatRequest | ResponseRequest):
         check_stop(
             parsed.stop, max_count=bounds.max_stop_strings, max_chars=bounds.max_stop_string_chars
         )
         given_salt(parsed.cache_salt)
         parsed = replace(parsed, sampling=_checked_sampling(parsed.sampling, info))
     if isinstance(parsed, CompletionRequest):
-        return replace(parsed, prompts=tuple(_packed_prompt(it, info) for it in parsed.prompts))
+        prompts = tuple(_packed_prompt(it, info, parsed.truncation) for it in parsed.prompts)
+        return replace(parsed, prompts=prompts)
     if isinstance(parsed, DetokenizeRequest):
         return replace(parsed, tokens=array("i", token_ids("tokens", parsed.tokens, info.vocab)))
     return parsed
+
+
+def _checked_conversation(given: Conversation, bounds: Bounds) -> Conversation:
+    info = bounds.info
+    assert info is not None
+    messages = given.messages
+    if messages:
+        messages = check_messages(messages, max_messages=bounds.max_messages)
+    check_stop(
+        given.stop, max_count=bounds.max_stop_strings, max_chars=bounds.max_stop_string_chars
+    )
+    return replace(given, messages=messages, sampling=_checked_sampling(given.sampling, info))
 
 
 def _checked_sampling(given: SamplingFields, info: EngineInfo) -> SamplingFields:
@@ -222,5 +304,11 @@ def _checked_sampling(given: SamplingFields, info: EngineInfo) -> SamplingFields
     return checked
 
 
-def _packed_prompt(prompt: str | tuple[int, ...], info: EngineInfo) -> Any:
-    return prompt if isinstance(prompt, str) else array("i", check_prompt(prompt, info))
+def _packed_prompt(
+    prompt: str | tuple[int, ...], info: EngineInfo, truncation: Truncation | None
+) -> Any:
+    if isinstance(prompt, str):
+        return prompt
+    if truncation is not None:  # it may be longer than the context
+        return array("i", token_ids("prompt", prompt, info.vocab))
+    return array("i", check_prompt(prompt, info))

@@ -6,17 +6,17 @@ from typing import Any
 
 from jserve.core.errors import RequestError
 from jserve.gateway.http.fields import Fields
-from jserve.gateway.http.openai_request import template_variables
+from jserve.gateway.http.openai_request import generation_prompt_fields, template_variables
+from jserve.gateway.http.openai_tools import read_tools
+from jserve.gateway.tools.format import Tool
 
 _TOKENIZE_FIELDS = (
     *("model", "prompt", "messages", "add_special_tokens", "add_generation_prompt"),
     *("return_token_strs", "chat_template_kwargs", "reasoning_effort"),
+    *("tools", "continue_final_message", "chat_template"),
 )
 # Fields of vLLM that are not served, with the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "continue_final_message": (False,),
-    "tools": ([],),
-    "chat_template": (),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
 }
@@ -29,11 +29,14 @@ class TokenizeRequest:
 
     model: str | None
     prompt: str | None
-    messages: Any  # unchecked; `chat.check_messages` does it
+    messages: Any  # unchecked; `messages.check_messages` does it
     add_special_tokens: bool | None
     add_generation_prompt: bool
     return_token_strs: bool
     template_variables: dict[str, Any]
+    tools: tuple[Tool, ...]
+    continue_final_message: bool
+    chat_template: str | None
     ignored: tuple[str, ...]  # names of unknown fields, where those are not refused
 
 
@@ -51,14 +54,18 @@ def parse_tokenize(body: Mapping[str, Any], *, ignore_unknown: bool = False) -> 
     """
     ignored: list[str] = []
     fields = Fields(body, ignored=ignored if ignore_unknown else None)
+    generation_prompt, continues = generation_prompt_fields(fields)
     request = TokenizeRequest(
         model=fields.string("model"),
         prompt=fields.string("prompt"),
         messages=fields.raw("messages"),
         add_special_tokens=fields.boolean("add_special_tokens"),
-        add_generation_prompt=fields.boolean("add_generation_prompt") is not False,
+        add_generation_prompt=generation_prompt,
         return_token_strs=fields.boolean("return_token_strs") or False,
-        template_variables=template_variables(fields),
+        template_variables=template_variables(fields)[1],
+        tools=read_tools(fields).tools,
+        continue_final_message=continues,
+        chat_template=fields.string("chat_template"),
         ignored=(),
     )
     if (request.prompt is None) is (request.messages is None):

@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from jserve.gateway.conversation import Conversation, render
 from jserve.gateway.http.edge import IGNORED_FIELDS
 from jserve.gateway.http.openai_routes import json_response
 from jserve.gateway.http.request_bodies import RequestBodies
@@ -77,11 +78,12 @@ class TokenRoutes:
             return await self._plane.prompts.of_text(
                 asked.prompt, add_special_tokens=asked.add_special_tokens, most=most
             )
-        return await self._plane.prompts.of_chat(
-            asked.messages,
-            caller=caller,
+        conversation = Conversation(
+            messages=asked.messages,
+            tools=asked.tools,
             add_generation_prompt=asked.add_generation_prompt,
+            continue_final_message=asked.continue_final_message,
             variables=asked.template_variables,
-            ignored=ignored,
-            most=most,
+            chat_template=asked.chat_template,
         )
+        return await render(self._plane, conversation, caller=caller, ignored=ignored, most=most)

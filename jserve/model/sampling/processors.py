@@ -2,7 +2,7 @@
 
 Order, as in vLLM V1 (`Sampler.apply_logits_processors` and `apply_penalties`):
 
-1. allowed tokens and 2. bad tokens: -inf outside of the slot's mask
+1. allowed tokens and 2. bad tokens: -inf outside of the slot's mask, and of its step's
 3. min_tokens: -inf for stop ids and end-of-sequence ids while the output is too short
 4. logit bias: added
 5. repetition penalty over prompt and output: positive logits divided, others multiplied
@@ -39,7 +39,8 @@ def process(
     `sharded_vocab`).
     """
     bits = state.processors[slots][:, None]
-    x = jnp.where(((bits & Processor.MASK) != 0) & ~_allowed(state, slots, axes), -jnp.inf, logits)
+    masked = (bits & (Processor.MASK | Processor.STEP_MASK)) != 0
+    x = jnp.where(masked & ~_allowed(state, slots, axes), -jnp.inf, logits)
 
     rows = jnp.arange(logits.shape[0])[:, None]
     early = ((bits & Processor.MIN_TOKENS) != 0) & (positions < state.min_total[slots])[:, None]
@@ -58,7 +59,9 @@ def process(
 def _allowed(
     state: SamplerState, slots: Int32[Array, " rows"], axes: Axes
 ) -> Bool[Array, "rows vocab"]:
-    words = state.mask[slots]
+    bits, everything = state.processors[slots][:, None], jnp.uint32(2**32 - 1)
+    words = jnp.where((bits & Processor.MASK) != 0, state.mask[slots], everything)
+    words &= jnp.where((bits & Processor.STEP_MASK) != 0, state.step_mask[slots], everything)
     first = jnp.int32(0)
     if axes:  # the words that the share touches; it may begin and end inside of one
         first = first_id(state.vocab, axes)

@@ -24,6 +24,7 @@ class Processor(enum.IntFlag):
     BIAS = 2
     MIN_TOKENS = 4
     PENALTIES = 8
+    STEP_MASK = 16  # until the slot has sampled once
 
 
 class SamplerState(NamedTuple):
@@ -57,6 +58,7 @@ class SamplerState(NamedTuple):
     bias_ids: Int32[Array, "slots biases"]  # -1 where unused
     bias: Float32[Array, "slots biases"]
     mask: UInt32[Array, "slots words"]  # bit i % 32 of word i // 32: id i is allowed
+    step_mask: UInt32[Array, "slots words"]  # the same, of a step whose plan has a mask for it
     prompt_seen: Bool[Array, "slots vocab"]  # the id occurs in the prompt
     output_counts: Int32[Array, "slots vocab"]  # times the id was generated
 
@@ -71,9 +73,10 @@ class SamplerState(NamedTuple):
 
 
 _PROCESSOR_FIELDS = ("bias_ids", "bias", "mask")  # sent only for slots that need them
-_COUNTED_FIELDS = ("prompt_seen", "output_counts")  # never sent: the device counts
+# Not sent with an admission: the device counts, and a step brings its masks.
+_OTHER_FIELDS = ("prompt_seen", "output_counts", "step_mask")
 _SLOT_FIELDS = tuple(
-    name for name in SamplerState._fields if name not in _PROCESSOR_FIELDS + _COUNTED_FIELDS
+    name for name in SamplerState._fields if name not in _PROCESSOR_FIELDS + _OTHER_FIELDS
 )
 
 
@@ -147,6 +150,33 @@ def admit_processors(
 ) -> SamplerState:
     """Writes mask and biases of slots that need them; `words` are `processor_row_dtype` records."""
     return _write(state, processor_row_dtype(state.vocab), slots, words)
+
+
+def set_step_masks(
+    state: SamplerState,
+    num_masks: Int32[Array, ""],
+    slots: Int32[Array, " masks"],
+    words: Int32[Array, "masks words"],
+) -> SamplerState:
+    """Masks the next token of the first `num_masks` of `slots`.
+
+    The cost follows their number; donated buffers are changed in place.
+    """
+
+    def write(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        masks, bits = carry
+        slot = slots[i]
+        row = lax.bitcast_convert_type(lax.dynamic_slice_in_dim(words, i, 1), jnp.uint32)
+        masks = lax.dynamic_update_slice(masks, row, (slot, jnp.zeros_like(slot)))
+        return masks, bits.at[slot].set(bits[slot] | Processor.STEP_MASK)
+
+    masks, bits = lax.fori_loop(0, num_masks, write, (state.step_mask, state.processors))
+    return state._replace(step_mask=masks, processors=bits)
+
+
+def clear_step_masks(state: SamplerState) -> SamplerState:
+    """Ends what `set_step_masks` began."""
+    return state._replace(processors=state.processors & ~Processor.STEP_MASK)
 
 
 def reset(state: SamplerState, keep: Bool[Array, " slots"]) -> SamplerState:

@@ -31,15 +31,10 @@ WITH_HISTORY = dataclasses.replace(PLAIN, history_rows=2)
 TWO_GROUPS = dataclasses.replace(PLAIN, page_groups=2)
 RICH = dataclasses.replace(
     TWO_GROUPS,
-    mask_rows=3,
-    has_row_limits=True,
     has_adapters=True,
     decode_tokens=4,
 )
 LATER = (
-    "mask_slot",
-    "mask_words",
-    "row_limit",
     "row_num_drafts",
     "row_drafts",
     "admit_adapter",
@@ -66,7 +61,8 @@ def test_what_is_declared_packs_in_both_kinds_of_program() -> None:
         Chunk(2, "a", 9, 1, max_new=1, pages=(NewPages(1, 3, (5, 6)),), drafts=(7, 8)),
         Chunk(0, "b", 4, 1, max_new=1, pages=(NewPages(0, 1, (9,)), NewPages(1, 1, (3,)))),
     )
-    masks = (MaskRow(2, (2**32 - 1, 1, 0)), MaskRow(0, (0, 5, 6)))
+    words = np.array([[2**32 - 1, 1, 0], [0, 5, 6]], "<u4")
+    masks = (MaskRow(2, words[0].tobytes()), MaskRow(0, words[1].tobytes()))
     asked = Request(id="b", prompt=(1, 2, 3, 4), sampling=SamplingParams(max_tokens=9))
     admission = Admission(0, asked, (6,), 4, 6, adapter=3)
     for plan in (
@@ -74,9 +70,13 @@ def test_what_is_declared_packs_in_both_kinds_of_program() -> None:
         StepPlan(0, MIXED, 1, chunks, (admission,), masks=masks),
     ):
         found = views(plan, RICH)
-        assert found["mask_slot"].tolist() == [2, 0, 4]
-        assert found["mask_words"].tolist() == [[-1, 1, 0], [0, 5, 6], [0, 0, 0]]
-        assert found["row_limit"].tolist() == [plan.num_steps, 1, 0, 0]
+        assert found["num_masks"] == 2
+        assert found["mask_slot"].tolist() == [2, 0, 0, 0]
+        sent = pack(plan, RICH, ()).masks
+        assert sent is not None
+        assert sent.tolist() == [[-1, 1, 0], [0, 5, 6], [0, 0, 0], [0, 0, 0]]
+        if plan.program is DECODE:
+            assert found["row_limit"].tolist() == [2, 1, 0, 0]
         assert found["row_num_drafts"].tolist() == [2, 0, 0, 0]
         assert found["row_drafts"][:2].tolist() == [[7, 8, 0], [0, 0, 0]]
         assert found["page_slot"][:, :4].tolist() == [[0, 4, 4, 4], [2, 2, 0, 4]]
@@ -86,18 +86,18 @@ def test_what_is_declared_packs_in_both_kinds_of_program() -> None:
             assert found["admit_adapter"].tolist() == [3, 0, 0, 0]
             assert found["admit_computed"].tolist() == [4, 0, 0, 0]
             assert found["admit_last_token"].tolist() == [6, 0, 0, 0]
-        with pytest.raises(ValueError, match="2 masks in one step; the buffer holds 0"):
-            pack(plan, TWO_GROUPS, ())
+        assert pack(dataclasses.replace(plan, masks=()), RICH, ()).masks is None
+        five = (*masks, *masks, masks[0])
+        with pytest.raises(ValueError, match="5 masks in one step; there are 4 slots"):
+            pack(dataclasses.replace(plan, masks=five), RICH, ())
         with pytest.raises(ValueError, match="2 drafts in a row; the buffer holds 0"):
-            pack(dataclasses.replace(plan, masks=()), TWO_GROUPS, ())
+            pack(plan, TWO_GROUPS, ())
 
 
 @pytest.mark.parametrize("program", [MIXED, DECODE])
 @pytest.mark.parametrize(
     "feature",
     [
-        {"mask_rows": 3},
-        {"has_row_limits": True},
         {"has_adapters": True},
         {"decode_tokens": 4},
         {"page_groups": 2},

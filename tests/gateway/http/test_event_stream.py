@@ -40,7 +40,8 @@ class Connection:
         return b"".join(message.get("body", b"") for message in self.sent)
 
     async def run(self, stream: EventStream) -> None:
-        await asyncio.wait_for(stream({"type": "http"}, self.receive, self.send), 5)
+        scope = {"type": "http", "path": "/v1/completions"}
+        await asyncio.wait_for(stream(scope, self.receive, self.send), 5)
 
 
 class Source:

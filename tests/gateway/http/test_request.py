@@ -18,6 +18,7 @@ from jserve.gateway.http.openai_fields import (
     UNSUPPORTED_COMPLETION,
 )
 from jserve.gateway.http.openai_request import parse_chat, parse_completion
+from jserve.gateway.tools.format import ChoiceMode, ToolChoice
 
 PARSERS = {
     "completion": lambda fields: parse_completion({"prompt": "x", **fields}),
@@ -50,16 +51,11 @@ def refusal(kind: str, fields: dict[str, Any]) -> RequestError:
         ("metadata", []),
         ("store", "no"),
         ("stream_options", True),
-        ("best_of", 3),
+        ("best_of", 0),
         ("suffix", "tail"),
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
-        ("functions", [{}]),
-        ("response_format", {"type": "json_object"}),
         ("response_format", "text"),
         ("use_beam_search", True),
         ("length_penalty", 2),
-        ("chat_template", "{{ messages }}"),
         ("no_such_field", 1),
         ("no_such_field", None),
     ],
@@ -101,10 +97,68 @@ def test_json_keeps_true_and_one_apart() -> None:
     assert refusal("chat", {"length_penalty": True}).param == "length_penalty"
 
 
-@pytest.mark.parametrize("field", ["tools", "response_format"])
-def test_what_comes_later_says_so(field: str) -> None:
-    value: object = [{}] if field == "tools" else {"type": "json_schema"}
-    assert "not supported yet" in str(refusal("chat", {field: value}))
+def test_what_comes_later_says_so() -> None:
+    assert "not supported yet" in str(refusal("chat", {"use_beam_search": True}))
+
+
+F, G = ({"type": "function", "function": {"name": name}} for name in "fg")
+
+
+@pytest.mark.parametrize(
+    ("param", "fields"),
+    [
+        ("tools", {"tools": "f"}),
+        ("tools", {"tools": [{"function": {"name": f"f{i}"}} for i in range(1000)]}),
+        ("tools", {"tool_choice": "required"}),
+        ("tools", {"tool_choice": F, "tools": []}),
+        ("tools[0]", {"tools": ["f"]}),
+        ("tools[0].type", {"tools": [{"type": "web_search"}]}),
+        ("tools[0].function", {"tools": [{"type": "function"}]}),
+        ("tools[1].function.name", {"tools": [F, F]}),
+        ("tools[0].function.name", {"tools": [{"function": {"name": "a b"}}]}),
+        ("tools[0].function.name", {"tools": [{"function": {"name": "x" * 129}}]}),
+        ("tools[0].function.name", {"tools": [{"function": {}}]}),
+        ("tools[0].function.strict", {"tools": [{"function": {"name": "f", "strict": 1}}]}),
+        (
+            "tools[0].function.parameters",
+            {"tools": [{"function": {"name": "f", "parameters": []}}]},
+        ),
+        (
+            "tools[0].function.description",
+            {"tools": [{"function": {"name": "f", "description": 1}}]},
+        ),
+        ("functions", {"functions": [{"name": "f"}], "tools": [F]}),
+        ("functions[0].name", {"functions": [{}]}),
+        ("function_call", {"functions": [{"name": "f"}], "function_call": "required"}),
+        ("tool_choice", {"tools": [F], "tool_choice": "any"}),
+        ("tool_choice", {"tools": [F], "tool_choice": G}),
+        ("tool_choice", {"tools": [F], "tool_choice": {"type": "function"}}),
+        ("parallel_tool_calls", {"tools": [F], "parallel_tool_calls": "no"}),
+    ],
+)
+def test_bad_tools_are_named(param: str, fields: dict[str, Any]) -> None:
+    error = refusal("chat", fields)
+    assert error.param == param
+    assert param in str(error)
+
+
+def test_tools_are_no_field_of_completions() -> None:
+    assert refusal("completion", {"tools": [F]}).param == "tools"
+
+
+def test_the_older_form_of_tools_is_read() -> None:
+    older = {"functions": [F["function"], G["function"]], "function_call": {"name": "g"}}
+    named = {"type": "function", "function": {"name": "g"}}
+    newer = {"tools": [F, G], "tool_choice": named}
+    assert PARSERS["chat"](older).tools == PARSERS["chat"](newer).tools
+    assert PARSERS["chat"]({"functions": [], "function_call": "auto"}) == PARSERS["chat"]({})
+
+
+def test_allowed_tools_are_those_that_may_be_called() -> None:
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [G]}}
+    asked = PARSERS["chat"]({"tools": [F, G], "tool_choice": choice}).tools
+    assert [tool.name for tool in asked.tools] == ["g"]
+    assert asked.choice == ToolChoice(ChoiceMode.REQUIRED)
 
 
 def test_a_typo_gets_a_hint() -> None:
@@ -266,4 +320,4 @@ def test_unknown_fields_are_named_where_they_are_ignored(parse: Any) -> None:
     parsed = parse(body, ignore_unknown=True)
     assert parsed.ignored == ("stream_options.every", "mirostat", "x" * 57 + "...")
     with pytest.raises(RequestError, match="not supported yet"):  # known, and would change much
-        parse(body | {"structured_outputs": {"regex": "a"}}, ignore_unknown=True)
+        parse(body | {"use_beam_search": True}, ignore_unknown=True)

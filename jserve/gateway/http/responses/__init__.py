@@ -1,0 +1,1 @@
+"""The OpenAI Responses API: items in, items out, and responses that are kept for later ones."""
