@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from jserve.core.errors import RequestError
-from jserve.gateway.tools.format import ChoiceMode, Tool, ToolChoice
+from jserve.gateway.tools.format import ChoiceMode, Schema, Tool, ToolChoice
 
 MAX_TOOLS = 512
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
@@ -16,7 +16,7 @@ def check_tools(
     """Returns the tools.
 
     `field` is the list of tools, and `name_field` the field of a tool that holds its name. Raises
-    RequestError for too many tools, a wrong name, or one name twice.
+    RequestError for too many tools, a wrong name, one name twice, or parameters that are no object.
     """
     check_num_tools(len(tools), field)
     names: set[str] = set()
@@ -29,7 +29,18 @@ def check_tools(
             message = f"{where}: there is another tool of the name {tool.name!r}"
             raise RequestError(message, param=where)
         names.add(tool.name)
+        if not _is_object(tool.parameters):
+            where = f"{field}[{i}]"
+            message = f"{where}: the parameters must be a JSON schema of type object"
+            raise RequestError(message, param=where)
     return tuple(tools)
+
+
+def _is_object(schema: Schema) -> bool:
+    """Whether a schema may be that of objects: one without a type becomes so."""
+    if "type" in schema:
+        return schema["type"] == "object"
+    return "const" not in schema and "enum" not in schema
 
 
 def check_num_tools(count: int, field: str = "tools") -> None:

@@ -94,7 +94,7 @@ ArgumentSchema: TypeAlias = Callable[[Tool], Schema]
 
 def own_schema(tool: Tool) -> Schema:
     """The schema that a tool's arguments have if nothing else is asked for."""
-    return tool.parameters or {"type": "object"}
+    return {"type": "object", **tool.parameters}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

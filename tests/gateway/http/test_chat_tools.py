@@ -333,10 +333,10 @@ def test_every_api_has_the_same_rules_for_tools(path: str, name_field: str) -> N
     if path == "/v1/responses":
         body = {"input": "Hi"}
 
-    def tool(name: str) -> dict[str, Any]:
-        function = {"name": name}
+    def tool(name: str, parameters: Any = PARAMETERS) -> dict[str, Any]:
         if path == "/v1/messages":
-            return function | {"input_schema": PARAMETERS}
+            return {"name": name, "input_schema": parameters}
+        function = {"name": name, "parameters": parameters}
         return {"type": "function", **function} if flat else {"function": function}
 
     with chatting("ok", chat_template=WITH_TOOLS, tool_parser="hermes") as (_, served):
@@ -350,6 +350,10 @@ def test_every_api_has_the_same_rules_for_tools(path: str, name_field: str) -> N
         assert "at most 512" in message(tools=[tool(f"f{i}") for i in range(513)])
         assert f"tools[0].{name_field} must have" in message(tools=[tool("two words")])
         assert f"tools[1].{name_field}: there is" in message(tools=[tool("f"), tool("f")])
+        for wrong in ({"const": 5}, {"type": "array"}, {"type": ["object", "null"]}, {"enum": [1]}):
+            refused = message(tools=[tool("f"), tool("g", wrong)])
+            assert refused.startswith("tools[1]"), refused
+            assert "object" in refused
         if path == "/api/chat":  # it has no choice of tools
             return
         required: Any = {"type": "any"} if path == "/v1/messages" else "required"
