@@ -304,7 +304,7 @@ BAD = {
         asking(tools=tool() + tool()),
         "tools[1].name: there is another tool of the name 'f'",
     ),
-    "many": (asking(tools=tool() * 257), "tools has 257 tools; at most 256"),
+    "many": (asking(tools=tool() * 513), "tools has 513 tools; at most 512"),
     "no tools": (asking(tool_choice={"mode": REQUIRED}), "there are no tools"),
     "other": (asking(tools=tool(), tool_choice={"mode": NAMED, "name": "g"}), "names 'g'"),
     "unnamed": (asking(tools=tool(), tool_choice={"mode": NAMED}), "tool_choice.name goes with"),
