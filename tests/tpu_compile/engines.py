@@ -191,7 +191,7 @@ def main() -> int:
             if options.generation not in (None, generation):
                 continue
             for found in compile_engine(generation, engine):
-                print(json.dumps(found), flush=True)
+                print(json.dumps(found, default=str), flush=True)
                 wrong += bool(found["wrong"])
     return 1 if wrong else 0
 
