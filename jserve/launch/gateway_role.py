@@ -106,8 +106,8 @@ class Gateway:
     async def until_ready(self) -> None:
         """Returns once the engine has introduced itself."""
         await self._engine.wait_ready()
-        # Objects made at start-up stay for good. With them a full collection takes 12 ms of CPU, more
-        # by the clock on a busy machine, in which nobody is served.
+        # Objects made at start-up stay for good. With them a full collection takes 12 ms of CPU,
+        # and more by the clock on a busy machine, in which nobody is served.
         gc.collect()
         gc.freeze()
 
